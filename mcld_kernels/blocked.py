@@ -1,0 +1,196 @@
+"""The "torch" backend: the one-pass algorithm of `pipeline` in plain PyTorch, a chunk of anchors at a time, on any device.
+
+A chunk's exponentials E (rows, m) are the only thing of the size of a similarity matrix; E is written by one product, changed in
+place, and read by a second. The float32 matmul precision holds for both, as for any torch.mm.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .labels import Labels
+from .pipeline import Contrast, Negatives, Unit, evaluate
+
+CHUNK_MB = {"cpu": 32, "cuda": 256}
+_OTHER_MB = 128
+# exp(a) needs no shift while exp(1 / temperature) m and its inverse stay far inside fp32 (and bf16): exp(40) = 2e17.
+_PLAIN = 40.0
+
+
+def chunk_bytes(device: torch.device) -> int:
+    """Bytes that a chunk of exponentials may take: MCLD_CHUNK_MB, or the default of the device."""
+    text = os.environ.get("MCLD_CHUNK_MB")
+    if text is None:
+        return CHUNK_MB.get(device.type, _OTHER_MB) << 20
+    if not text.isdecimal() or int(text) == 0:
+        raise ValueError(f"MCLD_CHUNK_MB must be a positive whole number of MiB; got {text!r}")
+    return int(text) << 20
+
+
+class TorchKernels:
+    """`pipeline.Kernels` in torch operations."""
+
+    def operand_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype
+
+    def normalise(self, x: Tensor, dtype: torch.dtype, eps: float) -> Unit:
+        stat = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=1, dtype=stat)
+        inverse = torch.where(norm <= eps, 0.0, 1 / torch.where(norm.isinf(), torch.nan, norm))
+        return Unit((x * inverse[:, None]).to(dtype), inverse, *x.shape)
+
+    def class_means(self, unit: Unit, labels: Labels, counts: Tensor) -> Tensor:
+        x = unit.matrix.to(unit.inverse.dtype)
+        sums = x.new_zeros(counts.shape[0], unit.d)
+        if x.device.type == "cpu":
+            sums.index_add_(0, labels.rank, x)
+        else:
+            # Sorts, so that the order of summation is fixed; index_add_ uses atomics there.
+            sums.index_put_((labels.rank,), x, accumulate=True)
+        return sums.div_(counts.clamp(min=1)[:, None]).to(unit.matrix.dtype)
+
+    def positives(self, a: Unit, k: Unit, offset: int, means: Tensor | None, rank: Tensor | None) -> tuple[Tensor, Tensor]:
+        stat = a.inverse.dtype
+        positive = torch.empty(a.n, dtype=stat, device=a.matrix.device)
+        by_label = positive if means is None else torch.empty_like(positive)
+        for rows in _slices(a.n, max(1, chunk_bytes(a.matrix.device) // (4 * a.d * stat.itemsize))):
+            x = a.matrix[rows].to(stat)
+            positive[rows] = (x * k.matrix[rows.start + offset : rows.stop + offset]).sum(1)
+            if means is not None and rank is not None:
+                by_label[rows] = (x * means[rank[rows]]).sum(1)
+        return positive, by_label
+
+    def can_reverse(self, dtype: torch.dtype, temperature: float) -> bool:
+        return dtype != torch.float16 and 1 / temperature <= _PLAIN
+
+    def contrast(
+        self,
+        a: Unit,
+        k: Unit,
+        *,
+        temperature: float,
+        offset: int,
+        same: tuple[Tensor, Tensor] | None,
+        positive: Tensor,
+        weight: Tensor | None,
+        sink: Callable[[Negatives], None] | None,
+        candidate: bool,
+        reverse: bool,
+    ) -> Contrast:
+        operand, stat = a.matrix.dtype, a.inverse.dtype
+        plain = self.can_reverse(operand, temperature)
+        log_off = torch.empty_like(positive)
+        by_candidate = _sums_like(k, stat) if candidate else None
+        reverse_product = _sums_like(k, stat) if reverse and candidate else None
+        reverse_off = positive.new_zeros(k.n) if reverse else None
+        rows_of_chunk = max(1, chunk_bytes(a.matrix.device) // (k.n * stat.itemsize))
+        buffer = torch.empty(min(rows_of_chunk, a.n), k.n, dtype=stat, device=a.matrix.device)
+        for rows in _slices(a.n, rows_of_chunk):
+            anchors = a.matrix[rows]
+            e = _similarities(anchors, k.matrix, temperature, buffer[: rows.stop - rows.start])  # (rows, m)
+            e.diagonal(rows.start + offset).fill_(-torch.inf)
+            if same is not None:
+                e.masked_fill_(same[0][rows, None] == same[1], -torch.inf)
+            shift = None if plain else e.amax(1).clamp_(min=-1 / temperature)
+            e = (e if shift is None else e.sub_(shift[:, None])).exp_()
+            off = e.sum(1)
+            log_off[rows] = off.log() if shift is None else off.log() + shift
+            scale = torch.where(off == 0, 0.0, 1 / off)
+            half = e.to(operand)
+            if sink is not None:
+                sink(Negatives(rows, log_off[rows], _mm(half, k.matrix, stat), scale))
+            if by_candidate is not None:
+                assert weight is not None
+                q = torch.sigmoid(log_off[rows] - positive[rows] / temperature)
+                _add_mm(by_candidate, half.T, anchors * (weight[rows] * q * scale)[:, None].to(operand))
+            if reverse_product is not None:
+                _add_mm(reverse_product, half.T, anchors)
+            if reverse_off is not None:
+                reverse_off += e.sum(0)
+        if reverse_off is None:
+            return Contrast(log_off, by_candidate)
+        scale = torch.where(reverse_off == 0, 0.0, 1 / reverse_off)
+        product = reverse_off[:0] if reverse_product is None else reverse_product
+        return Contrast(log_off, by_candidate, Negatives(slice(0, k.n), reverse_off.log(), product, scale))
+
+    def finish(
+        self,
+        out: Tensor,
+        unit: Unit,
+        rows: slice,
+        product: Tensor,
+        s: Tensor,
+        u: Tensor,
+        z: Tensor | None,
+        partner: Unit,
+        shift: int,
+        means: Tensor | None,
+        rank: Tensor | None,
+        accumulate: bool,
+    ) -> None:
+        stat = product.dtype
+        g = product.mul_(s[:, None])
+        # Rows first to last have a partner.
+        first, last = max(rows.start, -shift), min(rows.stop, partner.n - shift)
+        paired = slice(first - rows.start, last - rows.start)
+        p = partner.matrix[first + shift : last + shift].to(stat)
+        pull = -u[paired] if z is None else z[paired] - u[paired]
+        g[paired].addcmul_(p, pull[:, None])
+        if z is not None and means is not None and rank is not None:
+            g.addcmul_(means[rank[rows]].to(stat), -z[:, None])
+        x = unit.matrix[rows].to(stat)
+        c = torch.linalg.vecdot(g, x)
+        g.addcmul_(x, -c[:, None]).mul_(unit.inverse[rows, None])
+        if accumulate:
+            out[rows] += g
+        else:
+            out[rows] = g
+
+
+def _slices(n: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, n)) for start in range(0, n, step)]
+
+
+def _column_major(x: Tensor) -> bool:
+    return x.stride(0) == 1 and x.stride(1) > 1
+
+
+def _sums_like(unit: Unit, stat: torch.dtype) -> Tensor:
+    """Zeros (n, d) in the memory order of the unit rows."""
+    return torch.zeros_like(unit.matrix, dtype=stat)
+
+
+def _similarities(anchors: Tensor, candidates: Tensor, temperature: float, out: Tensor) -> Tensor:
+    """a_ij of a chunk into ``out`` (rows, m), statistics dtype."""
+    if anchors.dtype == out.dtype:
+        return torch.mm(anchors * (1 / temperature), candidates.T, out=out)
+    return out.copy_(_mm(anchors, candidates.T, out.dtype)).mul_(1 / temperature)
+
+
+def _mm(a: Tensor, b: Tensor, stat: torch.dtype) -> Tensor:
+    """a @ b in the statistics dtype, in the memory order of b."""
+    if a.dtype == stat:
+        if _column_major(b):
+            return torch.mm(b.T, a.T).T
+        return torch.mm(a, b)
+    return torch.mm(a, b).to(stat)
+
+
+def _add_mm(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, summed in the dtype of ``total``."""
+    if a.dtype != total.dtype:
+        total += _mm(a, b, total.dtype)
+    elif _column_major(total):
+        total.T.addmm_(b.T, a.T)
+    else:
+        total.addmm_(a, b)
+
+
+def forward(student, teacher, target, weight, chosen, *, student_grad, teacher_grad):
+    return evaluate(
+        TorchKernels(), student, teacher, target, weight, chosen, student_grad=student_grad, teacher_grad=teacher_grad
+    )

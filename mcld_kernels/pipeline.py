@@ -1,0 +1,412 @@
+r"""The one-pass algorithm: loss and gradient of all terms from a backend's kernels. The mathematics of every fast backend.
+
+InfoNCE of unit rows A (n, d), the anchors, against unit rows K (m, d), the candidates; the positive of anchor i is candidate
+i + offset, cosines are A_i . K_j and similarities a_ij = A_i . K_j / temperature. Everything is written for the *negatives*, the
+sum over the other candidates, because late in training the positive is close to 1 and differences with it cancel:
+
+    off_i  = sum_{j != i+offset} exp(a_ij)                       log_off_i = log(off_i)
+    L_i    = log(1 + off_i / exp(a_i,i+offset))                  = softplus(log_off_i - a_i,i+offset)
+    q_i    = 1 - p_i,i+offset                                    = sigmoid(log_off_i - a_i,i+offset)
+    dL_i/dA_i = (q_i / temperature) (N_i - K_i+offset),          N_i = sum_{j != i+offset} exp(a_ij) K_j / off_i
+
+Label positives (the sample-wise term) share all of it; with M_c the mean of the candidates of class c,
+
+    L'_i   = L_i + a_i,i+offset - A_i . M_y(i) / temperature
+    dL'_i/dA_i = dL_i/dA_i + (K_i+offset - M_y(i)) / temperature
+
+The gradient by the candidates is the transpose: dL/dK_j = sum_i w_i p_ij A_i / temperature less the positives. Both end in one
+step, `finish`, with per-row factors s, u, z (1 / temperature is in them), partner rows P and class means M:
+
+    g = s G - u P + z (P - M);      d(loss)/dX = (g - (g . x) x) / ||X||
+
+The category-wise term is the same on the transposed logits. With a frozen teacher that is 4 n m d flop, and no matrix larger
+than a chunk of rows is ever held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import labels as labelling
+from .arguments import Options, stat_dtype
+from .labels import Labels
+
+
+class Unit(NamedTuple):
+    """Logits (n, d) divided by the norms of their rows; a row without direction (norm <= eps) is zeros."""
+
+    matrix: Tensor  # (>= n, >= d) operand dtype; what lies beyond (n, d) is zeros
+    inverse: Tensor  # (n,) statistics dtype: 1 / norm, 0 without direction, NaN where the norm is not finite
+    n: int
+    d: int
+
+
+class Negatives(NamedTuple):
+    """Sums over the negatives for anchors `rows`: what `Kernels.contrast` hands to its sink."""
+
+    rows: slice
+    log_off: Tensor  # (rows,) statistics dtype; -inf where there is no negative
+    product: Tensor  # (rows, >= d) statistics dtype: `scale` times this is N
+    scale: Tensor  # (rows,) statistics dtype; 0 where there is no negative
+
+
+class Contrast(NamedTuple):
+    """What `Kernels.contrast` returns; None for what was not asked for."""
+
+    log_off: Tensor  # (n,)
+    candidate: Tensor | None = None  # (m, >= d) statistics dtype: sum_{i: i+offset != j} weight_i p_ij A_i
+    reverse: Negatives | None = None  # the sums with the candidates as anchors and the anchors as candidates
+
+
+class Kernels(Protocol):
+    """What a backend provides. All tensors are on one device; nothing here may synchronise with it or write an input."""
+
+    def operand_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype in which products of logits of ``dtype`` take their operands."""
+
+    def normalise(self, x: Tensor, dtype: torch.dtype, eps: float) -> Unit:
+        """Normalise the rows of a view x (n, d) of any strides into operands of ``dtype``."""
+
+    def class_means(self, unit: Unit, labels: Labels, counts: Tensor) -> Tensor:
+        """Sum of the rows of each rank divided by ``counts`` (ranks,): (ranks, >= d), operand dtype."""
+
+    def positives(self, a: Unit, k: Unit, offset: int, means: Tensor | None, rank: Tensor | None) -> tuple[Tensor, Tensor]:
+        """A_i . K_(i+offset) and, given means, A_i . M_rank(i) (else a copy of the first): (n,), (n,), statistics dtype."""
+
+    def contrast(
+        self,
+        a: Unit,
+        k: Unit,
+        *,
+        temperature: float,
+        offset: int,
+        same: tuple[Tensor, Tensor] | None,
+        positive: Tensor,
+        weight: Tensor | None,
+        sink: Callable[[Negatives], None] | None,
+        candidate: bool,
+        reverse: bool,
+    ) -> Contrast:
+        """Contrast anchors with candidates.
+
+        same: labels (n,), (m,) to drop equal ones from the negatives; positive: the cosines A_i . K_(i+offset), (n,);
+        weight: (n,), for `candidate`; sink: takes the sums chunk by chunk, every anchor once; candidate, reverse: also
+        compute those fields of the result (reverse only where `can_reverse` says so).
+        """
+
+    def can_reverse(self, dtype: torch.dtype, temperature: float) -> bool:
+        """Whether `contrast` can give both directions from one set of exponentials."""
+
+    def finish(
+        self,
+        out: Tensor,
+        unit: Unit,
+        rows: slice,
+        product: Tensor,
+        s: Tensor,
+        u: Tensor,
+        z: Tensor | None,
+        partner: Unit,
+        shift: int,
+        means: Tensor | None,
+        rank: Tensor | None,
+        accumulate: bool,
+    ) -> None:
+        """Write (or add) the gradient of `rows` of the logits into ``out`` (n, d), a view of any strides and dtype.
+
+        g = s product - u P + z (P - M), per row; then through the normalisation. product: (rows, >= d); s, u, z: (rows,);
+        P of row r is row r + shift of partner, zeros where there is none; M of row r is row rank[r] of means.
+        """
+
+
+class Result(NamedTuple):
+    """What a backend returns. Gradients are None where they were not asked for."""
+
+    loss: Tensor  # () statistics dtype
+    terms: Tensor  # (3,) statistics dtype, unweighted, 0 for a term that is not computed
+    student: Tensor | None  # (n, C) gradient of the loss by the student
+    teacher: Tensor | None  # (m, C) gradient of the loss by the teacher
+
+
+class Gradient:
+    """The gradient by one side's logits, summed over the terms."""
+
+    def __init__(self, logits: Tensor, wanted: bool):
+        self.wanted = wanted
+        self.started = False  # whether a term has written it, so that the next one adds
+        self.columns = False  # whether terms see its transpose
+        dtype = gradient_dtype(logits.dtype)
+        self._value = torch.empty(logits.shape, dtype=dtype, device=logits.device) if wanted else None
+
+    @property
+    def view(self) -> Tensor:
+        assert self._value is not None
+        return self._value.T if self.columns else self._value
+
+    def result(self) -> Tensor | None:
+        return self._value.zero_() if self._value is not None and not self.started else self._value
+
+
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that holds a gradient until the upstream scalar is known.
+
+    A mean over a large batch has gradients below the range of fp16, and a GradScaler's factor comes only in backward.
+    """
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def evaluate(
+    kernels: Kernels,
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    weight: Tensor | None,
+    chosen: Options,
+    *,
+    student_grad: bool,
+    teacher_grad: bool,
+    offset: int = 0,
+    teacher_target: Tensor | None = None,
+) -> Result:
+    """Loss, terms and gradients of student (n, C) against teacher (m, C), both non-empty.
+
+    Row i of the student pairs with row i + offset of the teacher. With n != m pass the teacher rows' labels as
+    ``teacher_target``; the category-wise term and teacher anchors need n == m.
+    """
+    if student.shape[0] != teacher.shape[0] and (chosen.active[2] or chosen.direction != "student"):
+        raise ValueError(
+            f"{student.shape[0]} student rows against {teacher.shape[0]} teacher rows: only the row terms with "
+            "direction='student' are defined for that"
+        )
+    dtype = torch.promote_types(student.dtype, teacher.dtype)
+    stat = stat_dtype(dtype)
+    run = _Run(kernels, chosen, weight, stat, kernels.operand_dtype(dtype), student.new_zeros(3, dtype=stat))
+    gradients = Gradient(student, student_grad), Gradient(teacher, teacher_grad)
+
+    of_student = of_teacher = None
+    if target is not None and any(chosen.label_terms):
+        sides = (target,) if teacher_target is None else (target, teacher_target)
+        described = labelling.describe(sides, chosen.ignore_index, student.shape[1], stat)
+        of_student, of_teacher = described[0], described[-1]
+    # The column copies are gone before the row copies are made.
+    if chosen.active[2]:
+        _category(run, student, teacher, of_student, gradients)
+    if chosen.active[0] or chosen.active[1]:
+        _rows(run, (student, teacher), (of_student, of_teacher), gradients, offset)
+    loss = run.terms.new_zeros(())
+    for i in range(3):
+        if chosen.active[i]:
+            loss = loss + run.weigh(i, run.terms[i])
+    return Result(loss, run.terms, gradients[0].result(), gradients[1].result())
+
+
+class _Run(NamedTuple):
+    kernels: Kernels
+    chosen: Options
+    weights: Tensor | None
+    stat: torch.dtype
+    operand: torch.dtype
+    terms: Tensor  # (3,), filled term by term
+
+    def weigh(self, term: int, value: Tensor) -> Tensor:
+        value = value * self.chosen.scale[term]
+        return value if self.weights is None else value * self.weights[term].to(self.stat)
+
+
+class _Side(NamedTuple):
+    """One side's unit rows, where the gradient by its logits goes and, for row terms, its labels."""
+
+    unit: Unit
+    gradient: Gradient
+    labels: Labels | None = None
+
+
+class _Share(NamedTuple):
+    """An anchor's part in the mean of a term: ``value`` = 1 / count, for the anchors that count."""
+
+    term: int
+    value: Tensor  # () statistics dtype
+    counted: Tensor | None = None  # (n,) bool; None: all
+
+    def over(self, unit: Unit) -> Tensor:
+        """(n,)"""
+        return self.value.expand(unit.n) if self.counted is None else self.counted * self.value
+
+
+class _Anchors:
+    """The anchors' part of a contrast: positives, per-anchor weights, and what follows once log_off is known."""
+
+    def __init__(self, run: _Run, anchors: _Side, candidates: _Side, offset: int, temperature: float, shares: list[_Share]):
+        self.run, self.side, self.candidates = run, anchors, candidates
+        self.offset, self.temperature, self.shares = offset, temperature, shares
+        self.means = self.rank = self.z = None
+        by_label = [share for share in shares if share.term == 1]
+        if by_label:
+            assert anchors.labels is not None and candidates.labels is not None
+            counts = candidates.labels.counts
+            self.means = run.kernels.class_means(candidates.unit, candidates.labels, counts)  # (ranks, d)
+            self.rank = anchors.labels.rank
+            self.z = run.weigh(1, by_label[0].over(anchors.unit)) / temperature  # (n,)
+        self.positive, self.label_positive = run.kernels.positives(
+            anchors.unit, candidates.unit, offset, self.means, self.rank
+        )  # (n,) cosines
+        self.weight = sum(run.weigh(share.term, share.over(anchors.unit)) for share in shares)  # (n,)
+
+    def u(self, rows: slice, log_off: Tensor) -> Tensor:
+        """weight q / temperature, of shape (rows,)."""
+        q = torch.sigmoid(log_off - self.positive[rows] / self.temperature)
+        return self.weight[rows] * q / self.temperature
+
+    def sink(self, negatives: Negatives) -> None:
+        """Finish the gradient by the anchors of a chunk."""
+        rows = negatives.rows
+        u = self.u(rows, negatives.log_off)
+        z = None if self.z is None else self.z[rows]
+        gradient = self.side.gradient
+        self.run.kernels.finish(
+            gradient.view, self.side.unit, rows, negatives.product, u * negatives.scale, u, z,
+            self.candidates.unit, self.offset, self.means, self.rank, gradient.started,
+        )  # fmt: skip
+
+    def add_terms(self, log_off: Tensor) -> None:
+        loss = torch.logaddexp(log_off - self.positive / self.temperature, log_off.new_zeros(()))  # (n,)
+        for share in self.shares:
+            value = loss
+            if share.term == 1:
+                value = loss + (self.positive - self.label_positive) / self.temperature
+            self.run.terms[share.term] += (value * share.over(self.side.unit)).sum()
+
+
+def _contrast(
+    run: _Run,
+    anchors: _Side,
+    candidates: _Side,
+    offset: int,
+    temperature: float,
+    shares: list[_Share],
+    masked: bool = False,
+    reverse: list[_Share] | None = None,
+) -> None:
+    """One direction of the terms of ``shares``, or both with the candidates' own ``reverse`` shares (offset 0)."""
+    forward = _Anchors(run, anchors, candidates, offset, temperature, shares)
+    backward = None if reverse is None else _Anchors(run, candidates, anchors, -offset, temperature, reverse)
+    same = None
+    if masked:
+        assert anchors.labels is not None and candidates.labels is not None
+        same = anchors.labels.same, candidates.labels.same
+    sums = run.kernels.contrast(
+        anchors.unit,
+        candidates.unit,
+        temperature=temperature,
+        offset=offset,
+        same=same,
+        positive=forward.positive,
+        weight=forward.weight,
+        sink=forward.sink if anchors.gradient.wanted else None,
+        candidate=candidates.gradient.wanted,
+        reverse=backward is not None,
+    )
+    forward.add_terms(sums.log_off)
+    if anchors.gradient.wanted:
+        anchors.gradient.started = True
+    if backward is not None:
+        assert sums.reverse is not None
+        backward.add_terms(sums.reverse.log_off)
+    if sums.candidate is not None:
+        _finish_candidates(forward, backward, sums)
+
+
+def _finish_candidates(forward: _Anchors, backward: _Anchors | None, sums: Contrast) -> None:
+    """Finish the gradient by the candidates, and with it that of the reverse direction, in which they are the anchors."""
+    run, anchors, candidates, temperature = forward.run, forward.side, forward.candidates, forward.temperature
+    everything = slice(0, candidates.unit.n)
+    product = sums.candidate
+    assert product is not None
+    u = forward.positive.new_zeros(candidates.unit.n)
+    u[forward.offset : forward.offset + anchors.unit.n] = forward.u(slice(0, anchors.unit.n), sums.log_off)
+    s = torch.full_like(u, 1 / temperature)
+    means = rank = z = None
+    if forward.z is not None:
+        assert anchors.labels is not None and candidates.labels is not None
+        share = next(share for share in forward.shares if share.term == 1)
+        z = run.weigh(1, candidates.labels.valid * share.value) / temperature
+        means = run.kernels.class_means(anchors.unit, anchors.labels, candidates.labels.counts)
+        rank = candidates.labels.rank
+    if backward is not None:
+        assert sums.reverse is not None
+        u_reverse = backward.u(everything, sums.reverse.log_off)
+        product = product.mul_(1 / temperature)
+        product.addcmul_(sums.reverse.product, (u_reverse * sums.reverse.scale)[:, None])
+        s, u = torch.ones_like(u), u + u_reverse
+        # Both directions pull towards the same partner and the same class means: those of the anchors' side.
+        z = None if z is None else z + backward.z
+    gradient = candidates.gradient
+    run.kernels.finish(
+        gradient.view, candidates.unit, everything, product, s, u, z,
+        anchors.unit, -forward.offset, means, rank, gradient.started,
+    )  # fmt: skip
+    gradient.started = True
+
+
+def _category(
+    run: _Run, student: Tensor, teacher: Tensor, labels: Labels | None, gradients: tuple[Gradient, Gradient]
+) -> None:
+    sides = []
+    for logits, gradient in zip((student, teacher), gradients):
+        gradient.columns = True
+        sides.append(_Side(run.kernels.normalise(logits.T, run.operand, run.chosen.eps), gradient))
+    if run.chosen.present_only:
+        assert labels is not None
+        share = _Share(2, labels.poison / labels.present.sum().clamp(min=1), labels.present)
+    else:
+        share = _Share(2, run.terms.new_full((), 1 / student.shape[1]))
+    _contrast(run, *sides, 0, run.chosen.temperature[2], [share])
+
+
+def _rows(
+    run: _Run,
+    logits: tuple[Tensor, Tensor],
+    labels: tuple[Labels | None, Labels | None],
+    gradients: tuple[Gradient, Gradient],
+    offset: int,
+) -> None:
+    chosen, kernels = run.chosen, run.kernels
+    sides = []
+    for x, described, gradient in zip(logits, labels, gradients):
+        gradient.columns = False
+        sides.append(_Side(kernels.normalise(x, run.operand, chosen.eps), gradient, described))
+    student, teacher = sides
+    directions = {"student": [(student, teacher, offset)], "teacher": [(teacher, student, -offset)]}
+    directions["symmetric"] = directions["student"] + directions["teacher"]
+    pairs = directions[chosen.direction]
+    masked = chosen.mask_same_class and chosen.active[0]
+    shared = all(chosen.active[:2]) and chosen.temperature[0] == chosen.temperature[1] and not masked
+    for group in [(0, 1)] if shared else [(term,) for term in (0, 1) if chosen.active[term]]:
+        temperature, mask = chosen.temperature[group[0]], masked and group == (0,)
+        if len(pairs) == 2 and not teacher.gradient.wanted and kernels.can_reverse(run.operand, temperature):
+            of_teacher, of_student = (_shares(run, side, group, 2) for side in (teacher, student))
+            _contrast(run, teacher, student, -offset, temperature, of_teacher, mask, reverse=of_student)
+            continue
+        for anchors, candidates, step in pairs:
+            _contrast(run, anchors, candidates, step, temperature, _shares(run, anchors, group, len(pairs)), mask)
+
+
+def _shares(run: _Run, side: _Side, group: tuple[int, ...], directions: int) -> list[_Share]:
+    shares = []
+    for term in group:
+        if term == 1:
+            assert side.labels is not None
+            value = side.labels.poison / (side.labels.valid.sum().clamp(min=1) * directions)
+            shares.append(_Share(1, value, side.labels.valid))
+        else:
+            value = run.terms.new_full((), 1 / (side.unit.n * directions))
+            if run.chosen.mask_same_class:
+                assert side.labels is not None
+                value = value * side.labels.poison
+            shares.append(_Share(0, value))
+    return shares

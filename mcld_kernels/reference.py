@@ -1,0 +1,186 @@
+"""The equations in eager PyTorch: the oracle that every kernel is compared with.
+
+``S``, ``T``: student and teacher logits, (B, C). ``rn`` divides every row by its L2 norm, ``cn`` every column. One primitive,
+InfoNCE of anchors A (n, d) against candidates K (m, d) with similarities a_ij = A_i . K_j / temperature:
+
+    L_i = logsumexp_j(a_ij) - positive_i
+
+instance-wise: A = rn(S), K = rn(T), positive_i = a_ii;
+sample-wise:   A = rn(S), K = rn(T), positive_i = mean of a_ij over the teacher rows j of the anchor's label;
+category-wise: A = cn(S)^T, K = cn(T)^T, positive_k = a_kk.
+
+A reconstruction of Multi-perspective Contrastive Logit Distillation (Wang and Zhou, arXiv 2411.10693) from its published
+description. Every matrix is materialised and the gradient is autograd's, of any order. Run it on fp64 logits for the truth;
+on fp16 or bf16 logits it is what eager PyTorch gives at that dtype (operands and products in it, all statistics in fp32).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import arguments
+from .arguments import MCLDTerms, Options
+
+
+def mcld_loss(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None = None,
+    *,
+    temperature: float | Sequence[float] = 0.1,
+    weight: Sequence[float] | Tensor = (1.0, 1.0, 1.0),
+    direction: str = "student",
+    mask_same_class: bool = False,
+    present_only: bool = False,
+    ignore_index: int = -100,
+    eps: float = 1e-12,
+    process_group: Any = None,
+) -> Tensor:
+    """The MCLD loss, shape (). Arguments and errors as :func:`mcld_kernels.mcld_loss`."""
+    return mcld_terms(
+        student,
+        teacher,
+        target,
+        temperature=temperature,
+        weight=weight,
+        direction=direction,
+        mask_same_class=mask_same_class,
+        present_only=present_only,
+        ignore_index=ignore_index,
+        eps=eps,
+        process_group=process_group,
+    ).loss
+
+
+def mcld_terms(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None = None,
+    *,
+    temperature: float | Sequence[float] = 0.1,
+    weight: Sequence[float] | Tensor = (1.0, 1.0, 1.0),
+    direction: str = "student",
+    mask_same_class: bool = False,
+    present_only: bool = False,
+    ignore_index: int = -100,
+    eps: float = 1e-12,
+    process_group: Any = None,
+) -> MCLDTerms:
+    """The MCLD loss and its three terms. Arguments and errors as :func:`mcld_kernels.mcld_terms`."""
+    chosen, weights = arguments.options(
+        temperature=temperature,
+        weight=weight,
+        direction=direction,
+        mask_same_class=mask_same_class,
+        present_only=present_only,
+        ignore_index=ignore_index,
+        eps=eps,
+        process_group=process_group,
+    )
+    arguments.check(student, teacher, target, weights, chosen)
+    return evaluate(student, teacher, target, weights, chosen)
+
+
+def evaluate(student: Tensor, teacher: Tensor, target: Tensor | None, weight: Tensor | None, chosen: Options) -> MCLDTerms:
+    """The loss and its terms for arguments that are already checked."""
+    dtype = torch.promote_types(student.dtype, teacher.dtype)
+    stat = arguments.stat_dtype(dtype)
+    with torch.autocast(student.device.type, enabled=False):
+        s, t = student.to(stat), teacher.to(stat)
+        zero = s[:0].sum() + t[:0].sum()  # differentiable, also where no term is computed
+        terms = [zero, zero, zero]
+        if student.shape[0] > 0:
+            labels = _Labels(target, chosen.ignore_index, student.shape[1])
+            if chosen.active[0]:
+                terms[0] = instance(s, t, labels, dtype, chosen)
+            if chosen.active[1]:
+                terms[1] = sample(s, t, labels, dtype, chosen)
+            if chosen.active[2]:
+                terms[2] = category(s, t, labels, dtype, chosen)
+        loss = zero
+        for i, term in enumerate(terms):
+            if chosen.active[i]:
+                loss = loss + chosen.scale[i] * (term if weight is None else weight[i].to(stat) * term)
+    return MCLDTerms(loss, *(term.detach() for term in terms))
+
+
+class _Labels:
+    """The labels of a batch, and which of them count."""
+
+    def __init__(self, target: Tensor | None, ignore_index: int, classes: int):
+        self.target, self.classes = target, classes
+        if target is not None:
+            self.valid = target != ignore_index  # (B,)
+            bad = self.valid & ((target < 0) | (target >= classes))
+            # On the CPU a bad label has already raised; elsewhere it turns the mean over the anchors into NaN.
+            self.poison = torch.where(bad.any(), torch.nan, 1.0)
+            self.same = (target[:, None] == target[None, :]) & self.valid[:, None]  # (B, B)
+
+    def present(self) -> Tensor:
+        """Which classes occur, (C,)."""
+        kinds = torch.arange(self.classes, device=self.target.device)
+        return ((self.target[:, None] == kinds) & self.valid[:, None]).any(0)
+
+
+def unit_rows(x: Tensor, eps: float) -> Tensor:
+    """Every row divided by its L2 norm; a row with norm <= eps becomes zeros and gets no gradient. (n, d) -> (n, d)."""
+    square = x.square().sum(1, keepdim=True)
+    square = torch.where(square.isinf(), torch.nan, square)  # an overflow must show, not read as a zero direction
+    zero = square.sqrt() <= eps  # False for NaN, which must spread
+    return torch.where(zero, 0.0, x * torch.where(zero, 1.0, square).rsqrt())
+
+
+def similarities(anchors: Tensor, candidates: Tensor, dtype: torch.dtype, temperature: float) -> Tensor:
+    """a_ij = A_i . K_j / temperature for unit rows A (n, d), K (m, d): (n, m), the product taken in ``dtype``."""
+    return (anchors.to(dtype) @ candidates.to(dtype).T).to(anchors.dtype) / temperature
+
+
+def _both(direction: str, a: Tensor, of: Any) -> Tensor:
+    """The term ``of(matrix)`` with student anchors (rows of ``a``), teacher anchors (its columns), or the mean of both."""
+    if direction == "student":
+        return of(a)
+    if direction == "teacher":
+        return of(a.T)
+    return (of(a) + of(a.T)) / 2
+
+
+def _mean(values: Tensor, counted: Tensor) -> Tensor:
+    """Mean of ``values`` (n,) over the anchors that count; 0 where none does."""
+    return torch.where(counted, values, 0.0).sum() / counted.sum().clamp(min=1)
+
+
+def instance(s: Tensor, t: Tensor, labels: _Labels, dtype: torch.dtype, chosen: Options) -> Tensor:
+    """Instance-wise: the positive of row i is row i of the other side; the mask drops its same-label candidates."""
+    a = similarities(unit_rows(s, chosen.eps), unit_rows(t, chosen.eps), dtype, chosen.temperature[0])  # (B, B)
+    if not chosen.mask_same_class:
+        return _both(chosen.direction, a, lambda m: (m.logsumexp(1) - m.diagonal()).mean())
+    dropped = labels.same.clone().fill_diagonal_(False)
+    term = _both(
+        chosen.direction, a, lambda m: (m.masked_fill(dropped, -torch.inf).logsumexp(1) - m.diagonal()).mean()
+    )
+    return term * labels.poison
+
+
+def sample(s: Tensor, t: Tensor, labels: _Labels, dtype: torch.dtype, chosen: Options) -> Tensor:
+    """Sample-wise: the positives of row i are all rows of the other side with its label, averaged."""
+    a = similarities(unit_rows(s, chosen.eps), unit_rows(t, chosen.eps), dtype, chosen.temperature[1])  # (B, B)
+    same = labels.same.to(a.dtype)
+    share = same / same.sum(1, keepdim=True).clamp(min=1)  # (B, B), rows sum to 1
+
+    def of(m: Tensor) -> Tensor:
+        return _mean(m.logsumexp(1) - (m * share).sum(1), labels.valid)
+
+    return _both(chosen.direction, a, of) * labels.poison
+
+
+def category(s: Tensor, t: Tensor, labels: _Labels, dtype: torch.dtype, chosen: Options) -> Tensor:
+    """Category-wise: the columns are contrasted; the positive of class k is class k of the other side."""
+    a = similarities(unit_rows(s.T, chosen.eps), unit_rows(t.T, chosen.eps), dtype, chosen.temperature[2])  # (C, C)
+    per_class = a.logsumexp(1) - a.diagonal()
+    if not chosen.present_only:
+        return per_class.mean()
+    return _mean(per_class, labels.present()) * labels.poison
