@@ -1,0 +1,49 @@
+#include "checks.h"
+
+#include "build_config.h"
+
+namespace mcld {
+namespace {
+
+std::string compute_capability() {
+  int device = 0, major = 0, minor = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) {
+    return "unknown";
+  }
+  return std::to_string(major) + "." + std::to_string(minor);
+}
+
+}  // namespace
+
+void check(cudaError_t status, const char* call, const char* file, int line) {
+  if (status == cudaSuccess) return;
+  // The error may be sticky for the runtime's next cudaGetLastError; it has been reported here.
+  cudaGetLastError();
+  std::string message = std::string(call) + " failed: " + cudaGetErrorName(status) + " (" + cudaGetErrorString(status) +
+                        ") at " + file + ":" + std::to_string(line);
+  if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorUnsupportedPtxVersion) {
+    message += ". The module was compiled for " MCLD_CUDA_ARCHS " and this GPU has compute capability " +
+               compute_capability() + ": set MCLD_CUDA_ARCHS to it, as in MCLD_CUDA_ARCHS=9.0a, and install again";
+  } else if (status == cudaErrorInsufficientDriver) {
+    message += ". The module was compiled with CUDA " MCLD_CUDA_VERSION
+               ", which this driver does not run: update the driver, or install again with an older toolkit";
+  }
+  throw CudaError(message);
+}
+
+DeviceGuard::DeviceGuard(int device) {
+  int current = 0;
+  MCLD_CHECK(cudaGetDevice(&current));
+  if (current == device) return;
+  MCLD_CHECK(cudaSetDevice(device));
+  previous_ = current;
+}
+
+DeviceGuard::~DeviceGuard() {
+  // A destructor must not throw, and there is nobody left to tell.
+  if (previous_ >= 0) (void)cudaSetDevice(previous_);
+}
+
+}  // namespace mcld
