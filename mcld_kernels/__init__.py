@@ -4,7 +4,8 @@ from . import backends, reference
 from .arguments import MCLDTerms
 from .functional import mcld_loss, mcld_terms
 from .modules import MCLDLoss
+from .version import __version__
 
-__version__ = "0.1.0"
 
-__all__ = ["MCLDLoss", "MCLDTerms", "backends", "mcld_loss", "mcld_terms", "reference"]
+
+__all__ = ["MCLDLoss", "MCLDTerms", "__version__", "backends", "mcld_loss", "mcld_terms", "reference"]

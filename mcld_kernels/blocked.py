@@ -194,3 +194,13 @@ def forward(student, teacher, target, weight, chosen, *, student_grad, teacher_g
     return evaluate(
         TorchKernels(), student, teacher, target, weight, chosen, student_grad=student_grad, teacher_grad=teacher_grad
     )
+
+
+def unavailable() -> str | None:
+    """Why the backend cannot run on this machine; None: it always can."""
+    return None
+
+
+def reason(student: Tensor, teacher: Tensor) -> str | None:
+    """Why the backend cannot run with these logits; None: it always can."""
+    return None
