@@ -6,6 +6,4 @@ from .functional import mcld_loss, mcld_terms
 from .modules import MCLDLoss
 from .version import __version__
 
-
-
 __all__ = ["MCLDLoss", "MCLDTerms", "__version__", "backends", "mcld_loss", "mcld_terms", "reference"]

@@ -75,7 +75,7 @@ def options(
         raise ValueError(f"direction must be one of {', '.join(map(repr, DIRECTIONS))}; got {direction!r}")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int; got {type(ignore_index).__name__}")
-    if not isinstance(eps, Real) or not math.isfinite(eps) or eps < 0:
+    if not is_number(eps) or not math.isfinite(eps) or eps < 0:
         raise ValueError(f"eps must be a finite number >= 0; got {eps!r}")
     scale, tensor = _weight(weight)
     chosen = Options(
@@ -117,16 +117,21 @@ def check(student: Tensor, teacher: Tensor, target: Tensor | None, weight: Tenso
         _target(target, student, chosen)
 
 
-def _temperature(value: float | Sequence[float]) -> tuple[float, float, float]:
-    values = (value,) * 3 if isinstance(value, Real) else tuple(value) if isinstance(value, Sequence) else None
-    if values is None or len(values) != 3 or not all(isinstance(v, Real) for v in values):
+def is_number(value: Any) -> bool:
+    """Whether ``value`` is one real number (of Python or numpy), not a bool."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _temperature(value: Any) -> tuple[float, float, float]:
+    values = (value,) * 3 if is_number(value) else tuple(value) if isinstance(value, Sequence) else None
+    if values is None or len(values) != 3 or not all(map(is_number, values)):
         raise TypeError(f"temperature must be one number or three (instance, sample, category); got {value!r}")
     if not all(math.isfinite(v) and v > 0 for v in values):
         raise ValueError(f"temperature must be positive and finite; got {value!r}")
     return float(values[0]), float(values[1]), float(values[2])
 
 
-def _weight(value: Sequence[float] | Tensor) -> tuple[tuple[float, float, float], Tensor | None]:
+def _weight(value: Any) -> tuple[tuple[float, float, float], Tensor | None]:
     if isinstance(value, Tensor):
         if value.shape != (3,):
             raise ValueError(f"weight as a tensor must have shape (3,); got {tuple(value.shape)}")
@@ -135,9 +140,10 @@ def _weight(value: Sequence[float] | Tensor) -> tuple[tuple[float, float, float]
         if value.device.type == "cpu" and not torch.compiler.is_compiling():
             _weights_in_range(value.tolist())
         return (1.0, 1.0, 1.0), value
-    if isinstance(value, (str, Real)) or not isinstance(value, Sequence) or len(value) != 3:
-        raise TypeError(f"weight must be three numbers (instance, sample, category) or a tensor of three; got {value!r}")
-    if not all(isinstance(v, Real) for v in value):
+    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 3:
+        wanted = "three numbers (instance, sample, category) or a tensor of three"
+        raise TypeError(f"weight must be {wanted}; got {value!r}")
+    if not all(map(is_number, value)):
         raise TypeError(f"weight must be three numbers (instance, sample, category); got {value!r}")
     _weights_in_range(value)
     return (float(value[0]), float(value[1]), float(value[2])), None
@@ -160,7 +166,7 @@ def _missing(chosen: Options) -> None:
         "the sample-wise term (weight[1] other than 0)",
         "present_only of the category-wise term",
     )
-    needed = [reason for reason, used in zip(reasons, chosen.label_terms) if used]
+    needed = [reason for reason, used in zip(reasons, chosen.label_terms, strict=True) if used]
     if needed:
         raise ValueError(
             f"target is None, but labels (batch,) are needed by {' and '.join(needed)}: pass target, "
@@ -174,7 +180,8 @@ def _target(target: Tensor, student: Tensor, chosen: Options) -> None:
     batch, classes = student.shape
     if target.ndim == 2 and target.is_floating_point():
         raise ValueError(
-            f"target must hold hard labels of shape (batch,), int64; got soft labels {tuple(target.shape)}, {target.dtype}. "
+            "target must hold hard labels of shape (batch,), int64; "
+            f"got soft labels {tuple(target.shape)}, {target.dtype}. "
             "With mixed or smoothed targets either pass target=None with weight[1] = 0 (no sample-wise term), "
             "mask_same_class=False and present_only=False, or pass hard labels, such as target.argmax(dim=1)"
         )
@@ -190,5 +197,6 @@ def _target(target: Tensor, student: Tensor, chosen: Options) -> None:
         bad = target[((target < 0) | (target >= classes)) & (target != chosen.ignore_index)]
         if bad.numel():
             raise ValueError(
-                f"target holds {int(bad[0])}; labels must be in [0, {classes}) or equal ignore_index={chosen.ignore_index}"
+                f"target holds {int(bad[0])}; labels must be in [0, {classes}) "
+                f"or equal ignore_index={chosen.ignore_index}"
             )

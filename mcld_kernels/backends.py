@@ -71,8 +71,8 @@ def choose(name: str, student: Tensor, teacher: Tensor, teacher_grad: bool) -> s
 def preference(student: Tensor) -> tuple[str, ...]:
     """CUDA backends by expected speed for these logits (batch, classes).
 
-    No GPU has measured them against each other yet. Triton's kernels come first because its compiler is the better tested
-    of the two; "cuda" is taken where Triton is missing, or by name.
+    No GPU has measured them against each other yet. Triton's kernels come first because its compiler is the better
+    tested of the two; "cuda" is taken where Triton is missing, or by name.
     """
     return "triton", "cuda"
 

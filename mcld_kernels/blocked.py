@@ -1,7 +1,7 @@
-"""The "torch" backend: the one-pass algorithm of `pipeline` in plain PyTorch, a chunk of anchors at a time, on any device.
+"""The "torch" backend: the one-pass algorithm of `pipeline` in plain PyTorch, by chunks of anchors, on any device.
 
-A chunk's exponentials E (rows, m) are the only thing of the size of a similarity matrix; E is written by one product, changed in
-place, and read by a second. The float32 matmul precision holds for both, as for any torch.mm.
+A chunk's exponentials E (rows, m) are the only thing of the size of a similarity matrix; E is written by one product,
+changed in place, and read by a second. The float32 matmul precision holds for both, as for any torch.mm.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .arguments import Options
 from .labels import Labels
-from .pipeline import Contrast, Negatives, Unit, evaluate
+from .pipeline import Contrast, Negatives, Result, Unit, evaluate
 
 CHUNK_MB = {"cpu": 32, "cuda": 256}
 _OTHER_MB = 128
@@ -53,7 +54,9 @@ class TorchKernels:
             sums.index_put_((labels.rank,), x, accumulate=True)
         return sums.div_(counts.clamp(min=1)[:, None]).to(unit.matrix.dtype)
 
-    def positives(self, a: Unit, k: Unit, offset: int, means: Tensor | None, rank: Tensor | None) -> tuple[Tensor, Tensor]:
+    def positives(
+        self, a: Unit, k: Unit, offset: int, means: Tensor | None, rank: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         stat = a.inverse.dtype
         positive = torch.empty(a.n, dtype=stat, device=a.matrix.device)
         by_label = positive if means is None else torch.empty_like(positive)
@@ -190,7 +193,17 @@ def _add_mm(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a, b)
 
 
-def forward(student, teacher, target, weight, chosen, *, student_grad, teacher_grad):
+def forward(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    weight: Tensor | None,
+    chosen: Options,
+    *,
+    student_grad: bool,
+    teacher_grad: bool,
+) -> Result:
+    """Loss, terms and gradients of a non-empty batch: student, teacher (B, C), target (B,), weight (3,)."""
     return evaluate(
         TorchKernels(), student, teacher, target, weight, chosen, student_grad=student_grad, teacher_grad=teacher_grad
     )

@@ -53,24 +53,24 @@ def mcld_loss(
         )
 
     The formulas are a reconstruction of MCLD (Wang and Zhou, "Multi-perspective Contrastive Logit Distillation",
-    arXiv 2411.10693) from its published description; constants of the paper are not claimed. Cross-entropy with the labels
-    is the task's own loss and not part of this one.
+    arXiv 2411.10693) from its published description; constants of the paper are not claimed. Cross-entropy with the
+    labels is the task's own loss and not part of this one.
 
     Args:
         student: logits, (batch, classes), float16, bfloat16, float32 or float64, any strides.
-        teacher: logits of the same shape and device. Usually a constant; if it requires grad (mutual learning) it gets its
-            gradient, from backends "torch" and "reference". Logits of two dtypes are computed in the wider one.
+        teacher: logits of the same shape and device. Usually a constant; if it requires grad (mutual learning) it gets
+            its gradient, from backends "torch" and "reference". Logits of two dtypes are computed in the wider one.
         target: labels, (batch,), int64, in [0, classes) or ``ignore_index``. Needed by the sample-wise term,
             ``mask_same_class`` and ``present_only``.
         temperature: > 0; one for all terms, or three (instance, sample, category).
-        weight: (instance, sample, category), >= 0. A weight of 0 removes the term and its cost. A tensor of shape (3,) on
-            the logits' device costs all three terms, can change without recompiling, and gets its gradient.
+        weight: (instance, sample, category), >= 0. A weight of 0 removes the term and its cost. A tensor of shape (3,)
+            on the logits' device costs all three terms, can change without recompiling, and gets its gradient.
         direction: which side anchors the row terms: "student", "teacher", or "symmetric" (the mean of both).
         mask_same_class: for the instance-wise term, drop candidates with the anchor's label (other than its positive)
             from the denominator.
         present_only: for the category-wise term, only classes that occur in ``target`` are anchors.
-        ignore_index: label of rows without a class. They stay candidates and instance-wise anchors, but are no anchor of
-            the sample-wise term, are of the same class as no row, and do not make a class present.
+        ignore_index: label of rows without a class. They stay candidates and instance-wise anchors, but are no anchor
+            of the sample-wise term, are of the same class as no row, and do not make a class present.
         eps: a row or column with L2 norm <= eps has no direction: it is normalised to zeros and gets no gradient.
         backend: "auto" (the fastest that can run), "reference", "torch", "triton" or "cuda"; see
             :func:`mcld_kernels.backends.explain`. All give the same loss and gradient; only "reference" can be
@@ -78,9 +78,9 @@ def mcld_loss(
         process_group: reserved for the loss over a global batch; only None for now.
 
     Returns:
-        Tensor of shape (), float64 for float64 logits and float32 otherwise: statistics and sums are taken in that dtype.
-        The gradient has the logits' dtype. Products follow the logits' dtype, for float32 the float32 matmul precision
-        of torch; autocast does not change them. An empty batch, and a term without anchors, give 0.
+        Tensor of shape (), float64 for float64 logits and float32 otherwise: statistics and sums are taken in that
+        dtype. The gradient has the logits' dtype. Products follow the logits' dtype, for float32 the float32 matmul
+        precision of torch; autocast does not change them. An empty batch, and a term without anchors, give 0.
 
         NaN or infinite logits give NaN. A row whose sum of squares overflows counts as infinite.
 
@@ -123,8 +123,8 @@ def mcld_terms(
 ) -> MCLDTerms:
     """:func:`mcld_loss` and its parts: ``MCLDTerms(loss, instance, sample, category)``, each of shape ().
 
-    ``loss`` is what :func:`mcld_loss` returns, with its gradient; the three terms are unweighted and detached, for logging.
-    A term with weight 0 is not computed and reads 0. Arguments and errors as :func:`mcld_loss`.
+    ``loss`` is what :func:`mcld_loss` returns, with its gradient; the three terms are unweighted and detached, for
+    logging. A term with weight 0 is not computed and reads 0. Arguments and errors as :func:`mcld_loss`.
     """
     chosen, weights = arguments.options(
         temperature=temperature,

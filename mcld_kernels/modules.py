@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Real
 from typing import Any
 
 import torch
@@ -20,8 +19,8 @@ class MCLDLoss(nn.Module):
     Args:
         temperature, weight, direction, mask_same_class, present_only, ignore_index, eps, backend, process_group: as for
             :func:`mcld_kernels.mcld_loss`. ``weight`` as a tensor becomes a buffer, or a parameter if it is one.
-        warmup: epochs over which the category-wise term comes in: its weight is multiplied by ``min(epoch / warmup, 1)``.
-            0 means no warm-up. Tell the module the epoch with :meth:`set_epoch`.
+        warmup: epochs over which the category-wise term comes in: its weight is multiplied by ``min(epoch / warmup,
+            1)``. 0 means no warm-up. Tell the module the epoch with :meth:`set_epoch`.
 
     Shapes:
         student, teacher: (batch, classes); target: (batch,) int64; output: ().
@@ -54,7 +53,7 @@ class MCLDLoss(nn.Module):
         warmup: float = 0,
     ):
         super().__init__()
-        if isinstance(warmup, bool) or not isinstance(warmup, Real) or not math.isfinite(warmup) or warmup < 0:
+        if not arguments.is_number(warmup) or not math.isfinite(warmup) or warmup < 0:
             raise ValueError(f"warmup must be a finite number of epochs >= 0; got {warmup!r}")
         backends.check_name(backend)
         self.options, tensor = arguments.options(
@@ -77,7 +76,7 @@ class MCLDLoss(nn.Module):
 
     def set_epoch(self, epoch: float) -> None:
         """Set the epoch, counted from 0, fractions allowed, for the warm-up of the category-wise term."""
-        if isinstance(epoch, bool) or not isinstance(epoch, Real) or not math.isfinite(epoch) or epoch < 0:
+        if not arguments.is_number(epoch) or not math.isfinite(epoch) or epoch < 0:
             raise ValueError(f"epoch must be a finite number >= 0; got {epoch!r}")
         if self.warmup:
             self.ramp[2].fill_(min(float(epoch) / self.warmup, 1.0))

@@ -34,9 +34,10 @@ def mcld(
     student_grad: bool,
     teacher_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss (), terms (3,), and the gradients of the loss by student and teacher: (batch, classes), or (0,) if not wanted."""
+    """Loss (), terms (3,), gradients of the loss by student and teacher: (batch, classes), or (0,) if not wanted."""
     t, w = tuple(temperature), tuple(scale)
-    chosen = Options((t[0], t[1], t[2]), (w[0], w[1], w[2]), direction, mask_same_class, present_only, ignore_index, eps)
+    triples = (t[0], t[1], t[2]), (w[0], w[1], w[2])
+    chosen = Options(*triples, direction, mask_same_class, present_only, ignore_index, eps)
     name = backends.choose(backend, student, teacher, teacher_grad)
     if student.shape[0] == 0:
         return _like(student, teacher, student_grad, teacher_grad, torch.zeros)
@@ -115,7 +116,7 @@ class _MCLD(torch.autograd.Function):
         by_student, by_teacher, terms = ctx.saved_tensors
         student, teacher, weight = (
             (gradient * upstream).to(dtype) if wanted else None
-            for gradient, dtype, wanted in zip((by_student, by_teacher, terms), ctx.dtypes, ctx.wanted)
+            for gradient, dtype, wanted in zip((by_student, by_teacher, terms), ctx.dtypes, ctx.wanted, strict=True)
         )
         return student, teacher, None, weight, None, None, None, None
 

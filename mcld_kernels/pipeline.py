@@ -1,8 +1,9 @@
-r"""The one-pass algorithm: loss and gradient of all terms from a backend's kernels. The mathematics of every fast backend.
+r"""The one-pass algorithm of every fast backend: loss and gradient of all terms from that backend's kernels.
 
-InfoNCE of unit rows A (n, d), the anchors, against unit rows K (m, d), the candidates; the positive of anchor i is candidate
-i + offset, cosines are A_i . K_j and similarities a_ij = A_i . K_j / temperature. Everything is written for the *negatives*, the
-sum over the other candidates, because late in training the positive is close to 1 and differences with it cancel:
+InfoNCE of unit rows A (n, d), the anchors, against unit rows K (m, d), the candidates; the positive of anchor i is
+candidate i + offset, cosines are A_i . K_j and similarities a_ij = A_i . K_j / temperature. Everything is written for
+the *negatives*, the sum over the other candidates, because late in training the positive is close to 1 and differences
+with it cancel:
 
     off_i  = sum_{j != i+offset} exp(a_ij)                       log_off_i = log(off_i)
     L_i    = log(1 + off_i / exp(a_i,i+offset))                  = softplus(log_off_i - a_i,i+offset)
@@ -14,13 +15,13 @@ Label positives (the sample-wise term) share all of it; with M_c the mean of the
     L'_i   = L_i + a_i,i+offset - A_i . M_y(i) / temperature
     dL'_i/dA_i = dL_i/dA_i + (K_i+offset - M_y(i)) / temperature
 
-The gradient by the candidates is the transpose: dL/dK_j = sum_i w_i p_ij A_i / temperature less the positives. Both end in one
-step, `finish`, with per-row factors s, u, z (1 / temperature is in them), partner rows P and class means M:
+The gradient by the candidates is the transpose: dL/dK_j = sum_i w_i p_ij A_i / temperature less the positives. Both end
+in one step, `finish`, with per-row factors s, u, z (1 / temperature is in them), partner rows P and class means M:
 
     g = s G - u P + z (P - M);      d(loss)/dX = (g - (g . x) x) / ||X||
 
-The category-wise term is the same on the transposed logits. With a frozen teacher that is 4 n m d flop, and no matrix larger
-than a chunk of rows is ever held.
+The category-wise term is the same on the transposed logits. With a frozen teacher that is 4 n m d flop, and no matrix
+larger than a chunk of rows is ever held.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import labels as labelling
@@ -64,7 +64,7 @@ class Contrast(NamedTuple):
 
 
 class Kernels(Protocol):
-    """What a backend provides. All tensors are on one device; nothing here may synchronise with it or write an input."""
+    """What a backend provides. All tensors are on one device; nothing may synchronise with it or write an input."""
 
     def operand_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype in which products of logits of ``dtype`` take their operands."""
@@ -75,8 +75,10 @@ class Kernels(Protocol):
     def class_means(self, unit: Unit, labels: Labels, counts: Tensor) -> Tensor:
         """Sum of the rows of each rank divided by ``counts`` (ranks,): (ranks, >= d), operand dtype."""
 
-    def positives(self, a: Unit, k: Unit, offset: int, means: Tensor | None, rank: Tensor | None) -> tuple[Tensor, Tensor]:
-        """A_i . K_(i+offset) and, given means, A_i . M_rank(i) (else a copy of the first): (n,), (n,), statistics dtype."""
+    def positives(
+        self, a: Unit, k: Unit, offset: int, means: Tensor | None, rank: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """A_i . K_(i+offset) and, given means, A_i . M_rank(i) (else the first again): (n,), (n,), statistics dtype."""
 
     def contrast(
         self,
@@ -119,8 +121,8 @@ class Kernels(Protocol):
     ) -> None:
         """Write (or add) the gradient of `rows` of the logits into ``out`` (n, d), a view of any strides and dtype.
 
-        g = s product - u P + z (P - M), per row; then through the normalisation. product: (rows, >= d); s, u, z: (rows,);
-        P of row r is row r + shift of partner, zeros where there is none; M of row r is row rank[r] of means.
+        g = s product - u P + z (P - M), per row; then through the normalisation. product: (rows, >= d); s, u, z:
+        (rows,); P of row r is row r + shift of partner, zeros where there is none; M of row r is row rank[r] of means.
         """
 
 
@@ -241,7 +243,9 @@ class _Share(NamedTuple):
 class _Anchors:
     """The anchors' part of a contrast: positives, per-anchor weights, and what follows once log_off is known."""
 
-    def __init__(self, run: _Run, anchors: _Side, candidates: _Side, offset: int, temperature: float, shares: list[_Share]):
+    def __init__(
+        self, run: _Run, anchors: _Side, candidates: _Side, offset: int, temperature: float, shares: list[_Share]
+    ):
         self.run, self.side, self.candidates = run, anchors, candidates
         self.offset, self.temperature, self.shares = offset, temperature, shares
         self.means = self.rank = self.z = None
@@ -255,7 +259,8 @@ class _Anchors:
         self.positive, self.label_positive = run.kernels.positives(
             anchors.unit, candidates.unit, offset, self.means, self.rank
         )  # (n,) cosines
-        self.weight = sum(run.weigh(share.term, share.over(anchors.unit)) for share in shares)  # (n,)
+        weights = [run.weigh(share.term, share.over(anchors.unit)) for share in shares]
+        self.weight = weights[0] if len(weights) == 1 else weights[0] + weights[1]  # (n,)
 
     def u(self, rows: slice, log_off: Tensor) -> Tensor:
         """weight q / temperature, of shape (rows,)."""
@@ -322,7 +327,7 @@ def _contrast(
 
 
 def _finish_candidates(forward: _Anchors, backward: _Anchors | None, sums: Contrast) -> None:
-    """Finish the gradient by the candidates, and with it that of the reverse direction, in which they are the anchors."""
+    """Finish the gradient by the candidates and, with it, that of the reverse direction, whose anchors they are."""
     run, anchors, candidates, temperature = forward.run, forward.side, forward.candidates, forward.temperature
     everything = slice(0, candidates.unit.n)
     product = sums.candidate
@@ -344,7 +349,7 @@ def _finish_candidates(forward: _Anchors, backward: _Anchors | None, sums: Contr
         product.addcmul_(sums.reverse.product, (u_reverse * sums.reverse.scale)[:, None])
         s, u = torch.ones_like(u), u + u_reverse
         # Both directions pull towards the same partner and the same class means: those of the anchors' side.
-        z = None if z is None else z + backward.z
+        z = None if z is None or backward.z is None else z + backward.z
     gradient = candidates.gradient
     run.kernels.finish(
         gradient.view, candidates.unit, everything, product, s, u, z,
@@ -356,8 +361,8 @@ def _finish_candidates(forward: _Anchors, backward: _Anchors | None, sums: Contr
 def _category(
     run: _Run, student: Tensor, teacher: Tensor, labels: Labels | None, gradients: tuple[Gradient, Gradient]
 ) -> None:
-    sides = []
-    for logits, gradient in zip((student, teacher), gradients):
+    sides: list[_Side] = []
+    for logits, gradient in zip((student, teacher), gradients, strict=True):
         gradient.columns = True
         sides.append(_Side(run.kernels.normalise(logits.T, run.operand, run.chosen.eps), gradient))
     if run.chosen.present_only:
@@ -365,7 +370,7 @@ def _category(
         share = _Share(2, labels.poison / labels.present.sum().clamp(min=1), labels.present)
     else:
         share = _Share(2, run.terms.new_full((), 1 / student.shape[1]))
-    _contrast(run, *sides, 0, run.chosen.temperature[2], [share])
+    _contrast(run, sides[0], sides[1], 0, run.chosen.temperature[2], [share])
 
 
 def _rows(
@@ -377,7 +382,7 @@ def _rows(
 ) -> None:
     chosen, kernels = run.chosen, run.kernels
     sides = []
-    for x, described, gradient in zip(logits, labels, gradients):
+    for x, described, gradient in zip(logits, labels, gradients, strict=True):
         gradient.columns = False
         sides.append(_Side(kernels.normalise(x, run.operand, chosen.eps), gradient, described))
     student, teacher = sides

@@ -1,7 +1,7 @@
 """The equations in eager PyTorch: the oracle that every kernel is compared with.
 
-``S``, ``T``: student and teacher logits, (B, C). ``rn`` divides every row by its L2 norm, ``cn`` every column. One primitive,
-InfoNCE of anchors A (n, d) against candidates K (m, d) with similarities a_ij = A_i . K_j / temperature:
+``S``, ``T``: student and teacher logits, (B, C). ``rn`` divides every row by its L2 norm, ``cn`` every column. One
+primitive, InfoNCE of anchors A (n, d) against candidates K (m, d) with similarities a_ij = A_i . K_j / temperature:
 
     L_i = logsumexp_j(a_ij) - positive_i
 
@@ -9,9 +9,10 @@ instance-wise: A = rn(S), K = rn(T), positive_i = a_ii;
 sample-wise:   A = rn(S), K = rn(T), positive_i = mean of a_ij over the teacher rows j of the anchor's label;
 category-wise: A = cn(S)^T, K = cn(T)^T, positive_k = a_kk.
 
-A reconstruction of Multi-perspective Contrastive Logit Distillation (Wang and Zhou, arXiv 2411.10693) from its published
-description. Every matrix is materialised and the gradient is autograd's, of any order. Run it on fp64 logits for the truth;
-on fp16 or bf16 logits it is what eager PyTorch gives at that dtype (operands and products in it, all statistics in fp32).
+A reconstruction of Multi-perspective Contrastive Logit Distillation (Wang and Zhou, arXiv 2411.10693) from its
+published description. Every matrix is materialised and the gradient is autograd's, of any order. Run it on fp64 logits
+for the truth; on fp16 or bf16 logits it is what eager PyTorch gives at that dtype (operands and products in it, all
+statistics in fp32).
 """
 
 from __future__ import annotations
@@ -85,7 +86,9 @@ def mcld_terms(
     return evaluate(student, teacher, target, weights, chosen)
 
 
-def evaluate(student: Tensor, teacher: Tensor, target: Tensor | None, weight: Tensor | None, chosen: Options) -> MCLDTerms:
+def evaluate(
+    student: Tensor, teacher: Tensor, target: Tensor | None, weight: Tensor | None, chosen: Options
+) -> MCLDTerms:
     """The loss and its terms for arguments that are already checked."""
     dtype = torch.promote_types(student.dtype, teacher.dtype)
     stat = arguments.stat_dtype(dtype)
@@ -112,18 +115,14 @@ class _Labels:
     """The labels of a batch, and which of them count."""
 
     def __init__(self, target: Tensor | None, ignore_index: int, classes: int):
-        self.target, self.classes = target, classes
         if target is not None:
             self.valid = target != ignore_index  # (B,)
             bad = self.valid & ((target < 0) | (target >= classes))
             # On the CPU a bad label has already raised; elsewhere it turns the mean over the anchors into NaN.
             self.poison = torch.where(bad.any(), torch.nan, 1.0)
             self.same = (target[:, None] == target[None, :]) & self.valid[:, None]  # (B, B)
-
-    def present(self) -> Tensor:
-        """Which classes occur, (C,)."""
-        kinds = torch.arange(self.classes, device=self.target.device)
-        return ((self.target[:, None] == kinds) & self.valid[:, None]).any(0)
+            kinds = torch.arange(classes, device=target.device)
+            self.present = ((target[:, None] == kinds) & self.valid[:, None]).any(0)  # (C,) which classes occur
 
 
 def unit_rows(x: Tensor, eps: float) -> Tensor:
@@ -140,7 +139,7 @@ def similarities(anchors: Tensor, candidates: Tensor, dtype: torch.dtype, temper
 
 
 def _both(direction: str, a: Tensor, of: Any) -> Tensor:
-    """The term ``of(matrix)`` with student anchors (rows of ``a``), teacher anchors (its columns), or the mean of both."""
+    """The term ``of(matrix)`` with student anchors (rows of a), teacher anchors (its columns), or the mean of both."""
     if direction == "student":
         return of(a)
     if direction == "teacher":
@@ -159,9 +158,7 @@ def instance(s: Tensor, t: Tensor, labels: _Labels, dtype: torch.dtype, chosen: 
     if not chosen.mask_same_class:
         return _both(chosen.direction, a, lambda m: (m.logsumexp(1) - m.diagonal()).mean())
     dropped = labels.same.clone().fill_diagonal_(False)
-    term = _both(
-        chosen.direction, a, lambda m: (m.masked_fill(dropped, -torch.inf).logsumexp(1) - m.diagonal()).mean()
-    )
+    term = _both(chosen.direction, a, lambda m: (m.masked_fill(dropped, -torch.inf).logsumexp(1) - m.diagonal()).mean())
     return term * labels.poison
 
 
@@ -183,4 +180,4 @@ def category(s: Tensor, t: Tensor, labels: _Labels, dtype: torch.dtype, chosen: 
     per_class = a.logsumexp(1) - a.diagonal()
     if not chosen.present_only:
         return per_class.mean()
-    return _mean(per_class, labels.present()) * labels.poison
+    return _mean(per_class, labels.present) * labels.poison
