@@ -38,7 +38,7 @@ NVCC_WHEELS = [f"nvidia-{part}==13.0.*" for part in ("cuda-nvcc", "cuda-crt", "n
 NO_NVCC = (
     "no nvcc was found when the module was built (CUDACXX, CUDA_HOME, CUDA_PATH, PATH, the nvidia-cuda-nvcc wheel). "
     "Put a CUDA toolkit's bin folder on the PATH, or "
-    "set MCLD_BUILD_CUDA=1 to have the compiler fetched from PyPI, and install again."
+    "set MCLD_BUILD_CUDA=1 for pip to fetch the compiler from PyPI, and install again."
 )
 NO_CXX = (
     "no C++ compiler was found (CXX, c++, g++, clang++). "
@@ -263,6 +263,8 @@ class CMakeBuild(build_ext):
         for command in (configure, build):
             done = subprocess.run(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             print(done.stdout, flush=True)
+            with (folder / "build.log").open("a") as log:  # registers and spills of every kernel, for .ci/check_cuda.py
+                log.write(done.stdout)
             if done.returncode:
                 raise BuildError(
                     "the build of the compiled module failed. Correct what is reported here and install again with "
@@ -272,12 +274,14 @@ class CMakeBuild(build_ext):
 
 def cuda_wheels() -> list[str]:
     """The compiler from PyPI, as a build requirement, when CUDA was asked for and none is here."""
-    return NVCC_WHEELS if cuda_mode() == "on" and find_nvcc() is None else []
+    return NVCC_WHEELS if cuda_mode() == "on" and find_cxx() and find_nvcc() is None else []
 
 
 if __name__ == "__main__":
     try:
-        requirements = cuda_wheels()
+        # Requirements are for a frontend such as pip to install. Run by hand, setuptools would fetch them itself, as
+        # eggs that lie apart, which the compiler's parts cannot.
+        requirements = [] if Path(sys.argv[0]).name == "setup.py" else cuda_wheels()
     except BuildError as error:
         raise SystemExit(f"\nmcld_kernels: {error}\n") from None
     setup(

@@ -1,0 +1,100 @@
+"""Checks a CUDA build without a GPU: no kernel spills or uses a stack, and the Hopper kernels hold wgmma.
+
+    python .ci/check_cuda.py build/cmake-cpython-311-cuda
+
+reads ``build.log`` of that folder (what ``ptxas -v`` said) and the module itself, through cuobjdump and nvdisasm, of
+Triton's wheel or of the PATH.
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+
+def tool(name: str) -> str:
+    import triton
+
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    found = shutil.which(name, path=f"{folder}{os.pathsep}{os.environ['PATH']}")
+    if not found:
+        raise SystemExit(f"{name} was found neither in Triton's wheel nor on the PATH")
+    return found
+
+
+def ptxas_report(log: str) -> list[tuple[str, str, int]]:
+    """(kernel, architecture, bytes of stack and spills) of every entry in a log of ``ptxas -v``.
+
+    ptxas names the entry, then prints its stack frame and spills on a line of their own.
+    """
+    report, entry = [], ("?", "?")
+    for line in log.splitlines():
+        if compiling := re.search(r"Compiling entry function '(\S+)' for '(\S+)'", line):
+            entry = compiling[1], compiling[2]
+        elif "bytes stack frame" in line:
+            report.append((*entry, sum(map(int, re.findall(r"(\d+) bytes", line)))))
+    return report
+
+
+def resource_report(module: Path) -> list[tuple[str, str, int]]:
+    """The same from the finished module: stack and local memory of every kernel, whatever log there is."""
+    text = subprocess.run(
+        [tool("cuobjdump"), "--dump-resource-usage", str(module)], capture_output=True, text=True, check=True
+    ).stdout
+    report, arch = [], "?"
+    name = "?"
+    for line in text.splitlines():
+        if found := re.search(r"arch = (sm_\w+)", line):
+            arch = found[1]
+        elif found := re.search(r"Function (\S+?):", line):
+            name = found[1]
+        if found := re.search(r"STACK:(\d+).*?LOCAL:(\d+)", line):
+            report.append((name, arch, int(found[1]) + int(found[2])))
+    return report
+
+
+def count_wgmma(module: Path) -> dict[str, int]:
+    """Number of HGMMA instructions in each sm_90a kernel whose name says hopper."""
+    environ = dict(os.environ, PATH=f"{Path(tool('nvdisasm')).parent}{os.pathsep}{os.environ['PATH']}")
+    sass = subprocess.run(
+        [tool("cuobjdump"), "-sass", "-arch", "sm_90a", str(module)],
+        capture_output=True, text=True, check=True, env=environ,
+    ).stdout  # fmt: skip
+    counts: dict[str, int] = collections.defaultdict(int)
+    name = "?"
+    for line in sass.splitlines():
+        if found := re.search(r"Function : (\S+)", line):
+            name = found[1]
+        elif "hopper" in name:
+            counts[name] += "HGMMA" in line
+    return dict(counts)
+
+
+def main(folder: Path) -> int:
+    log = (folder / "build.log").read_text()
+    # Ninja forgets nothing: the cache names where it put the module.
+    cache = (folder / "CMakeCache.txt").read_text()
+    output = re.search(r"^MCLD_OUTPUT_DIR:\w+=(.*)$", cache, re.MULTILINE)[1]
+    module = next(Path(output).glob("_C*.so"))
+
+    failures = []
+    for source, report in (("ptxas", ptxas_report(log)), ("module", resource_report(module))):
+        kernels = collections.Counter(arch for _, arch, _ in report)
+        print(f"{source}: kernels by architecture {dict(sorted(kernels.items()))}")
+        failures += [
+            f"{source}: {name} for {arch} has {size} bytes of stack and spills" for name, arch, size in report if size
+        ]
+    wgmma = count_wgmma(module)
+    print(f"wgmma: {sum(wgmma.values())} instructions in {len(wgmma)} Hopper kernels")
+    failures += [f"{name} holds no wgmma instruction" for name, count in wgmma.items() if not count]
+    print(*failures, sep="\n")
+    return bool(failures)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
