@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from . import __version__, backends
+from . import __version__, backends, compiled
 
 VARIABLES = {
     "MCLD_CHUNK_MB": "MiB that a chunk of exponentials may take (default 32 on CPU, 256 on CUDA)",
@@ -58,10 +57,9 @@ def _backends() -> dict[str, str]:
 
 
 def _compiled() -> dict[str, str]:
-    try:
-        module = importlib.import_module("mcld_kernels._C")
-    except ImportError as error:
-        return {"mcld_kernels._C": f"not built ({error})"}
+    module, reason = compiled.load()
+    if module is None:
+        return {"mcld_kernels._C": f"not built: {reason}"}
     return {name: str(value) for name, value in module.info().items()}
 
 
