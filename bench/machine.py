@@ -1,0 +1,113 @@
+"""Where a measurement was taken: hardware, versions, commit, and what the hardware reaches at its best.
+
+No host name and no path is recorded: results are published.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+_PACKAGES = ("torch", "triton", "numpy", "info-nce-pytorch", "pytorch-metric-learning", "inf-cl")
+
+
+def describe(device: torch.device) -> dict[str, object]:
+    """The machine in a few plain values."""
+    found: dict[str, object] = {
+        "device": device.type,
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "cores": psutil.cpu_count(logical=False),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "load_1min": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {
+            "gpu": properties.name,
+            "compute_capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "driver": _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+            "clocks_power": _run(
+                "nvidia-smi", "--query-gpu=clocks.max.sm,clocks.sm,power.limit", "--format=csv,noheader"
+            ),
+        }
+    return found
+
+
+def versions() -> dict[str, str | None]:
+    """Python, the packages that are compared, and this package."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    found["torch"] = torch.__version__
+    import mcld_kernels
+
+    found["mcld_kernels"] = getattr(mcld_kernels, "__version__", None)
+    return found
+
+
+def commit() -> dict[str, object]:
+    """The commit of the working tree and whether files differ from it; None where there is no git history."""
+    revision = _run("git", "-C", str(ROOT), "rev-parse", "HEAD")
+    if not revision:
+        return {"commit": None, "dirty": None}
+    changed = _run("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
+    return {"commit": revision, "dirty": bool(changed)}
+
+
+def _run(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or "unknown"
+
+
+# Large enough for a library to reach its best, small enough to be repeated in every round.
+GEMM_SIZE = {"cpu": 1536, "cuda": 8192}
+
+
+def gemm(dtype: torch.dtype, device: torch.device) -> tuple[Callable[[], torch.Tensor], int]:
+    """A square product of random matrices as a step, and its flop count: the ceiling of what is measured."""
+    size = GEMM_SIZE.get(device.type, 2048)
+    if device.type == "cpu" and dtype == torch.float16:
+        size = 256  # CPUs without fp16 arithmetic take minutes for more
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(size, size, generator=generator, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return lambda: torch.mm(a, b, out=out), 2 * size**3
+
+
+def copy(device: torch.device) -> tuple[Callable[[], torch.Tensor], int]:
+    """A copy from memory to memory as a step, and the bytes it reads and writes."""
+    size = (1 << 30) if device.type == "cuda" else (256 << 20)
+    source = torch.ones(size // 4, device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source), 2 * size

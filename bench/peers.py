@@ -1,0 +1,62 @@
+"""Public implementations to stand beside, where they are installed; a missing one is named, not hidden.
+
+All of them compute the instance-wise term alone (InfoNCE with diagonal positives).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Peer:
+    name: str
+    module: str
+    what: str
+    build: Callable[[float], Callable[[Tensor, Tensor], Tensor]]  # temperature -> loss(student, teacher)
+    matrices: float  # (B, B) fp32 matrices it holds at its peak, about
+    cuda_only: bool = False
+
+
+def _info_nce(temperature: float) -> Callable[[Tensor, Tensor], Tensor]:
+    from info_nce import InfoNCE
+
+    return InfoNCE(temperature=temperature, negative_mode="unpaired")
+
+
+def _metric_learning(temperature: float) -> Callable[[Tensor, Tensor], Tensor]:
+    from pytorch_metric_learning.losses import NTXentLoss
+
+    loss = NTXentLoss(temperature=temperature)
+
+    def apply(student: Tensor, teacher: Tensor) -> Tensor:
+        labels = torch.arange(student.shape[0], device=student.device)
+        return loss(student, labels, ref_emb=teacher, ref_labels=labels)
+
+    return apply
+
+
+def _inf_cl(temperature: float) -> Callable[[Tensor, Tensor], Tensor]:
+    from inf_cl import cal_flash_loss
+
+    def apply(student: Tensor, teacher: Tensor) -> Tensor:
+        # It works on heads of 256 columns in fp32; zero columns change no similarity.
+        pad = -student.shape[1] % 256
+        q = F.pad(F.normalize(student.float()), (0, pad))
+        k = F.pad(F.normalize(teacher.float()), (0, pad))
+        return cal_flash_loss(q, k, scale=1 / temperature).mean()
+
+    return apply
+
+
+PEERS = (
+    Peer("inf-cl", "inf_cl", "Inf-CL's Triton kernels (github.com/DAMO-NLP-SG/Inf-CLIP)", _inf_cl, 0.0, cuda_only=True),
+    Peer("info-nce", "info_nce", "info-nce-pytorch, eager", _info_nce, 5.0),
+    # Its pair indices are int64 and as many as the matrix has entries.
+    Peer("metric-learning", "pytorch_metric_learning", "NTXentLoss of pytorch-metric-learning", _metric_learning, 16.0),
+)
