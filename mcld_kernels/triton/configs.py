@@ -1,0 +1,140 @@
+"""Launch configurations: block sizes, warps and pipeline stages by architecture, kernel, operand and depth.
+
+The figures were chosen from compile reports (registers, no spills, shared memory, tensor-core instructions) for
+sm_80, sm_90 and sm_100 with Triton 3.6.0 and 3.7.1. None of them has been measured on a GPU yet. The tables hold for
+every launch, so a cold start tunes nothing; MCLD_AUTOTUNE=1 times the alternatives of the two large kernels instead
+(never in the interpreter).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+
+# Deepest row, after padding, that the flash kernel takes, by operand: its tiles and accumulator are that wide.
+FLASH_DEPTH = {torch.float16: 256, torch.bfloat16: 256, torch.float32: 128, torch.float64: 256}
+
+# The longest row that `finish` holds in registers, and the least part of a longer one that a program sums.
+_WHOLE_ROW = 2048
+_LEAST_SPAN = 512
+_MOST_SPLITS = 64
+
+
+class Launch(NamedTuple):
+    block_m: int
+    block_n: int
+    block_k: int = 0
+    warps: int = 4
+    stages: int = 2
+
+
+def architecture(device: torch.device) -> int:
+    """8 (Ampere, Ada), 9 (Hopper), 10 and above (Blackwell); 0 for the interpreter."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+
+
+# (architecture, kind of operand, depth): tiles of the flash kernel. Kinds: "half", "tf32", "tf32x3".
+FLASH = {
+    (8, "half", 32): Launch(128, 128, warps=4, stages=3),
+    (8, "half", 64): Launch(128, 64, warps=4, stages=3),
+    (8, "half", 128): Launch(128, 64, warps=8, stages=3),
+    (8, "half", 256): Launch(64, 32, warps=4, stages=2),
+    (9, "half", 32): Launch(128, 128, warps=8, stages=3),
+    (9, "half", 64): Launch(128, 128, warps=8, stages=3),
+    (9, "half", 128): Launch(128, 128, warps=8, stages=2),
+    (9, "half", 256): Launch(128, 64, warps=8, stages=2),
+}
+FLASH_TF32 = {
+    32: Launch(64, 64, warps=4, stages=2),
+    64: Launch(64, 32, warps=4, stages=2),
+    128: Launch(64, 32, warps=8, stages=2),
+}
+
+# (architecture, kind of operand): tiles of the first and the second product of long rows.
+EXPONENTIALS = {
+    (8, "half"): Launch(128, 128, 32, warps=8, stages=4),
+    (9, "half"): Launch(128, 128, 64, warps=8, stages=4),
+    (8, "tf32"): Launch(128, 128, 32, warps=8, stages=3),
+    (9, "tf32"): Launch(128, 128, 32, warps=8, stages=3),
+    (8, "tf32x3"): Launch(128, 64, 32, warps=8, stages=3),
+    (9, "tf32x3"): Launch(128, 64, 32, warps=8, stages=3),
+}
+MATMUL = EXPONENTIALS
+
+# CPU tensors: the interpreter's time goes by the operation, not by the element.
+INTERPRETED = Launch(128, 128, 128)
+
+
+def _kind(dtype: torch.dtype, precision: str) -> str:
+    return precision if dtype == torch.float32 else "half"
+
+
+def _generation(device: torch.device) -> int:
+    """The architecture whose table rows hold."""
+    return 8 if architecture(device) < 9 else 9
+
+
+def flash(device: torch.device, dtype: torch.dtype, precision: str, depth: int) -> Launch:
+    if architecture(device) == 0:
+        return INTERPRETED
+    kind = _kind(dtype, precision)
+    return FLASH[_generation(device), kind, depth] if kind == "half" else FLASH_TF32[depth]
+
+
+def exponentials(device: torch.device, dtype: torch.dtype, precision: str, depth: int) -> Launch:
+    return INTERPRETED if architecture(device) == 0 else EXPONENTIALS[_generation(device), _kind(dtype, precision)]
+
+
+def matmul(device: torch.device, dtype: torch.dtype, precision: str) -> Launch:
+    return INTERPRETED if architecture(device) == 0 else MATMUL[_generation(device), _kind(dtype, precision)]
+
+
+def library_product(dtype: torch.dtype, precision: str, device: torch.device) -> bool:
+    """Whether torch.mm is the choice for the second product: on a GPU, unless fp32 must be as accurate as IEEE's."""
+    return device.type == "cuda" and precision != "tf32x3"
+
+
+def rows(device: torch.device, depth: int) -> Launch:
+    """Kernels that pass along rows that are contiguous."""
+    if architecture(device) == 0:
+        return INTERPRETED
+    return Launch(8, 128, warps=4) if depth <= 256 else Launch(4, 512, warps=4)
+
+
+def columns(device: torch.device) -> Launch:
+    """Kernels that read or write through a transposed view: neighbours in memory are rows."""
+    return INTERPRETED if architecture(device) == 0 else Launch(64, 32, warps=4)
+
+
+def classes(device: torch.device, depth: int) -> Launch:
+    return INTERPRETED if architecture(device) == 0 else Launch(16, 128, warps=4)
+
+
+def sums(device: torch.device) -> Launch:
+    """block_m rows by block_n tiles."""
+    return INTERPRETED if architecture(device) == 0 else Launch(32, 32, warps=4)
+
+
+def fits_a_row(d: int) -> bool:
+    return d <= _WHOLE_ROW
+
+
+def whole_rows(device: torch.device, d: int) -> Launch:
+    """Rows of a tile that holds them whole: block_n >= d."""
+    block = max(32, triton.next_power_of_2(d))
+    if architecture(device) == 0:
+        return Launch(INTERPRETED.block_m, block)
+    return Launch(max(1, 1024 // block), block, warps=4 if block <= 1024 else 8)
+
+
+def span(d: int, block: int) -> int:
+    """Columns that a program sums, a multiple of ``block``. By the shape alone, so that a run repeats bitwise."""
+    least = max(_LEAST_SPAN, -(-d // _MOST_SPLITS))
+    return -(-least // block) * block
+
+
+def chunk_rows(rows: int, row_bytes: int, budget: int, multiple: int) -> int:
+    """Rows of exponentials within ``budget`` bytes: a multiple of ``multiple``, at least one and at most ``rows``."""
+    return min(rows, max(1, budget // (row_bytes * multiple)) * multiple)
