@@ -33,9 +33,21 @@ def chunk_bytes(device: torch.device) -> int:
 
 
 class TorchKernels:
-    """`pipeline.Kernels` in torch operations."""
+    """`pipeline.Kernels` in torch operations.
+
+    fast_fp16, fast_bf16: whether the device multiplies them natively. Where it does not, fp16 logits take fp32 operands
+    (a CPU is hundreds of times slower at fp16 products); where it does, fp32 logits at float32 matmul precision
+    "medium" take bf16 operands.
+    """
+
+    def __init__(self, fast_fp16: bool = False, fast_bf16: bool = False):
+        self.fast_fp16, self.fast_bf16 = fast_fp16, fast_bf16
 
     def operand_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        if dtype == torch.float16 and not self.fast_fp16:
+            return torch.float32
+        if dtype == torch.float32 and self.fast_bf16 and torch.get_float32_matmul_precision() == "medium":
+            return torch.bfloat16
         return dtype
 
     def normalise(self, x: Tensor, dtype: torch.dtype, eps: float) -> Unit:
@@ -193,6 +205,13 @@ def _add_mm(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a, b)
 
 
+def _fast_bf16(device: torch.device) -> bool:
+    if device.type == "cpu":
+        probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+        return any(probe is not None and probe() for probe in probes)
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def forward(
     student: Tensor,
     teacher: Tensor,
@@ -204,8 +223,9 @@ def forward(
     teacher_grad: bool,
 ) -> Result:
     """Loss, terms and gradients of a non-empty batch: student, teacher (B, C), target (B,), weight (3,)."""
+    kernels = TorchKernels(student.device.type != "cpu", _fast_bf16(student.device))
     return evaluate(
-        TorchKernels(), student, teacher, target, weight, chosen, student_grad=student_grad, teacher_grad=teacher_grad
+        kernels, student, teacher, target, weight, chosen, student_grad=student_grad, teacher_grad=teacher_grad
     )
 
 

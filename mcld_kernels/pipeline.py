@@ -216,7 +216,8 @@ class _Run(NamedTuple):
     terms: Tensor  # (3,), filled term by term
 
     def weigh(self, term: int, value: Tensor) -> Tensor:
-        value = value * self.chosen.scale[term]
+        if self.chosen.scale[term] != 1:
+            value = value * self.chosen.scale[term]
         return value if self.weights is None else value * self.weights[term].to(self.stat)
 
 
