@@ -1,0 +1,74 @@
+"""What every test relies on: the interpreter, threads, the gpu mark, hypothesis, and fixtures."""
+
+import os
+
+import torch
+
+# Triton reads this when its kernels are defined, so it must be set before anything imports triton.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+# Each worker of pytest-xdist would otherwise start a thread for every core.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# The same examples in every run; `--hypothesis-profile=explore` draws new ones.
+_COMMON = {"deadline": None, "database": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("fixed", derandomize=True, **_COMMON)
+settings.register_profile("explore", max_examples=1000, **_COMMON)
+settings.load_profile("fixed")
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="no CUDA device: torch.cuda.is_available() is False")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+def _poisoned(make):
+    def poisoned(*args, **kwargs):
+        made = make(*args, **kwargs)
+        # Fake and meta tensors hold nothing to poison.
+        if made.device.type == "meta" or type(made) is not torch.Tensor:
+            return made
+        with torch.no_grad():
+            if made.is_floating_point():
+                made.fill_(torch.nan)
+            elif made.dtype != torch.bool:
+                made.fill_(torch.iinfo(made.dtype).max)
+        return made
+
+    return poisoned
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Fill what torch.empty and its kin return with NaN (integers: their maximum): an element nobody writes shows."""
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
+    for name in ("new_empty", "new_empty_strided"):
+        monkeypatch.setattr(torch.Tensor, name, _poisoned(getattr(torch.Tensor, name)))
+
+
+@pytest.fixture
+def matmul_precision():
+    """A setter of the float32 matmul precision that is undone after the test."""
+    before = torch.get_float32_matmul_precision()
+    yield torch.set_float32_matmul_precision
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """A function that lets a chunk hold ``rows`` rows of ``columns`` exponentials: small inputs then take several."""
+    from mcld_kernels import blocked
+
+    def set_rows(rows, columns, itemsize=4):
+        monkeypatch.setattr(blocked, "chunk_bytes", lambda device: rows * columns * itemsize)
+
+    return set_rows

@@ -1,0 +1,459 @@
+"""Every fast backend against the fp64 reference: options, dtypes, shapes, kinds of logits; and how a backend is chosen.
+
+On the CPU this is the "torch" backend; the interpreted Triton kernels and the host build of the CUDA kernels have files
+of their own. With a GPU the same grid runs every backend there.
+"""
+
+import os
+import subprocess
+import sys
+
+import loops
+import pytest
+import torch
+from cases import DTYPES, KINDS, WEIGHT, check, labels, logits, run, short, truth
+
+import mcld_kernels
+from mcld_kernels import arguments, backends, blocked, pipeline
+
+GPU = pytest.mark.gpu
+RUNS = [
+    pytest.param(("torch", "cpu"), id="torch-cpu"),
+    *(pytest.param((name, "cuda"), id=f"{name}-cuda", marks=GPU) for name in ("torch", "triton", "cuda")),
+]
+
+
+@pytest.fixture(params=RUNS)
+def where(request):
+    """(backend, device)."""
+    name, device = request.param
+    if (why := backends.unavailable(name)) is not None:
+        pytest.skip(f"backend {name!r}: {why}")
+    return name, device
+
+
+def skip_if_it_cannot(where, dtype):
+    name, device = where
+    x = torch.zeros(2, 2, dtype=dtype, device=device)
+    if (why := backends.reason(name, x, x, False)) is not None:
+        pytest.skip(f"backend {name!r}: {why}")
+
+
+OPTIONS = {
+    "default": {},
+    "temperatures": {"temperature": (0.07, 0.5, 0.2)},
+    "teacher": {"direction": "teacher"},
+    "symmetric": {"direction": "symmetric"},
+    "mask": {"mask_same_class": True},
+    "mask-teacher": {"mask_same_class": True, "direction": "teacher"},
+    "mask-symmetric": {"mask_same_class": True, "direction": "symmetric", "temperature": (0.1, 0.2, 0.3)},
+    "present": {"present_only": True},
+    "ignored": {"ignored": 0.4, "mask_same_class": True, "present_only": True},
+    "instance": {"weight": (1.0, 0.0, 0.0)},
+    "sample": {"weight": (0.0, 1.0, 0.0), "ignored": 0.3},
+    "category": {"weight": (0.0, 0.0, 1.0)},
+    "sample-symmetric": {"weight": (0.0, 1.0, 0.0), "direction": "symmetric"},
+    # Below 0.023 the shift by 1 / temperature leaves fp32's range and the online maximum takes over.
+    "0.02": {"temperature": 0.02},
+    "0.01-symmetric": {"temperature": 0.01, "direction": "symmetric"},
+    "0.005-mask": {"temperature": 0.005, "mask_same_class": True},
+}
+
+# One row or class, fewer than a tile, primes on either side of one, past two tiles, and d on either side of 256, where
+# algorithms change.
+SHAPES = [(1, 1), (1, 5), (5, 1), (2, 3), (31, 17), (67, 101), (127, 129), (129, 127), (65, 257), (37, 521), (257, 31)]
+
+
+@pytest.mark.usefixtures("poison")
+class TestAgainstTheTruth:
+    @pytest.mark.parametrize("dtype", DTYPES, ids=short)
+    @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+    @pytest.mark.parametrize("shape", [(61, 23), (29, 70)], ids=str)
+    def test_options(self, shape, options, dtype, where):
+        skip_if_it_cannot(where, dtype)
+        check(*where, "random", *shape, dtype, **options)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=short)
+    @pytest.mark.parametrize(
+        "options", [{}, {"direction": "symmetric", "mask_same_class": True}], ids=["default", "both"]
+    )
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    def test_shapes(self, shape, options, dtype, where):
+        skip_if_it_cannot(where, dtype)
+        check(*where, "random", *shape, dtype, **options)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=short)
+    @pytest.mark.parametrize("name", ["default", "mask-symmetric", "ignored", "0.005-mask"])
+    @pytest.mark.parametrize("kind", KINDS[1:])
+    def test_kinds(self, kind, name, dtype, where):
+        skip_if_it_cannot(where, dtype)
+        check(*where, kind, 47, 35, dtype, **OPTIONS[name])
+
+    @pytest.mark.parametrize("precision", ["high", "medium"])
+    @pytest.mark.parametrize("shape", [(61, 23), (65, 300)], ids=str)
+    def test_float32_matmul_precision(self, shape, precision, where, matmul_precision):
+        skip_if_it_cannot(where, torch.float32)
+        matmul_precision(precision)
+        check(*where, "random", *shape, torch.float32)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=short)
+    @pytest.mark.parametrize("name", ["default", "symmetric", "mask-symmetric", "teacher", "ignored", "0.01-symmetric"])
+    def test_teacher_gradient(self, name, dtype):
+        for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+            check("torch", device, "random", 31, 23, dtype, teacher_grad=True, **OPTIONS[name])
+
+    @pytest.mark.parametrize("teacher_grad", [False, True], ids=["frozen", "mutual"])
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=short)
+    @pytest.mark.parametrize("name", ["default", "mask-symmetric", "symmetric", "teacher", "ignored", "0.005-mask"])
+    def test_several_chunks(self, name, dtype, teacher_grad, small_chunks):
+        small_chunks(rows=7, columns=50, itemsize=8)  # 50 rows and 17 columns: neither a multiple of the chunk
+        check("torch", "cpu", "random", 50, 17, dtype, teacher_grad=teacher_grad, **OPTIONS[name])
+
+    def test_one_row_a_chunk(self, monkeypatch):
+        monkeypatch.setattr(blocked, "chunk_bytes", lambda device: 1)
+        check("torch", "cpu", "random", 11, 13, torch.float32, teacher_grad=True, direction="symmetric")
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
+    def test_weight_as_a_tensor(self, dtype, where):
+        skip_if_it_cannot(where, dtype)
+        check(*where, "random", 31, 23, dtype, weight=torch.tensor(WEIGHT, device=where[1]))
+
+    def test_a_bad_result_fails(self, monkeypatch):
+        """The bar is no formality: a temperature off by a thousandth is caught."""
+        exact = run
+
+        def off(backend, *tensors, **options):
+            if backend == "torch":
+                options["temperature"] = 0.1001
+            return exact(backend, *tensors, **options)
+
+        monkeypatch.setattr("cases.run", off)
+        with pytest.raises(AssertionError, match="error"):
+            check("torch", "cpu", "random", 31, 23, torch.float32)
+
+
+def relative(got, want):
+    return float((got.double().cpu() - want).norm() / want.norm())
+
+
+@pytest.mark.parametrize("distance", [1e-2, 1e-3])
+def test_a_converged_student_keeps_its_gradient(distance, where):
+    """Close to the teacher loss and gradient are small differences of nearly equal numbers; eager loses them."""
+    skip_if_it_cannot(where, torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    teacher = torch.randn(64, 128, generator=generator).to(where[1])
+    student = teacher + distance * torch.randn(64, 128, generator=generator).to(where[1])
+    options = {"weight": (1.0, 0.0, 0.0), "temperature": 0.05}
+    want = truth(student, teacher, **options)
+    got, eager = run(where[0], student, teacher, **options), run("reference", student, teacher, **options)
+    assert relative(got.loss, want.loss) < 1e-4
+    assert relative(got.student, want.student) < 1e-4
+    assert relative(got.loss, want.loss) < 0.1 * relative(eager.loss, want.loss)
+
+
+class TestResult:
+    @pytest.mark.parametrize("teacher_grad", [False, True], ids=["frozen", "mutual"])
+    @pytest.mark.parametrize("direction", arguments.DIRECTIONS)
+    def test_repeats_bitwise(self, direction, teacher_grad, where, small_chunks):
+        if teacher_grad and where[0] != "torch":
+            pytest.skip(f"backend {where[0]!r} gives no teacher gradient")
+        small_chunks(10, 64)
+        student, teacher = logits("random", 64, 33, torch.float32, device=where[1])
+        target = labels(64, 33, device=where[1])
+        options = {"direction": direction, "teacher_grad": teacher_grad, "mask_same_class": True, "present_only": True}
+        first = run(where[0], student, teacher, target, **options)
+        for _ in range(3):
+            for a, b in zip(first, run(where[0], student, teacher, target, **options), strict=True):
+                assert (a is None and b is None) or torch.equal(a, b)
+
+    def test_terms_do_not_carry_a_gradient(self, where):
+        student, teacher = logits("random", 9, 7, torch.float32, device=where[1])
+        student.requires_grad_()
+        result = mcld_kernels.mcld_terms(student, teacher, labels(9, 7, device=where[1]), backend=where[0])
+        assert result.loss.requires_grad
+        assert not any(term.requires_grad for term in result[1:])
+        assert all(x.shape == () and x.dtype == torch.float32 and x.device.type == where[1] for x in result)
+
+    @pytest.mark.parametrize("backend", ["reference", "torch"])
+    def test_terms_are_the_same_without_a_gradient(self, backend):
+        student, teacher = logits("random", 9, 7, torch.float32)
+        target = labels(9, 7)
+        without = mcld_kernels.mcld_terms(student, teacher, target, backend=backend)
+        with_gradient = mcld_kernels.mcld_terms(student.requires_grad_(), teacher, target, backend=backend)
+        torch.testing.assert_close(list(without), [x.detach() for x in with_gradient], rtol=1e-6, atol=0)
+        assert not without.loss.requires_grad
+
+    @pytest.mark.parametrize("pair", [(torch.bfloat16, torch.float32), (torch.float32, torch.float16)], ids=str)
+    def test_mixed_dtypes_are_computed_in_the_wider(self, pair, where):
+        student, teacher = logits("random", 21, 17, torch.float64, device=where[1])
+        student, teacher = student.to(pair[0]), teacher.to(pair[1])
+        target = labels(21, 17, device=where[1])
+        got = run(where[0], student, teacher, target)
+        want = run(where[0], student.float(), teacher.float(), target)
+        assert got.loss.dtype == torch.float32 and got.student.dtype == pair[0]
+        torch.testing.assert_close(got.loss, want.loss, rtol=1e-6, atol=0)
+        assert relative(got.student, want.student.double().cpu()) < torch.finfo(pair[0]).eps + 1e-6
+
+    @pytest.mark.parametrize("pair", [(torch.float16, torch.bfloat16), (torch.float64, torch.float32)], ids=str)
+    def test_mixed_dtypes_on_cpu(self, pair):
+        student, teacher = logits("random", 21, 17, torch.float64)
+        student, teacher = student.to(pair[0]), teacher.to(pair[1])
+        wide = torch.promote_types(*pair)
+        for backend in ("torch", "reference"):
+            got = run(backend, student, teacher, labels(21, 17), teacher_grad=True)
+            want = run(backend, student.to(wide), teacher.to(wide), labels(21, 17), teacher_grad=True)
+            assert (got.student.dtype, got.teacher.dtype) == pair
+            torch.testing.assert_close(got.loss, want.loss, rtol=1e-6, atol=0)
+            # Three terms are added in the narrower dtype here, in the wider one there.
+            assert relative(got.student, want.student.double()) < 2 * torch.finfo(pair[0]).eps
+            assert relative(got.teacher, want.teacher.double()) < 2 * torch.finfo(pair[1]).eps
+
+    def test_fp16_gradients_survive_until_they_are_scaled(self):
+        """The gradient of a mean is below fp16's range at large batch; a GradScaler's factor must still find it."""
+        student, teacher = logits("large", 64, 16, torch.float16)
+        got = run("torch", student, teacher, labels(64, 16), upstream=2.0**20)
+        want = truth(student, teacher, labels(64, 16), upstream=2.0**20)
+        assert relative(got.student, want.student) < 5e-3
+
+
+class TestWeights:
+    @pytest.fixture
+    def contrasts(self, monkeypatch):
+        """Temperatures of the contrasts that are computed."""
+        seen = []
+        contrast = blocked.TorchKernels.contrast
+
+        def counted(self, *args, temperature, **options):
+            seen.append(temperature)
+            return contrast(self, *args, temperature=temperature, **options)
+
+        monkeypatch.setattr(blocked.TorchKernels, "contrast", counted)
+        return seen
+
+    @pytest.mark.parametrize("term", range(3))
+    def test_weight_0_removes_a_term(self, term, contrasts):
+        student, teacher = logits("random", 9, 7, torch.float32)
+        temperature = (0.1, 0.2, 0.3)
+        weight = [1.0, 1.0, 1.0]
+        weight[term] = 0.0
+        result = mcld_kernels.mcld_terms(student, teacher, labels(9, 7), temperature=temperature, weight=weight)
+        assert sorted(contrasts) == [t for i, t in enumerate(temperature) if i != term]
+        assert float(result[1 + term]) == 0
+        assert all(float(result[1 + i]) > 0 for i in range(3) if i != term)
+
+    @pytest.mark.parametrize("term", range(3))
+    @pytest.mark.parametrize("backend", ["reference", "torch"])
+    def test_a_removed_term_cannot_do_harm(self, term, backend):
+        """0 times a NaN or an error would be one: at this temperature the term overflows."""
+        student, teacher = logits("random", 9, 7, torch.float32)
+        temperature, weight = [0.1, 0.1, 0.1], [1.0, 1.0, 1.0]
+        temperature[term], weight[term] = 1e-45, 0.0
+        got = run(backend, student, teacher, labels(9, 7), temperature=tuple(temperature), weight=weight)
+        want = run(backend, student, teacher, labels(9, 7), weight=weight)
+        assert torch.isfinite(got.loss)
+        for a, b in zip(got[:3], want[:3], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+    def test_row_terms_share_one_contrast(self, contrasts):
+        student, teacher = logits("random", 9, 7, torch.float32)
+        mcld_kernels.mcld_loss(student, teacher, labels(9, 7), weight=(1.0, 1.0, 0.0))
+        assert contrasts == [0.1]
+
+    def test_no_terms(self, where):
+        student, teacher = logits("random", 9, 7, torch.float32, device=where[1])
+        got = run(where[0], student, teacher, weight=(0.0, 0.0, 0.0))
+        assert float(got.loss) == 0 and not got.terms.any() and not got.student.any()
+
+    @pytest.mark.parametrize("backend", ["reference", "torch"])
+    def test_a_tensor_computes_all_terms(self, backend):
+        student, teacher = logits("random", 9, 7, torch.float32)
+        weight = torch.tensor([1.0, 0.0, 0.0])
+        got = run(backend, student, teacher, labels(9, 7), weight=weight)
+        want = run(backend, student, teacher, labels(9, 7))
+        torch.testing.assert_close(got.terms, want.terms, rtol=1e-6, atol=0)
+        torch.testing.assert_close(got.loss, want.terms[0], rtol=1e-6, atol=0)
+
+
+class TestRectangular:
+    """n anchors against m candidates, the positives at an offset: what a global batch or a queue will use."""
+
+    @pytest.mark.parametrize("rows_of_chunk", [100, 2])
+    @pytest.mark.parametrize("mask", [False, True], ids=["all", "masked"])
+    @pytest.mark.parametrize("weight", [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (1.0, 0.7, 0.0)], ids=str)
+    @pytest.mark.parametrize("sizes", [(4, 9, 0), (4, 9, 3), (3, 4, 1), (1, 6, 5)], ids=str)
+    def test_against_the_loops(self, sizes, weight, mask, rows_of_chunk, small_chunks):
+        n, m, offset = sizes
+        small_chunks(rows_of_chunk, m, 8)
+        temperature = (0.3, 0.3, 0.3) if not mask else (0.3, 0.4, 0.3)
+        student, teacher = logits("random", m, 3)
+        student = student[:n]
+        theirs = torch.tensor([0, 2, 1, 0, 2, -100, 0, 1, 2])[:m]
+        target = theirs[offset : offset + n]
+        chosen, _ = arguments.options(
+            temperature=temperature,
+            weight=weight,
+            direction="student",
+            mask_same_class=mask,
+            present_only=False,
+            ignore_index=-100,
+            eps=1e-12,
+        )
+        got = pipeline.evaluate(
+            blocked.TorchKernels(),
+            student,
+            teacher,
+            target,
+            None,
+            chosen,
+            student_grad=True,
+            teacher_grad=True,
+            offset=offset,
+            teacher_target=theirs,
+        )
+        options = {
+            "labels": target.tolist(),
+            "teacher_labels": theirs.tolist(),
+            "offset": offset,
+            "temperature": temperature,
+            "mask_same_class": mask,
+            "weight": weight,
+        }
+        s, t = student.tolist(), teacher.tolist()
+        assert float(got.loss) == pytest.approx(loops.loss(s, t, **options), rel=1e-11)
+        by_student = torch.tensor(loops.slopes(lambda rows: loops.loss(rows, t, **options), s), dtype=torch.float64)
+        by_teacher = torch.tensor(loops.slopes(lambda rows: loops.loss(s, rows, **options), t), dtype=torch.float64)
+        torch.testing.assert_close(got.student, by_student, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(got.teacher, by_teacher, rtol=1e-6, atol=1e-7)
+
+    @pytest.mark.parametrize("changed", [{"direction": "symmetric"}, {"weight": (1.0, 0.0, 1.0)}], ids=str)
+    def test_what_is_not_defined_is_refused(self, changed):
+        options = {"weight": (1.0, 0.0, 0.0), "direction": "student", **changed}
+        chosen, _ = arguments.options(
+            temperature=0.1, mask_same_class=False, present_only=False, ignore_index=-100, eps=1e-12, **options
+        )
+        student, teacher = torch.randn(3, 4), torch.randn(5, 4)
+        with pytest.raises(ValueError, match="3 student rows against 5 teacher rows"):
+            pipeline.evaluate(
+                blocked.TorchKernels(), student, teacher, None, None, chosen, student_grad=False, teacher_grad=False
+            )
+
+
+class TestMemory:
+    def test_chunk_follows_the_variable(self, monkeypatch):
+        monkeypatch.setenv("MCLD_CHUNK_MB", "3")
+        assert blocked.chunk_bytes(torch.device("cpu")) == 3 << 20
+        monkeypatch.delenv("MCLD_CHUNK_MB")
+        assert blocked.chunk_bytes(torch.device("cpu")) == blocked.CHUNK_MB["cpu"] << 20
+        assert blocked.chunk_bytes(torch.device("meta")) > 0
+
+    @pytest.mark.parametrize("text", ["0", "-1", "1.5", "many", ""])
+    def test_a_bad_variable_says_so(self, monkeypatch, text):
+        monkeypatch.setenv("MCLD_CHUNK_MB", text)
+        with pytest.raises(ValueError, match="MCLD_CHUNK_MB must be a positive whole number of MiB"):
+            mcld_kernels.mcld_loss(torch.randn(3, 4), torch.randn(3, 4), torch.zeros(3, dtype=torch.int64))
+
+    def test_no_similarity_matrix_is_held_whole(self, small_chunks):
+        """No tensor of batch x batch or classes x classes is ever made; the reference makes them."""
+        from torch.utils._python_dispatch import TorchDispatchMode
+        from torch.utils._pytree import tree_leaves
+
+        class Largest(TorchDispatchMode):
+            numel = 0
+
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                made = function(*args, **(kwargs or {}))
+                self.numel = max([self.numel, *(x.numel() for x in tree_leaves(made) if isinstance(x, torch.Tensor))])
+                return made
+
+        small_chunks(8, 400)
+        largest = {}
+        student, teacher = logits("random", 400, 31, torch.float32)
+        chosen, _ = arguments.options(
+            temperature=0.1,
+            weight=WEIGHT,
+            direction="symmetric",
+            mask_same_class=True,
+            present_only=True,
+            ignore_index=-100,
+            eps=1e-12,
+        )
+        target = labels(400, 31)
+        with Largest() as seen:
+            pipeline.evaluate(
+                blocked.TorchKernels(), student, teacher, target, None, chosen, student_grad=True, teacher_grad=True
+            )
+            largest["torch"] = seen.numel
+        with Largest() as seen:
+            mcld_kernels.reference.mcld_loss(student, teacher, target)
+            largest["reference"] = seen.numel
+        assert largest["torch"] <= 400 * 31
+        assert largest["reference"] >= 400 * 400
+
+
+class TestChoice:
+    def test_available(self):
+        names = backends.available()
+        assert {"reference", "torch"} <= set(names) <= set(backends.NAMES)
+
+    def test_explain_has_a_word_on_every_backend(self):
+        student, teacher = logits("random", 4, 3, torch.float32)
+        words = backends.explain(student, teacher)
+        assert tuple(words) == backends.NAMES
+        assert words["reference"] == words["torch"] == "can run"
+        assert all(words.values())
+
+    @pytest.mark.parametrize("teacher_grad", [False, True], ids=["frozen", "mutual"])
+    @pytest.mark.parametrize("name", backends.NAMES)
+    def test_what_cannot_run_raises_with_the_reason(self, name, teacher_grad):
+        student, teacher = logits("random", 4, 3, torch.float32)
+        student.requires_grad_(), teacher.requires_grad_(teacher_grad)
+        word = backends.explain(student, teacher)[name]
+        target = labels(4, 3)
+        if word == "can run":
+            assert torch.isfinite(mcld_kernels.mcld_loss(student, teacher, target, backend=name))
+        else:
+            with pytest.raises(backends.BackendUnavailable) as raised:
+                mcld_kernels.mcld_loss(student, teacher, target, backend=name)
+            assert name in str(raised.value) and word in str(raised.value)
+
+    @pytest.mark.parametrize("name", ["triton", "cuda"])
+    def test_no_teacher_gradient_from_the_kernels(self, name):
+        student, teacher = logits("random", 4, 3, torch.float32)
+        with pytest.raises(backends.BackendUnavailable, match="teacher"):
+            mcld_kernels.mcld_loss(student, teacher.requires_grad_(), labels(4, 3), backend=name)
+        with torch.no_grad():  # nobody asks for it here
+            assert backends.reason(name, student, teacher, False) is None or "gradient" not in backends.reason(
+                name, student, teacher, False
+            )
+
+    def test_auto_on_the_cpu_is_torch(self):
+        student, teacher = logits("random", 4, 3, torch.float32)
+        assert backends.choose("auto", student, teacher, False) == "torch"
+        assert backends.choose("auto", student, teacher, True) == "torch"
+
+    @pytest.mark.gpu
+    def test_auto_on_a_gpu_gives_the_teacher_its_gradient(self):
+        student, teacher = logits("random", 40, 30, torch.float32, device="cuda")
+        assert backends.choose("auto", student, teacher, True) == "torch"
+        assert backends.choose("auto", student, teacher, False) in backends.available()
+
+    @pytest.mark.parametrize("name", ["cpu", "Torch", "", None, 3])
+    def test_an_unknown_name_is_an_error(self, name):
+        with pytest.raises(ValueError, match="backend must be one of 'auto', 'reference', 'torch', 'triton', 'cuda'"):
+            mcld_kernels.mcld_loss(torch.randn(3, 4), torch.randn(3, 4), weight=(1, 0, 1), backend=name)
+
+    def test_triton_refuses_cpu_tensors_without_the_interpreter(self):
+        code = (
+            "import torch, mcld_kernels\n"
+            "x = torch.randn(3, 4)\n"
+            "try:\n"
+            "    mcld_kernels.mcld_loss(x, x, weight=(1, 0, 1), backend='triton')\n"
+            "except mcld_kernels.backends.BackendUnavailable as error:\n"
+            "    print('refused:', error)\n"
+        )
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("refused: backend 'triton' cannot run: ")
