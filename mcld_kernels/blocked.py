@@ -159,11 +159,14 @@ class TorchKernels:
             g.addcmul_(means[rank[rows]].to(stat), -z[:, None])
         x = unit.matrix[rows].to(stat)
         c = torch.linalg.vecdot(g, x)
-        g.addcmul_(x, -c[:, None]).mul_(unit.inverse[rows, None])
+        g.addcmul_(x, -c[:, None])
+        inverse = unit.inverse[rows, None]
         if accumulate:
-            out[rows] += g
+            out[rows].addcmul_(g, inverse) if out.dtype == stat else out[rows].add_(g.mul_(inverse))
+        elif out.dtype == stat:
+            torch.mul(g, inverse, out=out[rows])
         else:
-            out[rows] = g
+            out[rows] = g.mul_(inverse)
 
 
 def _slices(n: int, step: int) -> list[slice]:
@@ -182,7 +185,7 @@ def _sums_like(unit: Unit, stat: torch.dtype) -> Tensor:
 def _similarities(anchors: Tensor, candidates: Tensor, temperature: float, out: Tensor) -> Tensor:
     """a_ij of a chunk into ``out`` (rows, m), statistics dtype."""
     if anchors.dtype == out.dtype:
-        return torch.mm(anchors * (1 / temperature), candidates.T, out=out)
+        return torch.addmm(out, anchors, candidates.T, beta=0, alpha=1 / temperature, out=out)
     return out.copy_(_mm(anchors, candidates.T, out.dtype)).mul_(1 / temperature)
 
 
@@ -192,6 +195,8 @@ def _mm(a: Tensor, b: Tensor, stat: torch.dtype) -> Tensor:
         if _column_major(b):
             return torch.mm(b.T, a.T).T
         return torch.mm(a, b)
+    if a.is_cuda and hasattr(torch.ops.aten.mm, "dtype"):
+        return torch.mm(a, b, out_dtype=stat)  # keeps the fp32 sums; torch before 2.8 rounds them to the operand dtype
     return torch.mm(a, b).to(stat)
 
 
