@@ -237,8 +237,8 @@ class _Share(NamedTuple):
     counted: Tensor | None = None  # (n,) bool; None: all
 
     def over(self, unit: Unit) -> Tensor:
-        """(n,)"""
-        return self.value.expand(unit.n) if self.counted is None else self.counted * self.value
+        """(n,), dense: kernels read it by pointer"""
+        return self.value.expand(unit.n).contiguous() if self.counted is None else self.counted * self.value
 
 
 class _Anchors:
