@@ -51,7 +51,7 @@ class TorchKernels:
         return dtype
 
     def normalise(self, x: Tensor, dtype: torch.dtype, eps: float) -> Unit:
-        stat = torch.promote_types(x.dtype, torch.float32)
+        stat = torch.promote_types(torch.promote_types(x.dtype, dtype), torch.float32)
         norm = torch.linalg.vector_norm(x, dim=1, dtype=stat)
         inverse = torch.where(norm <= eps, 0.0, 1 / torch.where(norm.isinf(), torch.nan, norm))
         return Unit((x * inverse[:, None]).to(dtype), inverse, *x.shape)

@@ -97,7 +97,7 @@ class MCLDLoss(nn.Module):
     def extra_repr(self) -> str:
         shown = self.options._asdict()
         scale = shown.pop("scale")
-        shown["weight"] = scale if self.weight is None else f"tensor of {tuple(self.weight.shape)}"
+        shown["weight"] = scale if self.weight is None else self.weight.detach()
         if len(set(shown["temperature"])) == 1:
             shown["temperature"] = shown["temperature"][0]
         parts = [f"{name}={value!r}" for name, value in shown.items()]

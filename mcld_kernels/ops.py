@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import backends
 from .arguments import Options, stat_dtype
@@ -111,14 +110,35 @@ class _MCLD(torch.autograd.Function):
         return loss, terms
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         by_student, by_teacher, terms = ctx.saved_tensors
         student, teacher, weight = (
-            (gradient * upstream).to(dtype) if wanted else None
+            _once((gradient.detach() * upstream.detach()).to(dtype)) if wanted else None
             for gradient, dtype, wanted in zip((by_student, by_teacher, terms), ctx.dtypes, ctx.wanted, strict=True)
         )
         return student, teacher, None, weight, None, None, None, None
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that must not be differentiated again.
+
+    torch's once_differentiable is silent where the upstream gradient is a constant: a gradient penalty would lose its part.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Tensor:  # type: ignore[override]
+        raise RuntimeError(
+            "the fast backends of mcld_loss cannot be differentiated twice; backend='reference' can, at its own cost"
+        )
+
+
+def _once(gradient: Tensor) -> Tensor:
+    # Grad mode is on in backward where a graph of it was asked for (create_graph=True).
+    return _Once.apply(gradient.requires_grad_()) if torch.is_grad_enabled() else gradient
 
 
 def _call(

@@ -130,7 +130,7 @@ def unit_rows(x: Tensor, eps: float) -> Tensor:
     square = x.square().sum(1, keepdim=True)
     square = torch.where(square.isinf(), torch.nan, square)  # an overflow must show, not read as a zero direction
     zero = square.sqrt() <= eps  # False for NaN, which must spread
-    return torch.where(zero, 0.0, x * torch.where(zero, 1.0, square).rsqrt())
+    return torch.where(zero, 0.0, x / torch.where(zero, 1.0, square).sqrt())
 
 
 def similarities(anchors: Tensor, candidates: Tensor, dtype: torch.dtype, temperature: float) -> Tensor:
