@@ -1,0 +1,103 @@
+// Normalisation of rows (or, through a transposed view, of columns) of the logits into operands: norms, the division, the
+// rounding and the zero padding in one kernel for rows. For columns: squares summed by slices of the batch into a workspace,
+// then one kernel that adds them in order, divides and transposes through shared memory. No fp32 copy is made.
+#pragma once
+
+#include "numerics.cuh"
+
+namespace mcld {
+
+constexpr int kNormaliseThreads = 256;
+constexpr int kNormaliseWarps = kNormaliseThreads / kWarp;
+constexpr int kColumnTile = 32;  // columns of the logits (rows of the operand) by
+constexpr int kBatchTile = 64;   // rows of the logits, to a block
+
+// 0 for a row without direction. An overflowed norm must show, not read as a zero.
+MCLD_DEVICE float inverse_norm(float squares, float eps) {
+  const float norm = sqrtf(squares);
+  if (norm <= eps) return 0;
+  return norm == infinity() ? not_a_number() : 1 / norm;
+}
+
+// One warp a row.
+template <class In, class Out> MCLD_KERNEL(kNormaliseThreads) normalise_rows_kernel(MCLD_PARAMETERS(Normalise) p) {
+  const int lane = thread_index() % kWarp;
+  const int64_t row = int64_t(block_index()) * kNormaliseWarps + thread_index() / kWarp;
+  if (row >= p.padded_rows) return;
+  Out* out = static_cast<Out*>(p.out) + row * p.pitch;
+  const In* x = static_cast<const In*>(p.x) + row * p.row_stride;
+  float inverse = 0;
+  if (row < p.n) {
+    float squares = 0;
+#pragma unroll 4
+    for (int64_t j = lane; j < p.d; j += kWarp) {
+      const float value = to_float(x[j * p.column_stride]);
+      squares += value * value;
+    }
+    inverse = inverse_norm(warp_sum(squares), p.eps);
+    if (lane == 0) p.inverse[row] = inverse;
+  }
+#pragma unroll 4
+  for (int64_t j = lane; j < p.pitch; j += kWarp) {
+    const bool inside = row < p.n && j < p.d;
+    out[j] = from_float<Out>(inside ? to_float(x[j * p.column_stride]) * inverse : 0.0f);
+  }
+}
+
+// Squares of a slice of the batch: block x columns, block y slice; 32 columns by 8 rows of threads.
+template <class In> MCLD_KERNEL(kNormaliseThreads) column_squares_kernel(MCLD_PARAMETERS(Normalise) p) {
+  float* sums = reinterpret_cast<float*>(shared_memory());  // (8, 32)
+  const int column = thread_index() % kColumnTile, part = thread_index() / kColumnTile;
+  const int64_t i = int64_t(block_index()) * kColumnTile + column;
+  const int64_t slice = (p.d + p.splits - 1) / p.splits;
+  const int64_t first = block_index_y() * slice, last = first + slice < p.d ? first + slice : p.d;
+  const In* x = static_cast<const In*>(p.x) + i * p.row_stride;
+  float squares = 0;
+  if (i < p.n) {
+#pragma unroll 4
+    for (int64_t j = first + part; j < last; j += kNormaliseWarps) {
+      const float value = to_float(x[j * p.column_stride]);
+      squares += value * value;
+    }
+  }
+  sums[thread_index()] = squares;
+  sync_block();
+  if (part == 0 && i < p.n) {
+    float total = 0;
+    for (int k = 0; k < kNormaliseWarps; ++k) total += sums[k * kColumnTile + column];
+    p.work[block_index_y() * p.n + i] = total;
+  }
+}
+
+// Block x: 64 rows of the batch; block y: 32 columns of the logits, which become rows of the operand.
+template <class In, class Out> MCLD_KERNEL(kNormaliseThreads) normalise_columns_kernel(MCLD_PARAMETERS(Normalise) p) {
+  float* inverses = reinterpret_cast<float*>(shared_memory());  // (32,)
+  float* tile = inverses + kColumnTile;                         // (64, 33)
+  const int64_t first_i = int64_t(block_index_y()) * kColumnTile, first_j = int64_t(block_index()) * kBatchTile;
+  const int column = thread_index() % kColumnTile, part = thread_index() / kColumnTile;
+  const int64_t i = first_i + column;
+  if (part == 0) {
+    float squares = 0;
+    if (i < p.n) {
+      for (int k = 0; k < p.splits; ++k) squares += p.work[k * p.n + i];
+    }
+    inverses[column] = i < p.n ? inverse_norm(squares, p.eps) : 0;
+    if (i < p.n && block_index() == 0) p.inverse[i] = inverses[column];
+  }
+  const In* x = static_cast<const In*>(p.x) + i * p.row_stride;
+  for (int k = part; k < kBatchTile; k += kNormaliseWarps) {
+    const int64_t j = first_j + k;
+    tile[k * (kColumnTile + 1) + column] = i < p.n && j < p.d ? to_float(x[j * p.column_stride]) : 0.0f;
+  }
+  sync_block();
+  Out* out = static_cast<Out*>(p.out);
+  for (int k = thread_index(); k < kColumnTile * kBatchTile; k += kNormaliseThreads) {
+    const int row = k / kBatchTile, j = k % kBatchTile;
+    // Padding is zero even in a row whose inverse is NaN.
+    const bool inside = first_i + row < p.n && first_j + j < p.d;
+    const float value = inside ? tile[j * (kColumnTile + 1) + row] * inverses[row] : 0.0f;
+    out[(first_i + row) * p.pitch + first_j + j] = from_float<Out>(value);
+  }
+}
+
+}  // namespace mcld

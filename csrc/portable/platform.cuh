@@ -1,0 +1,121 @@
+// Everything in which a compile for a GPU differs from the host emulation of tests/csrc_host. The kernels use what stands
+// here and plain C++, nothing else: thread and block indices, barriers, shuffles, asynchronous copies, ldmatrix, mma,
+// the 16-bit types and the launch. tests/csrc_host/emulation.h defines the same names on a CPU.
+#pragma once
+
+#include <cstdint>
+
+#ifdef MCLD_HOST_EMULATION
+#include "emulation.h"
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include "checks.h"
+
+#define MCLD_DEVICE __device__ __forceinline__
+#define MCLD_KERNEL(threads) __global__ void __launch_bounds__(threads)
+#define MCLD_PARAMETERS(type) const __grid_constant__ type
+
+namespace mcld {
+
+using bf16 = __nv_bfloat16;
+using fp16 = __half;
+
+MCLD_DEVICE int thread_index() { return threadIdx.x; }
+MCLD_DEVICE int block_index() { return blockIdx.x; }
+MCLD_DEVICE int block_index_y() { return blockIdx.y; }
+
+// The block's dynamic shared memory, aligned to 128 bytes.
+MCLD_DEVICE char* shared_memory() {
+  extern __shared__ __align__(128) char dynamic_shared[];
+  return dynamic_shared;
+}
+
+MCLD_DEVICE void sync_block() { __syncthreads(); }
+MCLD_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+
+MCLD_DEVICE float to_float(float x) { return x; }
+MCLD_DEVICE float to_float(bf16 x) { return __bfloat162float(x); }
+MCLD_DEVICE float to_float(fp16 x) { return __half2float(x); }
+template <class T> MCLD_DEVICE T from_float(float x);
+template <> MCLD_DEVICE float from_float<float>(float x) { return x; }
+template <> MCLD_DEVICE bf16 from_float<bf16>(float x) { return __float2bfloat16_rn(x); }
+template <> MCLD_DEVICE fp16 from_float<fp16>(float x) { return __float2half_rn(x); }
+
+// Two values rounded and packed into a register, the first in the low half.
+template <class T> MCLD_DEVICE uint32_t pack(float low, float high);
+template <> MCLD_DEVICE uint32_t pack<bf16>(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+template <> MCLD_DEVICE uint32_t pack<fp16>(float low, float high) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+// fp32 bits rounded to tf32, to nearest; the tensor cores alone would truncate.
+MCLD_DEVICE uint32_t round_tf32(float x) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return bits;
+}
+MCLD_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
+
+MCLD_DEVICE uint32_t shared_address(const void* pointer) { return uint32_t(__cvta_generic_to_shared(pointer)); }
+
+// 16 bytes from global to shared memory, both aligned to 16; there once wait_async has counted the group.
+MCLD_DEVICE void copy_async(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
+}
+MCLD_DEVICE void commit_async() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending> MCLD_DEVICE void wait_async() { asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory"); }
+
+// Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
+MCLD_DEVICE void ldmatrix(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+MCLD_DEVICE void ldmatrix_transposed(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// d += a b: 16 x 8 in fp32, contraction 16 for 16-bit operands and 8 for tf32.
+MCLD_DEVICE void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+MCLD_DEVICE void mma_fp16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+MCLD_DEVICE void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Launches kernel(parameters) on `stream` of the current device and checks every call on the way.
+template <class Parameters>
+void launch(void (*kernel)(Parameters), const char* name, dim3 grid, int threads, int shared_bytes, cudaStream_t stream,
+            const Parameters& parameters) {
+  if (grid.x == 0 || grid.y == 0) return;
+  if (shared_bytes > 48 * 1024) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), name, __FILE__, __LINE__);
+  }
+  kernel<<<grid, threads, shared_bytes, stream>>>(parameters);
+  check(cudaGetLastError(), name, __FILE__, __LINE__);
+}
+
+}  // namespace mcld
+
+#endif

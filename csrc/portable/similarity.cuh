@@ -1,0 +1,214 @@
+// Product 1: similarities of a chunk of anchors with all candidates, fused with temperature, shift, positive and label mask,
+// exponential, rounding to the operand type and the partial sums by row and by column. Only E is written, never a similarity.
+//
+// The exponent is in base 2: E = exp2(x - shift), x = A_i . K_j log2(e) / temperature. With a fixed shift E needs nothing
+// more. With the online maximum a tile's row is shifted by its own maximum rounded up to an integer, so that `rescale`
+// multiplies by an exact power of two and E is rounded once.
+#pragma once
+
+#include "tile.cuh"
+
+namespace mcld {
+
+template <Precision kPrecision, int kTile> struct SimilarityTile {
+  using T = Operand<kPrecision>;
+  using Core = Tile<kPrecision, kTile, Major::contraction, Major::contraction>;
+  static constexpr int kThreads = Core::kThreads;
+  // After the product: E on its way out, then sums and maxima by warp, then the labels.
+  static constexpr int kStagingPitch = kTile * int(sizeof(T)) + 16;
+  static constexpr int kSumsAt = kTile * kStagingPitch;
+  static constexpr int kMaximaAt = kSumsAt + Core::kWarpsN * kTile * 4;
+  static constexpr int kColumnsAt = kMaximaAt + Core::kWarpsN * kTile * 4;
+  static constexpr int kLabelsAt = kColumnsAt + Core::kWarpsM * kTile * 4;
+  static constexpr int kEpilogueBytes = kLabelsAt + 2 * kTile * 4;
+  static constexpr int kSharedBytes = Core::kSharedBytes > kEpilogueBytes ? Core::kSharedBytes : kEpilogueBytes;
+
+  MCLD_DEVICE static void run(const Similarity& p, int64_t index) {
+    char* shared = shared_memory();
+    int64_t tile_row, tile_column;
+    tile_at(index, p.padded_rows / kTile, p.pitch_e / kTile, tile_row, tile_column);
+    const int64_t first_row = tile_row * kTile, first_column = tile_column * kTile;
+    Core core;
+    core.run(shared, static_cast<const T*>(p.a) + first_row * p.pitch, p.pitch,
+             static_cast<const T*>(p.k) + first_column * p.pitch, p.pitch, p.pitch / Core::kSlice);
+
+    load_labels(p, shared, first_row, first_column);
+    const uint64_t dropped = drop_and_scale(p, shared, core, first_row, first_column);
+    float shift[Core::kM][2];
+    if (p.row_maxima) {
+      row_maxima(shared, core, shift);
+    } else {
+#pragma unroll
+      for (int mt = 0; mt < Core::kM; ++mt) shift[mt][0] = shift[mt][1] = p.shift;
+    }
+    exponentials(core, shift, dropped);
+    stage(shared, core);
+    partial_sums(p, shared, core);
+    sync_block();
+    if (p.e) write(p, shared, first_row, first_column);
+    write_sums(p, shared, tile_row, tile_column);
+  }
+
+ private:
+  // Labels fit 32 bits: they are class numbers, or -1 - row where the label is ignored.
+  MCLD_DEVICE static void load_labels(const Similarity& p, char* shared, int64_t first_row, int64_t first_column) {
+    if (!p.same_a) return;
+    int* labels = reinterpret_cast<int*>(shared + kLabelsAt);
+    for (int i = thread_index(); i < kTile; i += kThreads) {
+      labels[i] = first_row + i < p.rows ? int(p.same_a[first_row + i]) : 0;
+      labels[kTile + i] = first_column + i < p.m ? int(p.same_k[first_column + i]) : 0;
+    }
+    sync_block();
+  }
+
+  // sums become exponents; what is dropped becomes -inf, and its bit is set: with it gone NaN stays NaN.
+  MCLD_DEVICE static uint64_t drop_and_scale(const Similarity& p, const char* shared, Core& core, int64_t first_row,
+                                             int64_t first_column) {
+    const int* labels = reinterpret_cast<const int*>(shared + kLabelsAt);
+    const int rows = clamp(p.rows - first_row), columns = clamp(p.m - first_column);
+    const int64_t diagonal = first_row + p.diagonal - first_column;  // tile column of the positive of tile row 0
+    uint64_t dropped = 0;
+#pragma unroll
+    for (int mt = 0; mt < Core::kM; ++mt)
+#pragma unroll
+      for (int nt = 0; nt < Core::kN; ++nt)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int row = Core::row(mt, i), column = Core::column(nt, i);
+          bool drop = row >= rows || column >= columns || column == row + diagonal;
+          if (p.same_a) drop = drop || labels[row] == labels[kTile + column];
+          core.sums[mt][nt][i] = drop ? -infinity() : core.sums[mt][nt][i] * p.scale;
+          dropped |= uint64_t(drop) << ((mt * Core::kN + nt) * 4 + i);
+        }
+    return dropped;
+  }
+  MCLD_DEVICE static int clamp(int64_t size) { return size < 0 ? 0 : size > kTile ? kTile : int(size); }
+
+  // The tile's maximum of each row, rounded up; -inf where all is dropped.
+  MCLD_DEVICE static void row_maxima(char* shared, const Core& core, float (&shift)[Core::kM][2]) {
+    float* maxima = reinterpret_cast<float*>(shared + kMaximaAt);
+    const int lane = thread_index() % kWarp, warp_column = thread_index() / kWarp / Core::kWarpsM;
+#pragma unroll
+    for (int mt = 0; mt < Core::kM; ++mt)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float best = -infinity();
+#pragma unroll
+        for (int nt = 0; nt < Core::kN; ++nt) {
+          best = fmaxf(best, fmaxf(core.sums[mt][nt][half * 2], core.sums[mt][nt][half * 2 + 1]));
+        }
+        best = fmaxf(best, shuffle_xor(best, 1));
+        best = fmaxf(best, shuffle_xor(best, 2));
+        if (lane % 4 == 0) maxima[warp_column * kTile + Core::row(mt, half * 2)] = best;
+      }
+    sync_block();
+#pragma unroll
+    for (int mt = 0; mt < Core::kM; ++mt)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float best = -infinity();
+#pragma unroll
+        for (int warp = 0; warp < Core::kWarpsN; ++warp) best = fmaxf(best, maxima[warp * kTile + Core::row(mt, half * 2)]);
+        shift[mt][half] = ceilf(best);
+      }
+  }
+
+  MCLD_DEVICE static void exponentials(Core& core, const float (&shift)[Core::kM][2], uint64_t dropped) {
+#pragma unroll
+    for (int mt = 0; mt < Core::kM; ++mt)
+#pragma unroll
+      for (int nt = 0; nt < Core::kN; ++nt)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const bool drop = dropped >> ((mt * Core::kN + nt) * 4 + i) & 1;
+          core.sums[mt][nt][i] = drop ? 0 : exp2f(core.sums[mt][nt][i] - shift[mt][i / 2]);
+        }
+  }
+
+  MCLD_DEVICE static void stage(char* shared, const Core& core) {
+#pragma unroll
+    for (int mt = 0; mt < Core::kM; ++mt)
+#pragma unroll
+      for (int nt = 0; nt < Core::kN; ++nt)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float low = core.sums[mt][nt][half * 2], high = core.sums[mt][nt][half * 2 + 1];
+          char* at = shared + Core::row(mt, half * 2) * kStagingPitch + Core::column(nt, 0) * int(sizeof(T));
+          if constexpr (sizeof(T) == 4) {
+            *reinterpret_cast<float2*>(at) = make_float2(low, high);
+          } else {
+            *reinterpret_cast<uint32_t*>(at) = pack<T>(low, high);
+          }
+        }
+  }
+
+  MCLD_DEVICE static void partial_sums(const Similarity& p, char* shared, const Core& core) {
+    float* by_row = reinterpret_cast<float*>(shared + kSumsAt);
+    float* by_column = reinterpret_cast<float*>(shared + kColumnsAt);
+    const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
+#pragma unroll
+    for (int mt = 0; mt < Core::kM; ++mt)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float sum = 0;
+#pragma unroll
+        for (int nt = 0; nt < Core::kN; ++nt) sum += core.sums[mt][nt][half * 2] + core.sums[mt][nt][half * 2 + 1];
+        sum += shuffle_xor(sum, 1);
+        sum += shuffle_xor(sum, 2);
+        if (lane % 4 == 0) by_row[warp / Core::kWarpsM * kTile + Core::row(mt, half * 2)] = sum;
+      }
+    if (!p.column_sums) return;
+#pragma unroll
+    for (int nt = 0; nt < Core::kN; ++nt)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float sum = 0;
+#pragma unroll
+        for (int mt = 0; mt < Core::kM; ++mt) sum += core.sums[mt][nt][i] + core.sums[mt][nt][i + 2];
+#pragma unroll
+        for (int mask = 4; mask < kWarp; mask *= 2) sum += shuffle_xor(sum, mask);
+        if (lane < 4) by_column[warp % Core::kWarpsM * kTile + Core::column(nt, i)] = sum;
+      }
+  }
+
+  MCLD_DEVICE static void write(const Similarity& p, const char* shared, int64_t first_row, int64_t first_column) {
+    constexpr int kVector = 16 / sizeof(T), kChunks = kTile / kVector;
+    T* e = static_cast<T*>(p.e) + first_row * p.pitch_e + first_column;
+#pragma unroll 4
+    for (int i = thread_index(); i < kTile * kChunks; i += kThreads) {
+      const int row = i / kChunks, chunk = i % kChunks;
+      *reinterpret_cast<uint4*>(e + row * p.pitch_e + chunk * kVector) =
+          *reinterpret_cast<const uint4*>(shared + row * kStagingPitch + chunk * 16);
+    }
+  }
+
+  MCLD_DEVICE static void write_sums(const Similarity& p, const char* shared, int64_t tile_row, int64_t tile_column) {
+    const float* by_row = reinterpret_cast<const float*>(shared + kSumsAt);
+    const float* maxima = reinterpret_cast<const float*>(shared + kMaximaAt);
+    const float* by_column = reinterpret_cast<const float*>(shared + kColumnsAt);
+    for (int i = thread_index(); i < kTile; i += kThreads) {
+      const int64_t row_at = tile_column * p.padded_rows + tile_row * kTile + i;
+      float sum = 0, best = -infinity();
+#pragma unroll
+      for (int warp = 0; warp < Core::kWarpsN; ++warp) {
+        sum += by_row[warp * kTile + i];
+        if (p.row_maxima) best = fmaxf(best, maxima[warp * kTile + i]);
+      }
+      p.row_sums[row_at] = sum;
+      if (p.row_maxima) p.row_maxima[row_at] = ceilf(best);
+      if (p.column_sums) {
+        float column = 0;
+#pragma unroll
+        for (int warp = 0; warp < Core::kWarpsM; ++warp) column += by_column[warp * kTile + i];
+        p.column_sums[tile_row * p.pitch_e + tile_column * kTile + i] = column;
+      }
+    }
+  }
+};
+
+template <Precision kPrecision, int kTile>
+MCLD_KERNEL((SimilarityTile<kPrecision, kTile>::kThreads)) similarity_kernel(MCLD_PARAMETERS(Similarity) p) {
+  SimilarityTile<kPrecision, kTile>::run(p, block_index());
+}
+
+}  // namespace mcld

@@ -1,0 +1,293 @@
+// Fibers, barriers, asynchronous copies and the meaning of the warp's matrix operations. See emulation.h.
+#include "emulation.h"
+
+#include <csetjmp>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <ucontext.h>
+#include <vector>
+
+namespace mcld::emulation {
+
+int thread, block_x, block_y;
+char* shared;
+
+namespace {
+
+constexpr int kWarp = 32, kMaxThreads = 1024, kStackBytes = 64 << 10, kCanaryBytes = 256;
+
+struct Copy { char* target; const char* source; };
+
+// A context is entered once by swapcontext, which asks the kernel for the signal mask, and from then on by longjmp.
+struct Fiber {
+  std::unique_ptr<char[]> stack;
+  ucontext_t entry;
+  jmp_buf here;
+  bool entered = false, finished = false;
+  const int* waiting = nullptr;  // a generation counter,
+  int seen = 0;                  // and its value when the wait began
+  std::vector<std::vector<Copy>> groups;
+  std::vector<Copy> open;
+};
+
+struct Warp {
+  Lane lanes[kWarp];
+  int arrived = 0, generation = 0;
+  void (*combine)(Lane*) = nullptr;
+};
+
+Fiber fibers[kMaxThreads];
+Warp warps[kMaxThreads / kWarp];
+jmp_buf scheduler;
+ucontext_t scheduler_entry;
+int threads_of_block, arrived, generation, shared_size;
+std::vector<char> memory;
+void (*body)(const void*);
+const void* argument;
+const char* kernel_name;
+std::string failure;
+uint32_t order_state = 1;
+
+void leave() {
+  if (!_setjmp(fibers[thread].here)) _longjmp(scheduler, 1);
+}
+
+void enter_fiber() {
+  for (;;) {
+    body(argument);
+    Fiber& fiber = fibers[thread];
+    if (!fiber.groups.empty() || !fiber.open.empty()) failure = "a thread ended with asynchronous copies in flight";
+    fiber.finished = true;
+    leave();
+  }
+}
+
+void resume(int index) {
+  thread = index;
+  Fiber& fiber = fibers[index];
+  if (_setjmp(scheduler)) return;
+  if (fiber.entered) _longjmp(fiber.here, 1);
+  fiber.entered = true;
+  fiber.stack.reset(new char[kStackBytes]);
+  getcontext(&fiber.entry);
+  fiber.entry.uc_stack.ss_sp = fiber.stack.get();
+  fiber.entry.uc_stack.ss_size = kStackBytes;
+  fiber.entry.uc_link = nullptr;
+  makecontext(&fiber.entry, enter_fiber, 0);
+  swapcontext(&scheduler_entry, &fiber.entry);
+}
+
+void wait_for(const int& counter) {
+  Fiber& fiber = fibers[thread];
+  fiber.waiting = &counter;
+  fiber.seen = counter;
+  leave();
+}
+
+[[noreturn]] void fail(const std::string& what) {
+  throw std::runtime_error(std::string(kernel_name) + " (emulated), block (" + std::to_string(block_x) + ", " +
+                           std::to_string(block_y) + "): " + what);
+}
+
+// Exceptions cannot cross fibers: a fiber that finds an error records it and never continues.
+void stop(const std::string& what) {
+  failure = what + " (thread " + std::to_string(thread) + ")";
+  for (;;) leave();
+}
+
+uint32_t next_random() { return order_state = order_state * 1664525u + 1013904223u; }
+
+void run_block() {
+  for (int i = 0; i < threads_of_block; ++i) {
+    fibers[i].finished = false;
+    fibers[i].waiting = nullptr;
+  }
+  for (int w = 0; w < threads_of_block / kWarp; ++w) warps[w].arrived = 0;
+  arrived = 0;
+  for (int running = threads_of_block; running > 0;) {
+    bool progress = false;
+    const uint32_t random = next_random() >> 8;
+    const int first = random % threads_of_block, step = random & 0x8000 ? 1 : threads_of_block - 1;
+    for (int i = 0, index = first; i < threads_of_block; ++i, index = (index + step) % threads_of_block) {
+      Fiber& fiber = fibers[index];
+      if (fiber.finished || (fiber.waiting && *fiber.waiting == fiber.seen)) continue;
+      fiber.waiting = nullptr;
+      progress = true;
+      resume(index);
+      if (!failure.empty()) fail(failure);
+      running -= fiber.finished;
+    }
+    if (!progress) fail("deadlock: a barrier or warp operation that not all threads reached");
+  }
+  for (int i = 0; i < kCanaryBytes; ++i) {
+    if (shared[shared_size + i] != char(0xA5)) fail("a write past the end of shared memory");
+  }
+}
+
+void check_shared(const void* pointer, int alignment) {
+  const char* p = static_cast<const char*>(pointer);
+  if (p < shared || p + 16 > shared + shared_size) stop("an address outside shared memory");
+  if ((p - shared) % alignment) stop("a misaligned address in shared memory");
+}
+
+}  // namespace
+
+void sync_block() {
+  if (++arrived == threads_of_block) {
+    arrived = 0;
+    ++generation;
+  } else {
+    wait_for(generation);
+  }
+}
+
+void collective(const void* in, int in_bytes, void* out, int out_bytes, void (*combine)(Lane*)) {
+  Warp& warp = warps[thread / kWarp];
+  Lane& lane = warp.lanes[thread % kWarp];
+  if (warp.arrived && warp.combine != combine) stop("lanes of a warp meet in different operations");
+  warp.combine = combine;
+  std::memcpy(lane.in, in, in_bytes);
+  if (++warp.arrived == kWarp) {
+    warp.arrived = 0;
+    combine(warp.lanes);
+    ++warp.generation;
+  } else {
+    wait_for(warp.generation);
+  }
+  std::memcpy(out, lane.out, out_bytes);
+}
+
+void copy_async(void* target, const void* global) {
+  check_shared(target, 16);
+  if (reinterpret_cast<uintptr_t>(global) % 16) stop("a misaligned address in global memory");
+  std::memset(target, 0xFF, 16);
+  fibers[thread].open.push_back({static_cast<char*>(target), static_cast<const char*>(global)});
+}
+
+void commit_async() {
+  Fiber& fiber = fibers[thread];
+  fiber.groups.push_back(std::move(fiber.open));
+  fiber.open.clear();
+}
+
+void wait_async(int pending) {
+  Fiber& fiber = fibers[thread];
+  const int done = int(fiber.groups.size()) - pending;
+  for (int i = 0; i < done; ++i) {
+    for (const Copy& copy : fiber.groups[i]) std::memcpy(copy.target, copy.source, 16);
+  }
+  if (done > 0) fiber.groups.erase(fiber.groups.begin(), fiber.groups.begin() + done);
+}
+
+void combine_shuffle(Lane* lanes) {
+  for (int i = 0; i < kWarp; ++i) {
+    const int mask = bits_of<int>(lanes[i].in + 4);
+    std::memcpy(lanes[i].out, lanes[i ^ mask].in, 4);
+  }
+}
+
+void combine_ldmatrix(Lane* lanes) {
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    for (int i = 0; i < kWarp; ++i) {
+      const char* row = bits_of<const char*>(lanes[matrix * 8 + i / 4].in);
+      check_shared(row, 16);
+      std::memcpy(lanes[i].out + matrix * 4, row + i % 4 * 4, 4);
+    }
+  }
+}
+
+void combine_ldmatrix_transposed(Lane* lanes) {
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    for (int i = 0; i < kWarp; ++i) {
+      for (int half = 0; half < 2; ++half) {
+        const char* row = bits_of<const char*>(lanes[matrix * 8 + i % 4 * 2 + half].in);
+        check_shared(row, 16);
+        std::memcpy(lanes[i].out + matrix * 4 + half * 2, row + i / 4 * 2, 2);
+      }
+    }
+  }
+}
+
+namespace {
+
+// d (16, 8) += a (16, kDepth) b (kDepth, 8), sums in fp32 (a GPU's order and rounding of them is its own).
+template <int kDepth, class Decode> void multiply(Lane* lanes, const Decode& decode) {
+  constexpr int kEach = kDepth / 8;  // values to a register: 2 of 16 bits, or 1 of 32
+  float a[16][kDepth], b[8][kDepth], d[16][8];
+  for (int i = 0; i < kWarp; ++i) {
+    const MmaIn& in = *reinterpret_cast<const MmaIn*>(lanes[i].in);
+    const int g = i / 4, t = i % 4;
+    for (int r = 0; r < 4; ++r) {
+      for (int e = 0; e < kEach; ++e) a[g + r % 2 * 8][t * kEach + r / 2 * kDepth / 2 + e] = decode(in.a[r], e);
+      d[g + r / 2 * 8][t * 2 + r % 2] = in.d[r];
+    }
+    for (int r = 0; r < 2; ++r) {
+      for (int e = 0; e < kEach; ++e) b[g][t * kEach + r * kDepth / 2 + e] = decode(in.b[r], e);
+    }
+  }
+  for (int row = 0; row < 16; ++row) {
+    for (int column = 0; column < 8; ++column) {
+      float sum = 0;
+      for (int k = 0; k < kDepth; ++k) sum += a[row][k] * b[column][k];
+      d[row][column] += sum;
+    }
+  }
+  for (int i = 0; i < kWarp; ++i) {
+    float out[4];
+    for (int r = 0; r < 4; ++r) out[r] = d[i / 4 + r / 2 * 8][i % 4 * 2 + r % 2];
+    std::memcpy(lanes[i].out, out, sizeof out);
+  }
+}
+
+}  // namespace
+
+void combine_mma_bf16(Lane* lanes) {
+  multiply<16>(lanes, [](uint32_t word, int e) { return to_float(bf16{uint16_t(word >> 16 * e)}); });
+}
+void combine_mma_fp16(Lane* lanes) {
+  multiply<16>(lanes, [](uint32_t word, int e) { return to_float(fp16{uint16_t(word >> 16 * e)}); });
+}
+void combine_mma_tf32(Lane* lanes) {
+  // The tensor core reads 19 bits: what was not rounded before is truncated.
+  multiply<8>(lanes, [](uint32_t word, int) { return as_float(word & ~0x1fffu); });
+}
+
+void run(dim3 grid, int threads, int shared_bytes, const char* name, void (*kernel)(const void*), const void* parameters) {
+  static std::mutex one_at_a_time;
+  const std::lock_guard<std::mutex> lock(one_at_a_time);
+  kernel_name = name;
+  if (threads % kWarp || threads > kMaxThreads) fail("a block must be whole warps, at most 1024 threads");
+  if (shared_bytes > 99 << 10) fail("more shared memory than every GPU from sm_80 on has: " + std::to_string(shared_bytes));
+  if (grid.y > 65535) fail("grid.y past 65535");
+  body = kernel;
+  argument = parameters;
+  threads_of_block = threads;
+  shared_size = shared_bytes;
+  failure.clear();
+  memory.resize(shared_bytes + kCanaryBytes + 128);
+  shared = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.data()) + 127) / 128 * 128);
+  for (unsigned y = 0; y < grid.y; ++y) {
+    for (unsigned x = 0; x < grid.x; ++x) {
+      block_x = int(x);
+      block_y = int(y);
+      std::memset(shared, 0xFF, shared_bytes);
+      std::memset(shared + shared_bytes, 0xA5, kCanaryBytes);
+      try {
+        run_block();
+      } catch (...) {
+        // The fibers are in the middle of a kernel: their stacks are left, not unwound.
+        for (Fiber& fiber : fibers) {
+          fiber.entered = false;
+          fiber.groups.clear();
+          fiber.open.clear();
+        }
+        throw;
+      }
+    }
+  }
+}
+
+}  // namespace mcld::emulation

@@ -1,0 +1,139 @@
+// The host emulation of csrc/portable/platform.cuh: a block's threads are fibers on one CPU thread, run in an order that
+// changes from turn to turn, so that a missing barrier is likelier to show. Blocks run one after another.
+//
+// Stricter than a GPU where that finds mistakes: shared memory begins as NaN; an asynchronous copy fills its target with NaN
+// when it is issued and delivers only when it is waited for; ldmatrix and copies check alignment and bounds; a barrier that
+// not all threads reach, or a warp operation that not all lanes reach, is an error.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "checks.h"
+
+#define MCLD_DEVICE inline
+#define MCLD_KERNEL(threads) inline void
+#define MCLD_PARAMETERS(type) const type
+
+struct float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(8) uint2 { uint32_t x, y; };
+struct alignas(16) uint4 { uint32_t x, y, z, w; };
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
+struct dim3 {
+  unsigned x, y, z;
+  explicit dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+namespace mcld {
+
+template <class T> T bits_of(const void* p) {
+  T value;
+  std::memcpy(&value, p, sizeof value);
+  return value;
+}
+inline float as_float(uint32_t bits) { return bits_of<float>(&bits); }
+inline uint32_t as_bits(float x) { return bits_of<uint32_t>(&x); }
+
+struct bf16 { uint16_t bits; };
+struct fp16 { uint16_t bits; };
+
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) { return as_float(uint32_t(x.bits) << 16); }
+inline float to_float(fp16 x) { return float(bits_of<_Float16>(&x)); }
+template <class T> T from_float(float x);
+template <> inline float from_float<float>(float x) { return x; }
+template <> inline bf16 from_float<bf16>(float x) {
+  const uint32_t bits = as_bits(x);
+  if (x != x) return {0x7fff};
+  return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+template <> inline fp16 from_float<fp16>(float x) {
+  const _Float16 rounded = _Float16(x);
+  return {bits_of<uint16_t>(&rounded)};
+}
+template <class T> inline uint32_t pack(float low, float high) {
+  return from_float<T>(low).bits | uint32_t(from_float<T>(high).bits) << 16;
+}
+// To nearest, ties away from zero; NaN and infinity stay.
+inline uint32_t round_tf32(float x) {
+  const uint32_t bits = as_bits(x);
+  return std::isfinite(x) ? (bits + 0x1000) & ~0x1fffu : bits;
+}
+
+namespace emulation {
+
+// What the running fiber sees.
+extern int thread, block_x, block_y;
+extern char* shared;
+
+void sync_block();
+// Deposits `bytes` at `in`; when all lanes of the warp have, `combine` runs once; then lane results are copied to `out`.
+struct Lane { alignas(16) char in[64]; alignas(16) char out[16]; };
+void collective(const void* in, int in_bytes, void* out, int out_bytes, void (*combine)(Lane*));
+void copy_async(void* shared_target, const void* global);
+void commit_async();
+void wait_async(int pending);
+
+void combine_shuffle(Lane*);
+void combine_ldmatrix(Lane*);
+void combine_ldmatrix_transposed(Lane*);
+void combine_mma_bf16(Lane*);
+void combine_mma_fp16(Lane*);
+void combine_mma_tf32(Lane*);
+
+struct MmaIn { float d[4]; uint32_t a[4]; uint32_t b[2]; };
+inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, void (*combine)(Lane*)) {
+  const MmaIn in{{d[0], d[1], d[2], d[3]}, {a[0], a[1], a[2], a[3]}, {b0, b1}};
+  collective(&in, sizeof in, d, sizeof d, combine);
+}
+
+void run(dim3 grid, int threads, int shared_bytes, const char* name, void (*body)(const void*), const void* argument);
+
+}  // namespace emulation
+
+inline int thread_index() { return emulation::thread; }
+inline int block_index() { return emulation::block_x; }
+inline int block_index_y() { return emulation::block_y; }
+inline char* shared_memory() { return emulation::shared; }
+inline void sync_block() { emulation::sync_block(); }
+
+inline float shuffle_xor(float value, int mask) {
+  struct { float value; int mask; } in{value, mask};
+  float out;
+  emulation::collective(&in, sizeof in, &out, sizeof out, emulation::combine_shuffle);
+  return out;
+}
+inline void copy_async(void* shared, const void* global) { emulation::copy_async(shared, global); }
+inline void commit_async() { emulation::commit_async(); }
+template <int kPending> void wait_async() { emulation::wait_async(kPending); }
+inline void ldmatrix(uint32_t (&r)[4], const void* row) {
+  emulation::collective(&row, sizeof row, r, sizeof r, emulation::combine_ldmatrix);
+}
+inline void ldmatrix_transposed(uint32_t (&r)[4], const void* row) {
+  emulation::collective(&row, sizeof row, r, sizeof r, emulation::combine_ldmatrix_transposed);
+}
+inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  emulation::mma(d, a, b0, b1, emulation::combine_mma_bf16);
+}
+inline void mma_fp16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  emulation::mma(d, a, b0, b1, emulation::combine_mma_fp16);
+}
+inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  emulation::mma(d, a, b0, b1, emulation::combine_mma_tf32);
+}
+
+template <class Parameters>
+void launch(void (*kernel)(Parameters), const char* name, dim3 grid, int threads, int shared_bytes, cudaStream_t,
+            const Parameters& parameters) {
+  struct Call { void (*kernel)(Parameters); const Parameters* parameters; } call{kernel, &parameters};
+  emulation::run(grid, threads, shared_bytes, name, [](const void* argument) {
+    const Call& call = *static_cast<const Call*>(argument);
+    call.kernel(*call.parameters);
+  }, &call);
+}
+
+}  // namespace mcld
