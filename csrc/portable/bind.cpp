@@ -9,6 +9,12 @@
 
 #include "checks.h"
 #include "launchers.h"
+#ifndef MCLD_HOST_EMULATION
+#include "build_config.h"
+#endif
+#if MCLD_HAS_HOPPER
+#include "hopper/hopper.h"
+#endif
 
 namespace py = pybind11;
 
@@ -136,6 +142,10 @@ void bind_portable(py::module_& module) {
   bind<Flash, Precision>(module, "flash", flash, {"precision"});
   bind<Combine>(module, "combine", combine, {});
   bind<Finish, Type, Precision>(module, "finish", finish, {"type", "precision"});
+#if MCLD_HAS_HOPPER
+  bind<Similarity, Precision>(module, "hopper_similarity", hopper::similarity, {"precision"});
+  bind<Flash, Precision>(module, "hopper_flash", hopper::flash, {"precision"});
+#endif
 }
 
 }  // namespace mcld

@@ -15,10 +15,11 @@ from pathlib import Path
 from types import ModuleType
 
 HERE = Path(__file__).resolve().parent
-KERNELS = HERE.parents[1] / "csrc" / "portable"
+CSRC = HERE.parents[1] / "csrc"
+KERNELS, HOPPER = CSRC / "portable", CSRC / "hopper"
 FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
 # A fortified longjmp takes a jump to another fiber for a corrupt stack.
-FLAGS += ["-U_FORTIFY_SOURCE", "-DMCLD_HOST_EMULATION"]
+FLAGS += ["-U_FORTIFY_SOURCE", "-DMCLD_HOST_EMULATION", "-DMCLD_HAS_HOPPER=1"]
 
 
 def compiler() -> str | None:
@@ -32,13 +33,13 @@ def build() -> Path:
 
     cache = Path(os.environ.get("MCLD_TEST_CACHE") or Path(tempfile.gettempdir()) / f"mcld_kernels-tests-{os.getuid()}")
     cache.mkdir(parents=True, exist_ok=True)
-    includes = [f"-I{path}" for path in (HERE, KERNELS, sysconfig.get_path("include"), pybind11.get_include())]
-    headers = sorted([*KERNELS.glob("*.cuh"), *KERNELS.glob("*.h"), *HERE.glob("*.h")])
+    includes = [f"-I{path}" for path in (HERE, KERNELS, CSRC, sysconfig.get_path("include"), pybind11.get_include())]
+    headers = sorted(path for folder in (KERNELS, HOPPER, HERE) for path in [*folder.glob("*.cuh"), *folder.glob("*.h")])
     common = b"".join(path.read_bytes() for path in headers) + repr((FLAGS, includes, compiler(), sys.version)).encode()
 
     def compile_one(source: Path) -> Path:
         key = hashlib.sha256(common + source.read_bytes()).hexdigest()[:20]
-        target = cache / f"{source.stem}-{key}.o"
+        target = cache / f"{source.parent.name}-{source.stem}-{key}.o"
         if not target.exists():
             partial = target.with_suffix(f".{os.getpid()}.o")
             _call([compiler(), *FLAGS, *includes, "-c", "-x", "c++", source, "-o", partial])
@@ -46,6 +47,8 @@ def build() -> Path:
         return target
 
     sources = sorted([*KERNELS.glob("*.cu"), *KERNELS.glob("*.cpp"), *HERE.glob("*.cpp")])
+    # What only a driver can do is emulated whole.
+    sources += sorted(path for path in HOPPER.glob("*.cu") if path.stem != "tensor_map")
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, sources))
     key = hashlib.sha256("".join(map(str, objects)).encode()).hexdigest()[:20]

@@ -12,8 +12,9 @@
 
 namespace mcld::emulation {
 
-int thread, block_x, block_y;
+int thread, block_x, block_y, grid_x;
 char* shared;
+int shared_size;
 
 namespace {
 
@@ -43,7 +44,7 @@ Fiber fibers[kMaxThreads];
 Warp warps[kMaxThreads / kWarp];
 jmp_buf scheduler;
 ucontext_t scheduler_entry;
-int threads_of_block, arrived, generation, shared_size;
+int threads_of_block, arrived, generation;
 std::vector<char> memory;
 void (*body)(const void*);
 const void* argument;
@@ -80,22 +81,9 @@ void resume(int index) {
   swapcontext(&scheduler_entry, &fiber.entry);
 }
 
-void wait_for(const int& counter) {
-  Fiber& fiber = fibers[thread];
-  fiber.waiting = &counter;
-  fiber.seen = counter;
-  leave();
-}
-
 [[noreturn]] void fail(const std::string& what) {
   throw std::runtime_error(std::string(kernel_name) + " (emulated), block (" + std::to_string(block_x) + ", " +
                            std::to_string(block_y) + "): " + what);
-}
-
-// Exceptions cannot cross fibers: a fiber that finds an error records it and never continues.
-void stop(const std::string& what) {
-  failure = what + " (thread " + std::to_string(thread) + ")";
-  for (;;) leave();
 }
 
 uint32_t next_random() { return order_state = order_state * 1664525u + 1013904223u; }
@@ -134,6 +122,19 @@ void check_shared(const void* pointer, int alignment) {
 }
 
 }  // namespace
+
+void wait_for(const int& counter) {
+  Fiber& fiber = fibers[thread];
+  fiber.waiting = &counter;
+  fiber.seen = counter;
+  leave();
+}
+
+// Exceptions cannot cross fibers: a fiber that finds an error records it and never continues.
+void stop(const std::string& what) {
+  failure = what + " (thread " + std::to_string(thread) + ")";
+  for (;;) leave();
+}
 
 void sync_block() {
   if (++arrived == threads_of_block) {
@@ -260,11 +261,13 @@ void run(dim3 grid, int threads, int shared_bytes, const char* name, void (*kern
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   kernel_name = name;
   if (threads % kWarp || threads > kMaxThreads) fail("a block must be whole warps, at most 1024 threads");
-  if (shared_bytes > 99 << 10) fail("more shared memory than every GPU from sm_80 on has: " + std::to_string(shared_bytes));
+  const bool sm90 = std::string(name).find("hopper") != std::string::npos;
+  if (shared_bytes > (sm90 ? 227 : 99) << 10) fail("more shared memory than the GPUs it is for have: " + std::to_string(shared_bytes));
   if (grid.y > 65535) fail("grid.y past 65535");
   body = kernel;
   argument = parameters;
   threads_of_block = threads;
+  grid_x = int(grid.x);
   shared_size = shared_bytes;
   failure.clear();
   memory.resize(shared_bytes + kCanaryBytes + 128);

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <string>
 
 #include "checks.h"
 
@@ -67,8 +68,14 @@ inline uint32_t round_tf32(float x) {
 namespace emulation {
 
 // What the running fiber sees.
-extern int thread, block_x, block_y;
+extern int thread, block_x, block_y, grid_x;
 extern char* shared;
+extern int shared_size;
+
+// Runs other fibers until `counter` has changed.
+void wait_for(const int& counter);
+// Ends the launch with an error.
+void stop(const std::string& what);
 
 void sync_block();
 // Deposits `bytes` at `in`; when all lanes of the warp have, `combine` runs once; then lane results are copied to `out`.

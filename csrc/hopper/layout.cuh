@@ -1,0 +1,56 @@
+// Where things lie: the shared tiles that TMA writes and wgmma reads, and the order in which blocks take tiles. Pure
+// arithmetic, the same on a GPU and on a CPU.
+#pragma once
+
+#include <cstdint>
+
+namespace mcld::hopper {
+
+#ifdef __CUDACC__
+#define MCLD_EVERYWHERE __host__ __device__ __forceinline__
+#else
+#define MCLD_EVERYWHERE inline
+#endif
+
+// A panel is a shared tile 64 elements (128 bytes) wide with any number of rows: what one TMA box with 128-byte swizzle
+// writes. Chunk c (16 bytes) of row r lies at 128 r + 16 (c ^ r % 8), so that 8 rows of a column meet 8 different banks.
+// Panels start at multiples of 1024 bytes, the period of the swizzle.
+constexpr int kPanel = 64;
+constexpr int kPanelRowBytes = 128;
+constexpr int kPeriodBytes = 1024;
+constexpr int kDepth = 16;  // elements of the contraction in one wgmma
+
+// wgmma's description of a shared operand: address, byte strides between groups of 8, swizzle of 128 bytes.
+MCLD_EVERYWHERE uint64_t descriptor(uint32_t address) {
+  // The stride between groups of 8 panel rows. The other stride, between panels, is not used: no operand is wider than one.
+  constexpr uint64_t kStride = uint64_t(kPeriodBytes >> 4) << 32;
+  constexpr uint64_t kLeading = uint64_t(1) << 16;
+  constexpr uint64_t kSwizzle128 = uint64_t(1) << 62;
+  return kSwizzle128 | kStride | kLeading | ((address & 0x3ffff) >> 4);
+}
+
+// Contraction along the panel's rows: step k of 16 elements begins 32 k bytes into the first row. The hardware swizzles the
+// sum of address and offset, so stepping inside the swizzled row is right.
+MCLD_EVERYWHERE uint64_t along_rows(uint32_t panel, int step) { return descriptor(panel + step * kDepth * 2); }
+// Contraction across the panel's rows: step k begins at row 16 k.
+MCLD_EVERYWHERE uint64_t across_rows(uint32_t panel, int step) { return descriptor(panel + step * kDepth * kPanelRowBytes); }
+
+// Row of accumulator half h (0, 1) of a thread of the warpgroup, and column of its pair j.
+MCLD_EVERYWHERE int fragment_row(int thread, int h) { return thread / 32 * 16 + thread % 32 / 4 + 8 * h; }
+MCLD_EVERYWHERE int fragment_column(int thread, int j) { return 8 * j + 2 * (thread % 4); }
+
+// The order of tiles: bands of kBand tile rows; in a band down the rows first, so that blocks that run together share their
+// candidates while the band's anchors stay in L2.
+MCLD_EVERYWHERE void tile_in_bands(int64_t index, int64_t tile_rows, int64_t tile_columns, int64_t& row, int64_t& column) {
+  constexpr int64_t kBand = 16;
+  const int64_t first = index / (kBand * tile_columns) * kBand;
+  const int64_t rows = tile_rows - first < kBand ? tile_rows - first : kBand;
+  const int64_t within = index - first * tile_columns;
+  row = first + within % rows;
+  column = within / rows;
+}
+
+// The tiles of split s of `splits`: from split_begin(s) to split_begin(s + 1). None is empty if splits <= tiles.
+MCLD_EVERYWHERE int64_t split_begin(int64_t split, int64_t splits, int64_t tiles) { return split * tiles / splits; }
+
+}  // namespace mcld::hopper

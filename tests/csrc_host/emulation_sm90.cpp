@@ -1,0 +1,196 @@
+// Barriers, TMA and wgmma of emulation_sm90.h, and what the launchers ask of a device.
+#include <deque>
+#include <map>
+#include <vector>
+
+#include "hopper/tensor_map.h"
+
+namespace mcld::emulation {
+namespace {
+
+struct Load {
+  uint32_t shared;
+  TensorMap map;
+  int column, row;
+};
+struct Barrier {
+  int expected = 0, arrived = 0, bytes = 0;
+  int generation = 0;  // phases that have ended
+  int waiting = 0;
+  std::vector<Load> loads;
+};
+struct Queue {
+  std::vector<Wgmma> open;
+  std::deque<std::vector<Wgmma>> groups;
+};
+
+// The shared window begins at an address that is aligned to 128 bytes and no more, as on a GPU.
+constexpr uint32_t kWindow = 1024 + 384;
+constexpr int kBoxColumns = 64, kRowBytes = 128, kThreads = 1024;
+
+std::map<uint32_t, Barrier> barriers;  // of the running block
+Queue queues[kThreads];
+int block_of_barriers = -1;
+
+char* at(uint32_t address, int bytes) {
+  if (address < kWindow || address + bytes > kWindow + uint32_t(shared_size)) stop("an address outside shared memory");
+  return shared + (address - kWindow);
+}
+
+Barrier& barrier_at(uint32_t address) {
+  at(address, 8);
+  if (address % 8) stop("a misaligned barrier");
+  if (!barriers.count(address)) stop("a barrier that was not initialised");
+  return barriers[address];
+}
+
+// Swizzle of 128 bytes: bits 4 to 6 of an address are changed by bits 7 to 9.
+uint32_t swizzled(uint32_t address) { return address ^ ((address >> 7 & 7) << 4); }
+
+void deliver(const Load& load) {
+  for (int r = 0; r < load.map.box_rows; ++r) {
+    for (int c = 0; c < kBoxColumns; ++c) {
+      const int64_t row = load.row + r, column = load.column + c;
+      uint16_t value = 0;
+      if (row < load.map.rows && column < load.map.pitch) {
+        std::memcpy(&value, load.map.matrix + (row * load.map.pitch + column) * 2, 2);
+      }
+      std::memcpy(at(swizzled(load.shared + r * kRowBytes + c * 2), 2), &value, 2);
+    }
+  }
+}
+
+void complete(Barrier& barrier) {
+  if (barrier.arrived < barrier.expected || barrier.bytes) return;
+  barrier.arrived = 0;
+  ++barrier.generation;
+}
+
+// The copy engine, at the last moment: bytes arrive when somebody waits for them.
+void flush(Barrier& barrier) {
+  if (barrier.loads.empty()) return;
+  for (const Load& load : barrier.loads) {
+    deliver(load);
+    barrier.bytes -= load.map.box_rows * kRowBytes;
+  }
+  barrier.loads.clear();
+  complete(barrier);
+}
+
+float half_at(uint32_t address, bool half) {
+  uint16_t bits;
+  std::memcpy(&bits, at(swizzled(address), 2), 2);
+  return half ? to_float(fp16{bits}) : to_float(bf16{bits});
+}
+
+struct Descriptor {
+  uint32_t address, stride;
+  explicit Descriptor(uint64_t bits) : address((bits & 0x3fff) << 4), stride((bits >> 32 & 0x3fff) << 4) {
+    if (bits >> 62 != 1) stop("a descriptor without the 128-byte swizzle");
+    if (bits >> 49 & 7) stop("a descriptor with a base offset");
+  }
+  // Contraction along rows of 128 bytes: rows in groups of 8, `stride` apart.
+  uint32_t along(int row, int k) const { return address + row / 8 * stride + row % 8 * kRowBytes + k * 2; }
+  // Contraction across the rows.
+  uint32_t across(int k, int column) const { return address + k / 8 * stride + k % 8 * kRowBytes + column * 2; }
+};
+
+// One warp's part: its 16 rows of the 64. Runs once for all lanes; `in` holds each lane's Wgmma.
+void combine_wgmma(Lane* lanes) {
+  Wgmma of[32];
+  for (int lane = 0; lane < 32; ++lane) std::memcpy(&of[lane], lanes[lane].in, sizeof(Wgmma));
+  const Wgmma& op = of[0];
+  const int warp = thread / 32 % 4;
+  const Descriptor b(op.b);
+  float bs[16][256];
+  for (int k = 0; k < 16; ++k) {
+    for (int c = 0; c < op.columns; ++c) bs[k][c] = half_at(op.a_registers ? b.across(k, c) : b.along(c, k), op.half);
+  }
+  for (int r = 0; r < 16; ++r) {
+    float as[16];
+    for (int k = 0; k < 16; ++k) {
+      if (op.a_registers) {
+        const uint32_t word = of[r % 8 * 4 + k % 8 / 2].a_registers[k / 8 * 2 + r / 8];
+        const uint16_t bits = uint16_t(word >> 16 * (k % 2));
+        as[k] = op.half ? to_float(fp16{bits}) : to_float(bf16{bits});
+      } else {
+        as[k] = half_at(Descriptor(op.a).along(16 * warp + r, k), op.half);
+      }
+    }
+    for (int c = 0; c < op.columns; ++c) {
+      float& d = of[r % 8 * 4 + c % 8 / 2].d[c / 8 * 4 + r / 8 * 2 + c % 2];
+      float sum = op.add ? d : 0;
+      for (int k = 0; k < 16; ++k) sum += as[k] * bs[k][c];
+      d = sum;
+    }
+  }
+}
+
+}  // namespace
+
+uint32_t shared_offset(const void* pointer) { return kWindow + uint32_t(static_cast<const char*>(pointer) - shared); }
+
+void barrier_init(uint32_t address, int arrivals) {
+  const int block = block_y * grid_x + block_x;
+  if (block != block_of_barriers) barriers.clear();
+  block_of_barriers = block;
+  for (Queue& queue : queues) {
+    if (!queue.groups.empty() || !queue.open.empty()) stop("an earlier block ended with wgmma in flight");
+  }
+  at(address, 8);
+  barriers[address] = Barrier{arrivals};
+}
+
+void barrier_arrive(uint32_t address, int bytes) {
+  Barrier& barrier = barrier_at(address);
+  if (barrier.arrived == barrier.expected) stop("more arrivals than the barrier expects");
+  ++barrier.arrived;
+  barrier.bytes += bytes;
+  complete(barrier);
+}
+
+void barrier_wait(uint32_t address, int parity) {
+  Barrier& barrier = barrier_at(address);
+  flush(barrier);
+  ++barrier.waiting;
+  while ((barrier.generation & 1) == parity) wait_for(barrier.generation);
+  --barrier.waiting;
+}
+
+void tma_load(uint32_t address, const TensorMap& map, uint32_t barrier, int column, int row) {
+  if (address % 1024) stop("a TMA box that does not begin at a period of the swizzle");
+  if (map.box_rows > 256) stop("a TMA box of more than 256 rows");
+  std::memset(at(address, map.box_rows * kRowBytes), 0xFF, map.box_rows * kRowBytes);
+  Barrier& target = barrier_at(barrier);
+  target.loads.push_back({address, map, column, row});
+  if (target.waiting) flush(target);
+}
+
+void wgmma_issue(const Wgmma& op) { queues[thread].open.push_back(op); }
+
+void wgmma_commit() {
+  queues[thread].groups.push_back(std::move(queues[thread].open));
+  queues[thread].open.clear();
+}
+
+void wgmma_wait(int pending) {
+  Queue& queue = queues[thread];
+  if (!queue.open.empty()) stop("a wait for wgmma that were not committed");
+  while (int(queue.groups.size()) > pending) {
+    for (const Wgmma& op : queue.groups.front()) collective(&op, sizeof op, nullptr, 0, combine_wgmma);
+    queue.groups.pop_front();
+  }
+}
+
+}  // namespace mcld::emulation
+
+namespace mcld::hopper {
+
+TensorMap tensor_map(const void* matrix, Precision, int64_t rows, int64_t pitch, int box_rows) {
+  return {static_cast<const char*>(matrix), rows, pitch, box_rows};
+}
+
+// Fewer than tiles, so that a block takes several.
+int multiprocessors() { return 2; }
+
+}  // namespace mcld::hopper
