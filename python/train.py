@@ -52,9 +52,7 @@ def parser() -> argparse.ArgumentParser:
     data.add_argument("--images", type=_positive, default=200, help="the student's training images (default: 200)")
     data.add_argument("--label-noise", type=float, default=0.3, help="share of wrong labels among them (default: 0.3)")
     data.add_argument("--split", choices=("test", "validation"), default="test", help="validation: to choose options")
-    data.add_argument(
-        "--teacher", type=Path, metavar="PATH", help="teacher.pt of an earlier run, not trained again"
-    )
+    data.add_argument("--teacher", type=Path, metavar="PATH", help="teacher.pt of an earlier run, not trained again")
     data.add_argument("--teacher-model", choices=list(MODELS), default="cnn")
     data.add_argument("--student-model", choices=list(MODELS), default="small-cnn")
     loss = found.add_argument_group("the loss")

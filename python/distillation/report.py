@@ -73,8 +73,8 @@ def plot(path: Path, results: dict[str, Any]) -> None:
             curves = [[epoch[term] for epoch in history if term in epoch] for history in shown["history"]]
             mean = [statistics.fmean(values) for values in zip(*curves)]
             right.plot(range(1, len(mean) + 1), mean, color=colour, linewidth=2, label=term)
-        right.set(xlabel="epoch", ylabel="term, unweighted (mean over seeds)", title="the distilled student's loss")
-        right.legend(frameon=False)
+        right.set(xlabel="epoch", ylabel="the MCLD student's loss, unweighted terms")
+        right.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(TERMS))
     else:
         right.set_axis_off()
     for axis in (left, right):
