@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, settings
 
 # The same examples in every run; `--hypothesis-profile=explore` draws new ones.
 _COMMON = {"deadline": None, "database": None, "suppress_health_check": [HealthCheck.too_slow]}
-settings.register_profile("fixed", derandomize=True, **_COMMON)
+settings.register_profile("fixed", derandomize=True, max_examples=50, **_COMMON)
 settings.register_profile("explore", max_examples=1000, **_COMMON)
 settings.load_profile("fixed")
 

@@ -12,7 +12,7 @@ import mcld_kernels
 from mcld_kernels import reference
 
 BACKENDS = ("reference", "torch")
-few = settings(max_examples=50)
+more = settings(max_examples=8 * settings.default.max_examples)
 ROWS, CATEGORY = (1.0, 1.0, 0.0), (0.0, 0.0, 1.0)
 
 
@@ -53,7 +53,7 @@ def flat(outcome):
     return [x for x in outcome if x is not None]
 
 
-@settings(max_examples=400)
+@more
 @given(inputs(), options, st.booleans(), st.floats(-3, 3))
 def test_torch_is_the_reference(tensors, chosen, teacher_grad, upstream):
     got, want = (
@@ -64,7 +64,6 @@ def test_torch_is_the_reference(tensors, chosen, teacher_grad, upstream):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 class TestInvariance:
-    @few
     @given(inputs(), options, st.data())
     def test_row_scaling(self, backend, tensors, chosen, data):
         """Row terms see directions only: positive factors on the rows change nothing, the gradient by their inverse."""
@@ -77,7 +76,6 @@ class TestInvariance:
         close(got.terms, want.terms)
         close(a * got.student, want.student)
 
-    @few
     @given(inputs(), options, st.data())
     def test_column_scaling(self, backend, tensors, chosen, data):
         student, teacher, target = tensors
@@ -89,7 +87,6 @@ class TestInvariance:
         close(got.terms, want.terms)
         close(a * got.student, want.student)
 
-    @few
     @given(inputs(), options)
     def test_gradients_are_orthogonal(self, backend, tensors, chosen):
         """No gradient along a row for row terms, nor along a column for the category-wise term."""
@@ -100,7 +97,6 @@ class TestInvariance:
                 size = (x.norm(dim=dim) * gradient.norm(dim=dim)).clamp(min=1e-3)
                 assert ((x * gradient).sum(dim).abs() <= 1e-9 * size).all()
 
-    @few
     @given(inputs(), options, st.data())
     def test_order_of_the_batch(self, backend, tensors, chosen, data):
         student, teacher, target = tensors
@@ -110,7 +106,6 @@ class TestInvariance:
         close([got.loss, got.terms], [want.loss, want.terms])
         close([got.student, got.teacher], [want.student[order], want.teacher[order]], atol=1e-8)
 
-    @few
     @given(inputs(), options, st.data())
     def test_names_of_the_classes(self, backend, tensors, chosen, data):
         student, teacher, target = tensors
@@ -121,7 +116,6 @@ class TestInvariance:
         close([got.loss, got.terms], [want.loss, want.terms])
         close(got.student, want.student[:, order], atol=1e-8)
 
-    @few
     @given(inputs(), options)
     def test_teacher_anchors_are_student_anchors_with_the_sides_changed(self, backend, tensors, chosen):
         student, teacher, target = tensors
@@ -130,7 +124,6 @@ class TestInvariance:
         want = run(backend, teacher, student, target, teacher_grad=True, **{**chosen, "direction": "student"})
         close([got.terms, got.student, got.teacher], [want.terms, want.teacher, want.student], atol=1e-8)
 
-    @few
     @given(inputs(), options)
     def test_symmetric_is_the_mean_of_both_directions(self, backend, tensors, chosen):
         both, one, other = (
@@ -143,7 +136,6 @@ class TestInvariance:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 class TestBounds:
-    @few
     @given(inputs(), options)
     def test_of_every_term(self, backend, tensors, chosen):
         """0 <= InfoNCE <= log(candidates) + 2 / temperature, and sample-wise >= 0 as a cross-entropy."""
@@ -157,7 +149,6 @@ class TestBounds:
         ):
             assert -1e-9 <= term <= math.log(candidates) + 2 / t + 1e-9
 
-    @few
     @given(inputs(), options)
     def test_the_mask_only_removes_from_the_denominator(self, backend, tensors, chosen):
         masked, whole = (
@@ -166,7 +157,6 @@ class TestBounds:
         )
         assert masked <= whole + 1e-9
 
-    @few
     @given(inputs(ignored=False), options)
     def test_sample_is_instance_where_every_class_is_alone(self, backend, tensors, chosen):
         student, teacher, _ = tensors
@@ -176,7 +166,6 @@ class TestBounds:
         got = run(backend, student[:n], teacher[:n], torch.arange(n), **chosen)
         close(got.terms[0], got.terms[1])
 
-    @few
     @given(inputs(zeros=False))
     def test_a_step_along_the_gradient_lowers_the_loss(self, backend, tensors):
         student, teacher, target = tensors
@@ -189,7 +178,6 @@ class TestBounds:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 class TestWeights:
-    @few
     @given(inputs(), options, weights)
     def test_linear(self, backend, tensors, chosen, other):
         """The loss and its gradients are linear in the weights; the terms do not see them."""
@@ -201,7 +189,6 @@ class TestWeights:
             close(getattr(both, name), getattr(first, name) + getattr(second, name), atol=1e-8)
         close(first.loss, (torch.tensor(chosen["weight"], dtype=torch.float64) * first.terms).sum())
 
-    @few
     @given(inputs(), options)
     def test_a_tensor_is_the_same_as_numbers(self, backend, tensors, chosen):
         want = run(backend, *tensors, teacher_grad=True, **chosen)
@@ -210,7 +197,6 @@ class TestWeights:
         close([got.loss, got.student, got.teacher], [want.loss, want.student, want.teacher], atol=1e-8)
 
 
-@settings(max_examples=60)
 @given(inputs(), options, st.integers(1, 5))
 def test_chunks_change_nothing(tensors, chosen, rows):
     from mcld_kernels import blocked
@@ -225,7 +211,6 @@ def test_chunks_change_nothing(tensors, chosen, rows):
     close(list(parts), list(whole), atol=1e-8)
 
 
-@few
 @given(inputs(), options)
 def test_the_module_is_the_function(tensors, chosen):
     got = mcld_kernels.MCLDLoss(**chosen, backend="torch")(*tensors)
