@@ -1,7 +1,7 @@
 // The Python module mcld_kernels._C. It knows neither torch nor the driver's library: pointers and streams come as
 // integers, so one build serves every torch, and it imports on a machine without a GPU.
 //
-// info() is always here. The kernels' own bindings stand beside them: csrc/portable/bind.cpp, csrc/hopper/bind.cpp.
+// info() is always here; the launchers' bindings are in portable/bind.cpp.
 #include <pybind11/pybind11.h>
 
 #include <sstream>
@@ -11,18 +11,13 @@
 
 namespace py = pybind11;
 
-#if MCLD_HAS_PORTABLE || MCLD_HAS_HOPPER
+#if MCLD_HAS_PORTABLE
 #include "checks.h"
-#endif
 
 namespace mcld {
-#if MCLD_HAS_PORTABLE
 void bind_portable(py::module_& module);
+}
 #endif
-#if MCLD_HAS_HOPPER
-void bind_hopper(py::module_& module);
-#endif
-}  // namespace mcld
 
 namespace {
 
@@ -63,13 +58,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("info", &info,
              "What this build holds: version, compiler, cuda (None, with the reason, where it is not in), "
              "architectures, and whether the portable and the Hopper kernels are compiled in.");
-#if MCLD_HAS_PORTABLE || MCLD_HAS_HOPPER
-  py::register_exception<mcld::CudaError>(module, "CudaError", PyExc_RuntimeError);
-#endif
 #if MCLD_HAS_PORTABLE
+  py::register_exception<mcld::CudaError>(module, "CudaError", PyExc_RuntimeError);
   mcld::bind_portable(module);
-#endif
-#if MCLD_HAS_HOPPER
-  mcld::bind_hopper(module);
 #endif
 }

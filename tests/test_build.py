@@ -219,7 +219,8 @@ def test_module_describes_itself(module):
     info = module.info()
     assert info["version"] == mcld_kernels.__version__
     assert (info["cuda"] is None) == bool(info["reason"]) == (info["architectures"] == [])
-    assert info["portable"] == hasattr(module, "CudaError") or info["hopper"]
+    assert info["portable"] == hasattr(module, "CudaError") == hasattr(module, "similarity")
+    assert info["hopper"] == hasattr(module, "hopper_similarity")
 
 
 def test_module_needs_neither_torch_nor_the_driver(module):
