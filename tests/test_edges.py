@@ -487,7 +487,7 @@ class TestModule:
         ):
             assert word in text
         assert "temperature=(0.1, 0.2, 0.3)" in repr(MCLDLoss(temperature=(0.1, 0.2, 0.3)))
-        assert "tensor of (3,)" in repr(MCLDLoss(weight=torch.ones(3)))
+        assert "weight=tensor([1., 1., 1.])" in repr(MCLDLoss(weight=torch.ones(3)))
 
     def test_takes_keywords_only(self):
         with pytest.raises(TypeError):
