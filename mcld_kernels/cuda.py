@@ -348,7 +348,7 @@ class CudaKernels:
         self._call(
             "flash",
             a=_pointer(a.matrix), k=_pointer(k.matrix), out=_pointer(parts), sums=_pointer(sums),
-            maxima=_pointer(maxima), column_factor=0, same_a=_pointer(None if same is None else same[0]),
+            maxima=_pointer(maxima), column_shift=0, same_a=_pointer(None if same is None else same[0]),
             same_k=_pointer(None if same is None else same[1]), n=a.n, m=k.n, pitch=pitch, padded_rows=padded,
             diagonal=offset, splits=splits, scale=LOG2E / temperature, shift=shift, precision=_precision(dtype),
         )  # fmt: skip

@@ -16,7 +16,8 @@
 #include "checks.h"
 
 #define MCLD_DEVICE __device__ __forceinline__
-#define MCLD_KERNEL(threads) __global__ void __launch_bounds__(threads)
+// Threads of a block and, optionally, the blocks that a multiprocessor is to hold.
+#define MCLD_KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)
 #define MCLD_PARAMETERS(type) const __grid_constant__ type
 
 namespace mcld {
@@ -32,6 +33,13 @@ MCLD_DEVICE int block_index_y() { return blockIdx.y; }
 MCLD_DEVICE char* shared_memory() {
   extern __shared__ __align__(128) char dynamic_shared[];
   return dynamic_shared;
+}
+
+// The same value, of which the compiler knows nothing: what is computed from it stays where it is used, instead of filling
+// registers from outside the loop.
+MCLD_DEVICE int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
 }
 
 MCLD_DEVICE void sync_block() { __syncthreads(); }
@@ -63,6 +71,7 @@ MCLD_DEVICE uint32_t round_tf32(float x) {
   return bits;
 }
 MCLD_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
+MCLD_DEVICE uint32_t as_bits(float x) { return __float_as_uint(x); }
 
 MCLD_DEVICE uint32_t shared_address(const void* pointer) { return uint32_t(__cvta_generic_to_shared(pointer)); }
 

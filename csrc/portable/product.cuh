@@ -9,7 +9,7 @@ namespace mcld {
 template <Precision kPrecision, int kTile, bool kTransposed> struct ProductTile {
   using T = Operand<kPrecision>;
   using Core = Tile<kPrecision, kTile, kTransposed ? Major::result : Major::contraction, Major::result>;
-  static constexpr int kThreads = Core::kThreads;
+  static constexpr int kThreads = Core::kThreads, kBlocks = Core::kBlocks;
   static constexpr int kSharedBytes = Core::kSharedBytes;
 
   MCLD_DEVICE static void run(const Product& p, int64_t index) {
@@ -35,7 +35,8 @@ template <Precision kPrecision, int kTile, bool kTransposed> struct ProductTile 
 };
 
 template <Precision kPrecision, int kTile, bool kTransposed>
-MCLD_KERNEL((ProductTile<kPrecision, kTile, kTransposed>::kThreads)) product_kernel(MCLD_PARAMETERS(Product) p) {
+MCLD_KERNEL(ProductTile<kPrecision, kTile, kTransposed>::kThreads, ProductTile<kPrecision, kTile, kTransposed>::kBlocks)
+product_kernel(MCLD_PARAMETERS(Product) p) {
   ProductTile<kPrecision, kTile, kTransposed>::run(p, block_index());
 }
 

@@ -13,7 +13,7 @@ namespace mcld {
 template <Precision kPrecision, int kTile> struct SimilarityTile {
   using T = Operand<kPrecision>;
   using Core = Tile<kPrecision, kTile, Major::contraction, Major::contraction>;
-  static constexpr int kThreads = Core::kThreads;
+  static constexpr int kThreads = Core::kThreads, kBlocks = Core::kBlocks;
   // After the product: E on its way out, then sums and maxima by warp, then the labels.
   static constexpr int kStagingPitch = kTile * int(sizeof(T)) + 16;
   static constexpr int kSumsAt = kTile * kStagingPitch;
@@ -33,7 +33,7 @@ template <Precision kPrecision, int kTile> struct SimilarityTile {
              static_cast<const T*>(p.k) + first_column * p.pitch, p.pitch, p.pitch / Core::kSlice);
 
     load_labels(p, shared, first_row, first_column);
-    const uint64_t dropped = drop_and_scale(p, shared, core, first_row, first_column);
+    drop_and_scale(p, shared, core, first_row, first_column);
     float shift[Core::kM][2];
     if (p.row_maxima) {
       row_maxima(shared, core, shift);
@@ -41,7 +41,7 @@ template <Precision kPrecision, int kTile> struct SimilarityTile {
 #pragma unroll
       for (int mt = 0; mt < Core::kM; ++mt) shift[mt][0] = shift[mt][1] = p.shift;
     }
-    exponentials(core, shift, dropped);
+    exponentials(core, shift);
     stage(shared, core);
     partial_sums(p, shared, core);
     sync_block();
@@ -61,13 +61,12 @@ template <Precision kPrecision, int kTile> struct SimilarityTile {
     sync_block();
   }
 
-  // sums become exponents; what is dropped becomes -inf, and its bit is set: with it gone NaN stays NaN.
-  MCLD_DEVICE static uint64_t drop_and_scale(const Similarity& p, const char* shared, Core& core, int64_t first_row,
-                                             int64_t first_column) {
+  // sums become exponents; what is dropped becomes -inf.
+  MCLD_DEVICE static void drop_and_scale(const Similarity& p, const char* shared, Core& core, int64_t first_row,
+                                         int64_t first_column) {
     const int* labels = reinterpret_cast<const int*>(shared + kLabelsAt);
     const int rows = clamp(p.rows - first_row), columns = clamp(p.m - first_column);
-    const int64_t diagonal = first_row + p.diagonal - first_column;  // tile column of the positive of tile row 0
-    uint64_t dropped = 0;
+    const int diagonal = band(first_row + p.diagonal - first_column);  // tile column of the positive of tile row 0
 #pragma unroll
     for (int mt = 0; mt < Core::kM; ++mt)
 #pragma unroll
@@ -78,13 +77,15 @@ template <Precision kPrecision, int kTile> struct SimilarityTile {
           bool drop = row >= rows || column >= columns || column == row + diagonal;
           if (p.same_a) drop = drop || labels[row] == labels[kTile + column];
           core.sums[mt][nt][i] = drop ? -infinity() : core.sums[mt][nt][i] * p.scale;
-          dropped |= uint64_t(drop) << ((mt * Core::kN + nt) * 4 + i);
         }
-    return dropped;
+  }
+  // Diagonals that miss the tile are all one.
+  MCLD_DEVICE static int band(int64_t diagonal) {
+    return diagonal < -kTile || diagonal > kTile ? kTile : int(diagonal);
   }
   MCLD_DEVICE static int clamp(int64_t size) { return size < 0 ? 0 : size > kTile ? kTile : int(size); }
 
-  // The tile's maximum of each row, rounded up; -inf where all is dropped.
+  // The shift of each row: the tile's maximum, rounded up; 0 where all is dropped, so that exp2(-inf - shift) is 0.
   MCLD_DEVICE static void row_maxima(char* shared, const Core& core, float (&shift)[Core::kM][2]) {
     float* maxima = reinterpret_cast<float*>(shared + kMaximaAt);
     const int lane = thread_index() % kWarp, warp_column = thread_index() / kWarp / Core::kWarpsM;
@@ -109,20 +110,17 @@ template <Precision kPrecision, int kTile> struct SimilarityTile {
         float best = -infinity();
 #pragma unroll
         for (int warp = 0; warp < Core::kWarpsN; ++warp) best = fmaxf(best, maxima[warp * kTile + Core::row(mt, half * 2)]);
-        shift[mt][half] = ceilf(best);
+        shift[mt][half] = best == -infinity() ? 0 : ceilf(best);
       }
   }
 
-  MCLD_DEVICE static void exponentials(Core& core, const float (&shift)[Core::kM][2], uint64_t dropped) {
+  MCLD_DEVICE static void exponentials(Core& core, const float (&shift)[Core::kM][2]) {
 #pragma unroll
     for (int mt = 0; mt < Core::kM; ++mt)
 #pragma unroll
       for (int nt = 0; nt < Core::kN; ++nt)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const bool drop = dropped >> ((mt * Core::kN + nt) * 4 + i) & 1;
-          core.sums[mt][nt][i] = drop ? 0 : exp2f(core.sums[mt][nt][i] - shift[mt][i / 2]);
-        }
+        for (int i = 0; i < 4; ++i) core.sums[mt][nt][i] = exp2f(core.sums[mt][nt][i] - shift[mt][i / 2]);
   }
 
   MCLD_DEVICE static void stage(char* shared, const Core& core) {
@@ -207,7 +205,8 @@ template <Precision kPrecision, int kTile> struct SimilarityTile {
 };
 
 template <Precision kPrecision, int kTile>
-MCLD_KERNEL((SimilarityTile<kPrecision, kTile>::kThreads)) similarity_kernel(MCLD_PARAMETERS(Similarity) p) {
+MCLD_KERNEL(SimilarityTile<kPrecision, kTile>::kThreads, SimilarityTile<kPrecision, kTile>::kBlocks)
+similarity_kernel(MCLD_PARAMETERS(Similarity) p) {
   SimilarityTile<kPrecision, kTile>::run(p, block_index());
 }
 

@@ -125,6 +125,8 @@ template <Precision kPrecision, int kTile, Major kLeft, Major kRight> struct Til
   static constexpr int kStageBytes = Left::kBytes + Right::kBytes;
   static constexpr int kSharedBytes = kStages * kStageBytes;
   static constexpr int kSlice = Left::kSlice;
+  // Blocks to a multiprocessor: two keep the tensor cores busy through an epilogue. 32-bit operands need the registers.
+  static constexpr int kBlocks = sizeof(T) == 2 ? 2 : 1;
 
   float sums[kM][kN][4];
 

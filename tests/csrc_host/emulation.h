@@ -14,7 +14,7 @@
 #include "checks.h"
 
 #define MCLD_DEVICE inline
-#define MCLD_KERNEL(threads) inline void
+#define MCLD_KERNEL(...) inline void
 #define MCLD_PARAMETERS(type) const type
 
 struct float2 { float x, y; };
@@ -106,6 +106,7 @@ inline int thread_index() { return emulation::thread; }
 inline int block_index() { return emulation::block_x; }
 inline int block_index_y() { return emulation::block_y; }
 inline char* shared_memory() { return emulation::shared; }
+inline int opaque(int x) { return x; }
 inline void sync_block() { emulation::sync_block(); }
 
 inline float shuffle_xor(float value, int mask) {
