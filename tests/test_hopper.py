@@ -1,0 +1,194 @@
+"""The Hopper kernels in host emulation, called as backend "cuda" calls them, and the rule by which it takes them.
+
+The emulation reads tiles through the wgmma descriptors and swizzles that the kernels make, delivers TMA loads and runs
+wgmma as late as a GPU may, and stops at a deadlock (tests/csrc_host/emulation_sm90.h). It cannot show speed, nor
+whether it understands the instructions as the hardware does: the test marked gpu is for that.
+"""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import csrc_host
+import pytest
+import torch
+
+from mcld_kernels import compiled, hopper
+
+TEMPERATURE = 0.2
+PRECISION = {torch.bfloat16: 0, torch.float16: 1}
+# Half an ulp of the type E is rounded to, and a little for fp32 sums and exp2.
+ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
+FP32 = 4e-6
+
+# n, m, d, offset of the positive. Tiles are 128 x 256 in product 1 and 128 x 128 or 64 in flash, slices 64 deep.
+SIMILARITY_SHAPES = [
+    (1, 1, 1, 0),
+    (5, 3, 7, 1),
+    (128, 256, 64, 0),
+    (129, 257, 65, 0),  # one past every tile
+    (200, 513, 321, -7),  # more slices than stages, positives before the first candidate
+    (70, 300, 100, 290),  # positives past the last candidate
+]
+FLASH_SHAPES = [
+    # splits last
+    (1, 1, 1, 0, 1),
+    (130, 300, 64, 3, 3),
+    (70, 290, 100, -7, 2),
+    (129, 700, 129, 5, 2),  # several rounds of the ring
+    (65, 449, 250, 380, 1),
+]
+
+
+@pytest.fixture(scope="module")
+def emulated():
+    if csrc_host.compiler() is None:
+        pytest.skip("needs a C++ compiler")
+    return csrc_host.load()
+
+
+def padded(size: int, unit: int) -> int:
+    return (size + unit - 1) // unit * unit
+
+
+def operand(n: int, d: int, dtype: torch.dtype, device: str) -> torch.Tensor:
+    """Unit rows (n, d) as the kernels take them: zeros up to 128 rows and a pitch of 64."""
+    x = torch.nn.functional.normalize(torch.randn(n, d, dtype=torch.double))
+    out = torch.zeros(padded(n, 128), padded(d, 64), dtype=dtype)
+    out[:n, :d] = x.to(dtype)
+    return out.to(device)
+
+
+def exponentials(a, k, n, m, offset, scale, shift):
+    """E (n, m) in fp64, from the rounded operands."""
+    e = torch.exp2(a[:n].double() @ k[:m].double().T * scale - shift)
+    e[torch.arange(m, device=e.device) == torch.arange(n, device=e.device)[:, None] + offset] = 0
+    return e
+
+
+def constants(dtype: torch.dtype) -> tuple[float, float]:
+    scale = math.log2(math.e) / TEMPERATURE
+    return scale, scale - (3 if dtype == torch.float16 else 0)
+
+
+def check_similarity(module, shape, dtype, device="cpu", stream=0):
+    torch.manual_seed(0)
+    n, m, d, offset = shape
+    a, k = operand(n, d, dtype, device), operand(m, d, dtype, device)
+    rows, columns = padded(n, 128), padded(m, 128)
+    scale, shift = constants(dtype)
+    e = torch.full((rows, columns), torch.nan, dtype=dtype, device=device)
+    sums = torch.full((padded(columns, 256) // 256, rows), torch.nan, device=device)
+    module.hopper_similarity(
+        a=a.data_ptr(), k=k.data_ptr(), e=e.data_ptr(), row_sums=sums.data_ptr(), row_maxima=0, column_sums=0,
+        same_a=0, same_k=0, rows=n, m=m, pitch=a.shape[1], pitch_e=columns, padded_rows=rows, diagonal=offset,
+        scale=scale, shift=shift, precision=PRECISION[dtype], device=0, stream=stream,
+    )  # fmt: skip
+    want = torch.zeros(rows, columns, dtype=torch.double, device=device)
+    want[:n, :m] = exponentials(a, k, n, m, offset, scale, shift)
+    error = (e.double() - want).abs()
+    # Subnormal fp16 numbers are evenly spaced.
+    assert (error <= want * (ROUNDING[dtype] + FP32) + 2**-25).all()
+    total = want.sum(1)
+    assert ((sums.double().sum(0) - total).abs() <= total * FP32).all()
+
+
+def check_flash(module, shape, dtype, device="cpu", stream=0):
+    torch.manual_seed(0)
+    n, m, d, offset, splits = shape
+    a, k = operand(n, d, dtype, device), operand(m, d, dtype, device)
+    rows, pitch = padded(n, 128), a.shape[1]
+    scale, shift = constants(dtype)
+    out = torch.full((splits, rows, pitch), torch.nan, device=device)
+    sums = torch.full((splits, rows), torch.nan, device=device)
+    module.hopper_flash(
+        a=a.data_ptr(), k=k.data_ptr(), out=out.data_ptr(), sums=sums.data_ptr(), maxima=0, column_shift=0, same_a=0,
+        same_k=0, n=n, m=m, pitch=pitch, padded_rows=rows, diagonal=offset, splits=splits, scale=scale, shift=shift,
+        precision=PRECISION[dtype], device=0, stream=stream,
+    )  # fmt: skip
+    e = exponentials(a, k, n, m, offset, scale, shift)
+    total = e.sum(1)
+    assert ((sums.double().sum(0)[:n] - total).abs() <= total * FP32).all()
+    error = (out.double().sum(0)[:n] - e @ k[:m].double()).abs()
+    # Each exponential is rounded once; sums over the candidates cancel, so the bound is on the sum of magnitudes.
+    assert (error <= (e @ k[:m].double().abs() + 2**-25 * m) * (ROUNDING[dtype] + FP32) + 2**-25).all()
+    assert out.isfinite().all(), "padding rows are written, and hold no NaN"
+
+
+@pytest.mark.parametrize("dtype", PRECISION, ids=str)
+@pytest.mark.parametrize("shape", SIMILARITY_SHAPES, ids=str)
+def test_similarity(emulated, shape, dtype):
+    check_similarity(emulated, shape, dtype)
+
+
+@pytest.mark.parametrize("dtype", PRECISION, ids=str)
+@pytest.mark.parametrize("shape", FLASH_SHAPES, ids=str)
+def test_flash(emulated, shape, dtype):
+    check_flash(emulated, shape, dtype)
+
+
+def test_similarity_takes_every_tile_once(emulated):
+    """17 rows of tiles: a band of 16 and one of 1. NaN in E or in a sum would be a tile nobody took."""
+    check_similarity(emulated, (2100, 520, 20, 0), torch.bfloat16)
+
+
+def test_sums_alone(emulated):
+    """Without E, as when the student needs no gradient."""
+    a, k = operand(130, 40, torch.bfloat16, "cpu"), operand(300, 40, torch.bfloat16, "cpu")
+    scale, shift = constants(torch.bfloat16)
+    sums = torch.full((2, 256), torch.nan)
+    emulated.hopper_similarity(
+        a=a.data_ptr(), k=k.data_ptr(), e=0, row_sums=sums.data_ptr(), row_maxima=0, column_sums=0, same_a=0, same_k=0,
+        rows=130, m=300, pitch=64, pitch_e=384, padded_rows=256, diagonal=0, scale=scale, shift=shift, precision=0,
+        device=0, stream=0,
+    )  # fmt: skip
+    total = exponentials(a, k, 130, 300, 0, scale, shift).sum(1)
+    assert ((sums.double().sum(0)[:130] - total).abs() <= total * FP32).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+)
+@pytest.mark.parametrize("dtype", PRECISION, ids=str)
+def test_on_hopper(dtype):
+    module, reason = compiled.load()
+    if not hasattr(module, "hopper_similarity"):
+        pytest.skip(reason or "the compiled module holds no Hopper kernels")
+    where = {"device": "cuda", "stream": torch.cuda.current_stream().cuda_stream}
+    for shape in [*SIMILARITY_SHAPES, (4096, 4096, 1000, 0), (1000, 20000, 300, 17)]:
+        check_similarity(module, shape, dtype, **where)
+    for shape in [*FLASH_SHAPES, (4096, 4096, 100, 0, 4), (1000, 20000, 250, 17, 16)]:
+        check_flash(module, shape, dtype, **where)
+    torch.cuda.synchronize()
+
+
+def test_taken_only_on_request_and_where_they_can_run(monkeypatch):
+    module, without = SimpleNamespace(hopper_similarity=None), SimpleNamespace()
+    cpu, bf16 = torch.device("cpu"), torch.bfloat16
+    monkeypatch.delenv("MCLD_HOPPER", raising=False)
+    assert "MCLD_HOPPER" in hopper.refused(module, cpu, bf16)
+    monkeypatch.setenv("MCLD_HOPPER", "1")
+    assert hopper.refused(module, cpu, bf16) is None
+    assert "90a" in hopper.refused(without, cpu, bf16)
+    assert "16-bit" in hopper.refused(module, cpu, torch.float32)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    assert "9.0" in hopper.refused(module, torch.device("cuda"), bf16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert hopper.refused(module, torch.device("cuda"), bf16) is None
+
+
+def test_small_work_stays_with_the_portable_kernels():
+    assert hopper.takes_similarity(4096, 4096) and not hopper.takes_similarity(1024, 1024)
+    assert hopper.flash_splits(256, 256, 128, 132) == 0
+    assert hopper.flash_splits(4096, 4096, 320, 132) == 0, "no kernel for this pitch"
+
+
+@pytest.mark.parametrize("shape", [(4096, 4096, 128), (100, 200_000, 64), (65536, 300, 256)], ids=str)
+def test_splits_leave_no_part_without_candidates(shape):
+    anchors, candidates, pitch = shape
+    splits = hopper.flash_splits(anchors, candidates, pitch, 132)
+    tiles = math.ceil(candidates / hopper.FLASH_COLUMNS[pitch])
+    assert 1 <= splits <= tiles
+    assert splits == 1 or splits * math.ceil(anchors / hopper.FLASH_ROWS) <= 132
