@@ -143,6 +143,30 @@ class TestAgainstTheTruth:
         skip_if_it_cannot(where, dtype)
         check(*where, "random", 31, 23, dtype, weight=torch.tensor(WEIGHT, device=where[1]))
 
+    @pytest.mark.parametrize(
+        "name", ["default", "teacher", "symmetric", "mask-symmetric", "0.01-symmetric", "0.005-mask"]
+    )
+    @pytest.mark.parametrize("kind", ["random", "converged", "zeros"])
+    def test_fp16_operands(self, kind, name, monkeypatch):
+        """The CPU has no fast fp16 product and takes fp32 operands; this is what other devices compute."""
+        monkeypatch.setattr(blocked.TorchKernels, "operand_dtype", lambda self, dtype: dtype)
+        check("torch", "cpu", kind, 61, 43, torch.float16, teacher_grad=kind == "random", **OPTIONS[name])
+
+    @pytest.mark.parametrize("direction", ["student", "teacher"])
+    def test_fp16_operands_of_a_large_batch(self, direction, monkeypatch):
+        """Each anchor's weight is 1 / batch: in fp16 that must not go the way of the small numbers."""
+        monkeypatch.setattr(blocked.TorchKernels, "operand_dtype", lambda self, dtype: dtype)
+        check("torch", "cpu", "random", 3001, 100, torch.float16, draws=1, direction=direction, weight=(1.0, 1.0, 0.0))
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("dtype", DTYPES, ids=short)
+    @pytest.mark.parametrize("direction", arguments.DIRECTIONS)
+    @pytest.mark.parametrize("shape", [(4099, 100), (1031, 1000), (300, 4001)], ids=str)
+    @pytest.mark.parametrize("backend", ["torch", "triton", "cuda"])
+    def test_large_shapes_on_a_gpu(self, backend, shape, direction, dtype):
+        skip_if_it_cannot((backend, "cuda"), dtype)
+        check(backend, "cuda", "random", *shape, dtype, draws=1, direction=direction)
+
     def test_a_bad_result_fails(self, monkeypatch):
         """The bar is no formality: a temperature off by a thousandth is caught."""
         exact = run

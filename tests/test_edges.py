@@ -263,9 +263,25 @@ def test_out_of_range_labels_under_compile_are_nan(bad, backend):
     def terms(s, t, y):
         return mcld_kernels.mcld_terms(s, t, y, present_only=True, backend=backend)
 
-    got = terms(student, teacher, target)
+    got = terms(student.requires_grad_(), teacher, target)
     assert torch.isfinite(got.instance)
     assert torch.isnan(got.sample) and torch.isnan(got.category) and torch.isnan(got.loss)
+    got.loss.backward()
+    assert torch.isnan(student.grad).any()  # nor does an optimiser step go unnoticed
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_out_of_range_labels_under_compile_poison_the_mask(backend):
+    student, teacher = logits("random", 9, 7, torch.float32)
+    target = labels(9, 7)
+    target[4] = 7
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def terms(s, t, y):
+        return mcld_kernels.mcld_terms(s, t, y, mask_same_class=True, weight=(1.0, 0.0, 1.0), backend=backend)
+
+    got = terms(student, teacher, target)
+    assert torch.isnan(got.instance) and torch.isfinite(got.category)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
