@@ -15,8 +15,8 @@ from torch import Tensor
 
 from bench.cases import Case
 
-# unit anchors (n, d), unit candidates (m, d), temperature, whether the sum is wanted
-# -> log-sum-exp (n,) in fp32 or fp64, softmax times candidates (n, d) or None
+# unit anchors (n, d), unit candidates (n, d), temperature, whether the sum is wanted
+# -> log-sum-exp minus the diagonal similarity (n,) in fp32 or fp64, softmax times candidates (n, d) or None
 Attend = Callable[[Tensor, Tensor, float, bool], tuple[Tensor, "Tensor | None"]]
 
 ATTENTION_WIDTH = 256  # what the attention kernels hold
@@ -26,10 +26,11 @@ def matrix(anchors: Tensor, candidates: Tensor, temperature: float, weighted: bo
     """The (n, m) matrix written and read in the logits' dtype; statistics in fp32 (fp64)."""
     statistics = torch.float64 if anchors.dtype == torch.float64 else torch.float32
     similarity = (anchors / temperature) @ candidates.T  # (n, m)
-    normaliser = torch.logsumexp(similarity.to(statistics), 1)
+    # Both from the one rounded matrix: their errors cancel.
+    excess = torch.logsumexp(similarity.to(statistics), 1) - similarity.diagonal()
     if not weighted:
-        return normaliser, None
-    return normaliser, torch.softmax(similarity, 1) @ candidates
+        return excess, None
+    return excess, torch.softmax(similarity, 1) @ candidates
 
 
 def flash(anchors: Tensor, candidates: Tensor, temperature: float, weighted: bool) -> tuple[Tensor, Tensor | None]:
@@ -38,13 +39,18 @@ def flash(anchors: Tensor, candidates: Tensor, temperature: float, weighted: boo
         out, normaliser = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, k, scale=1 / temperature)
     else:
         out, normaliser = torch.ops.aten._scaled_dot_product_flash_attention(q, k, k, scale=1 / temperature)[:2]
-    return normaliser.flatten(), out[0, 0, :, : anchors.shape[1]]
+    return _excess(normaliser, anchors, candidates, temperature), out[0, 0, :, : anchors.shape[1]]
 
 
 def cudnn(anchors: Tensor, candidates: Tensor, temperature: float, weighted: bool) -> tuple[Tensor, Tensor | None]:
     q, k = _heads(anchors, candidates)
     out, normaliser = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, k, None, True, scale=1 / temperature)[:2]
-    return normaliser.flatten(), out[0, 0, :, : anchors.shape[1]]
+    return _excess(normaliser, anchors, candidates, temperature), out[0, 0, :, : anchors.shape[1]]
+
+
+def _excess(normaliser: Tensor, anchors: Tensor, candidates: Tensor, temperature: float) -> Tensor:
+    normaliser = normaliser.flatten()
+    return normaliser - (anchors.to(normaliser.dtype) * candidates).sum(1) / temperature
 
 
 def _heads(anchors: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,7 +105,7 @@ def _project(pull: Tensor, unit: Tensor, scale: Tensor, dtype: torch.dtype) -> T
 def _rows(case: Case, student: Tensor, teacher: Tensor, target: Tensor, attend: Attend) -> tuple[Tensor, Tensor | None]:
     wide = _statistics(student)
     (s, scale), (t, _) = _unit(student), _unit(teacher)
-    normaliser, expected = attend(s, t, case.temperature, case.backward)
+    excess, expected = attend(s, t, case.temperature, case.backward)
     w_instance, w_sample, _ = case.weight
     positive = w_instance * t.to(wide)  # (B, C), the direction every anchor is pulled to
     if w_sample:
@@ -108,7 +114,8 @@ def _rows(case: Case, student: Tensor, teacher: Tensor, target: Tensor, attend: 
         positive = positive + w_sample * sums[target] / count[target, None]
     s_wide = s.to(wide)
     weight = w_instance + w_sample
-    loss = (weight * normaliser - (s_wide * positive).sum(1) / case.temperature).mean()
+    beside = weight * t.to(wide) - positive  # by how much the positives are not the diagonal
+    loss = (weight * excess + (s_wide * beside).sum(1) / case.temperature).mean()
     if expected is None or not case.backward:
         return loss, None
     pull = (weight * expected.to(wide) - positive) / (case.temperature * case.batch)
@@ -118,9 +125,9 @@ def _rows(case: Case, student: Tensor, teacher: Tensor, target: Tensor, attend: 
 def _columns(case: Case, student: Tensor, teacher: Tensor, attend: Attend) -> tuple[Tensor, Tensor | None]:
     wide = _statistics(student)
     (s, scale), (t, _) = _unit(student.T.contiguous()), _unit(teacher.T.contiguous())
-    normaliser, expected = attend(s, t, case.temperature, case.backward)
+    excess, expected = attend(s, t, case.temperature, case.backward)
     s_wide, t_wide = s.to(wide), t.to(wide)
-    loss = (normaliser - (s_wide * t_wide).sum(1) / case.temperature).mean()
+    loss = excess.mean()
     if expected is None or not case.backward:
         return loss, None
     pull = (expected.to(wide) - t_wide) / (case.temperature * case.classes)

@@ -91,7 +91,7 @@ def _cpu_name() -> str:
 
 
 # Large enough for a library to reach its best, small enough to be repeated in every round.
-GEMM_SIZE = {"cpu": 1536, "cuda": 8192}
+GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
 
 
 def gemm(dtype: torch.dtype, device: torch.device) -> tuple[Callable[[], torch.Tensor], int]:
@@ -107,7 +107,7 @@ def gemm(dtype: torch.dtype, device: torch.device) -> tuple[Callable[[], torch.T
 
 def copy(device: torch.device) -> tuple[Callable[[], torch.Tensor], int]:
     """A copy from memory to memory as a step, and the bytes it reads and writes."""
-    size = (1 << 30) if device.type == "cuda" else (256 << 20)
+    size = (1 << 30) if device.type == "cuda" else (128 << 20)
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source), 2 * size

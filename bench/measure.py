@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bench import gate, machine, memory, timing
 from bench.cases import DTYPES, Case, inputs
-from bench.providers import Provider, Step
+from bench.providers import Provider, Result, Step
 
 GRAPH_BATCH = 1024  # up to here a step is short enough that launching its kernels is what takes the time
 OK, FAILED, NOT_RUN, ERROR = "ok", "FAILED", "not run", "error"
@@ -144,8 +144,9 @@ class CaseRun:
             try:
                 with memory.released(self.plan.device):
                     step = provider.make(case, student, teacher, target)
-                    row.first_call_s = _once(step, self.plan.device)
-                    measured = gate.error(step(), exact)
+                    row.first_call_s, result = _once(step, self.plan.device)
+                    measured = gate.error(result, exact)
+                    del result
             except Exception as fault:  # a foreign kernel may raise anything; the row shows it and the run goes on
                 row.status, row.reason = ERROR, _fault(fault)
                 continue
@@ -237,13 +238,13 @@ class CaseRun:
         return [row for row in self.rows if row.status == OK]
 
 
-def _once(step: Step, device: torch.device) -> float:
-    """Seconds of the first call, which compiles what must be compiled."""
+def _once(step: Step, device: torch.device) -> tuple[float, Result]:
+    """Seconds of the first call, which compiles what must be compiled, and its result."""
     start = time.perf_counter()
-    step()
+    result = step()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, result
 
 
 def ceilings(device: torch.device, dtypes: Sequence[str], rounds: int = 10) -> dict[str, float]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import itertools
 import json
 import os
 import tempfile
@@ -30,11 +31,13 @@ def peak_extra(step: Callable[[], object], device: torch.device) -> dict[str, in
         step()
         torch.cuda.synchronize(device)
         return {"allocator": torch.cuda.max_memory_allocated(device) - before, "resident": None}
-    return {"allocator": _allocator_peak(step), "resident": _resident_peak(step)}
+    resident: list[int | None] = []
+    changes = _allocations(lambda: resident.append(_resident_peak(step)))
+    return {"allocator": max(itertools.accumulate(changes, initial=0)), "resident": resident[0]}
 
 
-def _allocator_peak(step: Callable[[], object]) -> int:
-    gc.collect()
+def _allocations(step: Callable[[], object]) -> list[int]:
+    """Every allocation (bytes) and release (minus bytes) of PyTorch's CPU allocator during the step, in order."""
     with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         step()
     with tempfile.TemporaryDirectory() as folder:
@@ -46,11 +49,7 @@ def _allocator_peak(step: Callable[[], object]) -> int:
         for event in events
         if event.get("name") == "[memory]" and event["args"].get("Device Type") == 0
     )
-    held = peak = 0
-    for _, _, change in changes:
-        held += change
-        peak = max(peak, held)
-    return peak
+    return [change for _, _, change in changes]
 
 
 @contextlib.contextmanager
@@ -123,6 +122,6 @@ def released(device: torch.device) -> Iterator[None]:
 
 
 def _release(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
+    if device.type == "cuda":  # the CPU's allocator keeps nothing back
+        gc.collect()
         torch.cuda.empty_cache()

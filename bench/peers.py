@@ -36,7 +36,8 @@ def _metric_learning(temperature: float) -> Callable[[Tensor, Tensor], Tensor]:
 
     def apply(student: Tensor, teacher: Tensor) -> Tensor:
         labels = torch.arange(student.shape[0], device=student.device)
-        return loss(student, labels, ref_emb=teacher, ref_labels=labels)
+        # A copy: the same tensor on both sides would tell it to leave out the diagonal, which holds the positives.
+        return loss(student, labels, ref_emb=teacher, ref_labels=labels.clone())
 
     return apply
 

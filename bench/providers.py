@@ -89,6 +89,8 @@ def _backend(name: str, what: str) -> Provider:
 
     def reason(case: Case, student: Tensor, teacher: Tensor) -> str | None:
         said = backends.explain(student, teacher).get(name, "this version of mcld_kernels has no such backend")
+        if said == "can run" and name == "triton" and student.device.type == "cpu":
+            return "interpreted on a CPU: its time says nothing"
         return None if said == "can run" else said
 
     # Half copies of the inputs, vectors, one chunk; the chunk's budget is the backend's own, 256 MB at most by design.

@@ -17,7 +17,8 @@ import torch
 
 SampleFn = Callable[[], float]  # seconds of one step
 MIN_ROUNDS = 3
-SHORT = 2e-3  # a CPU sample shorter than this repeats its step, so that the clock's own cost does not show
+SHORT = 2e-3  # about what a CPU sample takes at least, by repeated steps, so that the clock's own cost does not show
+MOST_CALLS = 1000
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,9 @@ def interleave(
 
 def cpu_sample(step: Callable[[], object]) -> SampleFn:
     """A sample by the wall clock. The step must have run before: its first call may compile or allocate."""
-    start = time.perf_counter()
-    step()
-    once = time.perf_counter() - start
-    calls = max(1, min(1000, int(SHORT / max(once, 1e-7))))
+    calls = 1
 
-    def sample() -> float:
+    def timed() -> float:
         gc.collect(0)
         enabled = gc.isenabled()
         gc.disable()
@@ -80,10 +78,16 @@ def cpu_sample(step: Callable[[], object]) -> SampleFn:
             start = time.perf_counter()
             for _ in range(calls):
                 step()
-            return (time.perf_counter() - start) / calls
+            return time.perf_counter() - start
         finally:
             if enabled:
                 gc.enable()
+
+    def sample() -> float:
+        nonlocal calls
+        while (elapsed := timed()) < SHORT / 2 and calls < MOST_CALLS:
+            calls = min(MOST_CALLS, max(2 * calls, int(calls * SHORT / max(elapsed, 1e-9))))
+        return elapsed / calls
 
     return sample
 
