@@ -1,4 +1,4 @@
-"""Checks a CUDA build without a GPU: no kernel spills or uses a stack, and the Hopper kernels hold wgmma, not serialised.
+"""Checks a CUDA build without a GPU: no kernel spills or uses a stack; the Hopper ones hold wgmma, not serialised.
 
     python .ci/check_cuda.py build/cmake-cpython-311-cuda
 

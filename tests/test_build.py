@@ -18,6 +18,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import mcld_kernels
 from mcld_kernels import compiled
@@ -241,6 +242,18 @@ def test_module_does_not_offer_its_cuda_runtime_to_others(module):
         [nm, "-D", "--defined-only", module.__file__], capture_output=True, text=True, check=True
     ).stdout
     assert re.findall(r" T (\S+)", text) == ["PyInit__C"]
+
+
+def test_a_launch_without_a_device_is_an_error_that_names_the_call(module):
+    if not hasattr(module, "CudaError"):
+        pytest.skip(module.info()["reason"])
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without a CUDA device")
+    arguments = dict.fromkeys(("parts", "maxima", "row_maxima", "out", "rows", "padded_rows", "pitch"), 0)
+    with pytest.raises(module.CudaError, match=r"cudaGetDevice\(.*\) failed: cudaError\w+ \(.*\) at .*checks.cu:\d+"):
+        module.combine(**arguments, splits=1, device=0, stream=0)
+    with pytest.raises(TypeError, match="missing argument device"):
+        module.combine(**arguments, splits=1, stream=0)
 
 
 def test_reason_for_a_missing_module(tmp_path, monkeypatch):
