@@ -12,13 +12,27 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))  # bench is not part of what is installed
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # bench is not part of what is installed
 
-from bench import closed_form, gate, goals, gpu_report, measure, memory, peers, plots, providers, report, run, timing
+from bench import (
+    closed_form,
+    gate,
+    goals,
+    gpu_report,
+    measure,
+    memory,
+    peers,
+    plots,
+    providers,
+    report,
+    run,
+    table,
+    timing,
+)
 from bench.cases import MODES, TERMS, Case, default_grid, inputs, product
 from mcld_kernels import reference
 
+ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 TERM_SETS = (("instance",), ("sample",), ("category",), ("instance", "sample"), TERMS)
 
@@ -291,6 +305,8 @@ def test_a_run_leaves_json_csv_and_plot(tmp_path, capsys):
         lines = list(csv.DictReader(file))
     assert len(lines) == 6 and float(lines[0]["median_ms"]) > 0 and lines[0]["terms"] == "instance+sample+category"
     assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+    lines = table.markdown(found).splitlines()
+    assert len(lines) == 2 + 4 + 2 and all(line.count("|") == 11 for line in lines[:6])
     assert len(list(tmp_path.glob("trace_*.json.gz"))) == 4
     assert "aten::" in next(tmp_path.glob("kernels_torch_B64*.txt")).read_text()
 
