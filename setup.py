@@ -30,6 +30,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_ARCHS = "80-real;90a-real;100a-real;120"
@@ -187,6 +188,15 @@ def last_lines(output: str, count: int = 15) -> str:
     return "\n".join(errors[:5] + ["..."] + lines[-count:])
 
 
+class FreshBuild(build_py):
+    """Setuptools keeps what earlier builds left in its folder, and would put a module since removed into a wheel."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib) / "mcld_kernels", ignore_errors=True)
+        super().run()
+
+
 class CMakeBuild(build_ext):
     """Drives CMake for the one extension, and falls back as the file's docstring says."""
 
@@ -286,6 +296,6 @@ if __name__ == "__main__":
         raise SystemExit(f"\nmcld_kernels: {error}\n") from None
     setup(
         ext_modules=[Extension("mcld_kernels._C", sources=[], optional=cuda_mode() != "on")],
-        cmdclass={"build_ext": CMakeBuild},
+        cmdclass={"build_py": FreshBuild, "build_ext": CMakeBuild},
         setup_requires=requirements,
     )

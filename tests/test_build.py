@@ -199,13 +199,19 @@ def test_the_module_without_cuda_builds_and_says_why(tree):
 def test_a_wheel_holds_the_package_and_nothing_else(tree):
     (tree / "tests").mkdir()
     (tree / "tests/test_nothing.py").write_text("")
-    done = run(tree, "-c", "import setuptools.build_meta as b; print(b.build_wheel('dist'))", PATH="")
+    removed = tree / "mcld_kernels/removed.py"
+    removed.write_text("")
+    build_wheel = ("-c", "import setuptools.build_meta as b; b.build_wheel('dist')")
+    assert run(tree, *build_wheel, PATH="").returncode == 0
+    removed.unlink()
+    done = run(tree, *build_wheel, PATH="")
     assert done.returncode == 0, done.stderr
     wheel = next((tree / "dist").glob("*.whl"))
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"mcld_kernels"}
     assert {f"mcld_kernels/{path.name}" for path in (ROOT / "mcld_kernels").glob("*.py")} <= set(names)
     assert "mcld_kernels/_C_missing.txt" in names
+    assert "mcld_kernels/removed.py" not in names, "left over from the first build"
 
 
 @pytest.fixture
