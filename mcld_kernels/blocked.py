@@ -57,13 +57,9 @@ class TorchKernels:
         return Unit((x * inverse[:, None]).to(dtype), inverse, *x.shape)
 
     def class_means(self, unit: Unit, labels: Labels, counts: Tensor) -> Tensor:
-        x = unit.matrix.to(unit.inverse.dtype)
-        sums = x.new_zeros(counts.shape[0], unit.d)
-        if x.device.type == "cpu":
-            sums.index_add_(0, labels.rank, x)
-        else:
-            # Sorts, so that the order of summation is fixed; index_add_ uses atomics there.
-            sums.index_put_((labels.rank,), x, accumulate=True)
+        # Sums rows in the given order, where index_add_ would use atomics on a GPU; faster than it on a CPU too.
+        x = unit.matrix.to(unit.inverse.dtype).contiguous()
+        sums = torch.nn.functional.embedding_bag(labels.order, x, labels.starts[:-1], mode="sum")  # (ranks, d)
         return sums.div_(counts.clamp(min=1)[:, None]).to(unit.matrix.dtype)
 
     def positives(
@@ -121,7 +117,12 @@ class TorchKernels:
             if by_candidate is not None:
                 assert weight is not None
                 q = torch.sigmoid(log_off[rows] - positive[rows] / temperature)
-                _add_mm(by_candidate, half.T, anchors * (weight[rows] * q * scale)[:, None].to(operand))
+                factor = weight[rows] * q * scale
+                top = None
+                if operand == torch.float16:  # means over a large batch are below its range: the largest becomes 1
+                    top = factor.amax().clamp(min=torch.finfo(stat).tiny)
+                    factor = factor / top
+                _add_mm(by_candidate, half.T, anchors * factor[:, None].to(operand), top)
             if reverse_product is not None:
                 _add_mm(reverse_product, half.T, anchors)
             if reverse_off is not None:
@@ -200,9 +201,11 @@ def _mm(a: Tensor, b: Tensor, stat: torch.dtype) -> Tensor:
     return torch.mm(a, b).to(stat)
 
 
-def _add_mm(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, summed in the dtype of ``total``."""
-    if a.dtype != total.dtype:
+def _add_mm(total: Tensor, a: Tensor, b: Tensor, factor: Tensor | None = None) -> None:
+    """total += factor a @ b, summed in the dtype of ``total``. factor: ()."""
+    if factor is not None:
+        total.addcmul_(_mm(a, b, total.dtype), factor)
+    elif a.dtype != total.dtype:
         total += _mm(a, b, total.dtype)
     elif _column_major(total):
         total.T.addmm_(b.T, a.T)
