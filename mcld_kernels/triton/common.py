@@ -69,3 +69,13 @@ def dot_precision(dtype: torch.dtype) -> str:
 def coefficients(log_off: Tensor, positive: Tensor, weight: Tensor, temperature: float) -> Tensor:
     """weight_i q_i: exp(a_ij) / off_i times it is anchor i's part in temperature times the gradient by candidate j."""
     return weight * torch.sigmoid(log_off - positive / temperature)
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """x as an operand of ``dtype``. Tensor cores cut tf32 operands off towards zero: round them first, unbiased."""
+    if PRECISION == "tf32":
+        # Half a unit of the 13 bits that are cut off is added to the magnitude; the bits of a NaN must not overflow.
+        bits = x.to(tl.int32, bitcast=True)
+        x = tl.where(x == x, (bits + 0x1000) & -0x2000, bits).to(tl.float32, bitcast=True)
+    return x.to(dtype)

@@ -8,13 +8,13 @@ every launch, so a cold start tunes nothing; MCLD_AUTOTUNE=1 times the alternati
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 
-# Deepest row, after padding, that the flash kernel takes, by operand: its tiles and accumulator are that wide.
-FLASH_DEPTH = {torch.float16: 256, torch.bfloat16: 256, torch.float32: 128, torch.float64: 256}
+# Deepest row, after padding, that the flash kernel takes, by kind of operand: its tiles and accumulator are that wide.
+FLASH_DEPTH = {"half": 256, "tf32": 128, "tf32x3": 64, "fp64": 256}
 
 # The longest row that `finish` holds in registers, and the least part of a longer one that a program sums.
 _WHOLE_ROW = 2048
@@ -31,29 +31,39 @@ class Launch(NamedTuple):
 
 
 def architecture(device: torch.device) -> int:
-    """8 (Ampere, Ada), 9 (Hopper), 10 and above (Blackwell); 0 for the interpreter."""
+    """Major compute capability: 8 (Ampere, Ada), 9 (Hopper), 10 and above (Blackwell); 0 for the interpreter."""
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
 
 
-# (architecture, kind of operand, depth): tiles of the flash kernel. Kinds: "half", "tf32", "tf32x3".
+# (generation, kind of operand, depth): tiles of the flash kernel. Generation 9 is Hopper, 10 is data-centre Blackwell
+# where it differs from 9, and 8 is all others, within the 99 KB of shared memory of the smaller ones. Kinds: "half",
+# "tf32", "tf32x3".
 FLASH = {
-    (8, "half", 32): Launch(128, 128, warps=4, stages=3),
+    (8, "half", 32): Launch(128, 64, warps=4, stages=3),
     (8, "half", 64): Launch(128, 64, warps=4, stages=3),
     (8, "half", 128): Launch(128, 64, warps=8, stages=3),
     (8, "half", 256): Launch(64, 32, warps=4, stages=2),
-    (9, "half", 32): Launch(128, 128, warps=8, stages=3),
-    (9, "half", 64): Launch(128, 128, warps=8, stages=3),
+    (9, "half", 32): Launch(128, 64, warps=8, stages=3),
+    (9, "half", 64): Launch(128, 64, warps=8, stages=3),
     (9, "half", 128): Launch(128, 128, warps=8, stages=2),
     (9, "half", 256): Launch(128, 64, warps=8, stages=2),
-}
-FLASH_TF32 = {
-    32: Launch(64, 64, warps=4, stages=2),
-    64: Launch(64, 32, warps=4, stages=2),
-    128: Launch(64, 32, warps=8, stages=2),
+    (10, "half", 32): Launch(128, 64, warps=4, stages=3),
+    (10, "half", 256): Launch(128, 32, warps=8, stages=2),
+    (8, "tf32", 32): Launch(64, 64, warps=4, stages=2),
+    (8, "tf32", 64): Launch(64, 32, warps=4, stages=2),
+    (8, "tf32", 128): Launch(64, 32, warps=4, stages=2),
+    (9, "tf32", 32): Launch(64, 64, warps=4, stages=2),
+    (9, "tf32", 64): Launch(64, 64, warps=4, stages=2),
+    (9, "tf32", 128): Launch(64, 32, warps=8, stages=2),
+    (10, "tf32", 128): Launch(64, 32, warps=4, stages=2),
+    (8, "tf32x3", 32): Launch(64, 32, warps=4, stages=2),
+    (8, "tf32x3", 64): Launch(64, 16, warps=4, stages=2),
+    (9, "tf32x3", 32): Launch(64, 32, warps=4, stages=2),
+    (9, "tf32x3", 64): Launch(64, 32, warps=4, stages=2),
 }
 
-# (architecture, kind of operand): tiles of the first and the second product of long rows.
-EXPONENTIALS = {
+# (generation, kind of operand): tiles of the first and the second product of long rows.
+PRODUCT = {
     (8, "half"): Launch(128, 128, 32, warps=8, stages=4),
     (9, "half"): Launch(128, 128, 64, warps=8, stages=4),
     (8, "tf32"): Launch(128, 128, 32, warps=8, stages=3),
@@ -61,34 +71,37 @@ EXPONENTIALS = {
     (8, "tf32x3"): Launch(128, 64, 32, warps=8, stages=3),
     (9, "tf32x3"): Launch(128, 64, 32, warps=8, stages=3),
 }
-MATMUL = EXPONENTIALS
 
 # CPU tensors: the interpreter's time goes by the operation, not by the element.
 INTERPRETED = Launch(128, 128, 128)
 
 
 def _kind(dtype: torch.dtype, precision: str) -> str:
+    if dtype == torch.float64:
+        return "fp64"
     return precision if dtype == torch.float32 else "half"
 
 
-def _generation(device: torch.device) -> int:
-    """The architecture whose table rows hold."""
-    return 8 if architecture(device) < 9 else 9
+def _of(table: dict[Any, Launch], device: torch.device, *key: Any) -> Launch:
+    """The table's row for the device's generation."""
+    major = architecture(device)
+    if major == 0:
+        return INTERPRETED
+    generation = major if major in (9, 10, 11) else 8
+    return table[(10, *key) if generation > 9 and (10, *key) in table else (min(generation, 9), *key)]
+
+
+def flash_depth(dtype: torch.dtype, precision: str) -> int:
+    return FLASH_DEPTH[_kind(dtype, precision)]
 
 
 def flash(device: torch.device, dtype: torch.dtype, precision: str, depth: int) -> Launch:
-    if architecture(device) == 0:
-        return INTERPRETED
-    kind = _kind(dtype, precision)
-    return FLASH[_generation(device), kind, depth] if kind == "half" else FLASH_TF32[depth]
+    return _of(FLASH, device, _kind(dtype, precision), depth)
 
 
-def exponentials(device: torch.device, dtype: torch.dtype, precision: str, depth: int) -> Launch:
-    return INTERPRETED if architecture(device) == 0 else EXPONENTIALS[_generation(device), _kind(dtype, precision)]
-
-
-def matmul(device: torch.device, dtype: torch.dtype, precision: str) -> Launch:
-    return INTERPRETED if architecture(device) == 0 else MATMUL[_generation(device), _kind(dtype, precision)]
+def product(device: torch.device, dtype: torch.dtype, precision: str) -> Launch:
+    """Tiles of either product of long rows."""
+    return _of(PRODUCT, device, _kind(dtype, precision))
 
 
 def library_product(dtype: torch.dtype, precision: str, device: torch.device) -> bool:
@@ -109,7 +122,9 @@ def columns(device: torch.device) -> Launch:
 
 
 def classes(device: torch.device, depth: int) -> Launch:
-    return INTERPRETED if architecture(device) == 0 else Launch(16, 128, warps=4)
+    if architecture(device) == 0:
+        return Launch(INTERPRETED.block_m, triton.next_power_of_2(depth))
+    return Launch(16, 128, warps=4)
 
 
 def sums(device: torch.device) -> Launch:

@@ -19,13 +19,17 @@ from torch import Tensor
 
 from ..pipeline import Negatives, Unit
 from . import configs
-from .common import LN2, LOG2E, Negated, coefficients, dot_precision, fixed_maximum, headroom, tl_dtype
+from .common import LN2, LOG2E, Negated, coefficients, dot_precision, fixed_maximum, headroom, rounded, tl_dtype
 
 
+# fmt: off
 @triton.jit
-def _tile(accumulator, off, top, q, rows, q_labels, k, k_labels, known_log_off, coefficient, first, m, offset, scale,
-          shift, MASK: tl.constexpr, LABELS: tl.constexpr, EXPONENT: tl.constexpr, PRODUCT: tl.constexpr, D: tl.constexpr,
-          BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, STAT: tl.constexpr):  # fmt: skip
+def _tile(
+    accumulator, off, top, q, rows, q_labels, k, k_labels, known_log_off, coefficient, first, m, offset, scale, shift,
+    MASK: tl.constexpr, LABELS: tl.constexpr, EXPONENT: tl.constexpr, PRODUCT: tl.constexpr, D: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, STAT: tl.constexpr,
+):
+    # fmt: on
     """Add the tile of candidates that begins at row ``first``."""
     candidates = k + first.to(tl.int64) * D + tl.arange(0, BLOCK_N)[:, None] * D + tl.arange(0, D)[None, :]
     tile = tl.load(candidates)  # (BLOCK_N, D)
@@ -54,7 +58,9 @@ def _tile(accumulator, off, top, q, rows, q_labels, k, k_labels, known_log_off, 
         known = tl.load(known_log_off + columns, mask=columns < m, other=float("inf"))
         e = tl.exp2(t - known[None, :]) * tl.load(coefficient + columns, mask=columns < m, other=0.0)[None, :]
     if PRODUCT:
-        accumulator = tl.dot(e.to(tile.dtype), tile, accumulator, input_precision=PRECISION, out_dtype=STAT)
+        accumulator = tl.dot(
+            rounded(e, tile.dtype, PRECISION), tile, accumulator, input_precision=PRECISION, out_dtype=STAT
+        )
     return accumulator, off, top
 
 

@@ -97,4 +97,4 @@ class TritonKernels:
         finish.finish(out, unit, rows, product, s, u, z, partner, shift, means, rank, accumulate)
 
     def _flash_depth(self, dtype: torch.dtype) -> int:
-        return configs.FLASH_DEPTH[dtype] if self.flash_depth is None else self.flash_depth
+        return configs.flash_depth(dtype, dot_precision(dtype)) if self.flash_depth is None else self.flash_depth

@@ -83,7 +83,7 @@ def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False, library: bo
         library_product(a, b, out, add)
         return
     precision = dot_precision(a.dtype)
-    launch = configs.matmul(out.device, a.dtype, precision)
+    launch = configs.product(out.device, a.dtype, precision)
     rows, columns = out.shape
     grid = (triton.cdiv(rows, launch.block_m) * triton.cdiv(columns, launch.block_n),)
     matmul_kernel[grid](

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..pipeline import Unit
 from . import configs
-from .common import ROWS, padded_depth, round_up, tl_dtype
+from .common import ROWS, dot_precision, padded_depth, round_up, rounded, tl_dtype
 
 
 @triton.jit
@@ -38,6 +38,7 @@ def normalise_rows_kernel(
     eps,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
     STAT: tl.constexpr,
 ):
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -56,7 +57,9 @@ def normalise_rows_kernel(
         inside = (rows < n)[:, None] & (columns < d)[None, :]
         value = tl.load(source + columns.to(tl.int64)[None, :] * stride_d, mask=inside, other=0.0).to(STAT)
         value = tl.where(inside, value * factor[:, None], 0.0)
-        tl.store(target + columns[None, :], value.to(unit.dtype.element_ty), mask=(columns < depth)[None, :])
+        tl.store(
+            target + columns[None, :], rounded(value, unit.dtype.element_ty, PRECISION), mask=(columns < depth)[None, :]
+        )
 
 
 @triton.jit(do_not_specialize=["n", "d"])
@@ -99,6 +102,7 @@ def normalise_columns_kernel(
     eps,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
     STAT: tl.constexpr,
 ):
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -114,13 +118,14 @@ def normalise_columns_kernel(
     value = tl.load(source, mask=inside, other=0.0).to(STAT)
     value = tl.where(inside, value * factor[:, None], 0.0)
     target = unit + rows.to(tl.int64)[:, None] * depth + columns[None, :]
-    tl.store(target, value.to(unit.dtype.element_ty), mask=(columns < depth)[None, :])
+    tl.store(target, rounded(value, unit.dtype.element_ty, PRECISION), mask=(columns < depth)[None, :])
 
 
 def normalise(x: Tensor, dtype: torch.dtype, eps: float, flash_depth: int) -> Unit:
     """Unit rows of a view x (n, d) of any strides, as a contiguous (padded n, depth) matrix of ``dtype``."""
     n, d = x.shape
-    stat = torch.promote_types(x.dtype, torch.float32)
+    precision = dot_precision(dtype)
+    stat = torch.promote_types(torch.promote_types(x.dtype, dtype), torch.float32)
     padded, depth = round_up(n, ROWS), padded_depth(d, flash_depth)
     unit = torch.empty(padded, depth, dtype=dtype, device=x.device)
     inverse = torch.empty(n, dtype=stat, device=x.device)
@@ -135,12 +140,14 @@ def normalise(x: Tensor, dtype: torch.dtype, eps: float, flash_depth: int) -> Un
         )  # fmt: skip
         normalise_columns_kernel[(padded // launch.block_m, triton.cdiv(depth, launch.block_n))](
             x, partial, unit, inverse, n, d, *x.stride(), depth, splits, eps,
-            BLOCK_R=launch.block_m, BLOCK_D=launch.block_n, STAT=tl_dtype(stat), num_warps=launch.warps,
+            BLOCK_R=launch.block_m, BLOCK_D=launch.block_n, PRECISION=precision, STAT=tl_dtype(stat),
+            num_warps=launch.warps,
         )  # fmt: skip
     else:
         launch = configs.rows(x.device, depth)
         normalise_rows_kernel[(padded // launch.block_m,)](
             x, unit, inverse, n, d, *x.stride(), depth, eps,
-            BLOCK_R=launch.block_m, BLOCK_D=launch.block_n, STAT=tl_dtype(stat), num_warps=launch.warps,
+            BLOCK_R=launch.block_m, BLOCK_D=launch.block_n, PRECISION=precision, STAT=tl_dtype(stat),
+            num_warps=launch.warps,
         )  # fmt: skip
     return Unit(unit, inverse, n, d)

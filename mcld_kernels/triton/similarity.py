@@ -28,6 +28,7 @@ from .common import (
     fixed_maximum,
     headroom,
     round_up,
+    rounded,
     tl_dtype,
 )
 from .matmul import product, tile_of
@@ -96,7 +97,9 @@ def exponentials_kernel(
     if COLUMNS:
         tl.store(column_sums + row_tile.to(tl.int64) * padded_m + columns, tl.sum(t, 0))
     if STORE:
-        tl.store(e + rows.to(tl.int64)[:, None] * padded_m + columns[None, :], t.to(e.dtype.element_ty))
+        tl.store(
+            e + rows.to(tl.int64)[:, None] * padded_m + columns[None, :], rounded(t, e.dtype.element_ty, PRECISION)
+        )
 
 
 @triton.jit(do_not_specialize=["n", "tiles"])
@@ -183,7 +186,7 @@ class _Chunk:
         self.shift = (0.0 if self.online else self.scale) - headroom(dtype)
         self.precision = dot_precision(dtype)
         device = a.matrix.device
-        self.launch = configs.exponentials(device, dtype, self.precision, a.matrix.shape[1])
+        self.launch = configs.product(device, dtype, self.precision)
         padded_m = k.matrix.shape[0]
         self.tiles = padded_m // self.launch.block_n
         empty = torch.empty

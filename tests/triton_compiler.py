@@ -1,0 +1,153 @@
+"""Compiles, without a GPU, every kernel that the "triton" backend launches. A program of its own: an interpreted kernel
+does not compile, so it must run without TRITON_INTERPRET.
+
+    python triton_compiler.py ARCHITECTURE CASE...     (80, 90 or 100; the names of CASES)
+
+The backend itself runs, on meta tensors; a launch is not carried out but compiled, with the types, constants and
+alignment that it has. So what is compiled is what would be launched. Prints one JSON object a distinct kernel.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction, mangle_type
+
+from mcld_kernels import arguments, pipeline
+from mcld_kernels.triton import configs
+from mcld_kernels.triton.kernels import TritonKernels
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+# (batch, classes, dtype, options): long and short rows, whole and ragged sizes. Options: of `arguments.options`, and
+# "precision", the float32 matmul precision; "misaligned", logits that begin off a 16-byte boundary; "shift", rows of a
+# larger teacher that come before the partners.
+EVERYTHING = {"direction": "symmetric", "mask_same_class": True, "present_only": True}
+ROWS = {"weight": (1.0, 0.0, 0.0)}
+COLD = {"temperature": 0.01}  # needs the online maximum
+CASES: dict[str, tuple[int, int, torch.dtype, dict[str, Any]]] = {
+    "bf16": (4096, 1000, torch.bfloat16, {}),
+    "bf16-all": (4096, 1000, torch.bfloat16, EVERYTHING),
+    "bf16-online": (4096, 1000, torch.bfloat16, {**ROWS, **COLD, "direction": "teacher"}),
+    "bf16-ragged": (1031, 379, torch.bfloat16, {"misaligned": True}),
+    "bf16-10": (1031, 10, torch.bfloat16, EVERYTHING),
+    "bf16-48": (1031, 48, torch.bfloat16, EVERYTHING),
+    "bf16-100": (4096, 100, torch.bfloat16, EVERYTHING),
+    "bf16-200": (1031, 200, torch.bfloat16, EVERYTHING),
+    "bf16-10-online": (1031, 10, torch.bfloat16, {**ROWS, **COLD}),
+    "bf16-48-online": (1031, 48, torch.bfloat16, {**ROWS, **COLD}),
+    "bf16-100-online": (1031, 100, torch.bfloat16, {**ROWS, **COLD}),
+    "bf16-200-online": (1031, 200, torch.bfloat16, {**ROWS, **COLD, "mask_same_class": True}),
+    "bf16-one": (1, 1, torch.bfloat16, {}),
+    "bf16-shift": (1024, 100, torch.bfloat16, {**ROWS, "weight": (1.0, 1.0, 0.0), "shift": 512}),
+    "fp16": (4096, 1000, torch.float16, {"direction": "teacher"}),
+    "fp16-100": (1031, 100, torch.float16, {"direction": "teacher", "temperature": 0.05}),
+    "fp32": (4096, 1000, torch.float32, {}),
+    "fp32-all": (1031, 1001, torch.float32, EVERYTHING),
+    "fp32-10": (1031, 10, torch.float32, EVERYTHING),
+    "fp32-48": (1031, 48, torch.float32, EVERYTHING),
+    "fp32-48-online": (1031, 48, torch.float32, {**ROWS, **COLD}),
+    "tf32": (4096, 1000, torch.float32, {"precision": "high"}),
+    "tf32-10": (1031, 10, torch.float32, {"precision": "high", **EVERYTHING}),
+    "tf32-48": (1031, 48, torch.float32, {"precision": "high", **EVERYTHING}),
+    "tf32-100": (1031, 100, torch.float32, {"precision": "high", **EVERYTHING}),
+    "tf32-100-online": (1031, 100, torch.float32, {**ROWS, "precision": "high", **COLD}),
+}
+
+
+class Compiler:
+    def __init__(self, architecture: int):
+        self.architecture = architecture
+        self.seen: set[str] = set()
+        self.case = ""
+
+    def launch(self, kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        """Stands in for JITFunction.run."""
+        bound = kernel.signature.bind(*args, **{k: v for k, v in options.items() if k in kernel.arg_names})
+        options = {k: v for k, v in options.items() if k not in kernel.arg_names}
+        signature, constants, attributes = {}, {}, {}
+        for i, parameter in enumerate(kernel.params):
+            value = bound.arguments[parameter.name]
+            constant = parameter.is_constexpr or value is None
+            constant |= type(value) is int and value == 1 and not parameter.do_not_specialize
+            if constant:
+                signature[parameter.name], constants[(i,)] = "constexpr", value
+                continue
+            signature[parameter.name] = mangle_type(value)
+            if isinstance(value, torch.Tensor):
+                aligned = value.storage_offset() * value.itemsize % 16 == 0
+            else:
+                aligned = type(value) is int and value % 16 == 0 and not parameter.do_not_specialize
+            if aligned:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        key = repr((kernel.__name__, sorted(signature.items()), sorted(constants.items()), sorted(attributes), options))
+        if key in self.seen:
+            return
+        self.seen.add(key)
+        source = ASTSource(kernel, signature, constants, attributes)
+        compiled = triton.compile(source, target=GPUTarget("cuda", self.architecture, 32), options=options)
+        report = {"case": self.case, "kernel": kernel.__name__, "architecture": self.architecture, **options}
+        report |= {
+            name.lower(): getattr(value, "name", None) or str(value)
+            for name, value in bound.arguments.items()
+            if name.isupper() and name != "STAT"
+        }
+        report["dtype"] = next(kind for kind in signature.values() if kind.startswith("*"))
+        report["shared"] = compiled.metadata.shared
+        report |= inspect(compiled.asm["cubin"], "tt.dot" in compiled.asm["ttir"])
+        print(json.dumps(report), flush=True)
+
+
+def inspect(cubin: bytes, has_dot: bool) -> dict[str, Any]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.check_output([TOOLS / "cuobjdump", "--dump-resource-usage", file.name], text=True)
+        sass = subprocess.check_output([TOOLS / "nvdisasm", "-c", file.name], text=True) if has_dot else ""
+    figures = {name.lower(): int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    opcodes = set(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z0-9]+)", sass, re.M))
+    cores = sorted(code for code in opcodes if "MMA" in code)
+    return {**figures, "has_dot": has_dot, "tensor_cores": cores, "spills": sorted(opcodes & {"LDL", "STL"})}
+
+
+def run(case: str) -> None:
+    batch, classes, dtype, options = CASES[case]
+    options = dict(options)
+    torch.set_float32_matmul_precision(options.pop("precision", "highest"))
+    skipped = 1 if options.pop("misaligned", False) else 0
+    shift = options.pop("shift", 0)
+    storage = torch.empty(2, (batch + shift) * classes + skipped, dtype=dtype, device="meta")
+    teacher, student = (part[skipped:].view(-1, classes) for part in storage)
+    labels = torch.zeros(batch + shift, dtype=torch.int64, device="meta")
+    defaults = {
+        "temperature": 0.1, "weight": (1.0, 1.0, 1.0), "direction": "student", "mask_same_class": False,
+        "present_only": False, "ignore_index": -100, "eps": 1e-12,
+    }  # fmt: skip
+    chosen, weight = arguments.options(**{**defaults, **options})
+    pipeline.evaluate(
+        TritonKernels(library=False), student[:batch], teacher, labels[:batch], weight, chosen, student_grad=True,
+        teacher_grad=False, offset=shift, teacher_target=labels if shift else None,
+    )  # fmt: skip
+
+
+def main() -> None:
+    compiler = Compiler(int(sys.argv[1]))
+    configs.architecture = lambda device: compiler.architecture // 10
+    JITFunction.run = lambda kernel, *args, **kwargs: compiler.launch(kernel, *args, **kwargs)
+    for case in sys.argv[2:] or CASES:
+        compiler.case = case
+        run(case)
+
+
+if __name__ == "__main__":
+    main()
