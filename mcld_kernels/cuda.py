@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import blocked, compiled
+from . import blocked, compiled, hopper
 from .arguments import Options
 from .labels import Labels
 from .pipeline import Contrast, Negatives, Result, Unit, evaluate
@@ -144,6 +144,9 @@ class CudaKernels:
     def _call(self, name: str, **fields: Any) -> None:
         getattr(self._module, name)(**fields, **self._where)
 
+    def _on_hopper(self, unit: Unit) -> bool:
+        return hopper.refused(self._module, unit.matrix.device, unit.matrix.dtype) is None
+
     def operand_dtype(self, dtype: torch.dtype) -> torch.dtype:
         if dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium":
             return torch.bfloat16
@@ -208,8 +211,13 @@ class CudaKernels:
         reverse: bool,
     ) -> Contrast:
         same = None if same is None else (same[0].contiguous(), same[1].contiguous())
-        if not candidate and not reverse and k.matrix.shape[1] * k.matrix.itemsize <= FLASH_BYTES:
-            return self._flash(a, k, temperature, offset, same, sink)
+        if not reverse and k.matrix.shape[1] * k.matrix.itemsize <= FLASH_BYTES:
+            log_off, scale, row_maxima = self._flash(a, k, temperature, offset, same, sink)
+            if not candidate:
+                return Contrast(log_off)
+            assert weight is not None
+            share = weight * torch.sigmoid(log_off - positive / temperature)
+            return Contrast(log_off, self._flash_candidates(a, k, temperature, offset, same, share, scale, row_maxima))
         return self._two_products(a, k, temperature, offset, same, positive, weight, sink, candidate, reverse)
 
     def _two_products(
@@ -242,26 +250,30 @@ class CudaKernels:
         if candidate:
             assert weight is not None
             if dtype == torch.float16:
-                peak = weight.amax().clamp(min=torch.finfo(weight.dtype).tiny)
+                peak = weight.amax().clamp(min=1e-30)
                 weight = weight / peak
             weight = weight.contiguous()
+        on_hopper = fixed and not reverse and same is None and self._on_hopper(a)
         for start in range(0, a.n, rows_of_chunk):
             rows = slice(start, min(start + rows_of_chunk, a.n))
             count, padded = rows.stop - start, _padded(rows.stop - start)
             tile = _tile(padded, columns)
             anchors = a.matrix[start : start + padded]
-            sums = _floats(e if e is not None else anchors, columns // tile, padded)
+            sm90 = on_hopper and hopper.takes_similarity(count, columns)
+            kernel: dict[str, Any] = {"name": "hopper_similarity"} if sm90 else {"name": "similarity", "tile": tile}
+            tiles = -(-columns // hopper.SIMILARITY_COLUMNS) if sm90 else columns // tile
+            sums = _floats(e if e is not None else anchors, tiles, padded)
             maxima = None if fixed else torch.empty_like(sums)
             row_maxima = None if fixed else _floats(sums, count)
             column_sums = _floats(sums, padded // tile, columns) if reverse else None
             scale = _floats(sums, count)
             self._call(
-                "similarity",
+                **kernel,
                 a=_pointer(anchors), k=_pointer(k.matrix), e=_pointer(e), row_sums=_pointer(sums),
                 row_maxima=_pointer(maxima), column_sums=_pointer(column_sums),
                 same_a=_pointer(None if same is None else same[0][rows]), same_k=_pointer(None if same is None else same[1]),
                 rows=count, m=k.n, pitch=pitch, pitch_e=columns, padded_rows=padded, diagonal=start + offset,
-                scale=scale_of, shift=shift, precision=precision, tile=tile,
+                scale=scale_of, shift=shift, precision=precision,
             )  # fmt: skip
             self._statistics(sums, maxima, row_maxima, log_off[rows], scale, shift)
             if reverse_off is not None:
@@ -337,36 +349,89 @@ class CudaKernels:
         offset: int,
         same: tuple[Tensor, Tensor] | None,
         sink: Callable[[Negatives], None] | None,
-    ) -> Contrast:
-        dtype, pitch, padded = a.matrix.dtype, a.matrix.shape[1], _padded(a.n)
-        fixed, shift = _fixed(dtype, temperature), _shift(dtype, temperature)
-        blocks = (a.n + FLASH_ROWS - 1) // FLASH_ROWS
-        splits = max(1, min(MOST_SPLITS, FLASH_BLOCKS // blocks, (k.n + FLASH_ROWS - 1) // FLASH_ROWS))
-        parts = None if sink is None else _floats(a.matrix, splits, padded, pitch)
-        sums = _floats(a.matrix, splits, padded)
-        maxima = None if fixed else torch.empty_like(sums)
-        self._call(
-            "flash",
-            a=_pointer(a.matrix), k=_pointer(k.matrix), out=_pointer(parts), sums=_pointer(sums),
-            maxima=_pointer(maxima), column_shift=0, same_a=_pointer(None if same is None else same[0]),
-            same_k=_pointer(None if same is None else same[1]), n=a.n, m=k.n, pitch=pitch, padded_rows=padded,
-            diagonal=offset, splits=splits, scale=LOG2E / temperature, shift=shift, precision=_precision(dtype),
-        )  # fmt: skip
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """One pass over the candidates: log_off, scale and maxima (n,) of the anchors and, into the sink, the products."""
+        fixed, shift = _fixed(a.matrix.dtype, temperature), _shift(a.matrix.dtype, temperature)
+        parts, sums, maxima = self._flash_pass(a, k, temperature, offset, same, sink is not None, online=not fixed)
         log_off, scale = _floats(sums, a.n), _floats(sums, a.n)
         row_maxima = None if fixed else _floats(sums, a.n)
         self._statistics(sums, maxima, row_maxima, log_off, scale, shift)
         if sink is not None:
             assert parts is not None
-            product = parts[0, : a.n]
-            if splits > 1:
-                product = _floats(sums, a.n, pitch)
-                self._call(
-                    "combine",
-                    parts=_pointer(parts), maxima=_pointer(maxima), row_maxima=_pointer(row_maxima),
-                    out=_pointer(product), rows=a.n, padded_rows=padded, pitch=pitch, splits=splits,
-                )  # fmt: skip
-            sink(Negatives(slice(0, a.n), log_off, product, scale))
-        return Contrast(log_off)
+            sink(Negatives(slice(0, a.n), log_off, self._combine(parts, a.n, maxima, row_maxima), scale))
+        return log_off, scale, row_maxima
+
+    def _flash_candidates(
+        self,
+        a: Unit,
+        k: Unit,
+        temperature: float,
+        offset: int,
+        same: tuple[Tensor, Tensor] | None,
+        share: Tensor,
+        scale: Tensor,
+        row_maxima: Tensor | None,
+    ) -> Tensor:
+        """sum_i share_i p_ij A_i for every candidate, p_ij = scale_i exp(a_ij): a second pass, with the sides changed."""
+        gain = None
+        if a.matrix.dtype == torch.float16:
+            # share p, which fp16 is to hold, is at most the largest share; the product is divided again in fp32.
+            gain = FP16_GAIN / share.amax().clamp(min=1e-30)
+            share = share * gain
+        factor = share * scale
+        same = None if same is None else (same[1], same[0])
+        parts, _, _ = self._flash_pass(k, a, temperature, -offset, same, True, factor=factor, column_shift=row_maxima)
+        assert parts is not None
+        product = self._combine(parts, k.n)
+        return product if gain is None else product.div_(gain)
+
+    def _flash_pass(
+        self,
+        a: Unit,
+        k: Unit,
+        temperature: float,
+        offset: int,
+        same: tuple[Tensor, Tensor] | None,
+        wanted: bool,
+        *,
+        online: bool = False,
+        factor: Tensor | None = None,
+        column_shift: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """Partial products (splits, n, d) if ``wanted``, sums (splits, n) and, if ``online``, maxima; n and d padded."""
+        pitch, padded = a.matrix.shape[1], _padded(a.n)
+        blocks = (a.n + FLASH_ROWS - 1) // FLASH_ROWS
+        splits = max(1, min(MOST_SPLITS, FLASH_BLOCKS // blocks, (k.n + FLASH_ROWS - 1) // FLASH_ROWS))
+        kernel = "flash"
+        plain = wanted and not online and factor is None and column_shift is None and same is None
+        if plain and self._on_hopper(a) and hopper.flash_splits(a.n, k.n, pitch):
+            kernel, splits = "hopper_flash", hopper.flash_splits(a.n, k.n, pitch)
+        parts = _floats(a.matrix, splits, padded, pitch) if wanted else None
+        sums = _floats(a.matrix, splits, padded)
+        maxima = torch.empty_like(sums) if online else None
+        self._call(
+            kernel,
+            a=_pointer(a.matrix), k=_pointer(k.matrix), out=_pointer(parts), sums=_pointer(sums),
+            maxima=_pointer(maxima), column_factor=_pointer(factor), column_shift=_pointer(column_shift),
+            same_a=_pointer(None if same is None else same[0]), same_k=_pointer(None if same is None else same[1]),
+            n=a.n, m=k.n, pitch=pitch, padded_rows=padded, diagonal=offset, splits=splits, scale=LOG2E / temperature,
+            shift=_shift(a.matrix.dtype, temperature), precision=_precision(a.matrix.dtype),
+        )  # fmt: skip
+        return parts, sums, maxima
+
+    def _combine(
+        self, parts: Tensor, rows: int, maxima: Tensor | None = None, row_maxima: Tensor | None = None
+    ) -> Tensor:
+        splits, padded, pitch = parts.shape
+        if splits == 1:
+            return parts[0, :rows]
+        product = _floats(parts, rows, pitch)
+        self._call(
+            "combine",
+            parts=_pointer(parts), maxima=_pointer(maxima), row_maxima=_pointer(row_maxima), out=_pointer(product),
+            rows=rows, padded_rows=padded, pitch=pitch, splits=splits,
+        )  # fmt: skip
+        return product
 
     def finish(
         self,

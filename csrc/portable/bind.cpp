@@ -83,7 +83,8 @@ void read(Fields& fields, Product& p) {
   MCLD_FIELD(pitch), MCLD_FIELD(transposed), MCLD_FIELD(add);
 }
 void read(Fields& fields, Flash& p) {
-  MCLD_FIELD(a), MCLD_FIELD(k), MCLD_FIELD(out), MCLD_FIELD(sums), MCLD_FIELD(maxima), MCLD_FIELD(column_shift);
+  MCLD_FIELD(a), MCLD_FIELD(k), MCLD_FIELD(out), MCLD_FIELD(sums), MCLD_FIELD(maxima), MCLD_FIELD(column_factor);
+  MCLD_FIELD(column_shift);
   MCLD_FIELD(same_a), MCLD_FIELD(same_k), MCLD_FIELD(n), MCLD_FIELD(m), MCLD_FIELD(pitch), MCLD_FIELD(padded_rows);
   MCLD_FIELD(diagonal), MCLD_FIELD(splits), MCLD_FIELD(scale), MCLD_FIELD(shift);
 }

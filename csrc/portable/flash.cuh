@@ -174,15 +174,17 @@ template <Precision kPrecision, int kRowBytes> struct FlashTile {
   }
 
   MCLD_DEVICE static void exponentials(const Flash& p, float (&e)[kN][4], const float (&shift)[2], int64_t first_column) {
-    if (p.column_shift) {
+    if (p.column_factor) {
 #pragma unroll
       for (int nt = 0; nt < kN; ++nt)
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           const int64_t column = first_column + nt * 8 + lane() % 4 * 2 + j;
-          const float own = column < p.m ? p.column_shift[column] : 0;
-          e[nt][j] = exp2f(e[nt][j] - own);
-          e[nt][j + 2] = exp2f(e[nt][j + 2] - own);
+          const float factor = column < p.m ? p.column_factor[column] : 0;
+          float own = p.shift;
+          if (p.column_shift) own = column < p.m && p.column_shift[column] > -infinity() ? p.column_shift[column] : 0;
+          e[nt][j] = exp2f(e[nt][j] - own) * factor;
+          e[nt][j + 2] = exp2f(e[nt][j + 2] - own) * factor;
         }
       return;
     }

@@ -110,7 +110,8 @@ struct Flash {
   float* out;         // (splits, padded_rows, pitch) or null: sums of exp2(...) K_j
   float* sums;        // (splits, padded_rows)
   float* maxima;      // the same, or null: then `shift` holds for all
-  const float* column_shift;       // (m,) or null: the candidate's own shift, instead of the anchor's; then no maxima
+  const float* column_factor;      // (m,) or null: candidate j counts this often in `out`,
+  const float* column_shift;       // and has its own shift (m,), if not null; then no maxima
   const int64_t *same_a, *same_k;  // (n,), (m,) or null
   int64_t n, m, pitch, padded_rows, diagonal;
   int splits;

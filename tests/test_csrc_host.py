@@ -1,0 +1,277 @@
+"""The portable CUDA kernels, compiled for the host and run on the CPU through the "cuda" backend, against the fp64 reference.
+
+What this proves: the kernels' arithmetic, indices, barriers and asynchronous copies, and the provider's chunks, splits and
+masks, at the error bar of every backend. What it cannot prove: speed, PTX, and anything a GPU does in parallel between
+blocks. tests/test_cuda.py runs the same grid on a GPU.
+"""
+
+import cases
+import csrc_host
+import pytest
+import torch
+
+import mcld_kernels
+from mcld_kernels import blocked, cuda, pipeline, reference
+from mcld_kernels.arguments import options as make_options
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Odd, one row, one class, past one tile of 64 or 128 in each direction, and a row of more than one slice of shared memory.
+SHAPES = ((1, 7), (5, 1), (7, 5), (65, 130), (131, 37), (193, 66), (67, 300))
+OPTIONS = {
+    "student": {},
+    "teacher": {"direction": "teacher"},
+    "symmetric": {"direction": "symmetric"},
+    "masked": {"mask_same_class": True, "present_only": True},
+    "masked-teacher": {"mask_same_class": True, "direction": "teacher"},
+    "masked-symmetric": {"mask_same_class": True, "direction": "symmetric"},
+    # Below 0.025 the online maximum takes over (fp16: below 0.1).
+    "cold": {"temperature": (0.02, 0.015, 0.02)},
+    "cold-symmetric": {"temperature": 0.02, "direction": "symmetric", "mask_same_class": True},
+}
+
+
+@pytest.fixture(scope="session")
+def module():
+    if csrc_host.compiler() is None:
+        pytest.skip("no C++ compiler: the kernels cannot be compiled for the host")
+    return csrc_host.load()
+
+
+@pytest.fixture(autouse=True)
+def emulated(module, monkeypatch):
+    monkeypatch.setattr(cuda, "emulated", module)
+
+
+@pytest.fixture(params=["flash", "two products"])
+def path(request, monkeypatch):
+    if request.param == "two products":
+        monkeypatch.setattr(cuda, "FLASH_BYTES", 0)
+    return request.param
+
+
+def check(kind, batch, classes, dtype, **options):
+    draws = 2 if batch * classes < 20000 else 1
+    cases.check("cuda", "cpu", kind, batch, classes, dtype, draws=draws, **options)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.short)
+@pytest.mark.parametrize(("batch", "classes"), [(65, 130), (131, 37)])
+def test_options(path, batch, classes, dtype, options, poison):
+    check("random", batch, classes, dtype, ignored=0.2, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.short)
+@pytest.mark.parametrize(("batch", "classes"), SHAPES)
+def test_shapes(path, batch, classes, dtype, poison):
+    check("random", batch, classes, dtype)
+    check("random", batch, classes, dtype, direction="symmetric")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.short)
+@pytest.mark.parametrize("kind", cases.KINDS[1:])
+def test_kinds_of_logits(path, kind, dtype, poison):
+    check(kind, 67, 41, dtype)
+    check(kind, 67, 41, dtype, direction="teacher", mask_same_class=True, ignored=0.1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.short)
+@pytest.mark.parametrize("direction", ["student", "teacher", "symmetric"])
+@pytest.mark.parametrize("temperature", [0.1, 0.02])
+def test_chunks_and_large_tiles(dtype, direction, temperature, monkeypatch, poison):
+    monkeypatch.setattr(cuda, "FLASH_BYTES", 0)
+    monkeypatch.setattr(cuda, "ENOUGH_TILES", 0)  # tiles of 128 wherever they divide the operand
+    monkeypatch.setattr(blocked, "chunk_bytes", lambda device: 1)  # the least: 128 rows
+    check("random", 260, 130, dtype, direction=direction, temperature=temperature)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 5])
+@pytest.mark.parametrize("temperature", [0.1, 0.02])
+def test_splits_of_flash(splits, temperature, monkeypatch, poison):
+    monkeypatch.setattr(cuda, "MOST_SPLITS", splits)
+    for direction in ("student", "teacher"):
+        check("random", 330, 20, torch.bfloat16, direction=direction, temperature=temperature)
+
+
+def round_tf32(x):
+    bits = x.contiguous().view(torch.int32)
+    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+class Rounded(torch.autograd.Function):
+    """a b^T with the operands of this product and of both of its backward's rounded, as a matmul precision does."""
+
+    @staticmethod
+    def forward(ctx, a, b, rounding):
+        ctx.save_for_backward(a, b)
+        ctx.rounding = rounding
+        return rounding(a) @ rounding(b).T
+
+    @staticmethod
+    def backward(ctx, g):
+        a, b = ctx.saved_tensors
+        r = ctx.rounding
+        return r(g) @ r(b), r(g.T) @ r(a), None
+
+
+@pytest.mark.parametrize(
+    ("precision", "rounding"),
+    [("highest", lambda x: x), ("high", round_tf32), ("medium", lambda x: x.bfloat16().float())],
+    ids=["highest", "high", "medium"],
+)
+@pytest.mark.parametrize("direction", ["student", "symmetric"])
+def test_float32_matmul_precision(path, precision, rounding, direction, matmul_precision, monkeypatch):
+    """The bar is eager's error with operands rounded as that precision rounds them, which a CPU's own products do not."""
+    plain = reference.similarities
+
+    def similarities(anchors, candidates, dtype, temperature):
+        if dtype != torch.float32:
+            return plain(anchors, candidates, dtype, temperature)
+        return Rounded.apply(anchors, candidates, rounding) / temperature
+
+    matmul_precision(precision)
+    monkeypatch.setattr(reference, "similarities", similarities)
+    check("random", 67, 130, torch.float32, direction=direction)
+
+
+def test_precisions_differ(matmul_precision):
+    """Each float32 matmul precision is a computation of its own: errors fall from bf16 to tf32 to fp32."""
+    student, teacher = cases.logits("random", 67, 41, torch.float32)
+    target = cases.labels(67, 41)
+    want = cases.truth(student, teacher, target)
+    found = []
+    for precision in ("medium", "high", "highest"):
+        matmul_precision(precision)
+        got = cases.run("cuda", student, teacher, target)
+        found.append(float((got.student.double() - want.student).norm() / want.student.norm()))
+    assert found[0] > 3 * found[1] > 30 * found[2]
+
+
+def test_mixed_dtypes(path):
+    student, teacher = cases.logits("random", 33, 70, torch.float32)
+    got = cases.run("cuda", student.bfloat16(), teacher, cases.labels(33, 70))
+    want = cases.truth(student.bfloat16(), teacher, cases.labels(33, 70))
+    torch.testing.assert_close(got.loss.double(), want.loss, rtol=1e-5, atol=0)
+    assert float((got.student.double() - want.student).norm()) <= 2**-8 * float(want.student.norm())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.short)
+def test_strides_and_alignment(path, dtype):
+    """Views that are strided or begin at an odd element give bitwise what their contiguous copies give."""
+    student, teacher = cases.logits("random", 37, 21, dtype)
+    target = cases.labels(37, 21)
+
+    def odd(x):
+        return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+
+    def strided(x):
+        return torch.stack([x, -x], 2)[:, :, 0]
+
+    want = cases.run("cuda", student, teacher, target)
+    for view in (odd, strided):
+        got = cases.run("cuda", view(student), view(teacher), target)
+        assert torch.equal(got.loss, want.loss)
+        assert torch.equal(got.student, want.student)
+    # Column-major logits are normalised in another order of sums.
+    got = cases.run("cuda", student.T.contiguous().T, teacher.T.contiguous().T, target)
+    torch.testing.assert_close(got.loss, want.loss, rtol=1e-3 if dtype != torch.float32 else 1e-6, atol=0)
+    error = (got.student.double() - want.student.double()).norm()
+    assert float(error) <= 4 * torch.finfo(dtype).eps * float(want.student.norm())
+
+
+def test_repeats_bitwise_and_leaves_inputs_alone(path):
+    """The emulation runs threads in another order every time, so a race or an atomic sum would show."""
+    student, teacher = cases.logits("random", 131, 70, torch.bfloat16)
+    target = cases.labels(131, 70, ignored=0.1)
+    before = student.clone(), teacher.clone(), target.clone()
+    first, *others = (cases.run("cuda", student, teacher, target, direction="symmetric") for _ in range(3))
+    for other in others:
+        assert torch.equal(first.loss, other.loss) and torch.equal(first.student, other.student)
+    assert all(map(torch.equal, before, (student, teacher, target)))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0.1, 0.02])
+def test_nan_and_inf_spread(path, bad, temperature):
+    student, teacher = cases.logits("random", 70, 33, torch.float32)
+    for side in (student, teacher):
+        changed = side.clone()
+        changed[3, 4] = bad
+        pair = (changed, teacher) if side is student else (student, changed)
+        for direction in ("student", "teacher", "symmetric"):
+            options = {"direction": direction, "temperature": temperature, "weight": (1.0, 0.0, 0.0)}
+            got = mcld_kernels.mcld_loss(*pair, backend="cuda", **options)
+            assert got.isnan(), (direction, side is student)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.short)
+@pytest.mark.parametrize("temperature", [0.1, 0.02])
+def test_anchors_against_more_candidates(path, module, dtype, temperature, poison):
+    """Rectangular, the positive at an offset: the rows of one rank against those of all."""
+    generator = torch.Generator().manual_seed(3)
+    student = torch.randn(70, 45, generator=generator).to(dtype)
+    teacher = torch.randn(200, 45, generator=generator).to(dtype)
+    labels = torch.randint(0, 45, (200,), generator=generator)
+    settings = {"direction": "student", "mask_same_class": False, "present_only": False, "ignore_index": -100, "eps": 1e-12}
+    chosen, _ = make_options(temperature=temperature, weight=(1.0, 0.5, 0.0), **settings)
+    extra = {"student_grad": True, "teacher_grad": True, "offset": 90, "teacher_target": labels}
+    got = pipeline.evaluate(
+        cuda.CudaKernels(module, student.device), student, teacher, labels[90:160], None, chosen, **extra
+    )
+    want = pipeline.evaluate(
+        blocked.TorchKernels(), student.double(), teacher.double(), labels[90:160], None, chosen, **extra
+    )
+    tolerance = {torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}[dtype]
+    for name in ("loss", "terms", "student", "teacher"):
+        a, b = getattr(got, name).double(), getattr(want, name)
+        assert float((a - b).norm()) <= tolerance * float(b.norm()), name
+
+
+def test_the_largest_rows_of_flash(poison):
+    """256 classes in half precision, 128 in fp32: the accumulator of a whole row in registers."""
+    for classes, dtype in ((250, torch.bfloat16), (250, torch.float16), (120, torch.float32)):
+        check("random", 70, classes, dtype)
+        check("random", 70, classes, dtype, temperature=0.02, direction="teacher")
+
+
+def test_loss_alone(path, poison):
+    student, teacher = cases.logits("random", 67, 41, torch.float32)
+    target = cases.labels(67, 41)
+    for direction in ("student", "symmetric"):
+        got = mcld_kernels.mcld_loss(student, teacher, target, backend="cuda", direction=direction)
+        want = mcld_kernels.mcld_loss(student.double(), teacher.double(), target, backend="reference", direction=direction)
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=0)
+
+
+def test_the_bindings_name_a_wrong_argument(module):
+    with pytest.raises(TypeError, match="missing argument x"):
+        module.normalise_rows(device=0, stream=0)
+    fields = {name: 0 for name in ("parts", "maxima", "row_maxima", "out", "rows", "padded_rows", "pitch", "splits")}
+    with pytest.raises(TypeError, match="unknown arguments.*spare"):
+        module.combine(**fields, device=0, stream=0, spare=1)
+
+
+def test_reasons(monkeypatch):
+    logits = torch.zeros(2, 3)
+    assert cuda.reason(logits, logits) is None
+    assert "fp64" in cuda.reason(logits, logits.double())
+    monkeypatch.setattr(cuda, "emulated", None)
+    if not torch.cuda.is_available():
+        assert cuda.unavailable() is not None
+        assert cuda.reason(logits, logits) == cuda.unavailable()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "runs", "does_not"),
+    [
+        ("80-real", [(8, 0), (8, 6), (8, 9)], [(7, 5), (9, 0), (12, 0)]),
+        ("90a-real", [(9, 0)], [(8, 0), (10, 0)]),
+        ("100a-real", [(10, 0)], [(10, 3), (12, 0)]),
+        ("120", [(12, 0), (12, 1), (13, 0)], [(10, 0)]),
+        ("86", [(8, 6), (8, 9), (9, 0)], [(8, 0)]),
+        ("90-virtual", [(9, 0), (12, 0)], [(8, 9)]),
+    ],
+)
+def test_which_device_an_architecture_runs_on(architecture, runs, does_not):
+    assert all(cuda.runs_on(architecture, capability) for capability in runs)
+    assert not any(cuda.runs_on(architecture, capability) for capability in does_not)
