@@ -70,6 +70,9 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--rate", type=float, default=1e-2, help="a student's peak learning rate")
     how.add_argument("--teacher-rate", type=float, default=3e-3)
     how.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    how.add_argument(
+        "--threads", type=_positive, default=1, help="on a CPU (default: 1; small networks gain by no more)"
+    )
     how.add_argument("--output", type=Path, metavar="DIR", help="default: runs/<data>-<date and time>")
     return found
 
@@ -177,15 +180,19 @@ def main(arguments: list[str] | None = None) -> int:
     """0; 2 on bad arguments."""
     options = parser().parse_args(arguments)
     console = Console() if sys.stdout.isatty() else Console(width=140)
+    threads = torch.get_num_threads()
     folder = options.output or ROOT / "runs" / f"{options.data}-{time.strftime('%Y%m%d-%H%M%S')}"
     try:
         if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
             raise ValueError("this machine, or this build of torch, has no CUDA device")
         folder.mkdir(parents=True, exist_ok=True)
+        torch.set_num_threads(options.threads)
         results = run(options, folder, console)
     except (ValueError, TypeError, RuntimeError, OSError) as fault:
         console.print(f"[red]error:[/red] {fault}", highlight=False)
         return 2
+    finally:
+        torch.set_num_threads(threads)
     report.write_json(folder / "results.json", results)
     report.plot(folder / "curves.png", results)
     console.print(
