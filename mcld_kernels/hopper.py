@@ -22,6 +22,7 @@ FLASH_COLUMNS = {64: 128, 128: 128, 192: 64, 256: 64}
 
 # The least work at which a kernel is taken, in tiles: below it most multiprocessors have none, and the portable
 # kernels' smaller tiles do better. Reasoned for the 132 multiprocessors of an H100 or H200, not measured.
+BLOCKS = 132  # flash blocks wanted: their shared memory leaves room for one a multiprocessor
 LEAST_TILES = {"similarity": 132, "flash": 132}
 
 
@@ -49,14 +50,14 @@ def takes_similarity(anchors: int, candidates: int) -> bool:
     return tiles >= LEAST_TILES["similarity"]
 
 
-def flash_splits(anchors: int, candidates: int, pitch: int, blocks: int) -> int:
-    """Into how many parts flash splits the candidates, for at most ``blocks`` blocks; 0: not taken."""
+def flash_splits(anchors: int, candidates: int, pitch: int) -> int:
+    """Into how many parts flash splits the candidates, so that one wave of blocks does all; 0: it is not taken."""
     if pitch not in FLASH_COLUMNS:
         return 0
     rows, columns = _tiles(anchors, FLASH_ROWS), _tiles(candidates, FLASH_COLUMNS[pitch])
     if rows * columns < LEAST_TILES["flash"]:
         return 0
-    return max(1, min(blocks // rows, columns))
+    return max(1, min(BLOCKS // rows, columns))
 
 
 def _tiles(size: int, tile: int) -> int:

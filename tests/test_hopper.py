@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from types import SimpleNamespace
 
+import cases
 import csrc_host
 import pytest
 import torch
 
-from mcld_kernels import compiled, hopper
+from mcld_kernels import compiled, cuda, hopper
 
 TEMPERATURE = 0.2
 PRECISION = {torch.bfloat16: 0, torch.float16: 1}
@@ -103,9 +104,9 @@ def check_flash(module, shape, dtype, device="cpu", stream=0):
     out = torch.full((splits, rows, pitch), torch.nan, device=device)
     sums = torch.full((splits, rows), torch.nan, device=device)
     module.hopper_flash(
-        a=a.data_ptr(), k=k.data_ptr(), out=out.data_ptr(), sums=sums.data_ptr(), maxima=0, column_shift=0, same_a=0,
-        same_k=0, n=n, m=m, pitch=pitch, padded_rows=rows, diagonal=offset, splits=splits, scale=scale, shift=shift,
-        precision=PRECISION[dtype], device=0, stream=stream,
+        a=a.data_ptr(), k=k.data_ptr(), out=out.data_ptr(), sums=sums.data_ptr(), maxima=0, column_factor=0,
+        column_shift=0, same_a=0, same_k=0, n=n, m=m, pitch=pitch, padded_rows=rows, diagonal=offset, splits=splits,
+        scale=scale, shift=shift, precision=PRECISION[dtype], device=0, stream=stream,
     )  # fmt: skip
     e = exponentials(a, k, n, m, offset, scale, shift)
     total = e.sum(1)
@@ -147,6 +148,24 @@ def test_sums_alone(emulated):
     assert ((sums.double().sum(0)[:130] - total).abs() <= total * FP32).all()
 
 
+@pytest.mark.parametrize("dtype", PRECISION, ids=str)
+@pytest.mark.parametrize(("kernel", "classes"), [("hopper_flash", 100), ("hopper_similarity", 300)])
+def test_the_backend_takes_them_and_stays_right(emulated, monkeypatch, poison, kernel, classes, dtype):
+    """The whole loss and gradient, with the kernels taken at the small shapes that an emulation can do."""
+    monkeypatch.setenv("MCLD_HOPPER", "1")
+    monkeypatch.setattr(hopper, "LEAST_TILES", {"similarity": 1, "flash": 1})
+    called = set()
+
+    class Spy:
+        def __getattr__(self, name):
+            called.add(name)
+            return getattr(emulated, name)
+
+    monkeypatch.setattr(cuda, "emulated", Spy())
+    cases.check("cuda", "cpu", "random", 150, classes, dtype, draws=1, temperature=0.2)
+    assert kernel in called
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
@@ -181,14 +200,14 @@ def test_taken_only_on_request_and_where_they_can_run(monkeypatch):
 
 def test_small_work_stays_with_the_portable_kernels():
     assert hopper.takes_similarity(4096, 4096) and not hopper.takes_similarity(1024, 1024)
-    assert hopper.flash_splits(256, 256, 128, 132) == 0
-    assert hopper.flash_splits(4096, 4096, 320, 132) == 0, "no kernel for this pitch"
+    assert hopper.flash_splits(256, 256, 128) == 0
+    assert hopper.flash_splits(4096, 4096, 320) == 0, "no kernel for this pitch"
 
 
 @pytest.mark.parametrize("shape", [(4096, 4096, 128), (100, 200_000, 64), (65536, 300, 256)], ids=str)
 def test_splits_leave_no_part_without_candidates(shape):
     anchors, candidates, pitch = shape
-    splits = hopper.flash_splits(anchors, candidates, pitch, 132)
+    splits = hopper.flash_splits(anchors, candidates, pitch)
     tiles = math.ceil(candidates / hopper.FLASH_COLUMNS[pitch])
     assert 1 <= splits <= tiles
-    assert splits == 1 or splits * math.ceil(anchors / hopper.FLASH_ROWS) <= 132
+    assert splits == 1 or splits * math.ceil(anchors / hopper.FLASH_ROWS) <= hopper.BLOCKS

@@ -37,7 +37,7 @@ const char* flash_refuses(const Flash& p, Precision precision) {
   if (precision != Precision::bf16 && precision != Precision::fp16) return "operands must have 16 bits";
   if (p.maxima) return "the shift must be fixed";
   if (!p.out) return "sums alone are the similarity kernel's work";
-  if (p.column_shift) return "candidates are not weighted";
+  if (p.column_factor || p.column_shift) return "candidates are not weighted";
   if (p.same_a || p.same_k) return "labels are not masked";
   if (p.pitch % kPanel || p.pitch < kPanel || p.pitch > 4 * kPanel) return "the pitch must be 64, 128, 192 or 256";
   return nullptr;
