@@ -26,18 +26,18 @@ from .pipeline import Contrast, Negatives, Result, Unit, evaluate
 LEAST_CAPABILITY = (8, 0)
 LOG2E = 1.4426950408889634
 ROWS = 128  # rows of an operand are padded to a multiple
-# Tiles of 128 x 128 pay once they fill a large GPU (132 to 170 multiprocessors); below, 64 x 64 makes four times as many.
+# Tiles of 128 x 128 pay once they fill a large GPU (132 to 170 multiprocessors); tiles of 64 x 64 are four times as many.
 ENOUGH_TILES = 128
 # Rows of at most so many bytes: an accumulator of the whole row fits the registers, and the tiles shared memory.
 FLASH_BYTES = 512
 FLASH_ROWS = 64  # anchors of a block
 FLASH_BLOCKS = 264  # blocks wanted, by splitting the candidates: two for each multiprocessor of a large GPU
 MOST_SPLITS = 16
-# A fixed shift is right while exp(-2 / temperature) keeps to normal numbers: in powers of two, with a margin for bf16 and
-# fp32; for fp16 between 2^-14 and 2^15, into which FP16_LIFT moves the exponentials.
+# A fixed shift is right while exp(-2 / temperature) keeps to normal numbers: in powers of two, with a margin for bf16
+# and fp32; for fp16 between 2^-14 and 2^15, into which FP16_LIFT moves the exponentials.
 FIXED_RANGE = {torch.float32: 100.0, torch.bfloat16: 100.0, torch.float16: 29.0}
 FP16_LIFT = 15.0
-FP16_GAIN = 1024.0  # lifts fp16 anchors weighted for E^T A out of the subnormal range
+FP16_GAIN = 1024.0  # what the largest weighted probability, or factor of an anchor, becomes in fp16
 
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _BF16, _FP16, _TF32, _TF32X3 = range(4)
@@ -111,7 +111,7 @@ def _padded(n: int) -> int:
 
 
 def _pitch(d: int) -> int:
-    """Columns of an operand: whole slices of shared memory, and whole tiles of 128 where there is more than one of 64."""
+    """Columns of an operand: whole slices of shared memory, and whole tiles of 128 where one of 64 is not enough."""
     return 64 if d <= 64 else (d + 127) // 128 * 128
 
 
@@ -131,7 +131,7 @@ def _floats(like: Tensor, *shape: int) -> Tensor:
 
 
 class CudaKernels:
-    """`pipeline.Kernels` through a module of launchers: `mcld_kernels._C`, or the same kernels compiled for the host."""
+    """`pipeline.Kernels` by a module of launchers: `mcld_kernels._C`, or the same kernels compiled for the host."""
 
     def __init__(self, module: ModuleType, device: torch.device):
         self._module = module
@@ -166,8 +166,8 @@ class CudaKernels:
         self._call(
             "normalise_columns" if columns else "normalise_rows",
             x=x.data_ptr(), row_stride=x.stride(0), column_stride=x.stride(1), out=_pointer(matrix),
-            inverse=_pointer(inverse), work=_pointer(work), n=n, d=d, padded_rows=matrix.shape[0], pitch=matrix.shape[1],
-            splits=splits, eps=eps, type=_TYPES[x.dtype], precision=_precision(dtype),
+            inverse=_pointer(inverse), work=_pointer(work), n=n, d=d, padded_rows=matrix.shape[0],
+            pitch=matrix.shape[1], splits=splits, eps=eps, type=_TYPES[x.dtype], precision=_precision(dtype),
         )  # fmt: skip
         return Unit(matrix, inverse, n, d)
 
@@ -246,13 +246,6 @@ class CudaKernels:
         by_candidate = _floats(a.matrix, columns, pitch) if candidate else None
         reversed_product = _floats(a.matrix, columns, pitch) if reverse and candidate else None
         reverse_off, reverse_log, reverse_scale = (_floats(a.matrix, k.n) if reverse else None for _ in range(3))
-        peak = None
-        if candidate:
-            assert weight is not None
-            if dtype == torch.float16:
-                peak = weight.amax().clamp(min=1e-30)
-                weight = weight / peak
-            weight = weight.contiguous()
         on_hopper = fixed and not reverse and same is None and self._on_hopper(a)
         for start in range(0, a.n, rows_of_chunk):
             rows = slice(start, min(start + rows_of_chunk, a.n))
@@ -271,9 +264,9 @@ class CudaKernels:
                 **kernel,
                 a=_pointer(anchors), k=_pointer(k.matrix), e=_pointer(e), row_sums=_pointer(sums),
                 row_maxima=_pointer(maxima), column_sums=_pointer(column_sums),
-                same_a=_pointer(None if same is None else same[0][rows]), same_k=_pointer(None if same is None else same[1]),
-                rows=count, m=k.n, pitch=pitch, pitch_e=columns, padded_rows=padded, diagonal=start + offset,
-                scale=scale_of, shift=shift, precision=precision,
+                same_a=_pointer(None if same is None else same[0][rows]),
+                same_k=_pointer(None if same is None else same[1]), rows=count, m=k.n, pitch=pitch, pitch_e=columns, padded_rows=padded,
+                diagonal=start + offset, scale=scale_of, shift=shift, precision=precision,
             )  # fmt: skip
             self._statistics(sums, maxima, row_maxima, log_off[rows], scale, shift)
             if reverse_off is not None:
@@ -293,33 +286,49 @@ class CudaKernels:
                 sink(Negatives(rows, log_off[rows], product[:count], scale))
             if by_candidate is not None:
                 assert weight is not None
-                weighted = torch.empty_like(anchors)
-                self._call(
-                    "scale_rows",
-                    a=_pointer(anchors), out=_pointer(weighted), weight=_pointer(weight[rows]),
-                    log_off=_pointer(log_off[rows]), positive=_pointer(positive[rows]), scale=_pointer(scale), rows=count,
-                    padded_rows=padded, pitch=pitch, inverse_temperature=1 / temperature,
-                    gain=1.0 if peak is None else FP16_GAIN, precision=precision,
-                )  # fmt: skip
-                self._product(e, weighted, by_candidate, columns, padded, transposed=True, add=start > 0)
+                share = weight[rows] * torch.sigmoid(log_off[rows] - positive[rows] / temperature)
+                weighted, alpha = self._weighted(anchors, share * scale)
+                self._product(e, weighted, by_candidate, columns, padded, transposed=True, add=start > 0, alpha=alpha)
             if reversed_product is not None:
                 self._product(e, anchors, reversed_product, columns, padded, transposed=True, add=start > 0)
         if by_candidate is not None:
             by_candidate = by_candidate[: k.n]
-            if peak is not None:
-                by_candidate.mul_(peak / FP16_GAIN)
         if reverse_log is None or reverse_scale is None:
             return Contrast(log_off, by_candidate)
         product = reverse_log[:0] if reversed_product is None else reversed_product[: k.n]
         return Contrast(log_off, by_candidate, Negatives(slice(0, k.n), reverse_log, product, reverse_scale))
 
+    def _weighted(self, a: Tensor, factor: Tensor) -> tuple[Tensor, Tensor | None]:
+        """factor_i A_i in the operand dtype and, for fp16, what the products of it are to be multiplied by."""
+        alpha = None
+        if a.dtype == torch.float16:
+            # Factors of 1 / (n m) are below fp16's range: there they are relative to the chunk's largest.
+            alpha = factor.amax().clamp(min=1e-30) / FP16_GAIN
+            factor = factor / alpha
+        weighted = torch.empty_like(a)
+        self._call(
+            "scale_rows",
+            a=_pointer(a), out=_pointer(weighted), factor=_pointer(factor), rows=factor.shape[0],
+            padded_rows=a.shape[0], pitch=a.shape[1], precision=_precision(a.dtype),
+        )  # fmt: skip
+        return weighted, alpha
+
     def _product(
-        self, e: Tensor, k: Tensor, out: Tensor, rows: int, contraction: int, *, transposed: bool, add: bool
+        self,
+        e: Tensor,
+        k: Tensor,
+        out: Tensor,
+        rows: int,
+        contraction: int,
+        *,
+        transposed: bool,
+        add: bool,
+        alpha: Tensor | None = None,
     ) -> None:
         self._call(
             "product",
-            e=_pointer(e), k=_pointer(k), out=_pointer(out), rows=rows, contraction=contraction, pitch_e=e.shape[1],
-            pitch=k.shape[1], transposed=transposed, add=add, precision=_precision(e.dtype),
+            e=_pointer(e), k=_pointer(k), out=_pointer(out), alpha=_pointer(alpha), rows=rows, contraction=contraction,
+            pitch_e=e.shape[1], pitch=k.shape[1], transposed=transposed, add=add, precision=_precision(e.dtype),
             tile=_tile(rows, k.shape[1]),
         )  # fmt: skip
 
@@ -350,7 +359,7 @@ class CudaKernels:
         same: tuple[Tensor, Tensor] | None,
         sink: Callable[[Negatives], None] | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """One pass over the candidates: log_off, scale and maxima (n,) of the anchors and, into the sink, the products."""
+        """One pass over the candidates: log_off, scale, maxima (n,) of the anchors and, into the sink, the products."""
         fixed, shift = _fixed(a.matrix.dtype, temperature), _shift(a.matrix.dtype, temperature)
         parts, sums, maxima = self._flash_pass(a, k, temperature, offset, same, sink is not None, online=not fixed)
         log_off, scale = _floats(sums, a.n), _floats(sums, a.n)
@@ -372,7 +381,7 @@ class CudaKernels:
         scale: Tensor,
         row_maxima: Tensor | None,
     ) -> Tensor:
-        """sum_i share_i p_ij A_i for every candidate, p_ij = scale_i exp(a_ij): a second pass, with the sides changed."""
+        """sum_i share_i p_ij A_i for every candidate, p_ij = scale_i exp(a_ij): a second pass, the sides changed."""
         gain = None
         if a.matrix.dtype == torch.float16:
             # share p, which fp16 is to hold, is at most the largest share; the product is divided again in fp32.
@@ -398,7 +407,7 @@ class CudaKernels:
         factor: Tensor | None = None,
         column_shift: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """Partial products (splits, n, d) if ``wanted``, sums (splits, n) and, if ``online``, maxima; n and d padded."""
+        """Partial products (splits, n, d) if ``wanted``, sums (splits, n); maxima if ``online``; n and d padded."""
         pitch, padded = a.matrix.shape[1], _padded(a.n)
         blocks = (a.n + FLASH_ROWS - 1) // FLASH_ROWS
         splits = max(1, min(MOST_SPLITS, FLASH_BLOCKS // blocks, (k.n + FLASH_ROWS - 1) // FLASH_ROWS))
@@ -459,9 +468,9 @@ class CudaKernels:
         self._call(
             "finish",
             out=gradient.data_ptr(), row_stride=gradient.stride(0), column_stride=gradient.stride(1),
-            unit=_pointer(unit.matrix[rows]), partner=_pointer(partner.matrix), means=_pointer(means if z is not None else None),
-            inverse=_pointer(unit.inverse[rows]), product=product.data_ptr(), s=_pointer(s), u=_pointer(u), z=_pointer(z),
-            rank=_pointer(rank), dots=_pointer(dots), rows=count, d=unit.d, pitch=unit.matrix.shape[1],
+            unit=_pointer(unit.matrix[rows]), partner=_pointer(partner.matrix),
+            means=_pointer(means if z is not None else None), inverse=_pointer(unit.inverse[rows]),
+            product=product.data_ptr(), s=_pointer(s), u=_pointer(u), z=_pointer(z), rank=_pointer(rank), dots=_pointer(dots), rows=count, d=unit.d, pitch=unit.matrix.shape[1],
             product_pitch=product.stride(0), shift=rows.start + shift, partner_rows=partner.n, add=accumulate,
             type=_TYPES[gradient.dtype], precision=_precision(unit.matrix.dtype),
         )  # fmt: skip
@@ -474,7 +483,7 @@ def _precision(dtype: torch.dtype) -> int:
 
 
 def _fixed(dtype: torch.dtype, temperature: float) -> bool:
-    """Whether one shift does for all rows: cosines are bounded, so the exponentials stay within exp(2 / temperature)."""
+    """Whether one shift does for all rows: cosines are bounded, so exponentials span at most exp(2 / temperature)."""
     return 2 * LOG2E / temperature <= FIXED_RANGE[dtype]
 
 

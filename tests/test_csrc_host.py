@@ -1,8 +1,8 @@
-"""The portable CUDA kernels, compiled for the host and run on the CPU through the "cuda" backend, against the fp64 reference.
+"""The portable CUDA kernels, compiled for the host and run through the "cuda" backend, against the fp64 reference.
 
-What this proves: the kernels' arithmetic, indices, barriers and asynchronous copies, and the provider's chunks, splits and
-masks, at the error bar of every backend. What it cannot prove: speed, PTX, and anything a GPU does in parallel between
-blocks. tests/test_cuda.py runs the same grid on a GPU.
+What this proves: the kernels' arithmetic, indices, barriers and asynchronous copies, and the provider's chunks, splits
+and masks, at the error bar of every backend. What it cannot prove: speed, PTX, and anything a GPU does in parallel
+between blocks. tests/test_cuda.py runs the same grid on a GPU.
 """
 
 import cases
@@ -15,7 +15,7 @@ from mcld_kernels import blocked, cuda, pipeline, reference
 from mcld_kernels.arguments import options as make_options
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Odd, one row, one class, past one tile of 64 or 128 in each direction, and a row of more than one slice of shared memory.
+# Odd, one row, one class, past one tile of 64 or 128 in each direction, rows of more than one slice of shared memory.
 SHAPES = ((1, 7), (5, 1), (7, 5), (65, 130), (131, 37), (193, 66), (67, 300))
 OPTIONS = {
     "student": {},
@@ -85,6 +85,11 @@ def test_chunks_and_large_tiles(dtype, direction, temperature, monkeypatch, pois
     check("random", 260, 130, dtype, direction=direction, temperature=temperature)
 
 
+def test_fp16_weights_of_a_large_batch(path):
+    """Factors of an anchor are about 1 / (n m), which is below fp16's range long before the gradient is."""
+    check("random", 1030, 20, torch.float16, direction="teacher", weight=(1e-3, 0.0, 0.0))
+
+
 @pytest.mark.parametrize("splits", [1, 2, 5])
 @pytest.mark.parametrize("temperature", [0.1, 0.02])
 def test_splits_of_flash(splits, temperature, monkeypatch, poison):
@@ -121,7 +126,7 @@ class Rounded(torch.autograd.Function):
 )
 @pytest.mark.parametrize("direction", ["student", "symmetric"])
 def test_float32_matmul_precision(path, precision, rounding, direction, matmul_precision, monkeypatch):
-    """The bar is eager's error with operands rounded as that precision rounds them, which a CPU's own products do not."""
+    """The bar is eager's error with operands rounded as that precision rounds them; a CPU's own products do not."""
     plain = reference.similarities
 
     def similarities(anchors, candidates, dtype, temperature):
@@ -212,8 +217,10 @@ def test_anchors_against_more_candidates(path, module, dtype, temperature, poiso
     student = torch.randn(70, 45, generator=generator).to(dtype)
     teacher = torch.randn(200, 45, generator=generator).to(dtype)
     labels = torch.randint(0, 45, (200,), generator=generator)
-    settings = {"direction": "student", "mask_same_class": False, "present_only": False, "ignore_index": -100, "eps": 1e-12}
-    chosen, _ = make_options(temperature=temperature, weight=(1.0, 0.5, 0.0), **settings)
+    flags = {"mask_same_class": False, "present_only": False}
+    chosen, _ = make_options(
+        temperature=temperature, weight=(1.0, 0.5, 0.0), direction="student", ignore_index=-100, eps=1e-12, **flags
+    )
     extra = {"student_grad": True, "teacher_grad": True, "offset": 90, "teacher_target": labels}
     got = pipeline.evaluate(
         cuda.CudaKernels(module, student.device), student, teacher, labels[90:160], None, chosen, **extra
@@ -239,14 +246,16 @@ def test_loss_alone(path, poison):
     target = cases.labels(67, 41)
     for direction in ("student", "symmetric"):
         got = mcld_kernels.mcld_loss(student, teacher, target, backend="cuda", direction=direction)
-        want = mcld_kernels.mcld_loss(student.double(), teacher.double(), target, backend="reference", direction=direction)
+        want = mcld_kernels.mcld_loss(
+            student.double(), teacher.double(), target, backend="reference", direction=direction
+        )
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=0)
 
 
 def test_the_bindings_name_a_wrong_argument(module):
     with pytest.raises(TypeError, match="missing argument x"):
         module.normalise_rows(device=0, stream=0)
-    fields = {name: 0 for name in ("parts", "maxima", "row_maxima", "out", "rows", "padded_rows", "pitch", "splits")}
+    fields = dict.fromkeys(("parts", "maxima", "row_maxima", "out", "rows", "padded_rows", "pitch", "splits"), 0)
     with pytest.raises(TypeError, match="unknown arguments.*spare"):
         module.combine(**fields, device=0, stream=0, spare=1)
 

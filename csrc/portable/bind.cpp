@@ -75,11 +75,11 @@ void read(Fields& fields, Rescale& p) {
   MCLD_FIELD(tile);
 }
 void read(Fields& fields, ScaleRows& p) {
-  MCLD_FIELD(a), MCLD_FIELD(out), MCLD_FIELD(weight), MCLD_FIELD(log_off), MCLD_FIELD(positive), MCLD_FIELD(scale);
-  MCLD_FIELD(rows), MCLD_FIELD(padded_rows), MCLD_FIELD(pitch), MCLD_FIELD(inverse_temperature), MCLD_FIELD(gain);
+  MCLD_FIELD(a), MCLD_FIELD(out), MCLD_FIELD(factor), MCLD_FIELD(rows), MCLD_FIELD(padded_rows), MCLD_FIELD(pitch);
 }
 void read(Fields& fields, Product& p) {
-  MCLD_FIELD(e), MCLD_FIELD(k), MCLD_FIELD(out), MCLD_FIELD(rows), MCLD_FIELD(contraction), MCLD_FIELD(pitch_e);
+  MCLD_FIELD(e), MCLD_FIELD(k), MCLD_FIELD(out), MCLD_FIELD(alpha), MCLD_FIELD(rows), MCLD_FIELD(contraction);
+  MCLD_FIELD(pitch_e);
   MCLD_FIELD(pitch), MCLD_FIELD(transposed), MCLD_FIELD(add);
 }
 void read(Fields& fields, Flash& p) {

@@ -87,18 +87,17 @@ struct Rescale {
 void rescale(const Rescale&, Precision, cudaStream_t);
 
 struct ScaleRows {
-  const void* a;  // operand rows
-  void* out;      // operand rows, zeros from `rows` to padded_rows
-  const float *weight, *log_off, *positive, *scale;  // (rows,)
+  const void* a;        // operand rows
+  void* out;            // operand rows, zeros from `rows` to padded_rows
+  const float* factor;  // (rows,)
   int64_t rows, padded_rows, pitch;
-  float inverse_temperature, gain;
 };
-// out_i = A_i * weight_i * sigmoid(log_off_i - positive_i / temperature) * scale_i * gain.
 void scale_rows(const ScaleRows&, Precision, cudaStream_t);
 
 struct Product {
   const void *e, *k;  // e: (rows, pitch_e); k: (contraction, pitch)
   float* out;         // (padded rows, pitch)
+  const float* alpha;  // () factor of the product, or null
   int64_t rows, contraction, pitch_e, pitch;  // all multiples of the tile
   bool transposed;    // E^T K: rows counts the columns of e, contraction its rows
   bool add;

@@ -19,6 +19,7 @@ template <Precision kPrecision, int kTile, bool kTransposed> struct ProductTile 
     Core core;
     core.run(shared_memory(), static_cast<const T*>(p.e) + first_row * (kTransposed ? 1 : p.pitch_e), p.pitch_e,
              static_cast<const T*>(p.k) + first_column, p.pitch, p.contraction / Core::kSlice);
+    const float alpha = p.alpha ? *p.alpha : 1;
 #pragma unroll
     for (int mt = 0; mt < Core::kM; ++mt)
 #pragma unroll
@@ -28,7 +29,7 @@ template <Precision kPrecision, int kTile, bool kTransposed> struct ProductTile 
         for (int nt = 0; nt < Core::kN; ++nt) {
           float2* at = reinterpret_cast<float2*>(out + Core::column(nt, 0));
           const float2 before = p.add ? *at : make_float2(0, 0);
-          *at = make_float2(before.x + core.sums[mt][nt][half * 2], before.y + core.sums[mt][nt][half * 2 + 1]);
+          *at = make_float2(before.x + alpha * core.sums[mt][nt][half * 2], before.y + alpha * core.sums[mt][nt][half * 2 + 1]);
         }
       }
   }

@@ -55,8 +55,7 @@ template <class T> MCLD_KERNEL(kReduceThreads) scale_rows_kernel(MCLD_PARAMETERS
   if (column >= p.pitch) return;
   float x[4] = {0, 0, 0, 0};
   if (row < p.rows) {
-    const float q = 1 / (1 + expf(p.positive[row] * p.inverse_temperature - p.log_off[row]));
-    const float factor = p.weight[row] * q * p.scale[row] * p.gain;
+    const float factor = p.factor[row];
     load4(x, static_cast<const T*>(p.a) + row * p.pitch + column);
 #pragma unroll
     for (int i = 0; i < 4; ++i) x[i] *= factor;
