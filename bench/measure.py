@@ -113,7 +113,7 @@ class CaseRun:
     def run(self) -> list[Row]:
         """Fill and return the rows. A fault of one provider is its row's reason; the others go on."""
         with memory.released(self.plan.device):
-            need = 4 * self.case.batch * self.case.classes * 4 + (1 << 30)
+            need = 8 * 8 * self.case.batch * self.case.classes + (2 << 30)  # fp64 copies, and the graph of a chunk
             refused = memory.refusal(need, self.plan.device)
             if refused:
                 for row in self.rows:

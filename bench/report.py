@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -110,9 +111,19 @@ def show(rows: Sequence[Row], device_type: str, out: Console) -> None:
     out.print()
 
 
+def finite(value: Any) -> Any:
+    """The same plain values with null for what is not finite, which JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path: Path, header: dict[str, Any], rows: Iterable[Row]) -> None:
     """Everything that is known, replacing the file in one step so that an interrupted run leaves a whole one."""
-    text = json.dumps(header | {"schema": SCHEMA, "rows": [row.record() for row in rows]}, indent=1, allow_nan=True)
+    found = finite(header | {"schema": SCHEMA, "rows": [row.record() for row in rows]})
+    text = json.dumps(found, indent=1, allow_nan=False)
     partial = path.with_suffix(".partial")
     partial.write_text(text + "\n")
     partial.replace(path)

@@ -133,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
     complete = len({row.case for row in rows}) == len(todo)
     head["machine"]["load_1min_end"] = machine.describe(device)["load_1min"]
     report.write_json(folder / "results.json", head | {"complete": complete}, rows)
-    records = [row.record() for row in rows]
+    records = report.finite([row.record() for row in rows])
     report.write_csv(folder / "results.csv", records)
     picture = plots.plot(records, folder / "results.png", caption(head))
     written = ["results.json", "results.csv"] + (["results.png"] if picture else [])

@@ -346,6 +346,17 @@ def test_a_plot_of_nothing_is_no_file(tmp_path):
     assert not (tmp_path / "none.png").exists()
 
 
+def test_a_row_that_is_not_finite_is_written_as_null(tmp_path):
+    case = TestCaseRun.case
+    wrong = provider("wrong", lambda: (torch.full((), float("nan")), torch.full((40, 12), float("nan"))))
+    rows = measure.CaseRun(case, [wrong], TestCaseRun.plan).run()
+    report.write_json(tmp_path / "a.json", {}, rows)
+    row = json.loads((tmp_path / "a.json").read_text(), parse_constant=lambda name: pytest.fail(name))["rows"][0]
+    assert row["status"] == "FAILED" and row["gate"]["error"]["loss"] is None
+    report.write_csv(tmp_path / "a.csv", [row])
+    assert "FAILED" in (tmp_path / "a.csv").read_text()
+
+
 def test_times_print_with_their_unit():
     assert [report.seconds(value) for value in (1.5, 2.5e-3, 3.4e-5, 5e-9)] == ["1.5 s", "2.5 ms", "34 µs", "5 ns"]
 
