@@ -2,8 +2,8 @@
 
     python .ci/check_cuda.py build/cmake-cpython-311-cuda
 
-reads ``build.log`` of that folder (what ``ptxas -v`` said) and the module itself, through cuobjdump and nvdisasm, of
-Triton's wheel or of the PATH.
+reads ``build.log`` of that folder (what ``ptxas -v`` said) and the module of an editable install, through cuobjdump and
+nvdisasm of Triton's wheel or of the PATH.
 """
 
 from __future__ import annotations
@@ -77,10 +77,7 @@ def count_wgmma(module: Path) -> dict[str, int]:
 
 def main(folder: Path) -> int:
     log = (folder / "build.log").read_text()
-    # Ninja forgets nothing: the cache names where it put the module.
-    cache = (folder / "CMakeCache.txt").read_text()
-    output = re.search(r"^MCLD_OUTPUT_DIR:\w+=(.*)$", cache, re.MULTILINE)[1]
-    module = next(Path(output).glob("_C*.so"))
+    module = next((Path(__file__).resolve().parents[1] / "mcld_kernels").glob("_C*.so"))
 
     failures = []
     for source, report in (("ptxas", ptxas_report(log)), ("module", resource_report(module))):
