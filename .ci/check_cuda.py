@@ -30,15 +30,16 @@ def tool(name: str) -> str:
 def ptxas_report(log: str) -> list[tuple[str, str, int]]:
     """(kernel, architecture, bytes of stack and spills) of every entry in a log of ``ptxas -v``.
 
-    ptxas names the entry, then prints its stack frame and spills on a line of their own.
+    ptxas names the entry, then prints its stack frame and spills on a line of their own. Of a kernel compiled again, the
+    last report counts.
     """
-    report, entry = [], ("?", "?")
+    report, entry = {}, ("?", "?")
     for line in log.splitlines():
         if compiling := re.search(r"Compiling entry function '(\S+)' for '(\S+)'", line):
             entry = compiling[1], compiling[2]
         elif "bytes stack frame" in line:
-            report.append((*entry, sum(map(int, re.findall(r"(\d+) bytes", line)))))
-    return report
+            report[entry] = sum(map(int, re.findall(r"(\d+) bytes", line)))
+    return [(*entry, size) for entry, size in report.items()]
 
 
 def resource_report(module: Path) -> list[tuple[str, str, int]]:
