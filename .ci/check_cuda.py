@@ -30,8 +30,8 @@ def tool(name: str) -> str:
 def ptxas_report(log: str) -> list[tuple[str, str, int]]:
     """(kernel, architecture, bytes of stack and spills) of every entry in a log of ``ptxas -v``.
 
-    ptxas names the entry, then prints its stack frame and spills on a line of their own. Of a kernel compiled again, the
-    last report counts.
+    ptxas names the entry, then prints its stack frame and spills on a line of their own. Of a kernel compiled
+    again, the last report counts.
     """
     report, entry = {}, ("?", "?")
     for line in log.splitlines():
