@@ -34,7 +34,7 @@ def build() -> Path:
     cache = Path(os.environ.get("MCLD_TEST_CACHE") or Path(tempfile.gettempdir()) / f"mcld_kernels-tests-{os.getuid()}")
     cache.mkdir(parents=True, exist_ok=True)
     includes = [f"-I{path}" for path in (HERE, KERNELS, CSRC, sysconfig.get_path("include"), pybind11.get_include())]
-    headers = sorted(path for folder in (KERNELS, HOPPER, HERE) for path in [*folder.glob("*.cuh"), *folder.glob("*.h")])
+    headers = sorted(path for folder in (KERNELS, HOPPER, HERE) for path in folder.glob("*.*h"))
     common = b"".join(path.read_bytes() for path in headers) + repr((FLAGS, includes, compiler(), sys.version)).encode()
 
     def compile_one(source: Path) -> Path:
