@@ -17,7 +17,7 @@ import triton_interpreter
 import mcld_kernels
 from mcld_kernels import arguments, backends, blocked, pipeline, reference
 from mcld_kernels import triton as backend
-from mcld_kernels.triton import configs, matmul, similarity
+from mcld_kernels.triton import configs, matmul, similarity, tuning
 from mcld_kernels.triton.kernels import TritonKernels
 
 pytestmark = [
@@ -51,7 +51,7 @@ def small_tiles(monkeypatch):
     """Small inputs take several tiles in every direction."""
     monkeypatch.setattr(configs, "INTERPRETED", configs.Launch(64, 64, 64))
     monkeypatch.setattr(configs, "_WHOLE_ROW", 64)
-    monkeypatch.setattr(configs, "_LEAST_SPAN", 64)
+    monkeypatch.setattr(configs, "_LEAST_SPAN", 64)  # and the first product is split in two
 
 
 def evaluate(kernels, student, teacher, target, **options):
@@ -102,8 +102,9 @@ class TestAgainstTheTruth:
     def test_kinds(self, kind, name, dtype, algorithm):
         check("triton", "cpu", kind, 47, 35, dtype, **OPTIONS[name])
 
-    def test_long_columns_are_summed_in_parts(self):
-        check("triton", "cpu", "random", 1500, 3, torch.float32, draws=1, weight=(0.0, 0.0, 1.0))
+    @pytest.mark.parametrize("batch", [1500, 2500])  # up to 2048 the first product is not split
+    def test_long_columns_are_summed_in_parts(self, batch):
+        check("triton", "cpu", "random", batch, 3, torch.float32, draws=1, weight=(0.0, 0.0, 1.0))
 
     def test_rows_longer_than_a_tile(self):
         check("triton", "cpu", "random", 5, 2500, torch.float32, draws=1, weight=(1.0, 1.0, 0.0))
@@ -304,3 +305,38 @@ class TestReasons:
         assert configs.chunk_rows(4096, 2 * 4096, 1 << 20, 128) == 128
         assert configs.chunk_rows(4096, 2 * 4096, 1 << 30, 128) == 4096
         assert configs.chunk_rows(4096, 2 * 4096, 1, 128) == 128
+
+
+class TestTuning:
+    """Timing needs a GPU; which launch is taken does not."""
+
+    launches = configs.Launch(64, 64, 64, warps=8), configs.Launch(32, 32, 32), configs.Launch(64, 32, 32)
+
+    @pytest.fixture
+    def bench(self, monkeypatch):
+        """do_bench that launches once and gives the second launch the least time and the third none."""
+        seen = []
+
+        def do_bench(trial, **options):
+            trial()
+            seen.append(len(seen))
+            if seen[-1] % 3 == 2:
+                raise tuning.OutOfResources(1, 0, "shared memory")
+            return 1.0 - seen[-1] % 3
+
+        monkeypatch.setattr("triton.testing.do_bench", do_bench)
+        monkeypatch.setattr(tuning, "_chosen", {})
+        monkeypatch.setattr(configs, "FLASH_ALTERNATIVES", self.launches[1:])
+        monkeypatch.setattr(configs, "PRODUCT_ALTERNATIVES", self.launches[1:])
+        monkeypatch.setattr(configs, "_of", lambda table, device, *key: self.launches[0])
+        return seen
+
+    def test_it_is_off(self, bench, algorithm):
+        check("triton", "cpu", "random", 70, 40, torch.float32, draws=1)
+        assert not bench
+
+    def test_the_fastest_is_kept(self, bench, algorithm, monkeypatch):
+        monkeypatch.setenv("MCLD_AUTOTUNE", "1")
+        check("triton", "cpu", "random", 70, 40, torch.float32, draws=2)
+        assert len(bench) == 3 * len(tuning._chosen) > 0
+        assert set(tuning._chosen.values()) == {self.launches[1]}

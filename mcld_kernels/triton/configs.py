@@ -21,6 +21,9 @@ _WHOLE_ROW = 2048
 _LEAST_SPAN = 512
 _MOST_SPLITS = 64
 
+# Fewer tiles than this leave multiprocessors idle; an H200 has 132.
+_FEW_TILES = 128
+
 
 class Launch(NamedTuple):
     block_m: int
@@ -71,6 +74,22 @@ PRODUCT = {
     (8, "tf32x3"): Launch(128, 64, 32, warps=8, stages=3),
     (9, "tf32x3"): Launch(128, 64, 32, warps=8, stages=3),
 }
+
+# What MCLD_AUTOTUNE=1 times besides the tables' rows; what does not fit a GPU is left out there.
+FLASH_ALTERNATIVES = (
+    Launch(128, 128, warps=8, stages=3),
+    Launch(128, 64, warps=8, stages=3),
+    Launch(128, 64, warps=4, stages=3),
+    Launch(64, 64, warps=4, stages=3),
+    Launch(64, 32, warps=4, stages=3),
+)
+PRODUCT_ALTERNATIVES = (
+    Launch(128, 128, 64, warps=8, stages=3),
+    Launch(128, 128, 64, warps=4, stages=4),
+    Launch(128, 128, 32, warps=4, stages=4),
+    Launch(128, 64, 64, warps=4, stages=4),
+    Launch(64, 128, 64, warps=4, stages=4),
+)
 
 # CPU tensors: the interpreter's time goes by the operation, not by the element.
 INTERPRETED = Launch(128, 128, 128)
@@ -148,6 +167,11 @@ def span(d: int, block: int) -> int:
     """Columns that a program sums, a multiple of ``block``. By the shape alone, so that a run repeats bitwise."""
     least = max(_LEAST_SPAN, -(-d // _MOST_SPLITS))
     return -(-least // block) * block
+
+
+def splits(tiles: int, depth: int) -> int:
+    """Parts into which the depth of the first product is split: 1 unless its tiles leave most of a GPU idle."""
+    return 1 if tiles >= _FEW_TILES else max(1, min(2 * _FEW_TILES // tiles, depth // (2 * _LEAST_SPAN)))
 
 
 def chunk_rows(rows: int, row_bytes: int, budget: int, multiple: int) -> int:

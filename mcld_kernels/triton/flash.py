@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..pipeline import Negatives, Unit
-from . import configs
+from . import configs, tuning
 from .common import LN2, LOG2E, Negated, coefficients, dot_precision, fixed_maximum, headroom, rounded, tl_dtype
 
 
@@ -138,45 +138,50 @@ def flash_kernel(
         tl.store(product + block, accumulator)
 
 
+def _launch(q: Unit, k: Unit, outputs: tuple[Tensor | None, ...], what: Negated, known: tuple[Tensor | None, ...],
+            shift: float, exponent: str) -> None:  # fmt: skip
+    """outputs: product, log_off, inverse_off; known: log_off in base 2, coefficient, gain."""
+    dtype, depth, device = q.matrix.dtype, q.matrix.shape[1], q.matrix.device
+    precision = dot_precision(dtype)
+    labels = (None, None) if what.same is None else what.same
+    with_product = outputs[0] is not None
+
+    def run(launch: configs.Launch) -> None:
+        flash_kernel[(triton.cdiv(q.n, launch.block_m),)](
+            q.matrix, k.matrix, *outputs, *labels, *known,
+            q.n, k.n, what.offset, LOG2E / what.temperature, shift,
+            D=depth, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, LABELS=what.same is not None,
+            EXPONENT=exponent, PRODUCT=with_product, PRECISION=precision, STAT=tl_dtype(q.inverse.dtype),
+            num_warps=launch.warps, num_stages=launch.stages,
+        )  # fmt: skip
+
+    key = "flash", device, dtype, precision, depth, exponent, what.same is None, with_product
+    default = configs.flash(device, dtype, precision, depth)
+    run(tuning.choose(key, default, configs.FLASH_ALTERNATIVES, run))
+
+
 def negatives(a: Unit, k: Unit, what: Negated, with_product: bool) -> Negatives:
     """The sums over the negatives of all anchors; without product where it is not wanted."""
     dtype, stat, device = a.matrix.dtype, a.inverse.dtype, a.matrix.device
-    padded, depth = a.matrix.shape
-    product = torch.empty(padded if with_product else 0, depth, dtype=stat, device=device)
+    product = torch.empty(a.matrix.shape, dtype=stat, device=device) if with_product else None
     log_off, inverse_off = torch.empty_like(a.inverse), torch.empty_like(a.inverse)
     fixed = fixed_maximum(dtype, what.temperature)
-    scale = LOG2E / what.temperature
-    precision = dot_precision(dtype)
-    launch = configs.flash(device, dtype, precision, depth)
-    rows, columns = (None, None) if what.same is None else what.same
-    flash_kernel[(triton.cdiv(a.n, launch.block_m),)](
-        a.matrix, k.matrix, product, log_off, inverse_off, rows, columns, None, None, None,
-        a.n, k.n, what.offset, scale, (scale if fixed else 0.0) - headroom(dtype),
-        D=depth, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, LABELS=rows is not None,
-        EXPONENT="fixed" if fixed else "online", PRODUCT=with_product, PRECISION=precision, STAT=tl_dtype(stat),
-        num_warps=launch.warps, num_stages=launch.stages,
-    )  # fmt: skip
-    return Negatives(slice(0, a.n), log_off, product[: a.n], inverse_off)
+    shift = (LOG2E / what.temperature if fixed else 0.0) - headroom(dtype)
+    _launch(a, k, (product, log_off, inverse_off), what, (None, None, None), shift, "fixed" if fixed else "online")
+    return Negatives(slice(0, a.n), log_off, a.inverse[:0] if product is None else product[: a.n], inverse_off)
 
 
 def candidate_sums(a: Unit, k: Unit, what: Negated, log_off: Tensor, positive: Tensor, weight: Tensor) -> Tensor:
     """(m, depth): sum_{i: i+offset != j} weight_i p_ij A_i."""
     dtype, stat, device = a.matrix.dtype, a.inverse.dtype, a.matrix.device
-    padded, depth = k.matrix.shape
     part = coefficients(log_off, positive, weight, what.temperature)  # (n,)
     peak = part.abs().amax()  # the largest becomes 1, so that fp16 holds small ones too
     part = part / torch.where(peak == 0, 1.0, peak)
     # An anchor without a negative has no part: its exponentials become 0.
     known = torch.where(log_off == -torch.inf, torch.inf, log_off) * LOG2E - headroom(dtype)
-    product = torch.empty(padded, depth, dtype=stat, device=device)
-    precision = dot_precision(dtype)
-    launch = configs.flash(device, dtype, precision, depth)
-    rows, columns = (None, None) if what.same is None else (what.same[1], what.same[0])
-    flash_kernel[(triton.cdiv(k.n, launch.block_m),)](
-        k.matrix, a.matrix, product, None, None, rows, columns, known, part, peak * 2.0 ** -headroom(dtype),
-        k.n, a.n, -what.offset, LOG2E / what.temperature, 0.0,
-        D=depth, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, LABELS=rows is not None,
-        EXPONENT="known", PRODUCT=True, PRECISION=precision, STAT=tl_dtype(stat),
-        num_warps=launch.warps, num_stages=launch.stages,
-    )  # fmt: skip
+    gain = peak * 2.0 ** -headroom(dtype)
+    product = torch.empty(k.matrix.shape, dtype=stat, device=device)
+    swapped = None if what.same is None else (what.same[1], what.same[0])
+    back = Negated(what.temperature, -what.offset, swapped)
+    _launch(k, a, (product, None, None), back, (known, part, gain), 0.0, "known")
     return product[: k.n]

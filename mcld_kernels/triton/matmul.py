@@ -1,7 +1,8 @@
 """out = a @ b, or out + a @ b, with an fp32 result: the second product of long rows where the library's is not the
-choice.
+choice, and the first one where its tiles are too few.
 
-Every size is padded to whole tiles, so nothing is masked. ``a`` may be a transposed view: nothing is copied.
+Every size is padded to whole tiles, so nothing is masked. Operands may be transposed views: nothing is copied. A long
+contraction with few tiles is split: each split writes a result of its own, and who reads them adds them in order.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .common import dot_precision, tl_dtype
+from .common import dot_precision, round_up, tl_dtype
 
 
 @triton.jit
@@ -27,15 +28,16 @@ def tile_of(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
 @triton.jit
 def matmul_kernel(
     a,  # (rows, contraction)
-    b,  # (contraction, columns), contiguous rows
-    out,  # (rows, columns), contiguous rows
+    b,  # (contraction, columns)
+    out,  # (splits, rows, columns), contiguous
     rows,
     columns,
     contraction,
     a_stride_m,
     a_stride_k,
-    b_stride,
-    out_stride,
+    b_stride_k,
+    b_stride_n,
+    span,  # of the contraction, a split's part
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -46,14 +48,15 @@ def matmul_kernel(
 ):
     row_tile, column_tile = tile_of(tl.program_id(0), rows // BLOCK_M, columns // BLOCK_N, GROUP)
     m = (row_tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    n = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = (column_tile * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), STAT)
-    for start in range(0, contraction, BLOCK_K):
+    split = tl.program_id(1)
+    for start in range(split * span, tl.minimum(split * span + span, contraction), BLOCK_K):
         depth = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
         a_tile = tl.load(a + m[:, None] * a_stride_m + depth[None, :] * a_stride_k)
-        b_tile = tl.load(b + depth[:, None] * b_stride + n[None, :])
+        b_tile = tl.load(b + depth[:, None] * b_stride_k + n[None, :] * b_stride_n)
         accumulator = tl.dot(a_tile, b_tile, accumulator, input_precision=PRECISION, out_dtype=STAT)
-    target = out + m[:, None] * out_stride + n[None, :]
+    target = out + (split.to(tl.int64) * rows + m)[:, None] * columns + n[None, :]
     if ADD:
         accumulator += tl.load(target)
     tl.store(target, accumulator)
@@ -78,16 +81,27 @@ def library_product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
 
 
 def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False, library: bool) -> None:
-    """out (+)= a @ b. a: (rows, contraction) of any strides; b, out: contiguous rows; all sizes padded."""
+    """out (+)= a @ b. out (rows, columns) is contiguous, a and b are not necessarily; all sizes are padded."""
     if library:
         library_product(a, b, out, add)
         return
-    precision = dot_precision(a.dtype)
-    launch = configs.product(out.device, a.dtype, precision)
-    rows, columns = out.shape
-    grid = (triton.cdiv(rows, launch.block_m) * triton.cdiv(columns, launch.block_n),)
+    launch = configs.product(out.device, a.dtype, dot_precision(a.dtype))
+    _launch(a, b, out[None], launch, round_up(a.shape[1], launch.block_k), add)
+
+
+def split_product(a: Tensor, b: Tensor, stat: torch.dtype, launch: configs.Launch, splits: int) -> Tensor:
+    """(at most splits, rows, columns): a @ b is the sum over the first dimension."""
+    span = round_up(triton.cdiv(a.shape[1], splits), launch.block_k)
+    out = torch.empty(triton.cdiv(a.shape[1], span), a.shape[0], b.shape[1], dtype=stat, device=a.device)
+    _launch(a, b, out, launch, span, False)
+    return out
+
+
+def _launch(a: Tensor, b: Tensor, out: Tensor, launch: configs.Launch, span: int, add: bool) -> None:
+    splits, rows, columns = out.shape
+    grid = (rows // launch.block_m * (columns // launch.block_n), splits)
     matmul_kernel[grid](
-        a, b, out, rows, columns, a.shape[1], *a.stride(), b.stride(0), out.stride(0),
-        BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, GROUP=8,
-        ADD=add, PRECISION=precision, STAT=tl_dtype(out.dtype), num_warps=launch.warps, num_stages=launch.stages,
+        a, b, out, rows, columns, a.shape[1], *a.stride(), *b.stride(), span,
+        BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, GROUP=8, ADD=add,
+        PRECISION=dot_precision(a.dtype), STAT=tl_dtype(out.dtype), num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip

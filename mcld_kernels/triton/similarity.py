@@ -4,6 +4,9 @@ Fused into the first product: temperature, shift, masks, exponential, cast, and 
 both directions at once, columns. Similarities are never written; E is, in the operand dtype, for one chunk at a time.
 Sums of tiles go to a workspace and are added in a fixed order. With an online maximum a tile is shifted by its own
 maximum, and E is brought to the rows' maxima in place before the second product.
+
+Where tiles are few and rows are very long (the category-wise term) the first product is split over the depth, and the
+cosines, then no larger than the inputs, are written.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..pipeline import Contrast, Negatives, Unit
-from . import configs
+from . import configs, tuning
 from .common import (
     HEADROOM,
     LN2,
@@ -31,10 +34,10 @@ from .common import (
     rounded,
     tl_dtype,
 )
-from .matmul import product, tile_of
+from .matmul import product, split_product, tile_of
 
 
-@triton.jit(do_not_specialize=["n", "m", "offset"])
+@triton.jit(do_not_specialize=["n", "m", "offset", "splits"])
 def exponentials_kernel(
     a,  # (padded n, depth) anchors of the chunk
     k,  # (padded m, depth)
@@ -44,18 +47,21 @@ def exponentials_kernel(
     column_sums,  # (row tiles, padded m)
     a_labels,  # (n,) int64
     k_labels,  # (m,) int64
+    cosines,  # (splits, padded n, padded m) if GIVEN: their sum replaces the product
     n,  # anchors of the chunk
     m,
     offset,
     padded_n,
     padded_m,
     depth,
+    splits,
     scale,  # log2(e) / temperature
     shift,  # subtracted from a similarity in base 2; plus the tile's maximum if ONLINE
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
+    GIVEN: tl.constexpr,
     LABELS: tl.constexpr,
     ONLINE: tl.constexpr,
     STORE: tl.constexpr,
@@ -67,12 +73,18 @@ def exponentials_kernel(
     first_row, first_column = row_tile * BLOCK_M, column_tile * BLOCK_N
     rows = first_row + tl.arange(0, BLOCK_M)
     columns = first_column + tl.arange(0, BLOCK_N)
-    inner = tl.arange(0, BLOCK_K)
-    a_tiles = a + first_row.to(tl.int64) * depth + tl.arange(0, BLOCK_M)[:, None] * depth + inner[None, :]
-    k_tiles = k + first_column.to(tl.int64) * depth + tl.arange(0, BLOCK_N)[None, :] * depth + inner[:, None]
     t = tl.zeros((BLOCK_M, BLOCK_N), STAT)
-    for start in range(0, depth, BLOCK_K):
-        t = tl.dot(tl.load(a_tiles + start), tl.load(k_tiles + start), t, input_precision=PRECISION, out_dtype=STAT)
+    if GIVEN:
+        place = rows.to(tl.int64)[:, None] * padded_m + columns[None, :]
+        for split in range(splits):
+            t += tl.load(cosines + tl.cast(split, tl.int64) * padded_n * padded_m + place)
+    else:
+        inner = tl.arange(0, BLOCK_K)
+        a_tiles = a + first_row.to(tl.int64) * depth + tl.arange(0, BLOCK_M)[:, None] * depth + inner[None, :]
+        k_tiles = k + first_column.to(tl.int64) * depth + tl.arange(0, BLOCK_N)[None, :] * depth + inner[:, None]
+        for start in range(0, depth, BLOCK_K):
+            a_tile, k_tile = tl.load(a_tiles + start), tl.load(k_tiles + start)
+            t = tl.dot(a_tile, k_tile, t, input_precision=PRECISION, out_dtype=STAT)
     t = t * scale
 
     # Only tiles that hold a positive or reach past the end need masks.
@@ -85,15 +97,15 @@ def exponentials_kernel(
     if dirty:
         keep = (columns < m)[None, :] & (rows < n)[:, None] & (columns[None, :] != (rows + offset)[:, None])
         t = tl.where(keep, t, -float("inf"))
-    place = column_tile.to(tl.int64) * padded_n + rows
+    sums = column_tile.to(tl.int64) * padded_n + rows
     if ONLINE:
         top = tl.max(t, 1)
         safe = tl.where(top == -float("inf"), 0.0, top)
-        tl.store(maxima + place, safe)
+        tl.store(maxima + sums, safe)
         t = tl.exp2(t - (safe + shift)[:, None])
     else:
         t = tl.exp2(t - shift)
-    tl.store(row_sums + place, tl.sum(t, 1))
+    tl.store(row_sums + sums, tl.sum(t, 1))
     if COLUMNS:
         tl.store(column_sums + row_tile.to(tl.int64) * padded_m + columns, tl.sum(t, 0))
     if STORE:
@@ -178,7 +190,9 @@ def scale_kernel(
 class _Chunk:
     """The workspace of a chunk: exponentials, sums of tiles and, for an online maximum, maxima of tiles and rows."""
 
-    def __init__(self, rows: int, a: Unit, k: Unit, what: Negated, *, store: bool, columns: bool):
+    def __init__(
+        self, rows: int, a: Unit, k: Unit, what: Negated, *, store: bool, columns: bool, launch: configs.Launch
+    ):
         self.a, self.k, self.what, self.store, self.columns = a, k, what, store, columns
         dtype, self.stat = a.matrix.dtype, a.inverse.dtype
         self.online = not fixed_maximum(dtype, what.temperature)
@@ -186,7 +200,7 @@ class _Chunk:
         self.shift = (0.0 if self.online else self.scale) - headroom(dtype)
         self.precision = dot_precision(dtype)
         device = a.matrix.device
-        self.launch = configs.product(device, dtype, self.precision)
+        self.launch = launch
         padded_m = k.matrix.shape[0]
         self.tiles = padded_m // self.launch.block_n
         empty = torch.empty
@@ -203,11 +217,15 @@ class _Chunk:
         launch, padded_m = self.launch, self.k.matrix.shape[0]
         n = rows.stop - rows.start
         labels = (None, None) if self.what.same is None else (self.what.same[0][rows], self.what.same[1])
-        exponentials_kernel[(padded // launch.block_m * self.tiles,)](
-            self.a.matrix[rows.start :], self.k.matrix, self.e, self.row_sums, self.maxima, self.column_sums, *labels,
-            n, self.k.n, rows.start + self.what.offset, padded, padded_m, self.a.matrix.shape[1], self.scale,
-            self.shift,
-            BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, GROUP=8,
+        anchors = self.a.matrix[rows.start : rows.start + padded]
+        tiles, depth = padded // launch.block_m * self.tiles, anchors.shape[1]
+        splits = configs.splits(tiles, depth)
+        given = split_product(anchors, self.k.matrix.T, self.stat, launch, splits) if splits > 1 else None
+        exponentials_kernel[(tiles,)](
+            anchors, self.k.matrix, self.e, self.row_sums, self.maxima, self.column_sums, *labels, given,
+            n, self.k.n, rows.start + self.what.offset, padded, padded_m, depth,
+            0 if given is None else given.shape[0], self.scale, self.shift,
+            BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, GROUP=8, GIVEN=given is not None,
             LABELS=self.what.same is not None, ONLINE=self.online, STORE=self.store, COLUMNS=self.columns,
             PRECISION=self.precision, STAT=tl_dtype(self.stat), num_warps=launch.warps, num_stages=launch.stages,
         )  # fmt: skip
@@ -250,8 +268,19 @@ def contrast(
     padded_m, depth = k.matrix.shape
     store = sink is not None or candidate
     step = configs.chunk_rows(a.matrix.shape[0], padded_m * dtype.itemsize, budget, ROWS)
-    chunk = _Chunk(step, a, k, what, store=store, columns=reverse)
     log_off, inverse_off = torch.empty_like(a.inverse), torch.empty_like(a.inverse)
+
+    def workspace(launch: configs.Launch) -> _Chunk:
+        return _Chunk(step, a, k, what, store=store, columns=reverse, launch=launch)
+
+    def trial(launch: configs.Launch) -> None:
+        first = slice(0, min(step, a.n))
+        workspace(launch).run(first, round_up(first.stop, ROWS), log_off[first], inverse_off[first])
+
+    precision = dot_precision(dtype)
+    key = "exponentials", device, dtype, precision, depth, what.same is None, store, reverse
+    default = configs.product(device, dtype, precision)
+    chunk = workspace(tuning.choose(key, default, configs.PRODUCT_ALTERNATIVES, trial))
     sums = torch.empty(step if sink is not None else 0, depth, dtype=stat, device=device)
     by_candidate = torch.zeros(padded_m, depth, dtype=stat, device=device) if candidate else None
     reverse_product = torch.zeros_like(by_candidate) if by_candidate is not None and reverse else None
