@@ -19,7 +19,7 @@ class Peer:
     module: str
     what: str
     build: Callable[[float], Callable[[Tensor, Tensor], Tensor]]  # temperature -> loss(student, teacher)
-    matrices: float  # (B, B) fp32 matrices it holds at its peak, about
+    extra_bytes: Callable[[int], int]  # batch -> about what it holds at its peak in fp32, beside copies of the logits
     cuda_only: bool = False
 
 
@@ -56,8 +56,21 @@ def _inf_cl(temperature: float) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 PEERS = (
-    Peer("inf-cl", "inf_cl", "Inf-CL's Triton kernels (github.com/DAMO-NLP-SG/Inf-CLIP)", _inf_cl, 0.0, cuda_only=True),
-    Peer("info-nce", "info_nce", "info-nce-pytorch, eager", _info_nce, 5.0),
-    # Its pair indices are int64 and as many as the matrix has entries.
-    Peer("metric-learning", "pytorch_metric_learning", "NTXentLoss of pytorch-metric-learning", _metric_learning, 16.0),
+    Peer(
+        "inf-cl",
+        "inf_cl",
+        "Inf-CL's Triton kernels (github.com/DAMO-NLP-SG/Inf-CLIP)",
+        _inf_cl,
+        lambda b: 0,
+        cuda_only=True,
+    ),
+    Peer("info-nce", "info_nce", "info-nce-pytorch, eager", _info_nce, lambda b: 20 * b**2),
+    # It sets every positive pair against every negative one: 4 arrays of B^3.
+    Peer(
+        "metric-learning",
+        "pytorch_metric_learning",
+        "NTXentLoss of pytorch-metric-learning",
+        _metric_learning,
+        lambda b: 17 * b**3,
+    ),
 )

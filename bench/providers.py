@@ -123,7 +123,7 @@ def _peer(peer: peers.Peer) -> Provider:
             return f"cannot import {peer.module}: {str(fault).splitlines()[0] if str(fault) else type(fault).__name__}"
         return None
 
-    return Provider(peer.name, peer.what, make, reason, lambda case: _square(case, peer.matrices, 0))
+    return Provider(peer.name, peer.what, make, reason, lambda case: peer.extra_bytes(case.batch) + _square(case, 0, 0))
 
 
 @functools.cache

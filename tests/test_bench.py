@@ -160,6 +160,15 @@ def test_the_peers_compute_the_instance_term(peer):
     assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
 
 
+@pytest.mark.parametrize("peer", [peer for peer in peers.PEERS if not peer.cuda_only], ids=lambda peer: peer.name)
+def test_the_peers_memory_is_predicted(peer):
+    case = Case(150, 20, terms=("instance",))
+    known = providers.all_providers()[peer.name]
+    step = known.make(case, *inputs(case, CPU))
+    step()
+    assert 0.8 <= known.extra_bytes(case) / memory.peak_extra(step, CPU)["allocator"] <= 3
+
+
 def test_every_provider_runs_or_says_why_not():
     case = Case(300, 300)
     student, teacher, _ = inputs(case, CPU)
@@ -292,7 +301,7 @@ def test_a_run_leaves_json_csv_and_plot(tmp_path, capsys):
     arguments = ["--batch", "32", "64", "--classes", "10", "--providers", "reference,torch,cuda", "--repeats", "3"]
     assert run.main([*arguments, "--device", "cpu", "--output", str(tmp_path), "--profile"]) == 0
     shown = capsys.readouterr().out
-    assert "not run: cuda" in shown and "of GEMM" in shown
+    assert "not run: cuda" in shown and "Gflop/s" in shown
     found = json.loads((tmp_path / "results.json").read_text())
     assert found["complete"] and len(found["rows"]) == 6
     assert found["machine"]["cpu"] and found["versions"]["torch"] == torch.__version__ and "commit" in found
@@ -421,6 +430,13 @@ class TestGpuReport:
         found = json.loads((tmp_path / "report.json").read_text())
         assert found["rehearsal"] and found["phases"]["info"]["status"] == "ok"
         assert found["phases"]["build"]["reason"] == "a rehearsal builds nothing"
+
+    def test_what_the_sanitizer_watches_runs(self):
+        environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+        command = [sys.executable, "bench/sanitize.py", "--device", "cpu"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "18 combinations ran, 0 were not repeatable" in done.stdout
 
     def test_a_test_run_is_read(self, tmp_path):
         path = tmp_path / "tests.xml"
