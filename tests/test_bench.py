@@ -261,9 +261,12 @@ class TestCaseRun:
         return {row.provider: row for row in found}
 
     def test_the_torch_backend_is_measured(self):
-        row = self.rows(providers.all_providers()["torch"])["torch"]
+        rows = self.rows(providers.all_providers()["torch"])
+        row, eager_row = rows["torch"], rows["reference"]
         assert row.status == "ok" and row.times.median > 0 and row.memory["allocator"] > 0
-        assert row.time_ratio > 0 and 0 < row.memory_ratio < 2 and row.of_ceiling > 0
+        assert row.time_ratio == eager_row.times.median / row.times.median
+        assert row.memory_ratio == row.memory["allocator"] / eager_row.memory["allocator"]
+        assert row.flops == self.case.flop / row.times.median and row.of_ceiling == row.flops / row.ceiling_flops
 
     def test_a_wrong_result_has_no_speed(self):
         row = self.rows(provider("wrong", lambda: (torch.zeros(()), torch.zeros(40, 12))))["wrong"]
