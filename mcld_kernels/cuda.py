@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import blocked, compiled, hopper
+from . import blocked, compiled, hopper, latency
 from .arguments import Options
 from .labels import Labels
 from .pipeline import Contrast, Negatives, Result, Unit, evaluate
@@ -26,7 +26,7 @@ from .pipeline import Contrast, Negatives, Result, Unit, evaluate
 LEAST_CAPABILITY = (8, 0)
 LOG2E = 1.4426950408889634
 ROWS = 128  # rows of an operand are padded to a multiple
-# Tiles of 128 x 128 pay once they fill a large GPU (132 to 170 multiprocessors); tiles of 64 x 64 are four times as many.
+# Tiles of 128 x 128 pay once they fill a large GPU (132 to 170 multiprocessors); of 64 x 64 there are four times more.
 ENOUGH_TILES = 128
 # Rows of at most so many bytes: an accumulator of the whole row fits the registers, and the tiles shared memory.
 FLASH_BYTES = 512
@@ -39,7 +39,7 @@ FIXED_RANGE = {torch.float32: 100.0, torch.bfloat16: 100.0, torch.float16: 29.0}
 FP16_LIFT = 15.0
 FP16_GAIN = 1024.0  # what the largest weighted probability, or factor of an anchor, becomes in fp16
 
-_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _BF16, _FP16, _TF32, _TF32X3 = range(4)
 
 # The kernels compiled for the host; tests set it, and CPU tensors are then taken.
@@ -106,11 +106,11 @@ def _dotted(capability: tuple[int, int]) -> str:
     return ".".join(map(str, capability))
 
 
-def _padded(n: int) -> int:
+def padded_rows(n: int) -> int:
     return (n + ROWS - 1) // ROWS * ROWS
 
 
-def _pitch(d: int) -> int:
+def pitch_of(d: int) -> int:
     """Columns of an operand: whole slices of shared memory, and whole tiles of 128 where one of 64 is not enough."""
     return 64 if d <= 64 else (d + 127) // 128 * 128
 
@@ -141,7 +141,7 @@ class CudaKernels:
             stream = torch.cuda.current_stream(device)
             self._where = {"device": stream.device_index, "stream": stream.cuda_stream}
 
-    def _call(self, name: str, **fields: Any) -> None:
+    def call(self, name: str, **fields: Any) -> None:
         getattr(self._module, name)(**fields, **self._where)
 
     def _on_hopper(self, unit: Unit) -> bool:
@@ -154,31 +154,32 @@ class CudaKernels:
 
     def can_reverse(self, dtype: torch.dtype, temperature: float) -> bool:
         # Sums by column need one shift for all rows, which in fp16 leaves the weighted anchors no range.
-        return dtype != torch.float16 and _fixed(dtype, temperature)
+        return dtype != torch.float16 and has_fixed_shift(dtype, temperature)
 
     def normalise(self, x: Tensor, dtype: torch.dtype, eps: float) -> Unit:
         n, d = x.shape
-        matrix = torch.empty(_padded(n), _pitch(d), dtype=dtype, device=x.device)
+        matrix = torch.empty(padded_rows(n), pitch_of(d), dtype=dtype, device=x.device)
         inverse = _floats(x, n)
         columns = x.stride(0) < x.stride(1) and n > 1
         splits = max(1, min(64, d // 256)) if columns else 0
         work = _floats(x, splits, n) if columns else None
-        self._call(
+        self.call(
             "normalise_columns" if columns else "normalise_rows",
             x=x.data_ptr(), row_stride=x.stride(0), column_stride=x.stride(1), out=_pointer(matrix),
             inverse=_pointer(inverse), work=_pointer(work), n=n, d=d, padded_rows=matrix.shape[0],
-            pitch=matrix.shape[1], splits=splits, eps=eps, type=_TYPES[x.dtype], precision=_precision(dtype),
+            pitch=matrix.shape[1], splits=splits, eps=eps, type=TYPES[x.dtype], precision=precision_of(dtype),
         )  # fmt: skip
         return Unit(matrix, inverse, n, d)
 
     def class_means(self, unit: Unit, labels: Labels, counts: Tensor) -> Tensor:
         pitch = unit.matrix.shape[1]
-        means = unit.matrix.new_empty(counts.shape[0], pitch)
-        self._call(
+        # In fp32, not in the operand dtype: no tensor-core product reads them, and rounding would show.
+        means = _floats(unit.matrix, counts.shape[0], pitch)
+        self.call(
             "class_means",
             unit=_pointer(unit.matrix), order=_pointer(labels.order), starts=_pointer(labels.starts),
             counts=_pointer(counts), out=_pointer(means), ranks=counts.shape[0], pitch=pitch,
-            precision=_precision(means.dtype),
+            precision=precision_of(unit.matrix.dtype),
         )  # fmt: skip
         return means
 
@@ -188,11 +189,11 @@ class CudaKernels:
         positive = _floats(a.matrix, a.n)
         by_label = positive if means is None else _floats(a.matrix, a.n)
         rank = None if means is None or rank is None else rank.contiguous()
-        self._call(
+        self.call(
             "positives",
             a=_pointer(a.matrix), k=_pointer(k.matrix), means=_pointer(means), rank=_pointer(rank),
             positive=_pointer(positive), by_label=_pointer(by_label), n=a.n, m=k.n, offset=offset,
-            pitch=a.matrix.shape[1], precision=_precision(a.matrix.dtype),
+            pitch=a.matrix.shape[1], precision=precision_of(a.matrix.dtype),
         )  # fmt: skip
         return positive, by_label
 
@@ -234,12 +235,12 @@ class CudaKernels:
         reverse: bool,
     ) -> Contrast:
         dtype, pitch = a.matrix.dtype, a.matrix.shape[1]
-        precision = _precision(dtype)
-        columns = _padded(k.n)  # of E
-        fixed = _fixed(dtype, temperature) and not (candidate and dtype == torch.float16)
+        precision = precision_of(dtype)
+        columns = padded_rows(k.n)  # of E
+        fixed = has_fixed_shift(dtype, temperature) and not (candidate and dtype == torch.float16)
         scale_of, shift = LOG2E / temperature, _shift(dtype, temperature)
         rows_of_chunk = blocked.chunk_bytes(a.matrix.device) // (columns * a.matrix.itemsize)
-        rows_of_chunk = max(ROWS, min(rows_of_chunk // ROWS * ROWS, _padded(a.n)))
+        rows_of_chunk = max(ROWS, min(rows_of_chunk // ROWS * ROWS, padded_rows(a.n)))
         keeps = sink is not None or candidate
         e = a.matrix.new_empty(rows_of_chunk, columns) if keeps else None
         log_off = _floats(a.matrix, a.n)
@@ -249,7 +250,7 @@ class CudaKernels:
         on_hopper = fixed and not reverse and same is None and self._on_hopper(a)
         for start in range(0, a.n, rows_of_chunk):
             rows = slice(start, min(start + rows_of_chunk, a.n))
-            count, padded = rows.stop - start, _padded(rows.stop - start)
+            count, padded = rows.stop - start, padded_rows(rows.stop - start)
             tile = _tile(padded, columns)
             anchors = a.matrix[start : start + padded]
             sm90 = on_hopper and hopper.takes_similarity(count, columns)
@@ -260,12 +261,13 @@ class CudaKernels:
             row_maxima = None if fixed else _floats(sums, count)
             column_sums = _floats(sums, padded // tile, columns) if reverse else None
             scale = _floats(sums, count)
-            self._call(
+            self.call(
                 **kernel,
                 a=_pointer(anchors), k=_pointer(k.matrix), e=_pointer(e), row_sums=_pointer(sums),
                 row_maxima=_pointer(maxima), column_sums=_pointer(column_sums),
                 same_a=_pointer(None if same is None else same[0][rows]),
-                same_k=_pointer(None if same is None else same[1]), rows=count, m=k.n, pitch=pitch, pitch_e=columns, padded_rows=padded,
+                same_k=_pointer(None if same is None else same[1]), rows=count, m=k.n, pitch=pitch,
+                pitch_e=columns, padded_rows=padded,
                 diagonal=start + offset, scale=scale_of, shift=shift, precision=precision,
             )  # fmt: skip
             self._statistics(sums, maxima, row_maxima, log_off[rows], scale, shift)
@@ -275,7 +277,7 @@ class CudaKernels:
             if e is None:
                 continue
             if maxima is not None:
-                self._call(
+                self.call(
                     "rescale",
                     e=_pointer(e), maxima=_pointer(maxima), row_maxima=_pointer(row_maxima), rows=count,
                     padded_rows=padded, pitch_e=columns, tile=tile, precision=precision,
@@ -306,10 +308,10 @@ class CudaKernels:
             alpha = factor.amax().clamp(min=1e-30) / FP16_GAIN
             factor = factor / alpha
         weighted = torch.empty_like(a)
-        self._call(
+        self.call(
             "scale_rows",
             a=_pointer(a), out=_pointer(weighted), factor=_pointer(factor), rows=factor.shape[0],
-            padded_rows=a.shape[0], pitch=a.shape[1], precision=_precision(a.dtype),
+            padded_rows=a.shape[0], pitch=a.shape[1], precision=precision_of(a.dtype),
         )  # fmt: skip
         return weighted, alpha
 
@@ -325,10 +327,10 @@ class CudaKernels:
         add: bool,
         alpha: Tensor | None = None,
     ) -> None:
-        self._call(
+        self.call(
             "product",
             e=_pointer(e), k=_pointer(k), out=_pointer(out), alpha=_pointer(alpha), rows=rows, contraction=contraction,
-            pitch_e=e.shape[1], pitch=k.shape[1], transposed=transposed, add=add, precision=_precision(e.dtype),
+            pitch_e=e.shape[1], pitch=k.shape[1], transposed=transposed, add=add, precision=precision_of(e.dtype),
             tile=_tile(rows, k.shape[1]),
         )  # fmt: skip
 
@@ -343,7 +345,7 @@ class CudaKernels:
         total: Tensor | None = None,
         add: bool = False,
     ) -> None:
-        self._call(
+        self.call(
             "statistics",
             sums=_pointer(sums), maxima=_pointer(maxima), row_maxima=_pointer(row_maxima), total=_pointer(total),
             log_off=_pointer(log_off), scale=_pointer(scale), rows=log_off.shape[0], pitch=sums.shape[1],
@@ -360,7 +362,7 @@ class CudaKernels:
         sink: Callable[[Negatives], None] | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """One pass over the candidates: log_off, scale, maxima (n,) of the anchors and, into the sink, the products."""
-        fixed, shift = _fixed(a.matrix.dtype, temperature), _shift(a.matrix.dtype, temperature)
+        fixed, shift = has_fixed_shift(a.matrix.dtype, temperature), _shift(a.matrix.dtype, temperature)
         parts, sums, maxima = self._flash_pass(a, k, temperature, offset, same, sink is not None, online=not fixed)
         log_off, scale = _floats(sums, a.n), _floats(sums, a.n)
         row_maxima = None if fixed else _floats(sums, a.n)
@@ -408,7 +410,7 @@ class CudaKernels:
         column_shift: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor, Tensor | None]:
         """Partial products (splits, n, d) if ``wanted``, sums (splits, n); maxima if ``online``; n and d padded."""
-        pitch, padded = a.matrix.shape[1], _padded(a.n)
+        pitch, padded = a.matrix.shape[1], padded_rows(a.n)
         blocks = (a.n + FLASH_ROWS - 1) // FLASH_ROWS
         splits = max(1, min(MOST_SPLITS, FLASH_BLOCKS // blocks, (k.n + FLASH_ROWS - 1) // FLASH_ROWS))
         kernel = "flash"
@@ -418,13 +420,13 @@ class CudaKernels:
         parts = _floats(a.matrix, splits, padded, pitch) if wanted else None
         sums = _floats(a.matrix, splits, padded)
         maxima = torch.empty_like(sums) if online else None
-        self._call(
+        self.call(
             kernel,
             a=_pointer(a.matrix), k=_pointer(k.matrix), out=_pointer(parts), sums=_pointer(sums),
             maxima=_pointer(maxima), column_factor=_pointer(factor), column_shift=_pointer(column_shift),
             same_a=_pointer(None if same is None else same[0]), same_k=_pointer(None if same is None else same[1]),
             n=a.n, m=k.n, pitch=pitch, padded_rows=padded, diagonal=offset, splits=splits, scale=LOG2E / temperature,
-            shift=_shift(a.matrix.dtype, temperature), precision=_precision(a.matrix.dtype),
+            shift=_shift(a.matrix.dtype, temperature), precision=precision_of(a.matrix.dtype),
         )  # fmt: skip
         return parts, sums, maxima
 
@@ -435,7 +437,7 @@ class CudaKernels:
         if splits == 1:
             return parts[0, :rows]
         product = _floats(parts, rows, pitch)
-        self._call(
+        self.call(
             "combine",
             parts=_pointer(parts), maxima=_pointer(maxima), row_maxima=_pointer(row_maxima), out=_pointer(product),
             rows=rows, padded_rows=padded, pitch=pitch, splits=splits,
@@ -465,24 +467,25 @@ class CudaKernels:
         s, u = s.contiguous(), u.contiguous()
         z = None if z is None else z.contiguous()
         rank = None if rank is None or z is None else rank[rows].contiguous()
-        self._call(
+        self.call(
             "finish",
             out=gradient.data_ptr(), row_stride=gradient.stride(0), column_stride=gradient.stride(1),
             unit=_pointer(unit.matrix[rows]), partner=_pointer(partner.matrix),
             means=_pointer(means if z is not None else None), inverse=_pointer(unit.inverse[rows]),
-            product=product.data_ptr(), s=_pointer(s), u=_pointer(u), z=_pointer(z), rank=_pointer(rank), dots=_pointer(dots), rows=count, d=unit.d, pitch=unit.matrix.shape[1],
+            product=product.data_ptr(), s=_pointer(s), u=_pointer(u), z=_pointer(z), rank=_pointer(rank),
+            dots=_pointer(dots), rows=count, d=unit.d, pitch=unit.matrix.shape[1],
             product_pitch=product.stride(0), shift=rows.start + shift, partner_rows=partner.n, add=accumulate,
-            type=_TYPES[gradient.dtype], precision=_precision(unit.matrix.dtype),
+            type=TYPES[gradient.dtype], precision=precision_of(unit.matrix.dtype),
         )  # fmt: skip
 
 
-def _precision(dtype: torch.dtype) -> int:
+def precision_of(dtype: torch.dtype) -> int:
     if dtype == torch.float32:
         return _TF32X3 if torch.get_float32_matmul_precision() == "highest" else _TF32
     return _FP16 if dtype == torch.float16 else _BF16
 
 
-def _fixed(dtype: torch.dtype, temperature: float) -> bool:
+def has_fixed_shift(dtype: torch.dtype, temperature: float) -> bool:
     """Whether one shift does for all rows: cosines are bounded, so exponentials span at most exp(2 / temperature)."""
     return 2 * LOG2E / temperature <= FIXED_RANGE[dtype]
 
@@ -505,6 +508,9 @@ def forward(
     module = emulated or compiled.load()[0]
     assert module is not None, "reason() says why"
     kernels = CudaKernels(module, student.device)
+    operand = kernels.operand_dtype(torch.promote_types(student.dtype, teacher.dtype))
+    if not teacher_grad and latency.takes(student, teacher, chosen, operand):
+        return latency.evaluate(kernels, student, teacher, target, weight, chosen, student_grad=student_grad)
     return evaluate(
         kernels, student, teacher, target, weight, chosen, student_grad=student_grad, teacher_grad=teacher_grad
     )

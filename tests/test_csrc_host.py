@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import mcld_kernels
-from mcld_kernels import blocked, cuda, pipeline, reference
+from mcld_kernels import blocked, cuda, latency, pipeline, reference
 from mcld_kernels.arguments import options as make_options
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -44,9 +44,20 @@ def emulated(module, monkeypatch):
 
 @pytest.fixture(params=["flash", "two products"])
 def path(request, monkeypatch):
+    monkeypatch.setattr(latency, "LARGEST", 0)
     if request.param == "two products":
         monkeypatch.setattr(cuda, "FLASH_BYTES", 0)
     return request.param
+
+
+@pytest.fixture
+def low_latency(monkeypatch):
+    """Fails the test where the five launches are not what ran."""
+    calls = []
+    plain = latency.evaluate
+    monkeypatch.setattr(latency, "evaluate", lambda *args, **kwargs: calls.append(1) or plain(*args, **kwargs))
+    yield
+    assert calls
 
 
 def check(kind, batch, classes, dtype, **options):
@@ -79,6 +90,7 @@ def test_kinds_of_logits(path, kind, dtype, poison):
 @pytest.mark.parametrize("direction", ["student", "teacher", "symmetric"])
 @pytest.mark.parametrize("temperature", [0.1, 0.02])
 def test_chunks_and_large_tiles(dtype, direction, temperature, monkeypatch, poison):
+    monkeypatch.setattr(latency, "LARGEST", 0)
     monkeypatch.setattr(cuda, "FLASH_BYTES", 0)
     monkeypatch.setattr(cuda, "ENOUGH_TILES", 0)  # tiles of 128 wherever they divide the operand
     monkeypatch.setattr(blocked, "chunk_bytes", lambda device: 1)  # the least: 128 rows
@@ -93,9 +105,63 @@ def test_fp16_weights_of_a_large_batch(path):
 @pytest.mark.parametrize("splits", [1, 2, 5])
 @pytest.mark.parametrize("temperature", [0.1, 0.02])
 def test_splits_of_flash(splits, temperature, monkeypatch, poison):
+    monkeypatch.setattr(latency, "LARGEST", 0)
     monkeypatch.setattr(cuda, "MOST_SPLITS", splits)
     for direction in ("student", "teacher"):
         check("random", 330, 20, torch.bfloat16, direction=direction, temperature=temperature)
+
+
+SMALL = {
+    "all": {},
+    "masked": {"mask_same_class": True, "present_only": True},
+    "three temperatures": {"temperature": (0.1, 0.2, 0.3)},
+    "instance": {"weight": (1.0, 0.0, 0.0)},
+    "sample": {"weight": (0.0, 1.0, 0.0)},
+    "category": {"weight": (0.0, 0.0, 1.0), "present_only": True},
+    "tensor weight": {"weight": torch.tensor([1.0, 0.5, 0.2], dtype=torch.float64)},
+}
+
+
+@pytest.mark.parametrize("options", SMALL.values(), ids=SMALL.keys())
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.short)
+@pytest.mark.parametrize(("batch", "classes"), [(7, 5), (65, 130), (131, 37)])
+def test_low_latency_options(low_latency, batch, classes, dtype, options, poison):
+    check("random", batch, classes, dtype, ignored=0.2, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.short)
+@pytest.mark.parametrize("kind", cases.KINDS[1:])
+def test_low_latency_kinds_of_logits(low_latency, kind, dtype, poison):
+    check(kind, 7, 5, dtype, weight=(0.0, 1.0, 0.0))
+    check(kind, 67, 41, dtype, mask_same_class=True, present_only=True, ignored=0.1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.short)
+def test_low_latency_edges(low_latency, dtype, poison):
+    check("random", 1, 7, dtype)
+    check("random", 5, 1, dtype, ignored=1.0)
+    student, teacher = cases.logits("random", 33, 21, dtype)
+    target = cases.labels(33, 21)
+    want = cases.run("cuda", student, teacher, target)
+    got = cases.run("cuda", torch.stack([student, -student], 2)[:, :, 0], teacher.T.contiguous().T, target)
+    assert torch.equal(got.loss, want.loss) and torch.equal(got.student, want.student)
+    assert torch.equal(mcld_kernels.mcld_loss(student, teacher, target, backend="cuda"), want.loss)
+    student[3, 4] = torch.nan
+    assert mcld_kernels.mcld_loss(student, teacher, target, backend="cuda").isnan()
+
+
+def test_low_latency_bad_labels_make_their_terms_nan(module, low_latency):
+    """As on a GPU, where no check of a label's value may synchronise: no read out of bounds, and NaN."""
+    student, teacher = cases.logits("random", 33, 21, torch.float32)
+    target = cases.labels(33, 21)
+    target[5] = 21
+    chosen, _ = make_options(
+        temperature=0.1, weight=(1.0, 1.0, 1.0), direction="student", mask_same_class=False, present_only=False,
+        ignore_index=-100, eps=1e-12,
+    )  # fmt: skip
+    result = cuda.forward(student, teacher, target, None, chosen, student_grad=True, teacher_grad=False)
+    assert result.terms.isnan().tolist() == [False, True, False]
+    assert result.loss.isnan()
 
 
 def round_tf32(x):
@@ -234,8 +300,9 @@ def test_anchors_against_more_candidates(path, module, dtype, temperature, poiso
         assert float((a - b).norm()) <= tolerance * float(b.norm()), name
 
 
-def test_the_largest_rows_of_flash(poison):
+def test_the_largest_rows_of_flash(poison, monkeypatch):
     """256 classes in half precision, 128 in fp32: the accumulator of a whole row in registers."""
+    monkeypatch.setattr(latency, "LARGEST", 0)
     for classes, dtype in ((250, torch.bfloat16), (250, torch.float16), (120, torch.float32)):
         check("random", 70, classes, dtype)
         check("random", 70, classes, dtype, temperature=0.02, direction="teacher")

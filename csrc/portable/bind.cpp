@@ -1,7 +1,9 @@
 // Python's view of the launchers: a call takes the fields of a parameter structure by name, pointers as integers (0: null),
 // then the device and the stream. The module's owner keeps every tensor alive for the call; nothing here waits for a kernel.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <string>
 #include <tuple>
@@ -24,13 +26,19 @@ namespace {
 // Reads a structure's fields from keyword arguments: each must be there, and none may be left over.
 class Fields {
  public:
-  explicit Fields(const py::kwargs& arguments) : arguments_(arguments) {}
+  explicit Fields(const py::dict& arguments) : arguments_(arguments) {}
 
   template <class T> void operator()(const char* name, T*& field) {
     field = reinterpret_cast<T*>(static_cast<uintptr_t>(get(name).cast<uint64_t>()));
   }
   template <class T> void operator()(const char* name, T& field) { field = get(name).cast<T>(); }
 
+  template <class T, size_t kCount> void operator()(const char* name, T (&field)[kCount]) {
+    const auto values = get(name).cast<std::array<T, kCount>>();
+    std::copy(values.begin(), values.end(), field);
+  }
+
+  py::object object(const char* name) { return py::reinterpret_borrow<py::object>(get(name)); }
   int integer(const char* name) { return get(name).cast<int>(); }
   cudaStream_t stream() { return reinterpret_cast<cudaStream_t>(static_cast<uintptr_t>(get("stream").cast<uint64_t>())); }
   void done() const {
@@ -43,7 +51,7 @@ class Fields {
     ++used_;
     return arguments_[name];
   }
-  const py::kwargs& arguments_;
+  const py::dict& arguments_;
   size_t used_ = 0;
 };
 
@@ -98,6 +106,27 @@ void read(Fields& fields, Finish& p) {
   MCLD_FIELD(rows), MCLD_FIELD(d), MCLD_FIELD(pitch), MCLD_FIELD(product_pitch), MCLD_FIELD(shift), MCLD_FIELD(partner_rows);
   MCLD_FIELD(add);
 }
+void read(Fields& fields, SmallProblem& p) {
+  MCLD_FIELD(a), MCLD_FIELD(k), MCLD_FIELD(inverse_a), MCLD_FIELD(inverse_k), MCLD_FIELD(e), MCLD_FIELD(row_sums);
+  MCLD_FIELD(product), MCLD_FIELD(s), MCLD_FIELD(u), MCLD_FIELD(z), MCLD_FIELD(dots), MCLD_FIELD(values), MCLD_FIELD(n);
+  MCLD_FIELD(d), MCLD_FIELD(pitch), MCLD_FIELD(inverse_temperature), MCLD_FIELD(terms), MCLD_FIELD(masked);
+  MCLD_FIELD(columns);
+}
+void read(Fields& fields, Small& p) {
+  MCLD_FIELD(student), MCLD_FIELD(teacher), MCLD_FIELD(student_strides), MCLD_FIELD(teacher_strides), MCLD_FIELD(target);
+  MCLD_FIELD(ignore_index), MCLD_FIELD(weights), MCLD_FIELD(scale), MCLD_FIELD(batch), MCLD_FIELD(classes), MCLD_FIELD(eps);
+  MCLD_FIELD(present_only), MCLD_FIELD(any_mask), MCLD_FIELD(same), MCLD_FIELD(facts), MCLD_FIELD(counts);
+  MCLD_FIELD(means), MCLD_FIELD(loss), MCLD_FIELD(terms), MCLD_FIELD(gradient);
+  const py::list problems = fields.object("problems");
+  p.count = int(problems.size());
+  if (p.count < 1 || p.count > 3) throw py::value_error("small takes 1 to 3 problems");
+  for (int i = 0; i < p.count; ++i) {
+    const py::dict problem = problems[i];
+    Fields own(problem);
+    read(own, p.problems[i]);
+    own.done();
+  }
+}
 
 #undef MCLD_FIELD
 
@@ -142,6 +171,7 @@ void bind_portable(py::module_& module) {
   bind<Product, Precision, int>(module, "product", product, {"precision", "tile"});
   bind<Flash, Precision>(module, "flash", flash, {"precision"});
   bind<Combine>(module, "combine", combine, {});
+  bind<Small, Type, Type, Precision>(module, "small", small, {"type", "gradient_type", "precision"});
   bind<Finish, Type, Precision>(module, "finish", finish, {"type", "precision"});
 #if MCLD_HAS_HOPPER
   bind<Similarity, Precision>(module, "hopper_similarity", hopper::similarity, {"precision"});

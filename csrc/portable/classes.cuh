@@ -36,7 +36,7 @@ template <class T> MCLD_KERNEL(kClassThreads) class_means_kernel(MCLD_PARAMETERS
   const float count = p.counts[rank] > 0 ? float(p.counts[rank]) : 1.0f;
 #pragma unroll
   for (int i = 0; i < 4; ++i) sum[i] /= count;
-  store4(static_cast<T*>(p.out) + rank * p.pitch + column, sum);
+  store4(p.out + rank * p.pitch + column, sum);
 }
 
 // One warp an anchor.
@@ -48,7 +48,7 @@ template <class T> MCLD_KERNEL(kClassThreads) positives_kernel(MCLD_PARAMETERS(P
   const bool paired = partner >= 0 && partner < p.m;
   const T* a = static_cast<const T*>(p.a) + row * p.pitch;
   const T* k = static_cast<const T*>(p.k) + (paired ? partner : 0) * p.pitch;
-  const T* mean = p.means ? static_cast<const T*>(p.means) + p.rank[row] * p.pitch : nullptr;
+  const float* mean = p.means ? p.means + p.rank[row] * p.pitch : nullptr;
   float positive = 0, by_label = 0;
 #pragma unroll 2
   for (int64_t column = lane * 4; column < p.pitch; column += kWarp * 4) {

@@ -13,34 +13,40 @@ constexpr int kFinishTile = 32;
 
 // A row's pointers and factors; columns of g from it.
 template <class T> struct FinishRow {
-  const float* product;
-  const T *unit, *partner, *mean;
+  const float *product, *mean;
+  const T *unit, *partner;
   float s, pull, z;  // pull: of P
 
-  MCLD_DEVICE FinishRow(const Finish& p, int64_t row) {
+  MCLD_DEVICE FinishRow(const Finish& p, int64_t row) : FinishRow(p, row, p.s[row], p.u[row], p.z ? p.z[row] : 0) {}
+  MCLD_DEVICE FinishRow(const Finish& p, int64_t row, float s, float u, float z) : s(s), pull(z - u), z(z) {
     const int64_t other = row + p.shift;
     const bool paired = other >= 0 && other < p.partner_rows;
     product = p.product + row * p.product_pitch;
     unit = static_cast<const T*>(p.unit) + row * p.pitch;
     partner = paired ? static_cast<const T*>(p.partner) + other * p.pitch : nullptr;
-    z = p.z ? p.z[row] : 0;
-    s = p.s[row];
-    pull = z - p.u[row];
-    mean = p.z && p.means ? static_cast<const T*>(p.means) + p.rank[row] * p.pitch : nullptr;
+    // A row without a class has no mean, and z = 0.
+    mean = p.z && p.means && p.rank[row] >= 0 ? p.means + p.rank[row] * p.pitch : nullptr;
   }
   MCLD_DEVICE float at(int64_t column) const {
     float g = s * product[column];
     if (partner) g += pull * to_float(partner[column]);
-    if (mean) g -= z * to_float(mean[column]);
+    if (mean) g -= z * mean[column];
     return g;
   }
 };
 
+// g . x / x . x: the operand's rounding leaves |x| off 1, and what lies along x must go all the same.
 template <class T> MCLD_DEVICE float finish_dot(const FinishRow<T>& row, int64_t d) {
-  float dot = 0;
+  float dot = 0, square = 0;
 #pragma unroll 4
-  for (int64_t j = thread_index() % kWarp; j < d; j += kWarp) dot += row.at(j) * to_float(row.unit[j]);
-  return warp_sum(dot);
+  for (int64_t j = thread_index() % kWarp; j < d; j += kWarp) {
+    const float x = to_float(row.unit[j]);
+    dot += row.at(j) * x;
+    square += x * x;
+  }
+  dot = warp_sum(dot);
+  square = warp_sum(square);
+  return square == 0 ? 0 : dot / square;
 }
 
 template <class Out> MCLD_DEVICE void finish_write(const Finish& p, int64_t row, int64_t column, float value) {

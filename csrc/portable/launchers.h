@@ -35,14 +35,14 @@ struct ClassMeans {
   const int64_t* order;   // rows by rank
   const int64_t* starts;  // (ranks + 1,)
   const int64_t* counts;  // (ranks,) divisors, at least 1 is used
-  void* out;              // (ranks, pitch)
+  float* out;             // (ranks, pitch): rounded, a mean would pull a row off the direction of its class
   int64_t ranks, pitch;
 };
 void class_means(const ClassMeans&, Precision, cudaStream_t);
 
 struct Positives {
   const void *a, *k;    // operands of one pitch
-  const void* means;    // (ranks, pitch) or null
+  const float* means;   // (ranks, pitch) or null
   const int64_t* rank;  // (n,)
   float* positive;      // (n,) A_i . K_(i + offset), 0 where there is none
   float* by_label;      // (n,) A_i . M_rank(i), if means
@@ -130,7 +130,8 @@ void combine(const Combine&, cudaStream_t);
 struct Finish {
   void* out;  // (rows, d) gradient of any strides
   int64_t row_stride, column_stride;
-  const void *unit, *partner, *means;  // operands of one pitch; unit begins at the chunk; means may be null
+  const void *unit, *partner;  // operands of one pitch; unit begins at the chunk
+  const float* means;          // (ranks, pitch) or null
   const float *inverse, *product, *s, *u, *z;
   const int64_t* rank;
   float* dots;  // (rows,) workspace, for a gradient whose columns are contiguous
@@ -139,5 +140,45 @@ struct Finish {
   bool add;
 };
 void finish(const Finish&, Type, Precision, cudaStream_t);
+
+// The low-latency path: at most kSmall rows and columns, student anchors, one shift for all, both logits of one type. All
+// terms at once, in five launches: small_normalise, small_similarity, small_product, small_factors, small_write.
+constexpr int kSmall = 1024;
+
+struct SmallProblem {  // one similarity matrix: the rows', or the columns'
+  void *a, *k;                 // operands of student and teacher
+  float *inverse_a, *inverse_k;
+  void* e;                     // (padded, padded) or null: no gradient is wanted
+  float* row_sums;             // (padded / 64, padded)
+  float* product;              // (padded, pitch)
+  float *s, *u, *z, *dots;     // (n,)
+  float* values;               // (3, n) each row's share of each term
+  int64_t n, d, pitch;
+  float inverse_temperature;
+  bool terms[3];               // which of instance, sample, category are of this matrix
+  bool masked, columns;        // candidates of the anchor's class dropped; rows are the logits' columns
+};
+
+struct Small {
+  const void *student, *teacher;
+  int64_t student_strides[2], teacher_strides[2];
+  const int64_t* target;  // (batch,) or null
+  int64_t ignore_index;
+  const float* weights;   // (3,) or null
+  float scale[3];
+  int64_t batch, classes;
+  float eps;
+  bool present_only, any_mask;
+  SmallProblem problems[3];
+  int count;
+  int64_t* same;    // (batch,) the class, or a negative number of its own where ignored
+  float* facts;     // (2,) rows with a class; 1, or NaN if a label is out of range
+  float* counts;    // (classes,) rows of each class
+  float* means;     // (classes, pitch of the rows' operands)
+  float* loss;      // ()
+  float* terms;     // (3,)
+  void* gradient;   // (batch, classes) contiguous, or null
+};
+void small(const Small&, Type logits, Type gradient, Precision, cudaStream_t);
 
 }  // namespace mcld

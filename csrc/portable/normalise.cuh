@@ -19,10 +19,10 @@ MCLD_DEVICE float inverse_norm(float squares, float eps) {
   return norm == infinity() ? not_a_number() : 1 / norm;
 }
 
-// One warp a row.
-template <class In, class Out> MCLD_KERNEL(kNormaliseThreads) normalise_rows_kernel(MCLD_PARAMETERS(Normalise) p) {
+// One warp a row, 8 rows a block.
+template <class In, class Out> MCLD_DEVICE void normalise_row(const Normalise& p, int64_t block) {
   const int lane = thread_index() % kWarp;
-  const int64_t row = int64_t(block_index()) * kNormaliseWarps + thread_index() / kWarp;
+  const int64_t row = block * kNormaliseWarps + thread_index() / kWarp;
   if (row >= p.padded_rows) return;
   Out* out = static_cast<Out*>(p.out) + row * p.pitch;
   const In* x = static_cast<const In*>(p.x) + row * p.row_stride;
@@ -44,13 +44,10 @@ template <class In, class Out> MCLD_KERNEL(kNormaliseThreads) normalise_rows_ker
   }
 }
 
-// Squares of a slice of the batch: block x columns, block y slice; 32 columns by 8 rows of threads.
-template <class In> MCLD_KERNEL(kNormaliseThreads) column_squares_kernel(MCLD_PARAMETERS(Normalise) p) {
-  float* sums = reinterpret_cast<float*>(shared_memory());  // (8, 32)
+// Squares of columns first_i.. + 32 over a slice of the batch, by 32 columns by 8 rows of threads. In the threads of row 0.
+template <class In> MCLD_DEVICE float column_squares(const Normalise& p, float* sums, int64_t first_i, int64_t first, int64_t last) {
   const int column = thread_index() % kColumnTile, part = thread_index() / kColumnTile;
-  const int64_t i = int64_t(block_index()) * kColumnTile + column;
-  const int64_t slice = (p.d + p.splits - 1) / p.splits;
-  const int64_t first = block_index_y() * slice, last = first + slice < p.d ? first + slice : p.d;
+  const int64_t i = first_i + column;
   const In* x = static_cast<const In*>(p.x) + i * p.row_stride;
   float squares = 0;
   if (i < p.n) {
@@ -60,30 +57,20 @@ template <class In> MCLD_KERNEL(kNormaliseThreads) column_squares_kernel(MCLD_PA
       squares += value * value;
     }
   }
-  sums[thread_index()] = squares;
+  sums[thread_index()] = squares;  // (8, 32)
   sync_block();
-  if (part == 0 && i < p.n) {
-    float total = 0;
+  float total = 0;
+  if (part == 0) {
     for (int k = 0; k < kNormaliseWarps; ++k) total += sums[k * kColumnTile + column];
-    p.work[block_index_y() * p.n + i] = total;
   }
+  return total;
 }
 
-// Block x: 64 rows of the batch; block y: 32 columns of the logits, which become rows of the operand.
-template <class In, class Out> MCLD_KERNEL(kNormaliseThreads) normalise_columns_kernel(MCLD_PARAMETERS(Normalise) p) {
-  float* inverses = reinterpret_cast<float*>(shared_memory());  // (32,)
-  float* tile = inverses + kColumnTile;                         // (64, 33)
-  const int64_t first_i = int64_t(block_index_y()) * kColumnTile, first_j = int64_t(block_index()) * kBatchTile;
+// 64 rows of the batch by 32 columns of the logits, which become rows of the operand; their inverses are in shared memory.
+template <class In, class Out>
+MCLD_DEVICE void write_columns(const Normalise& p, const float* inverses, float* tile, int64_t first_i, int64_t first_j) {
   const int column = thread_index() % kColumnTile, part = thread_index() / kColumnTile;
   const int64_t i = first_i + column;
-  if (part == 0) {
-    float squares = 0;
-    if (i < p.n) {
-      for (int k = 0; k < p.splits; ++k) squares += p.work[k * p.n + i];
-    }
-    inverses[column] = i < p.n ? inverse_norm(squares, p.eps) : 0;
-    if (i < p.n && block_index() == 0) p.inverse[i] = inverses[column];
-  }
   const In* x = static_cast<const In*>(p.x) + i * p.row_stride;
   for (int k = part; k < kBatchTile; k += kNormaliseWarps) {
     const int64_t j = first_j + k;
@@ -98,6 +85,34 @@ template <class In, class Out> MCLD_KERNEL(kNormaliseThreads) normalise_columns_
     const float value = inside ? tile[j * (kColumnTile + 1) + row] * inverses[row] : 0.0f;
     out[(first_i + row) * p.pitch + first_j + j] = from_float<Out>(value);
   }
+}
+
+template <class In, class Out> MCLD_KERNEL(kNormaliseThreads) normalise_rows_kernel(MCLD_PARAMETERS(Normalise) p) {
+  normalise_row<In, Out>(p, block_index());
+}
+
+// Block x: 32 columns; block y: a slice of the batch.
+template <class In> MCLD_KERNEL(kNormaliseThreads) column_squares_kernel(MCLD_PARAMETERS(Normalise) p) {
+  const int64_t first_i = int64_t(block_index()) * kColumnTile, i = first_i + thread_index();
+  const int64_t slice = (p.d + p.splits - 1) / p.splits;
+  const int64_t first = block_index_y() * slice, last = first + slice < p.d ? first + slice : p.d;
+  const float squares = column_squares<In>(p, reinterpret_cast<float*>(shared_memory()), first_i, first, last);
+  if (thread_index() < kColumnTile && i < p.n) p.work[block_index_y() * p.n + i] = squares;
+}
+
+// Block x: 64 rows of the batch; block y: 32 columns of the logits.
+template <class In, class Out> MCLD_KERNEL(kNormaliseThreads) normalise_columns_kernel(MCLD_PARAMETERS(Normalise) p) {
+  float* inverses = reinterpret_cast<float*>(shared_memory());  // (32,), then the tile (64, 33)
+  const int64_t first_i = int64_t(block_index_y()) * kColumnTile, i = first_i + thread_index();
+  if (thread_index() < kColumnTile) {
+    float squares = 0;
+    if (i < p.n) {
+      for (int k = 0; k < p.splits; ++k) squares += p.work[k * p.n + i];
+    }
+    inverses[thread_index()] = i < p.n ? inverse_norm(squares, p.eps) : 0;
+    if (i < p.n && block_index() == 0) p.inverse[i] = inverses[thread_index()];
+  }
+  write_columns<In, Out>(p, inverses, inverses + kColumnTile, first_i, int64_t(block_index()) * kBatchTile);
 }
 
 }  // namespace mcld

@@ -13,6 +13,7 @@ template <Precision kPrecision> using Operand = typename OperandOf<kPrecision>::
 
 constexpr float kLog2E = 1.44269504088896340736f;
 constexpr float kLn2 = 0.69314718055994530942f;
+constexpr float kHalfLift = 15;  // what moves exponentials of a fixed shift into fp16's range, as mcld_kernels/cuda.py has it
 constexpr int kWarp = 32;
 
 MCLD_DEVICE float infinity() { return as_float(0x7f800000u); }

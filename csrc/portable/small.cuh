@@ -1,0 +1,303 @@
+// The low-latency path: loss and gradient of all terms in five launches that a graph can replay, for a batch and classes that
+// one wave of blocks holds. Each launch does its step for every similarity matrix, the rows' and the columns': (1) operands
+// and labels, (2) E, its sums by row and the class means, (3) E K, (4) one warp an anchor: its loss, factors and dot product,
+// (5) the gradient of all terms in one write, and the sums of the loss. Nothing of size C x B is read twice by the same step,
+// and no torch operation stands between.
+#pragma once
+
+#include <type_traits>
+
+#include "finish.cuh"
+#include "normalise.cuh"
+#include "product.cuh"
+#include "similarity.cuh"
+
+namespace mcld {
+
+constexpr int kSmallTile = 64, kSmallThreads = 256, kSmallWarps = kSmallThreads / kWarp;
+
+MCLD_DEVICE int64_t small_padded(int64_t n) { return (n + 127) / 128 * 128; }
+
+// --- (1) operands and labels
+
+MCLD_DEVICE Normalise small_side(const Small& p, const SmallProblem& q, bool student) {
+  const int64_t* strides = student ? p.student_strides : p.teacher_strides;
+  Normalise side{};
+  side.x = student ? p.student : p.teacher;
+  side.row_stride = strides[q.columns ? 1 : 0];
+  side.column_stride = strides[q.columns ? 0 : 1];
+  side.out = student ? q.a : q.k;
+  side.inverse = student ? q.inverse_a : q.inverse_k;
+  side.n = q.n, side.d = q.d, side.padded_rows = small_padded(q.n), side.pitch = q.pitch, side.eps = p.eps;
+  return side;
+}
+
+// Block x: a matrix's 8 rows, or 32 columns; the last: the labels. Block y: student, teacher.
+template <class In, class Out> MCLD_KERNEL(kSmallThreads) small_normalise_kernel(MCLD_PARAMETERS(Small) p) {
+  int64_t block = block_index();
+  float* shared = reinterpret_cast<float*>(shared_memory());
+  for (int i = 0; i < p.count; ++i) {
+    const SmallProblem& q = p.problems[i];
+    // Two temperatures of the row terms share their operands.
+    if (i > 0 && q.a == p.problems[i - 1].a) continue;
+    const int64_t blocks = small_padded(q.n) / (q.columns ? kColumnTile : kNormaliseWarps);
+    if (block >= blocks) {
+      block -= blocks;
+      continue;
+    }
+    const Normalise side = small_side(p, q, block_index_y() == 0);
+    if (!q.columns) {
+      normalise_row<In, Out>(side, block);
+      return;
+    }
+    const int64_t first_i = block * kColumnTile;
+    float* inverses = shared;                    // (32,)
+    float* tile = shared + kColumnTile;          // (64, 33)
+    const float squares = column_squares<In>(side, tile, first_i, 0, side.d);
+    if (thread_index() < kColumnTile) {
+      inverses[thread_index()] = inverse_norm(squares, side.eps);
+      if (first_i + thread_index() < side.n) side.inverse[first_i + thread_index()] = inverses[thread_index()];
+    }
+    for (int64_t first_j = 0; first_j < side.pitch; first_j += kBatchTile) {
+      sync_block();  // the tile's last readers are done
+      write_columns<In, Out>(side, inverses, tile, first_i, first_j);
+    }
+    return;
+  }
+  if (block_index_y() != 0 || !p.target) return;
+  float valid = 0, bad = 0;
+  for (int64_t i = thread_index(); i < p.batch; i += kSmallThreads) {
+    const int64_t label = p.target[i];
+    const bool ignored = label == p.ignore_index, outside = label < 0 || label >= p.classes;
+    // A bad label is clamped, so that nothing is read out of bounds; the NaN in facts makes its terms NaN.
+    const int64_t clamped = label < 0 ? 0 : label >= p.classes ? p.classes - 1 : label;
+    p.same[i] = ignored ? -1 - i : clamped;
+    valid += ignored ? 0 : 1;
+    bad += !ignored && outside ? 1 : 0;
+  }
+  valid = warp_sum(valid);
+  bad = warp_sum(bad);
+  const int warp = thread_index() / kWarp;
+  if (thread_index() % kWarp == 0) shared[warp] = valid, shared[kSmallWarps + warp] = bad;
+  sync_block();
+  if (thread_index() == 0) {
+    for (int i = 1; i < kSmallWarps; ++i) valid += shared[i], bad += shared[kSmallWarps + i];
+    p.facts[0] = valid;
+    p.facts[1] = bad > 0 ? not_a_number() : 1;
+  }
+}
+
+// --- (2) E and the class means
+
+// The mean of a class's teacher rows, 512 columns a block of 128 threads.
+template <class T> MCLD_DEVICE void small_mean(const Small& p, const SmallProblem& q, int64_t kind, int64_t column, bool first) {
+  float sum[4] = {0, 0, 0, 0}, count = 0;
+  for (int64_t j = 0; j < p.batch; ++j) {
+    if (p.same[j] != kind) continue;
+    count += 1;
+    if (!p.means || column >= q.pitch) continue;
+    float x[4];
+    load4(x, static_cast<const T*>(q.k) + j * q.pitch + column);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum[i] += x[i];
+  }
+  if (first) p.counts[kind] = count;
+  if (!p.means || column >= q.pitch) return;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) sum[i] /= count > 0 ? count : 1;
+  store4(p.means + kind * q.pitch + column, sum);
+}
+
+template <Precision kPrecision>
+MCLD_KERNEL(SimilarityTile<kPrecision, kSmallTile>::kThreads, SimilarityTile<kPrecision, kSmallTile>::kBlocks)
+small_similarity_kernel(MCLD_PARAMETERS(Small) p) {
+  using Kernel = SimilarityTile<kPrecision, kSmallTile>;
+  int64_t block = block_index();
+  for (int i = 0; i < p.count; ++i) {
+    const SmallProblem& q = p.problems[i];
+    const int64_t padded = small_padded(q.n), blocks = (padded / kSmallTile) * (padded / kSmallTile);
+    if (block >= blocks) {
+      block -= blocks;
+      continue;
+    }
+    Similarity s{};
+    s.a = q.a, s.k = q.k, s.e = q.e, s.row_sums = q.row_sums;
+    s.same_a = s.same_k = q.masked ? p.same : nullptr;
+    s.rows = s.m = q.n, s.pitch = q.pitch, s.pitch_e = s.padded_rows = padded;
+    s.scale = s.shift = q.inverse_temperature * kLog2E;
+    if (kPrecision == Precision::fp16) s.shift -= kHalfLift;
+    Kernel::run(s, block);
+    return;
+  }
+  const SmallProblem& rows = p.problems[0];
+  const int64_t columns_of_block = Kernel::kThreads * 4, parts = (rows.pitch + columns_of_block - 1) / columns_of_block;
+  const int64_t column = block % parts * columns_of_block + thread_index() * 4;
+  small_mean<Operand<kPrecision>>(p, rows, block / parts, column, column == 0);
+}
+
+// --- (3) E K
+
+template <Precision kPrecision>
+MCLD_KERNEL(ProductTile<kPrecision, kSmallTile, false>::kThreads, ProductTile<kPrecision, kSmallTile, false>::kBlocks)
+small_product_kernel(MCLD_PARAMETERS(Small) p) {
+  int64_t block = block_index();
+  for (int i = 0; i < p.count; ++i) {
+    const SmallProblem& q = p.problems[i];
+    const int64_t padded = small_padded(q.n), blocks = (padded / kSmallTile) * (q.pitch / kSmallTile);
+    if (block >= blocks) {
+      block -= blocks;
+      continue;
+    }
+    Product product{};
+    product.e = q.e, product.k = q.k, product.out = q.product;
+    product.rows = product.contraction = product.pitch_e = padded, product.pitch = q.pitch;
+    ProductTile<kPrecision, kSmallTile, false>::run(product, block);
+    return;
+  }
+}
+
+// --- (4) an anchor's loss, factors and dot product
+
+MCLD_DEVICE Finish small_finish(const Small& p, const SmallProblem& q) {
+  Finish f{};
+  f.unit = q.a, f.partner = q.k, f.inverse = q.inverse_a, f.product = q.product;
+  f.s = q.s, f.u = q.u, f.z = q.terms[1] ? q.z : nullptr, f.dots = q.dots;
+  f.means = q.terms[1] ? p.means : nullptr, f.rank = p.same;
+  f.rows = q.n, f.d = q.d, f.pitch = f.product_pitch = q.pitch, f.partner_rows = q.n;
+  return f;
+}
+
+template <class T, class U> MCLD_DEVICE float small_dot(const T* a, const U* b, int64_t pitch) {
+  float sum = 0;
+  for (int64_t column = thread_index() % kWarp * 4; column < pitch; column += kWarp * 4) {
+    float x[4], y[4];
+    load4(x, a + column);
+    load4(y, b + column);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum += x[i] * y[i];
+  }
+  return warp_sum(sum);
+}
+
+template <class T> MCLD_KERNEL(kSmallThreads) small_factors_kernel(MCLD_PARAMETERS(Small) p) {
+  int64_t row = int64_t(block_index()) * kSmallWarps + thread_index() / kWarp;
+  const int lane = thread_index() % kWarp;
+  int which = 0;
+  while (which < p.count && row >= p.problems[which].n) row -= p.problems[which++].n;
+  if (which == p.count) return;
+  const SmallProblem& q = p.problems[which];
+  const int64_t padded = small_padded(q.n);
+  float off = 0;
+  for (int64_t tile = lane; tile < padded / kSmallTile; tile += kWarp) off += q.row_sums[tile * padded + row];
+  off = warp_sum(off);
+  constexpr float lift = std::is_same<T, fp16>::value ? kHalfLift : 0;
+  const float log_off = off == 0 ? -infinity() : (log2f(off) - lift) * kLn2 + q.inverse_temperature;
+  const T* a = static_cast<const T*>(q.a) + row * q.pitch;
+  const float positive = small_dot(a, static_cast<const T*>(q.k) + row * q.pitch, q.pitch);
+
+  const int64_t kind = p.target && !q.columns ? p.same[row] : -1;
+  const float poison = p.target ? p.facts[1] : 1;
+  float share[3] = {0, 0, 0}, weight[3];
+  if (q.terms[0]) share[0] = (p.any_mask ? poison : 1) / q.n;
+  if (q.terms[1]) share[1] = (kind >= 0 ? 1 : 0) * (poison / fmaxf(p.facts[0], 1));
+  if (q.terms[2]) {
+    share[2] = 1.0f / q.n;
+    if (p.present_only) {
+      float present = 0;
+      for (int64_t c = lane; c < p.classes; c += kWarp) present += p.counts[c] > 0 ? 1 : 0;
+      share[2] = (p.counts[row] > 0 ? 1 : 0) * (poison / fmaxf(warp_sum(present), 1));
+    }
+  }
+  float total = 0;
+#pragma unroll
+  for (int i = 0; i < 3; ++i) {
+    weight[i] = p.scale[i] * (p.weights ? p.weights[i] : 1);
+    if (q.terms[i]) total += weight[i] * share[i];
+  }
+
+  const float x = log_off - positive * q.inverse_temperature;
+  const float loss = fmaxf(x, 0) + log1pf(expf(-fabsf(x)));
+  float by_label = 0;
+  if (q.terms[1] && kind >= 0) by_label = small_dot(a, p.means + kind * q.pitch, q.pitch);
+  const float u = total / (1 + expf(-x)) * q.inverse_temperature;
+  const float s = off == 0 ? 0 : u / off;
+  const float z = q.terms[1] ? weight[1] * share[1] * q.inverse_temperature : 0;
+  if (lane == 0) {
+    q.values[row] = share[0] * loss;
+    q.values[q.n + row] = share[1] * (loss + (positive - by_label) * q.inverse_temperature);
+    q.values[2 * q.n + row] = share[2] * loss;
+  }
+  if (!p.gradient) return;
+  const float dot = finish_dot(FinishRow<T>(small_finish(p, q), row, s, u, z), q.d);
+  if (lane == 0) q.s[row] = s, q.u[row] = u, q.z[row] = z, q.dots[row] = dot;
+}
+
+// --- (5) the gradient and the loss
+
+// One term's sum over its anchors, in every thread.
+MCLD_DEVICE float small_sum(const float* values, int64_t n, float* shared) {
+  float sum = 0;
+  for (int64_t i = thread_index(); i < n; i += kSmallThreads) sum += values[i];
+  sum = warp_sum(sum);
+  sync_block();
+  if (thread_index() % kWarp == 0) shared[thread_index() / kWarp] = sum;
+  sync_block();
+  sum = 0;
+  for (int i = 0; i < kSmallWarps; ++i) sum += shared[i];
+  return sum;
+}
+
+// Block 0: the loss; the others: 32 x 32 of the gradient.
+template <class T, class Out> MCLD_KERNEL(kSmallThreads) small_write_kernel(MCLD_PARAMETERS(Small) p) {
+  float* shared = reinterpret_cast<float*>(shared_memory());  // (32, 33)
+  if (block_index() == 0) {
+    float loss = 0;
+    for (int term = 0; term < 3; ++term) {
+      float sum = 0;
+      for (int i = 0; i < p.count; ++i) {
+        const SmallProblem& q = p.problems[i];
+        if (q.terms[term]) sum = small_sum(q.values + term * q.n, q.n, shared);
+      }
+      if (p.scale[term] != 0) loss += p.scale[term] * (p.weights ? p.weights[term] : 1) * sum;
+      if (thread_index() == 0) p.terms[term] = sum;
+    }
+    if (thread_index() == 0) *p.loss = loss;
+    return;
+  }
+  const int64_t tiles = (p.classes + kFinishTile - 1) / kFinishTile, block = block_index() - 1;
+  const int64_t first_row = block / tiles * kFinishTile, first_column = block % tiles * kFinishTile;
+  const int across = thread_index() % kFinishTile, down = thread_index() / kFinishTile;
+  float sums[kFinishTile / kSmallWarps] = {0, 0, 0, 0};
+  for (int i = 0; i < p.count; ++i) {
+    const SmallProblem& q = p.problems[i];
+    const Finish f = small_finish(p, q);
+    // The columns' own rows run down the gradient: read along them, turned in shared memory.
+    sync_block();
+#pragma unroll
+    for (int k = 0; k < kFinishTile / kSmallWarps; ++k) {
+      const int at = down + k * kSmallWarps;
+      const int64_t row = (q.columns ? first_column : first_row) + at, column = (q.columns ? first_row : first_column) + across;
+      float value = 0;
+      if (row < q.n && column < q.d) {
+        const FinishRow<T> r(f, row);
+        value = (r.at(column) - q.dots[row] * to_float(r.unit[column])) * q.inverse_a[row];
+      }
+      if (q.columns) {
+        shared[at * (kFinishTile + 1) + across] = value;
+      } else {
+        sums[k] += value;
+      }
+    }
+    sync_block();
+    if (!q.columns) continue;
+#pragma unroll
+    for (int k = 0; k < kFinishTile / kSmallWarps; ++k) sums[k] += shared[across * (kFinishTile + 1) + down + k * kSmallWarps];
+  }
+#pragma unroll
+  for (int k = 0; k < kFinishTile / kSmallWarps; ++k) {
+    const int64_t row = first_row + down + k * kSmallWarps, column = first_column + across;
+    if (row < p.batch && column < p.classes) static_cast<Out*>(p.gradient)[row * p.classes + column] = from_float<Out>(sums[k]);
+  }
+}
+
+}  // namespace mcld

@@ -1,0 +1,151 @@
+"""The low-latency path of the "cuda" backend: five launches for loss and gradient, where launches take the time.
+
+It holds for at most 1024 rows and classes, the student as the anchor, and temperatures at which one shift does for all
+rows; everything else goes through `pipeline`. csrc/portable/small.cuh has the steps. No GPU has run it yet.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import cuda
+from .arguments import Options
+from .pipeline import Result, gradient_dtype
+
+LARGEST = 1024
+
+
+def takes(student: Tensor, teacher: Tensor, chosen: Options, operand: torch.dtype) -> bool:
+    """Whether the path can do what is asked."""
+    fixed = all(
+        cuda.has_fixed_shift(operand, temperature)
+        for temperature, active in zip(chosen.temperature, chosen.active, strict=True)
+        if active
+    )
+    return (
+        max(student.shape) <= LARGEST
+        and student.dtype == teacher.dtype
+        and chosen.direction == "student"
+        and any(chosen.active)
+        and fixed
+    )
+
+
+def evaluate(
+    kernels: cuda.CudaKernels,
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    weight: Tensor | None,
+    chosen: Options,
+    *,
+    student_grad: bool,
+) -> Result:
+    """As `pipeline.evaluate`, without a gradient by the teacher."""
+    batch, classes = student.shape
+    operand = kernels.operand_dtype(student.dtype)
+    make = _Maker(student, operand)
+    labelled = target is not None and any(chosen.label_terms)
+    matrices = [_matrix(make, batch, classes)] if chosen.active[0] or chosen.active[1] else []
+    groups = _groups(chosen)
+    problems = [_problem(make, matrices[0], group, chosen, student_grad) for group in groups]
+    if chosen.active[2]:
+        matrices.append(_matrix(make, classes, batch))
+        problems.append(_problem(make, matrices[-1], (2,), chosen, student_grad))
+    result_dtype = gradient_dtype(student.dtype)
+    gradient = torch.empty(batch, classes, dtype=result_dtype, device=student.device) if student_grad else None
+    loss, terms = make.floats(), make.floats(3)
+    weight = None if weight is None else weight.to(torch.float32).contiguous()
+    target = target.contiguous() if target is not None and labelled else None
+    kernels.call(
+        "small",
+        student=student.data_ptr(),
+        teacher=teacher.data_ptr(),
+        student_strides=student.stride(),
+        teacher_strides=teacher.stride(),
+        target=0 if target is None else target.data_ptr(),
+        ignore_index=chosen.ignore_index,
+        weights=0 if weight is None else weight.data_ptr(),
+        scale=chosen.scale,
+        batch=batch,
+        classes=classes,
+        eps=chosen.eps,
+        present_only=chosen.present_only and chosen.active[2],
+        any_mask=chosen.mask_same_class,
+        problems=problems,
+        same=make.pointer(torch.empty(batch, dtype=torch.int64, device=student.device)) if labelled else 0,
+        facts=make.pointer(make.floats(2)) if labelled else 0,
+        counts=make.pointer(make.floats(classes)) if labelled else 0,
+        means=make.workspace(classes, cuda.pitch_of(classes)) if chosen.active[1] else 0,
+        loss=loss.data_ptr(),
+        terms=terms.data_ptr(),
+        gradient=0 if gradient is None else gradient.data_ptr(),
+        type=cuda.TYPES[student.dtype],
+        gradient_type=cuda.TYPES[result_dtype],
+        precision=cuda.precision_of(operand),
+    )
+    return Result(loss, terms, gradient, None)
+
+
+class _Maker:
+    """Makes workspaces, and holds them until the launches are on the stream."""
+
+    def __init__(self, like: Tensor, operand: torch.dtype):
+        self._device, self._operand = like.device, operand
+        self._held: list[Tensor] = []
+
+    def floats(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self._device)
+
+    def pointer(self, tensor: Tensor) -> int:
+        self._held.append(tensor)
+        return tensor.data_ptr()
+
+    def workspace(self, *shape: int) -> int:
+        return self.pointer(self.floats(*shape))
+
+    def operand(self, *shape: int) -> int:
+        return self.pointer(torch.empty(shape, dtype=self._operand, device=self._device))
+
+
+def _matrix(make: _Maker, n: int, d: int) -> dict[str, Any]:
+    """The operands of one side pair, which problems of two temperatures share."""
+    padded, pitch = cuda.padded_rows(n), cuda.pitch_of(d)
+    return {
+        "a": make.operand(padded, pitch),
+        "k": make.operand(padded, pitch),
+        "inverse_a": make.workspace(n),
+        "inverse_k": make.workspace(n),
+        "n": n,
+        "d": d,
+        "pitch": pitch,
+    }
+
+
+def _groups(chosen: Options) -> list[tuple[int, ...]]:
+    """The row terms by the similarity matrix that they share."""
+    instance, sample, _ = chosen.active
+    if instance and sample and not chosen.mask_same_class and chosen.temperature[0] == chosen.temperature[1]:
+        return [(0, 1)]
+    return [(term,) for term, active in enumerate((instance, sample)) if active]
+
+
+def _problem(
+    make: _Maker, matrix: dict[str, Any], group: tuple[int, ...], chosen: Options, wanted: bool
+) -> dict[str, Any]:
+    n, padded = matrix["n"], cuda.padded_rows(matrix["n"])
+    return {
+        **matrix,
+        "e": make.operand(padded, padded) if wanted else 0,
+        "row_sums": make.workspace(padded // 64, padded),
+        "product": make.workspace(padded, matrix["pitch"]) if wanted else 0,
+        **{name: make.workspace(n) for name in ("s", "u", "z", "dots")},
+        "values": make.workspace(3, n),
+        "inverse_temperature": 1 / chosen.temperature[group[0]],
+        "terms": [term in group for term in range(3)],
+        "masked": group == (0,) and chosen.mask_same_class,
+        "columns": group == (2,),
+    }
