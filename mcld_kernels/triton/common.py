@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import float32_precision
+
 LOG2E = 1.4426950408889634
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -53,16 +55,16 @@ def headroom(dtype: torch.dtype) -> float:
 def fixed_maximum(dtype: torch.dtype, temperature: float) -> bool:
     """Whether exponentials shifted by 1 / temperature, the largest possible, keep the smallest, exp(-2 / temperature).
 
-    fp32 and bf16 have normal numbers down to exp(-87). fp16 with its headroom: 2^14 exp(-20) is 2^-15, a subnormal
-    number of 10 bits, still more than bf16 has.
+    fp32 and bf16 have normal numbers down to exp(-87), and the products with unit rows should be normal too. fp16 with
+    its headroom: 2^14 exp(-20) is 2^-15, a subnormal number of 10 bits, still more than bf16 has.
     """
-    return 2 / temperature <= (20.0 if dtype == torch.float16 else 87.0)
+    return 2 / temperature <= (20.0 if dtype == torch.float16 else 80.0)
 
 
 def dot_precision(dtype: torch.dtype) -> str:
     """input_precision of a dot of operands of ``dtype``; for fp32 it follows torch's float32 matmul precision."""
     if dtype == torch.float32:
-        return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+        return "tf32x3" if float32_precision() == "highest" else "tf32"
     return "ieee"
 
 

@@ -8,6 +8,7 @@ every launch, so a cold start tunes nothing; MCLD_AUTOTUNE=1 times the alternati
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +34,7 @@ class Launch(NamedTuple):
     stages: int = 2
 
 
+@lru_cache
 def architecture(device: torch.device) -> int:
     """Major compute capability: 8 (Ampere, Ada), 9 (Hopper), 10 and above (Blackwell); 0 for the interpreter."""
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0

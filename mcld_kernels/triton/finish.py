@@ -165,8 +165,8 @@ def finish_tiles_kernel(
     ADD: tl.constexpr,
     STAT: tl.constexpr,
 ):
-    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    rows = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     c = tl.zeros((BLOCK_R,), STAT)
     for split in range(splits):
         c += tl.load(partial + tl.cast(split, tl.int64) * n + rows, mask=rows < n, other=0.0)
@@ -215,6 +215,6 @@ def finish(
     finish_dots_kernel[(triton.cdiv(n, launch.block_m), splits)](
         partial, operands[0], *operands[2:], *gathered, *sizes, depth, product.stride(0), span, **blocks, **flags
     )
-    finish_tiles_kernel[(triton.cdiv(n, launch.block_m), triton.cdiv(d, launch.block_n))](
+    finish_tiles_kernel[(triton.cdiv(d, launch.block_n), triton.cdiv(n, launch.block_m))](
         out, partial, *operands, *gathered, *sizes, *strides, splits, ADD=accumulate, **blocks, **flags
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import blocked
 from ..labels import Labels
 from ..pipeline import Contrast, Negatives, Unit
-from . import classes, configs, finish, flash, matmul, normalise, similarity
+from . import classes, configs, finish, flash, float32_precision, matmul, normalise, similarity
 from .common import Negated, dot_precision, fixed_maximum
 
 
@@ -25,7 +25,7 @@ class TritonKernels:
         self.flash_depth, self.library = flash_depth, library
 
     def operand_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        medium = dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium"
+        medium = dtype == torch.float32 and float32_precision() == "medium"
         return torch.bfloat16 if medium else dtype
 
     def normalise(self, x: Tensor, dtype: torch.dtype, eps: float) -> Unit:

@@ -105,13 +105,13 @@ def normalise_columns_kernel(
     PRECISION: tl.constexpr,
     STAT: tl.constexpr,
 ):
-    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    rows = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     square = tl.zeros((BLOCK_R,), STAT)
     for split in range(splits):
         square += tl.load(partial + tl.cast(split, tl.int64) * n + rows, mask=rows < n, other=0.0)
     factor = _inverse(tl.sqrt(square), eps)
-    if tl.program_id(1) == 0:
+    if tl.program_id(0) == 0:
         tl.store(inverse + rows, factor, mask=rows < n)
     inside = (rows < n)[:, None] & (columns < d)[None, :]
     source = x + rows.to(tl.int64)[:, None] * stride_n + columns.to(tl.int64)[None, :] * stride_d
@@ -138,7 +138,7 @@ def normalise(x: Tensor, dtype: torch.dtype, eps: float, flash_depth: int) -> Un
             x, partial, n, d, *x.stride(), span,
             BLOCK_R=launch.block_m, BLOCK_D=launch.block_n, STAT=tl_dtype(stat), num_warps=launch.warps,
         )  # fmt: skip
-        normalise_columns_kernel[(padded // launch.block_m, triton.cdiv(depth, launch.block_n))](
+        normalise_columns_kernel[(triton.cdiv(depth, launch.block_n), padded // launch.block_m)](
             x, partial, unit, inverse, n, d, *x.stride(), depth, splits, eps,
             BLOCK_R=launch.block_m, BLOCK_D=launch.block_n, PRECISION=precision, STAT=tl_dtype(stat),
             num_warps=launch.warps,
