@@ -246,7 +246,7 @@ template <Precision kPrecision, int kRowBytes> struct FlashTile {
 };
 
 template <Precision kPrecision, int kRowBytes, bool kOnline>
-MCLD_KERNEL(FlashTile<kPrecision, kRowBytes>::kThreads) flash_kernel(MCLD_PARAMETERS(Flash) p) {
+MCLD_KERNEL(FlashTile<kPrecision, kRowBytes>::kThreads, 2) flash_kernel(MCLD_PARAMETERS(Flash) p) {
   FlashTile<kPrecision, kRowBytes>::template run<kOnline>(p, block_index(), block_index_y());
 }
 

@@ -1,0 +1,156 @@
+"""The "cuda" backend on a GPU: the grid of tests/test_csrc_host.py where the hardware runs it, and what only hardware shows.
+
+Launches on the current stream and device, graph capture, no synchronisation, large tiles and large offsets.
+"""
+
+import cases
+import pytest
+import torch
+
+import mcld_kernels
+from mcld_kernels import backends, blocked, cuda, latency
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHAPES = ((1, 7), (5, 1), (65, 130), (131, 37), (257, 1000), (1031, 101), (2050, 517))
+OPTIONS = {
+    "student": {},
+    "teacher": {"direction": "teacher"},
+    "symmetric": {"direction": "symmetric"},
+    "masked": {"mask_same_class": True, "present_only": True},
+    "masked-teacher": {"mask_same_class": True, "direction": "teacher"},
+    "masked-symmetric": {"mask_same_class": True, "direction": "symmetric"},
+    "cold": {"temperature": (0.02, 0.015, 0.02)},
+    "cold-symmetric": {"temperature": 0.02, "direction": "symmetric", "mask_same_class": True},
+}
+
+
+@pytest.fixture(autouse=True)
+def available():
+    why = cuda.unavailable()
+    if why is not None:
+        pytest.skip(f"backend 'cuda' cannot run: {why}")
+    logits = torch.zeros(2, 3, device="cuda")
+    if cuda.reason(logits, logits) is not None:
+        pytest.skip(cuda.reason(logits, logits))
+
+
+@pytest.fixture(params=["low latency", "flash", "two products"])
+def path(request, monkeypatch):
+    if request.param != "low latency":
+        monkeypatch.setattr(latency, "LARGEST", 0)
+    if request.param == "two products":
+        monkeypatch.setattr(cuda, "FLASH_BYTES", 0)
+    return request.param
+
+
+def logits(batch, classes, dtype=torch.bfloat16):
+    student, teacher = cases.logits("random", batch, classes, dtype, device="cuda")
+    return student, teacher, cases.labels(batch, classes, device="cuda")
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.short)
+@pytest.mark.parametrize(("batch", "classes"), SHAPES)
+def test_against_the_truth(path, batch, classes, dtype, options, poison):
+    cases.check("cuda", "cuda", "random", batch, classes, dtype, draws=2, ignored=0.1, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.short)
+@pytest.mark.parametrize("kind", cases.KINDS[1:])
+def test_kinds_of_logits(path, kind, dtype, poison):
+    cases.check("cuda", "cuda", kind, 300, 141, dtype, draws=2, mask_same_class=True)
+    cases.check("cuda", "cuda", kind, 300, 141, dtype, draws=2, direction="symmetric")
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_float32_matmul_precision(path, precision, matmul_precision, monkeypatch):
+    """Eager's own products follow the same setting on a GPU; at "medium" they may take tf32, where ours take bf16."""
+    matmul_precision(precision)
+    student, teacher, target = logits(1031, 300, torch.float32)
+    want = cases.truth(student, teacher, target)
+    bars = {"highest": 1e-5, "high": 4e-3, "medium": 3e-2}
+    got = cases.run("cuda", student, teacher, target)
+    assert float((got.student.double().cpu() - want.student).norm() / want.student.norm()) <= bars[precision]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.short)
+@pytest.mark.parametrize("direction", ["student", "teacher", "symmetric"])
+def test_large_tiles_in_chunks(dtype, direction, monkeypatch, poison):
+    monkeypatch.setattr(blocked, "chunk_bytes", lambda device: 8 << 20)
+    cases.check("cuda", "cuda", "random", 3001, 1003, dtype, draws=1, direction=direction)
+
+
+def test_repeats_bitwise(path):
+    student, teacher, target = logits(700, 333)
+    first, *others = (cases.run("cuda", student, teacher, target, direction="symmetric") for _ in range(5))
+    for other in others:
+        assert torch.equal(first.loss, other.loss) and torch.equal(first.student, other.student)
+
+
+def test_graph_capture_replays_on_new_logits(path):
+    student, teacher, target = logits(300, 130)
+    static = student.clone().requires_grad_()
+
+    def step():
+        static.grad = None
+        mcld_kernels.mcld_loss(static, teacher, target, backend="cuda").backward()
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    with torch.no_grad():
+        static.copy_(teacher)
+    graph.replay()
+    want = cases.run("cuda", teacher, teacher, target)
+    assert torch.equal(static.grad, want.student)
+
+
+def test_no_synchronisation_and_the_current_stream(path):
+    student, teacher, target = logits(300, 130)
+    want = cases.run("cuda", student, teacher, target)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.stream(side):
+            loss = mcld_kernels.mcld_loss(student, teacher, target, backend="cuda")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    side.synchronize()
+    assert torch.equal(loss, want.loss)
+
+
+def test_offsets_past_32_bits():
+    """65600 x 65600 similarities: element numbers pass 2^32. The truth is the torch backend in fp32."""
+    batch = 65600
+    if torch.cuda.mem_get_info()[0] < 12 << 30:
+        pytest.skip("needs 12 GiB of free GPU memory")
+    student, teacher = (torch.randn(batch, 300, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    options = {"weight": (1.0, 0.0, 0.0)}
+    got = cases.run("cuda", student, teacher, **options)
+    want = cases.run("torch", student.float(), teacher.float(), **options)
+    assert float((got.loss - want.loss).abs()) <= 1e-3 * float(want.loss)
+    error = (got.student.float() - want.student.float()).norm() / want.student.float().norm()
+    assert float(error) <= 2e-2
+
+
+def test_bad_labels_make_their_terms_nan(path):
+    student, teacher, target = logits(300, 130)
+    target[7] = 130
+    terms = mcld_kernels.mcld_terms(student, teacher, target, backend="cuda")
+    assert terms.sample.isnan() and not terms.instance.isnan() and not terms.category.isnan()
+
+
+def test_explains_itself():
+    student, teacher, _ = logits(8, 10)
+    assert backends.explain(student, teacher)["cuda"] == "can run"
+    assert "fp64" in backends.explain(student.double(), teacher.double())["cuda"]
+    assert "CUDA tensors" in backends.explain(student.cpu(), teacher.cpu())["cuda"]
