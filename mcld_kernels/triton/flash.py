@@ -156,7 +156,7 @@ def _launch(q: Unit, k: Unit, outputs: tuple[Tensor | None, ...], what: Negated,
         )  # fmt: skip
 
     key = "flash", device, dtype, precision, depth, exponent, what.same is None, with_product
-    default = configs.flash(device, dtype, precision, depth)
+    default = configs.flash(device, dtype, precision, depth, exponent)
     run(tuning.choose(key, default, configs.FLASH_ALTERNATIVES, run))
 
 
