@@ -1,4 +1,4 @@
-"""The "cuda" backend on a GPU: the grid of tests/test_csrc_host.py where the hardware runs it, and what only hardware shows.
+"""The "cuda" backend on a GPU: the grid of tests/test_csrc_host.py on hardware, and what only hardware shows.
 
 Launches on the current stream and device, graph capture, no synchronisation, large tiles and large offsets.
 """
