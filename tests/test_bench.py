@@ -151,6 +151,16 @@ def test_the_library_paths_pass_the_gate(terms, dtype, attend):
     assert verdict.passed, verdict
 
 
+def test_the_torch_backend_keeps_the_bar_where_a_column_is_long():
+    """Sums over the batch that are not pairwise lose an order of magnitude here."""
+    case = Case(16384, 64, terms=("category",))
+    tensors = inputs(case, CPU)
+    exact = gate.truth(case, *tensors)
+    measured = gate.error(providers.all_providers()["torch"].make(case, *tensors)(), exact)
+    verdict = gate.judge(case, measured, gate.error(eager(case, *tensors), exact))
+    assert verdict.passed, verdict
+
+
 @pytest.mark.parametrize("peer", [peer for peer in peers.PEERS if not peer.cuda_only], ids=lambda peer: peer.name)
 def test_the_peers_compute_the_instance_term(peer):
     case = Case(40, 12, "float64", ("instance",))
