@@ -33,7 +33,7 @@ MCLD_DEVICE Normalise small_side(const Small& p, const SmallProblem& q, bool stu
 }
 
 // Block x: a matrix's 8 rows, or 32 columns; the last: the labels. Block y: student, teacher.
-template <class In, class Out> MCLD_KERNEL(kSmallThreads, 4) small_normalise_kernel(MCLD_PARAMETERS(Small) p) {
+template <class In, class Out> MCLD_KERNEL(kSmallThreads, 2) small_normalise_kernel(MCLD_PARAMETERS(Small) p) {
   int64_t block = block_index();
   float* shared = reinterpret_cast<float*>(shared_memory());
   for (int i = 0; i < p.count; ++i) {
