@@ -122,7 +122,8 @@ class _MCLD(torch.autograd.Function):
 class _Once(torch.autograd.Function):
     """A gradient that must not be differentiated again.
 
-    torch's once_differentiable is silent where the upstream gradient is a constant: a gradient penalty would lose its part.
+    torch's once_differentiable is silent where the upstream gradient is a constant: a gradient penalty would lose its
+    part.
     """
 
     @staticmethod
