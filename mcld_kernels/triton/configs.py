@@ -52,7 +52,8 @@ FLASH = {
     (9, "half", 64): Launch(128, 64, warps=8, stages=3),
     (9, "half", 128): Launch(128, 128, warps=8, stages=2),
     (9, "half", 256): Launch(128, 64, warps=8, stages=2),
-    (10, "half", 32): Launch(128, 64, warps=4, stages=3),
+    (10, "half", 32): Launch(128, 32, warps=4, stages=3),
+    (10, "half", 128): Launch(128, 64, warps=8, stages=3),
     (10, "half", 256): Launch(128, 32, warps=8, stages=2),
     (8, "tf32", 32): Launch(64, 64, warps=4, stages=2),
     (8, "tf32", 64): Launch(64, 32, warps=4, stages=2),
@@ -65,6 +66,7 @@ FLASH = {
     (8, "tf32x3", 64): Launch(64, 16, warps=4, stages=2),
     (9, "tf32x3", 32): Launch(64, 32, warps=4, stages=2),
     (9, "tf32x3", 64): Launch(64, 32, warps=4, stages=2),
+    (10, "tf32x3", 64): Launch(64, 16, warps=4, stages=2),
 }
 
 # (generation, kind of operand): tiles of the first and the second product of long rows.

@@ -39,7 +39,8 @@ def _tile(
     if MASK:
         keep = (columns < m)[None, :] & (columns[None, :] != (rows + offset)[:, None])
         if LABELS:
-            keep = keep & (tl.load(k_labels + columns, mask=columns < m, other=0)[None, :] != q_labels[:, None])
+            labels = tl.load(k_labels + columns, mask=columns < m, other=0).to(tl.int32)
+            keep = keep & (labels[None, :] != q_labels[:, None])
         t = tl.where(keep, t, -float("inf"))
     if EXPONENT == "fixed":
         e = tl.exp2(t - shift)
@@ -95,7 +96,7 @@ def flash_kernel(
     block = start.to(tl.int64) * D + tl.arange(0, BLOCK_M)[:, None] * D + tl.arange(0, D)[None, :]
     q_tile = tl.load(q + block)  # (BLOCK_M, D)
     if LABELS:
-        labels = tl.load(q_labels + rows, mask=rows < n, other=0)
+        labels = tl.load(q_labels + rows, mask=rows < n, other=0).to(tl.int32)  # half the registers
     else:
         labels = rows
     off = tl.zeros((BLOCK_M,), STAT)

@@ -91,8 +91,8 @@ def exponentials_kernel(
     gap = first_column - first_row - offset
     dirty = (first_column + BLOCK_N > m) | (first_row + BLOCK_M > n) | ((gap > -BLOCK_N) & (gap < BLOCK_M))
     if LABELS:
-        a_label = tl.load(a_labels + rows, mask=rows < n, other=0)
-        k_label = tl.load(k_labels + columns, mask=columns < m, other=0)
+        a_label = tl.load(a_labels + rows, mask=rows < n, other=0).to(tl.int32)  # half the registers
+        k_label = tl.load(k_labels + columns, mask=columns < m, other=0).to(tl.int32)
         t = tl.where(a_label[:, None] == k_label[None, :], -float("inf"), t)
     if dirty:
         keep = (columns < m)[None, :] & (rows < n)[:, None] & (columns[None, :] != (rows + offset)[:, None])
