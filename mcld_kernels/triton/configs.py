@@ -53,7 +53,7 @@ FLASH = {
     (9, "half", 128): Launch(128, 128, warps=8, stages=2),
     (9, "half", 256): Launch(128, 64, warps=8, stages=2),
     (10, "half", 32): Launch(128, 32, warps=4, stages=3),
-    (10, "half", 128): Launch(128, 64, warps=8, stages=3),
+    (10, "half", 128): Launch(128, 64, warps=8, stages=2),
     (10, "half", 256): Launch(128, 32, warps=8, stages=2),
     (8, "tf32", 32): Launch(64, 64, warps=4, stages=2),
     (8, "tf32", 64): Launch(64, 32, warps=4, stages=2),
