@@ -48,14 +48,21 @@ def describe(device: torch.device) -> dict[str, object]:
     return found
 
 
+def name(found: dict[str, object]) -> str:
+    """What ``describe`` found, in a few words."""
+    if "gpu" in found:
+        return str(found["gpu"])
+    return f"{found['cpu']}, {found['threads']} thread{'' if found['threads'] == 1 else 's'}"
+
+
 def versions() -> dict[str, str | None]:
     """Python, the packages that are compared, and this package."""
     found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in _PACKAGES:
+    for package in _PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = None
+            found[package] = None
     found["torch"] = torch.__version__
     import mcld_kernels
 

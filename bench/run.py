@@ -196,10 +196,10 @@ def _announce(screen: Console, head: dict[str, Any]) -> None:
 
 def caption(head: dict[str, Any]) -> str:
     """One line under the plot: where and with what it was measured."""
-    where = head["machine"]
-    name = where.get("gpu") or f"{where['cpu']}, {where['threads']} threads"
     commit = (head["commit"] or "unknown")[:10] + ("+changes" if head["dirty"] else "")
-    return f"{name}; torch {head['versions']['torch']}; commit {commit}; {head['started'][:10]}"
+    return (
+        f"{machine.name(head['machine'])}; torch {head['versions']['torch']}; commit {commit}; {head['started'][:10]}"
+    )
 
 
 def _short(path: Path) -> str:

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))
 
+from bench import machine  # noqa: E402
 from bench.report import mebibytes, seconds  # noqa: E402
 
 
@@ -37,10 +38,11 @@ def markdown(found: dict[str, Any]) -> str:
                 _ratio(row["fraction_of_gemm"], "{:.0%}"),
             ]
         lines.append("| " + " | ".join(cells) + " |")
-    where = found["machine"]
     commit = (found["commit"] or "unknown")[:10] + (", with changes" if found["dirty"] else "")
-    machine = where.get("gpu") or f"{where['cpu']}, {where['threads']} threads"
-    lines += ["", f"{machine}; torch {found['versions']['torch']}; commit {commit}; {found['started'][:10]}."]
+    lines += [
+        "",
+        f"{machine.name(found['machine'])}; torch {found['versions']['torch']}; commit {commit}; {found['started'][:10]}.",
+    ]
     return "\n".join(lines)
 
 
