@@ -39,10 +39,8 @@ def markdown(found: dict[str, Any]) -> str:
             ]
         lines.append("| " + " | ".join(cells) + " |")
     commit = (found["commit"] or "unknown")[:10] + (", with changes" if found["dirty"] else "")
-    lines += [
-        "",
-        f"{machine.name(found['machine'])}; torch {found['versions']['torch']}; commit {commit}; {found['started'][:10]}.",
-    ]
+    torch_version, day = found["versions"]["torch"], found["started"][:10]
+    lines += ["", f"{machine.name(found['machine'])}; torch {torch_version}; commit {commit}; {day}."]
     return "\n".join(lines)
 
 
