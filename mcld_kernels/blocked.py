@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .arguments import Options
@@ -58,10 +59,16 @@ class TorchKernels:
         return Unit((x * inverse[:, None]).to(dtype), inverse, *x.shape)
 
     def class_means(self, unit: Unit, labels: Labels, counts: Tensor) -> Tensor:
-        # Sums rows in the given order, where index_add_ would use atomics on a GPU; faster than it on a CPU too.
-        x = unit.matrix.to(unit.inverse.dtype).contiguous()
-        sums = torch.nn.functional.embedding_bag(labels.order, x, labels.starts[:-1], mode="sum")  # (ranks, d)
-        return sums.div_(counts.clamp(min=1)[:, None]).to(unit.matrix.dtype)
+        x, device = unit.matrix, unit.matrix.device
+        # embedding_bag sums rows in the given order, where index_add_ would use atomics on a GPU. With few classes it
+        # adds hundreds of rows one by one, hence fp64 where there is such a thing, some columns at a time.
+        exact = torch.float64 if device.type in ("cpu", "cuda") else unit.inverse.dtype
+        means = x.new_empty(counts.shape[0], unit.d)
+        divisor = counts.clamp(min=1)[:, None]
+        for part in _slices(unit.d, max(1, chunk_bytes(device) // (unit.n * exact.itemsize))):
+            rows = x[:, part].to(exact).contiguous()
+            means[:, part] = F.embedding_bag(labels.order, rows, labels.starts[:-1], mode="sum") / divisor
+        return means
 
     def positives(
         self, a: Unit, k: Unit, offset: int, means: Tensor | None, rank: Tensor | None
