@@ -55,6 +55,15 @@ def stat_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def float32_precision() -> str:
+    """torch's float32 matmul precision: "highest", "high" or "medium"."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        # Settings of one backend, newer than this one, have been used, and may differ from it.
+        return "high" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "highest"
+
+
 def options(
     *,
     temperature: float | Sequence[float],

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arguments import Options
+from .arguments import Options, float32_precision
 from .labels import Labels
 from .pipeline import Contrast, Negatives, Result, Unit, evaluate
 
@@ -47,7 +47,7 @@ class TorchKernels:
     def operand_dtype(self, dtype: torch.dtype) -> torch.dtype:
         if dtype == torch.float16 and not self.fast_fp16:
             return torch.float32
-        if dtype == torch.float32 and self.fast_bf16 and torch.get_float32_matmul_precision() == "medium":
+        if dtype == torch.float32 and self.fast_bf16 and float32_precision() == "medium":
             return torch.bfloat16
         return dtype
 

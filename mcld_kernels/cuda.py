@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import blocked, compiled, hopper, latency
-from .arguments import Options
+from .arguments import Options, float32_precision
 from .labels import Labels
 from .pipeline import Contrast, Negatives, Result, Unit, evaluate
 
@@ -148,7 +148,7 @@ class CudaKernels:
         return hopper.refused(self._module, unit.matrix.device, unit.matrix.dtype) is None
 
     def operand_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        if dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium":
+        if dtype == torch.float32 and float32_precision() == "medium":
             return torch.bfloat16
         return dtype
 
@@ -481,7 +481,7 @@ class CudaKernels:
 
 def precision_of(dtype: torch.dtype) -> int:
     if dtype == torch.float32:
-        return _TF32X3 if torch.get_float32_matmul_precision() == "highest" else _TF32
+        return _TF32X3 if float32_precision() == "highest" else _TF32
     return _FP16 if dtype == torch.float16 else _BF16
 
 

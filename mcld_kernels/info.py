@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from . import __version__, backends, compiled
+from .arguments import float32_precision
 
 VARIABLES = {
     "MCLD_CHUNK_MB": "MiB that a chunk of exponentials may take (default 32 on CPU, 256 on CUDA)",
@@ -37,7 +38,7 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "not installed"
     found["cuda of torch"] = torch.version.cuda or "none"
-    found["float32 matmul precision"] = torch.get_float32_matmul_precision()
+    found["float32 matmul precision"] = float32_precision()
     return found
 
 

@@ -13,7 +13,7 @@ import re
 import torch
 from torch import Tensor
 
-from ..arguments import Options
+from ..arguments import Options, float32_precision
 from ..pipeline import Result, evaluate
 
 OLDEST = (3, 6)  # the oldest Triton that the kernels are tested with
@@ -58,15 +58,6 @@ def reason(student: Tensor, teacher: Tensor) -> str | None:
     if dtype == torch.float64:
         return "it takes fp64 only in the interpreter"
     return None
-
-
-def float32_precision() -> str:
-    """torch's float32 matmul precision: "highest", "high" or "medium"."""
-    try:
-        return torch.get_float32_matmul_precision()
-    except RuntimeError:
-        # Settings of one backend, newer than this one, have been used, and may differ from it.
-        return "high" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "highest"
 
 
 def interpreted() -> bool:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import float32_precision
+from ..arguments import float32_precision
 
 LOG2E = 1.4426950408889634
 LN2 = tl.constexpr(0.6931471805599453)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from .. import blocked
+from ..arguments import float32_precision
 from ..labels import Labels
 from ..pipeline import Contrast, Negatives, Unit
-from . import classes, configs, finish, flash, float32_precision, matmul, normalise, similarity
+from . import classes, configs, finish, flash, matmul, normalise, similarity
 from .common import Negated, dot_precision, fixed_maximum
 
 
