@@ -106,8 +106,9 @@ def run_phase(phase: Phase, folder: Path, limit_s: float) -> dict[str, Any]:
     with log.open("w") as out:
         try:
             process = subprocess.Popen(
-                phase.command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True
-            )
+                phase.command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True,
+                preexec_fn=_interruptible,
+            )  # fmt: skip
         except OSError as fault:
             return {"status": "failed", "reason": f"cannot start: {fault.strerror}"}
         try:
@@ -129,6 +130,11 @@ def run_phase(phase: Phase, folder: Path, limit_s: float) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, ElementTree.ParseError) as fault:
         found["unread"] = f"{type(fault).__name__}: {fault}"
     return found
+
+
+def _interruptible() -> None:
+    # A shell starts background jobs with SIGINT ignored, and children inherit that.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _end(process: subprocess.Popen[bytes]) -> int:
