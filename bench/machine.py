@@ -15,6 +15,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from mcld_kernels.arguments import float32_precision
+
 ROOT = Path(__file__).resolve().parent.parent
 _PACKAGES = ("torch", "triton", "numpy", "info-nce-pytorch", "pytorch-metric-learning", "inf-cl")
 
@@ -29,7 +31,7 @@ def describe(device: torch.device) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "load_1min": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "float32_matmul_precision": float32_precision(),
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
