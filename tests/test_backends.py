@@ -272,9 +272,9 @@ class TestWeights:
         seen = []
         contrast = blocked.TorchKernels.contrast
 
-        def counted(self, *args, temperature, **options):
-            seen.append(temperature)
-            return contrast(self, *args, temperature=temperature, **options)
+        def counted(self, problem):
+            seen.append(problem.temperature)
+            return contrast(self, problem)
 
         monkeypatch.setattr(blocked.TorchKernels, "contrast", counted)
         return seen

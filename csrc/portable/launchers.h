@@ -56,6 +56,8 @@ struct Similarity {
   float* row_sums;         // (tiles of columns, padded rows)
   float* row_maxima;       // the same shape, or null: then `shift` holds for all, else it is the tile row's own, an integer
   float* column_sums;      // (tiles of rows, pitch_e) or null
+  float* parts;            // (splits, padded rows, pitch_e) workspace where splits > 1
+  int splits;              // parts of the contraction, computed side by side and added in order
   const int64_t *same_a, *same_k;  // (rows,), (m,) or null: equal ones are dropped
   int64_t rows, m, pitch, pitch_e, padded_rows;
   int64_t diagonal;        // the positive of the chunk's row i is candidate i + diagonal, and is dropped
