@@ -62,7 +62,7 @@ class TorchKernels:
         # embedding_bag sums rows in the given order, where index_add_ would use atomics on a GPU. With few classes it
         # adds hundreds of rows one by one, hence fp64 where there is such a thing, some columns at a time.
         exact = torch.float64 if device.type in ("cpu", "cuda") else unit.inverse.dtype
-        means = x.new_empty(counts.shape[0], unit.d)
+        means = torch.empty(counts.shape[0], unit.d, dtype=unit.inverse.dtype, device=device)
         divisor = counts.clamp(min=1)[:, None]
         for part in _slices(unit.d, max(1, chunk_bytes(device) // (unit.n * exact.itemsize))):
             rows = x[:, part].to(exact).contiguous()
@@ -138,7 +138,7 @@ class TorchKernels:
         pull = -u[paired] if z is None else z[paired] - u[paired]
         g[paired].addcmul_(p, pull[:, None])
         if z is not None and means is not None and rank is not None:
-            g.addcmul_(means[rank[rows]].to(stat), -z[:, None])
+            g.addcmul_(means[rank[rows]], -z[:, None])
         x = unit.matrix[rows].to(stat)
         c = torch.linalg.vecdot(g, x)
         g.addcmul_(x, -c[:, None])

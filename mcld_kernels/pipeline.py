@@ -109,7 +109,7 @@ class Kernels(Protocol):
         """Normalise the rows of a view x (n, d) of any strides into operands of ``dtype``."""
 
     def class_means(self, unit: Unit, labels: Labels, counts: Tensor) -> Tensor:
-        """Sum of the rows of each rank divided by ``counts`` (ranks,): (ranks, >= d), operand dtype."""
+        """Sum of the rows of each rank divided by ``counts`` (ranks,): (ranks, >= d), statistics dtype."""
 
     def positives(
         self, a: Unit, k: Unit, offset: int, means: Tensor | None, rank: Tensor | None

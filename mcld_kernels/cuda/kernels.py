@@ -47,7 +47,6 @@ class CudaKernels:
 
     def class_means(self, unit: Unit, labels: Labels, counts: Tensor) -> Tensor:
         pitch = unit.matrix.shape[1]
-        # In fp32, not in the operand dtype: no tensor-core product reads them, and rounding would show.
         means = floats(unit.matrix, counts.shape[0], pitch)
         self.launch(
             "class_means",
