@@ -3,6 +3,7 @@
 #pragma once
 
 #include "numerics.cuh"
+#include "sums.cuh"
 
 namespace mcld {
 

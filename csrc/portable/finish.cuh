@@ -4,6 +4,7 @@
 #pragma once
 
 #include "numerics.cuh"
+#include "sums.cuh"
 
 namespace mcld {
 

@@ -1,4 +1,4 @@
-// Operand types by precision, and sums over a warp.
+// Operand types by precision, and neighbouring elements at once.
 #pragma once
 
 #include "launchers.h"
@@ -18,13 +18,6 @@ constexpr int kWarp = 32;
 
 MCLD_DEVICE float infinity() { return as_float(0x7f800000u); }
 MCLD_DEVICE float not_a_number() { return as_float(0x7fc00000u); }
-
-// Sum over a warp, in every lane. The tree is fixed, so the sum repeats bitwise.
-MCLD_DEVICE float warp_sum(float x) {
-#pragma unroll
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
-  return x;
-}
 
 // 4 neighbouring elements of an operand row, whose address is a multiple of 4 elements.
 MCLD_DEVICE void load4(float (&x)[4], const float* p) {

@@ -1,6 +1,6 @@
 // Everything in which a compile for a GPU differs from the host emulation of tests/csrc_host. The kernels use what stands
-// here and plain C++, nothing else: thread and block indices, barriers, shuffles, asynchronous copies, ldmatrix, mma,
-// the 16-bit types and the launch. tests/csrc_host/emulation.h defines the same names on a CPU.
+// here, in sums.cuh and in plain C++, nothing else: thread and block indices, barriers, shuffles, asynchronous copies,
+// ldmatrix, mma, the 16-bit types and the launch. tests/csrc_host/emulation.h defines the same names on a CPU.
 #pragma once
 
 #include <cstdint>

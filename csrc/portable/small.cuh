@@ -11,10 +11,12 @@
 #include "normalise.cuh"
 #include "product.cuh"
 #include "similarity.cuh"
+#include "sums.cuh"
 
 namespace mcld {
 
 constexpr int kSmallTile = 64, kSmallThreads = 256, kSmallWarps = kSmallThreads / kWarp;
+using SmallSum = BlockSum<kSmallThreads>;
 
 MCLD_DEVICE int64_t small_padded(int64_t n) { return (n + 127) / 128 * 128; }
 
@@ -75,13 +77,10 @@ template <class In, class Out> MCLD_KERNEL(kSmallThreads, 2) small_normalise_ker
     valid += ignored ? 0 : 1;
     bad += !ignored && outside ? 1 : 0;
   }
-  valid = warp_sum(valid);
-  bad = warp_sum(bad);
-  const int warp = thread_index() / kWarp;
-  if (thread_index() % kWarp == 0) shared[warp] = valid, shared[kSmallWarps + warp] = bad;
-  sync_block();
+  SmallSum::Storage* storage = reinterpret_cast<SmallSum::Storage*>(shared);
+  valid = SmallSum::run(valid, storage[0]);
+  bad = SmallSum::run(bad, storage[1]);
   if (thread_index() == 0) {
-    for (int i = 1; i < kSmallWarps; ++i) valid += shared[i], bad += shared[kSmallWarps + i];
     p.facts[0] = valid;
     p.facts[1] = bad > 0 ? not_a_number() : 1;
   }
@@ -234,29 +233,25 @@ template <class T> MCLD_KERNEL(kSmallThreads) small_factors_kernel(MCLD_PARAMETE
 
 // --- (5) the gradient and the loss
 
-// One term's sum over its anchors, in every thread.
-MCLD_DEVICE float small_sum(const float* values, int64_t n, float* shared) {
+// One term's sum over its anchors, in thread 0.
+MCLD_DEVICE float small_sum(const float* values, int64_t n, SmallSum::Storage& storage) {
   float sum = 0;
   for (int64_t i = thread_index(); i < n; i += kSmallThreads) sum += values[i];
-  sum = warp_sum(sum);
-  sync_block();
-  if (thread_index() % kWarp == 0) shared[thread_index() / kWarp] = sum;
-  sync_block();
-  sum = 0;
-  for (int i = 0; i < kSmallWarps; ++i) sum += shared[i];
-  return sum;
+  return SmallSum::run(sum, storage);
 }
 
 // Block 0: the loss; the others: 32 x 32 of the gradient.
 template <class T, class Out> MCLD_KERNEL(kSmallThreads) small_write_kernel(MCLD_PARAMETERS(Small) p) {
   float* shared = reinterpret_cast<float*>(shared_memory());  // (32, 33)
   if (block_index() == 0) {
+    // Each term is of one matrix, so no two sums share a storage.
+    SmallSum::Storage* storage = reinterpret_cast<SmallSum::Storage*>(shared);
     float loss = 0;
     for (int term = 0; term < 3; ++term) {
       float sum = 0;
       for (int i = 0; i < p.count; ++i) {
         const SmallProblem& q = p.problems[i];
-        if (q.terms[term]) sum = small_sum(q.values + term * q.n, q.n, shared);
+        if (q.terms[term]) sum = small_sum(q.values + term * q.n, q.n, storage[term]);
       }
       if (p.scale[term] != 0) loss += p.scale[term] * (p.weights ? p.weights[term] : 1) * sum;
       if (thread_index() == 0) p.terms[term] = sum;

@@ -115,6 +115,25 @@ inline float shuffle_xor(float value, int mask) {
   emulation::collective(&in, sizeof in, &out, sizeof out, emulation::combine_shuffle);
   return out;
 }
+
+// CUB's order: in a warp neighbours first, then the warps' sums one after another.
+inline float warp_sum(float x) {
+  for (int mask = 1; mask < 32; mask *= 2) x += shuffle_xor(x, mask);
+  return x;
+}
+template <int kThreads> struct BlockSum {
+  struct Storage { float warps[kThreads / 32]; };
+  static float run(float x, Storage& storage) {
+    x = warp_sum(x);
+    if (thread_index() % 32 == 0) storage.warps[thread_index() / 32] = x;
+    sync_block();
+    if (thread_index() == 0) {
+      for (int i = 1; i < kThreads / 32; ++i) x += storage.warps[i];
+    }
+    return x;
+  }
+};
+
 inline void copy_async(void* shared, const void* global) { emulation::copy_async(shared, global); }
 inline void commit_async() { emulation::commit_async(); }
 template <int kPending> void wait_async() { emulation::wait_async(kPending); }
