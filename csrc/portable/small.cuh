@@ -17,12 +17,13 @@ namespace mcld {
 
 constexpr int kSmallTile = 64, kSmallThreads = 256, kSmallWarps = kSmallThreads / kWarp;
 using SmallSum = BlockSum<kSmallThreads>;
+static_assert(kSmall <= kShortRow, "rows are kept in registers");
 
-MCLD_DEVICE int64_t small_padded(int64_t n) { return (n + 127) / 128 * 128; }
+MCLD_HOST_DEVICE int64_t small_padded(int64_t n) { return (n + 127) / 128 * 128; }
 
 // --- (1) operands and labels
 
-MCLD_DEVICE Normalise small_side(const Small& p, const SmallProblem& q, bool student) {
+MCLD_HOST_DEVICE Normalise small_side(const Small& p, const SmallProblem& q, bool student) {
   const int64_t* strides = student ? p.student_strides : p.teacher_strides;
   Normalise side{};
   side.x = student ? p.student : p.teacher;
@@ -35,7 +36,7 @@ MCLD_DEVICE Normalise small_side(const Small& p, const SmallProblem& q, bool stu
 }
 
 // Block x: a matrix's 8 rows, or 32 columns; the last: the labels. Block y: student, teacher.
-template <class In, class Out> MCLD_KERNEL(kSmallThreads, 2) small_normalise_kernel(MCLD_PARAMETERS(Small) p) {
+template <class In, class Out, int kWidth> MCLD_KERNEL(kSmallThreads, 2) small_normalise_kernel(MCLD_PARAMETERS(Small) p) {
   int64_t block = block_index();
   float* shared = reinterpret_cast<float*>(shared_memory());
   for (int i = 0; i < p.count; ++i) {
@@ -49,7 +50,7 @@ template <class In, class Out> MCLD_KERNEL(kSmallThreads, 2) small_normalise_ker
     }
     const Normalise side = small_side(p, q, block_index_y() == 0);
     if (!q.columns) {
-      normalise_row<In, Out>(side, block);
+      normalise_row<In, Out, kWidth, true>(side, block * kNormaliseWarps + thread_index() / kWarp);
       return;
     }
     const int64_t first_i = block * kColumnTile;
@@ -96,7 +97,7 @@ template <class T> MCLD_DEVICE void small_mean(const Small& p, const SmallProble
     count += 1;
     if (!p.means || column >= q.pitch) continue;
     float x[4];
-    load4(x, static_cast<const T*>(q.k) + j * q.pitch + column);
+    load(x, static_cast<const T*>(q.k) + j * q.pitch + column);
 #pragma unroll
     for (int i = 0; i < 4; ++i) sum[i] += x[i];
   }
@@ -104,7 +105,7 @@ template <class T> MCLD_DEVICE void small_mean(const Small& p, const SmallProble
   if (!p.means || column >= q.pitch) return;
 #pragma unroll
   for (int i = 0; i < 4; ++i) sum[i] /= count > 0 ? count : 1;
-  store4(p.means + kind * q.pitch + column, sum);
+  store(p.means + kind * q.pitch + column, sum);
 }
 
 template <Precision kPrecision>
@@ -167,13 +168,14 @@ MCLD_DEVICE Finish small_finish(const Small& p, const SmallProblem& q) {
 }
 
 template <class T, class U> MCLD_DEVICE float small_dot(const T* a, const U* b, int64_t pitch) {
+  constexpr int kWidth = kWidest<T>;
   float sum = 0;
-  for (int64_t column = thread_index() % kWarp * 4; column < pitch; column += kWarp * 4) {
-    float x[4], y[4];
-    load4(x, a + column);
-    load4(y, b + column);
+  for (int64_t column = thread_index() % kWarp * kWidth; column < pitch; column += kWarp * kWidth) {
+    float x[kWidth], y[kWidth];
+    load(x, a + column);
+    load(y, b + column);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) sum += x[i] * y[i];
+    for (int i = 0; i < kWidth; ++i) sum += x[i] * y[i];
   }
   return warp_sum(sum);
 }
@@ -227,7 +229,7 @@ template <class T> MCLD_KERNEL(kSmallThreads) small_factors_kernel(MCLD_PARAMETE
     q.values[2 * q.n + row] = share[2] * loss;
   }
   if (!p.gradient) return;
-  const float dot = finish_dot(FinishRow<T>(small_finish(p, q), row, s, u, z), q.d);
+  const float dot = finish_dot<kWidest<T>>(FinishRow<T>(small_finish(p, q), row, s, u, z), q.d);
   if (lane == 0) q.s[row] = s, q.u[row] = u, q.z[row] = z, q.dots[row] = dot;
 }
 

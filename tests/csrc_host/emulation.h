@@ -14,6 +14,7 @@
 #include "checks.h"
 
 #define MCLD_DEVICE inline
+#define MCLD_HOST_DEVICE inline
 #define MCLD_KERNEL(...) inline void
 #define MCLD_PARAMETERS(type) const type
 
@@ -84,6 +85,9 @@ void collective(const void* in, int in_bytes, void* out, int out_bytes, void (*c
 void copy_async(void* shared_target, const void* global);
 void commit_async();
 void wait_async(int pending);
+// Checks the address of a vector access, and counts those of each size for the tests.
+void check_vector(const void* p, int bytes);
+extern int64_t vector_accesses[17];
 
 void combine_shuffle(Lane*);
 void combine_ldmatrix(Lane*);
@@ -108,6 +112,15 @@ inline int block_index_y() { return emulation::block_y; }
 inline char* shared_memory() { return emulation::shared; }
 inline int opaque(int x) { return x; }
 inline void sync_block() { emulation::sync_block(); }
+
+template <class V> V read_vector(const void* p) {
+  emulation::check_vector(p, alignof(V));
+  return bits_of<V>(p);
+}
+template <class V> void write_vector(void* p, const V& v) {
+  emulation::check_vector(p, alignof(V));
+  std::memcpy(p, &v, sizeof v);
+}
 
 inline float shuffle_xor(float value, int mask) {
   struct { float value; int mask; } in{value, mask};
