@@ -11,7 +11,7 @@
 
 namespace mcld {
 
-// Types of logits and gradients.
+// Types of logits and gradients. A gradient is held in fp32 or bf16; operands of fp16 are made of fp16 logits alone.
 enum class Type : int { fp32 = 0, fp16 = 1, bf16 = 2 };
 
 // How a product takes its operands. tf32x3: fp32 accuracy from three tf32 products. Both tf32 kinds hold operands in fp32.

@@ -1,6 +1,6 @@
 // Everything in which a compile for a GPU differs from the host emulation of tests/csrc_host. The kernels use what stands
-// here and plain C++, nothing else: thread and block indices, barriers, shuffles, asynchronous copies, ldmatrix, mma,
-// the 16-bit types and the launch. tests/csrc_host/emulation.h defines the same names on a CPU.
+// here, in sums.cuh and in plain C++, nothing else: thread and block indices, barriers, shuffles, asynchronous copies,
+// ldmatrix, mma, the 16-bit types and the launch. tests/csrc_host/emulation.h defines the same names on a CPU.
 #pragma once
 
 #include <cstdint>
@@ -16,6 +16,7 @@
 #include "checks.h"
 
 #define MCLD_DEVICE __device__ __forceinline__
+#define MCLD_HOST_DEVICE __host__ __device__ __forceinline__
 // Threads of a block and, optionally, the blocks that a multiprocessor is to hold.
 #define MCLD_KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)
 #define MCLD_PARAMETERS(type) const __grid_constant__ type
@@ -52,6 +53,10 @@ template <class T> MCLD_DEVICE T from_float(float x);
 template <> MCLD_DEVICE float from_float<float>(float x) { return x; }
 template <> MCLD_DEVICE bf16 from_float<bf16>(float x) { return __float2bfloat16_rn(x); }
 template <> MCLD_DEVICE fp16 from_float<fp16>(float x) { return __float2half_rn(x); }
+
+// A vector by accesses of alignof(V) bytes, of which the address must be a multiple; the emulation checks that.
+template <class V> MCLD_DEVICE V read_vector(const void* p) { return *static_cast<const V*>(p); }
+template <class V> MCLD_DEVICE void write_vector(void* p, const V& v) { *static_cast<V*>(p) = v; }
 
 // Two values rounded and packed into a register, the first in the low half.
 template <class T> MCLD_DEVICE uint32_t pack(float low, float high);

@@ -3,14 +3,29 @@
 namespace mcld {
 namespace {
 
-template <class In, class Out> void launch_normalise(const Small& p, cudaStream_t stream) {
+template <class In, class Out, int kWidth> void launch_normalise(const Small& p, cudaStream_t stream) {
   int64_t blocks = p.target ? 1 : 0;
   for (int i = 0; i < p.count; ++i) {
     const SmallProblem& q = p.problems[i];
     if (i == 0 || q.a != p.problems[i - 1].a) blocks += tiles_of(q.n, 128) * 128 / (q.columns ? kColumnTile : kNormaliseWarps);
   }
-  launch(small_normalise_kernel<In, Out>, "launch of small_normalise", dim3(unsigned(blocks), 2), kSmallThreads,
+  launch(small_normalise_kernel<In, Out, kWidth>, "launch of small_normalise", dim3(unsigned(blocks), 2), kSmallThreads,
          (kColumnTile + kBatchTile * (kColumnTile + 1)) * 4, stream, p);
+}
+
+template <class In, class Out> void launch_normalise(const Small& p, cudaStream_t stream) {
+  bool wide = true;  // rows of both logits
+  for (int i = 0; i < p.count; ++i) {
+    for (const bool student : {true, false}) {
+      const Normalise side = small_side(p, p.problems[i], student);
+      wide &= p.problems[i].columns || normalise_width<In, Out>(side) == kWidest<In, Out>;
+    }
+  }
+  if (wide) {
+    launch_normalise<In, Out, kWidest<In, Out>>(p, stream);
+  } else {
+    launch_normalise<In, Out, 1>(p, stream);
+  }
 }
 
 template <Precision kPrecision> void launch_products(const Small& p, cudaStream_t stream) {
@@ -43,14 +58,18 @@ template <class T, class Out> void launch_finish(const Small& p, cudaStream_t st
 }  // namespace
 
 void small(const Small& p, Type logits, Type gradient, Precision precision, cudaStream_t stream) {
-  with_type(logits, [&](auto in) {
-    with_operand(precision, [&](auto operand) {
-      launch_normalise<typename decltype(in)::type, typename decltype(operand)::type>(p, stream);
-    });
+  with_logits(logits, precision, [&](auto in, auto operand) {
+    using In = typename decltype(in)::type;
+    using Out = typename decltype(operand)::type;
+    if constexpr (std::is_same_v<In, float> || std::is_same_v<In, Out>) {
+      launch_normalise<In, Out>(p, stream);
+    } else {
+      throw std::invalid_argument("small: 16-bit logits are the operands");
+    }
   });
   with_precision(precision, [&](auto tag) { launch_products<decltype(tag)::value>(p, stream); });
   with_operand(precision, [&](auto operand) {
-    with_type(gradient, [&](auto out) {
+    with_gradient(gradient, [&](auto out) {
       launch_finish<typename decltype(operand)::type, typename decltype(out)::type>(p, stream);
     });
   });

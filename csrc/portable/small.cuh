@@ -11,16 +11,19 @@
 #include "normalise.cuh"
 #include "product.cuh"
 #include "similarity.cuh"
+#include "sums.cuh"
 
 namespace mcld {
 
 constexpr int kSmallTile = 64, kSmallThreads = 256, kSmallWarps = kSmallThreads / kWarp;
+using SmallSum = BlockSum<kSmallThreads>;
+static_assert(kSmall <= kShortRow, "rows are kept in registers");
 
-MCLD_DEVICE int64_t small_padded(int64_t n) { return (n + 127) / 128 * 128; }
+MCLD_HOST_DEVICE int64_t small_padded(int64_t n) { return (n + 127) / 128 * 128; }
 
 // --- (1) operands and labels
 
-MCLD_DEVICE Normalise small_side(const Small& p, const SmallProblem& q, bool student) {
+MCLD_HOST_DEVICE Normalise small_side(const Small& p, const SmallProblem& q, bool student) {
   const int64_t* strides = student ? p.student_strides : p.teacher_strides;
   Normalise side{};
   side.x = student ? p.student : p.teacher;
@@ -33,7 +36,7 @@ MCLD_DEVICE Normalise small_side(const Small& p, const SmallProblem& q, bool stu
 }
 
 // Block x: a matrix's 8 rows, or 32 columns; the last: the labels. Block y: student, teacher.
-template <class In, class Out> MCLD_KERNEL(kSmallThreads, 2) small_normalise_kernel(MCLD_PARAMETERS(Small) p) {
+template <class In, class Out, int kWidth> MCLD_KERNEL(kSmallThreads, 2) small_normalise_kernel(MCLD_PARAMETERS(Small) p) {
   int64_t block = block_index();
   float* shared = reinterpret_cast<float*>(shared_memory());
   for (int i = 0; i < p.count; ++i) {
@@ -47,7 +50,7 @@ template <class In, class Out> MCLD_KERNEL(kSmallThreads, 2) small_normalise_ker
     }
     const Normalise side = small_side(p, q, block_index_y() == 0);
     if (!q.columns) {
-      normalise_row<In, Out>(side, block);
+      normalise_row<In, Out, kWidth, true>(side, block * kNormaliseWarps + thread_index() / kWarp);
       return;
     }
     const int64_t first_i = block * kColumnTile;
@@ -75,13 +78,10 @@ template <class In, class Out> MCLD_KERNEL(kSmallThreads, 2) small_normalise_ker
     valid += ignored ? 0 : 1;
     bad += !ignored && outside ? 1 : 0;
   }
-  valid = warp_sum(valid);
-  bad = warp_sum(bad);
-  const int warp = thread_index() / kWarp;
-  if (thread_index() % kWarp == 0) shared[warp] = valid, shared[kSmallWarps + warp] = bad;
-  sync_block();
+  SmallSum::Storage* storage = reinterpret_cast<SmallSum::Storage*>(shared);
+  valid = SmallSum::run(valid, storage[0]);
+  bad = SmallSum::run(bad, storage[1]);
   if (thread_index() == 0) {
-    for (int i = 1; i < kSmallWarps; ++i) valid += shared[i], bad += shared[kSmallWarps + i];
     p.facts[0] = valid;
     p.facts[1] = bad > 0 ? not_a_number() : 1;
   }
@@ -97,7 +97,7 @@ template <class T> MCLD_DEVICE void small_mean(const Small& p, const SmallProble
     count += 1;
     if (!p.means || column >= q.pitch) continue;
     float x[4];
-    load4(x, static_cast<const T*>(q.k) + j * q.pitch + column);
+    load(x, static_cast<const T*>(q.k) + j * q.pitch + column);
 #pragma unroll
     for (int i = 0; i < 4; ++i) sum[i] += x[i];
   }
@@ -105,7 +105,7 @@ template <class T> MCLD_DEVICE void small_mean(const Small& p, const SmallProble
   if (!p.means || column >= q.pitch) return;
 #pragma unroll
   for (int i = 0; i < 4; ++i) sum[i] /= count > 0 ? count : 1;
-  store4(p.means + kind * q.pitch + column, sum);
+  store(p.means + kind * q.pitch + column, sum);
 }
 
 template <Precision kPrecision>
@@ -168,13 +168,14 @@ MCLD_DEVICE Finish small_finish(const Small& p, const SmallProblem& q) {
 }
 
 template <class T, class U> MCLD_DEVICE float small_dot(const T* a, const U* b, int64_t pitch) {
+  constexpr int kWidth = kWidest<T>;
   float sum = 0;
-  for (int64_t column = thread_index() % kWarp * 4; column < pitch; column += kWarp * 4) {
-    float x[4], y[4];
-    load4(x, a + column);
-    load4(y, b + column);
+  for (int64_t column = thread_index() % kWarp * kWidth; column < pitch; column += kWarp * kWidth) {
+    float x[kWidth], y[kWidth];
+    load(x, a + column);
+    load(y, b + column);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) sum += x[i] * y[i];
+    for (int i = 0; i < kWidth; ++i) sum += x[i] * y[i];
   }
   return warp_sum(sum);
 }
@@ -228,35 +229,31 @@ template <class T> MCLD_KERNEL(kSmallThreads) small_factors_kernel(MCLD_PARAMETE
     q.values[2 * q.n + row] = share[2] * loss;
   }
   if (!p.gradient) return;
-  const float dot = finish_dot(FinishRow<T>(small_finish(p, q), row, s, u, z), q.d);
+  const float dot = finish_dot<kWidest<T>>(FinishRow<T>(small_finish(p, q), row, s, u, z), q.d);
   if (lane == 0) q.s[row] = s, q.u[row] = u, q.z[row] = z, q.dots[row] = dot;
 }
 
 // --- (5) the gradient and the loss
 
-// One term's sum over its anchors, in every thread.
-MCLD_DEVICE float small_sum(const float* values, int64_t n, float* shared) {
+// One term's sum over its anchors, in thread 0.
+MCLD_DEVICE float small_sum(const float* values, int64_t n, SmallSum::Storage& storage) {
   float sum = 0;
   for (int64_t i = thread_index(); i < n; i += kSmallThreads) sum += values[i];
-  sum = warp_sum(sum);
-  sync_block();
-  if (thread_index() % kWarp == 0) shared[thread_index() / kWarp] = sum;
-  sync_block();
-  sum = 0;
-  for (int i = 0; i < kSmallWarps; ++i) sum += shared[i];
-  return sum;
+  return SmallSum::run(sum, storage);
 }
 
 // Block 0: the loss; the others: 32 x 32 of the gradient.
 template <class T, class Out> MCLD_KERNEL(kSmallThreads) small_write_kernel(MCLD_PARAMETERS(Small) p) {
   float* shared = reinterpret_cast<float*>(shared_memory());  // (32, 33)
   if (block_index() == 0) {
+    // Each term is of one matrix, so no two sums share a storage.
+    SmallSum::Storage* storage = reinterpret_cast<SmallSum::Storage*>(shared);
     float loss = 0;
     for (int term = 0; term < 3; ++term) {
       float sum = 0;
       for (int i = 0; i < p.count; ++i) {
         const SmallProblem& q = p.problems[i];
-        if (q.terms[term]) sum = small_sum(q.values + term * q.n, q.n, shared);
+        if (q.terms[term]) sum = small_sum(q.values + term * q.n, q.n, storage[term]);
       }
       if (p.scale[term] != 0) loss += p.scale[term] * (p.weights ? p.weights[term] : 1) * sum;
       if (thread_index() == 0) p.terms[term] = sum;

@@ -168,6 +168,13 @@ void copy_async(void* target, const void* global) {
   fibers[thread].open.push_back({static_cast<char*>(target), static_cast<const char*>(global)});
 }
 
+int64_t vector_accesses[17];
+
+void check_vector(const void* p, int bytes) {
+  if (reinterpret_cast<uintptr_t>(p) % bytes) stop("a misaligned access of " + std::to_string(bytes) + " bytes");
+  ++vector_accesses[bytes];
+}
+
 void commit_async() {
   Fiber& fiber = fibers[thread];
   fiber.groups.push_back(std::move(fiber.open));
