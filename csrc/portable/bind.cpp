@@ -108,7 +108,7 @@ void read(Fields& fields, Finish& p) {
 }
 void read(Fields& fields, SmallProblem& p) {
   MCLD_FIELD(a), MCLD_FIELD(k), MCLD_FIELD(inverse_a), MCLD_FIELD(inverse_k), MCLD_FIELD(e), MCLD_FIELD(row_sums);
-  MCLD_FIELD(product), MCLD_FIELD(s), MCLD_FIELD(u), MCLD_FIELD(z), MCLD_FIELD(dots), MCLD_FIELD(values), MCLD_FIELD(n);
+  MCLD_FIELD(column_sums), MCLD_FIELD(weighted), MCLD_FIELD(back), MCLD_FIELD(by_student), MCLD_FIELD(product), MCLD_FIELD(s), MCLD_FIELD(u), MCLD_FIELD(z), MCLD_FIELD(dots), MCLD_FIELD(values), MCLD_FIELD(n);
   MCLD_FIELD(d), MCLD_FIELD(pitch), MCLD_FIELD(inverse_temperature), MCLD_FIELD(terms), MCLD_FIELD(masked);
   MCLD_FIELD(columns);
 }

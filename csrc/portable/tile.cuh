@@ -4,7 +4,7 @@
 // Shared tiles are rows of 16-byte chunks, chunk c of row r stored at c ^ f(r): every fragment load then touches all banks.
 #pragma once
 
-#include "numerics.cuh"
+#include "vectors.cuh"
 
 namespace mcld {
 
@@ -146,7 +146,7 @@ template <Precision kPrecision, int kTile, Major kLeft, Major kRight> struct Til
 #pragma unroll
     for (int mt = 0; mt < kM; ++mt)
 #pragma unroll
-      for (int nt = 0; nt < kN; ++nt) store4(workspace + ((mt * kN + nt) * kThreads + thread_index()) * 4, sums[mt][nt]);
+      for (int nt = 0; nt < kN; ++nt) store(workspace + ((mt * kN + nt) * kThreads + thread_index()) * 4, sums[mt][nt]);
   }
   MCLD_DEVICE void add(const float* workspace) {
 #pragma unroll
@@ -154,7 +154,7 @@ template <Precision kPrecision, int kTile, Major kLeft, Major kRight> struct Til
 #pragma unroll
       for (int nt = 0; nt < kN; ++nt) {
         float part[4];
-        load4(part, workspace + ((mt * kN + nt) * kThreads + thread_index()) * 4);
+        load(part, workspace + ((mt * kN + nt) * kThreads + thread_index()) * 4);
 #pragma unroll
         for (int i = 0; i < 4; ++i) sums[mt][nt][i] += part[i];
       }

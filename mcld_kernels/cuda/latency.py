@@ -1,7 +1,8 @@
 """The low-latency path of the "cuda" backend: five launches for loss and gradient, where launches take the time.
 
-It holds for at most 1024 rows and classes, the student as the anchor, and temperatures at which one shift does for all
-rows; everything else goes through `pipeline`. csrc/portable/small.cuh has the steps. No GPU has run it yet.
+It holds for at most 1024 rows and classes and temperatures at which one shift does for all rows. Teacher anchors, alone
+or with the student's, take a sixth launch, and have no range in fp16; everything else goes through `pipeline`.
+csrc/portable/small.cuh has the steps. No GPU has run it yet.
 """
 
 from __future__ import annotations
@@ -27,10 +28,15 @@ def takes(student: Tensor, teacher: Tensor, chosen: Options, operand: torch.dtyp
     return (
         max(student.shape) <= configs.LATENCY_LARGEST
         and student.dtype == teacher.dtype
-        and chosen.direction == "student"
         and any(chosen.active)
+        and not (_by_teacher(chosen) and operand == torch.float16)
         and fixed
     )
+
+
+def _by_teacher(chosen: Options) -> bool:
+    """Whether teacher rows are anchors."""
+    return chosen.direction != "student" and (chosen.active[0] or chosen.active[1])
 
 
 def evaluate(
@@ -136,15 +142,21 @@ def _problem(
     make: _Maker, matrix: dict[str, Any], group: tuple[int, ...], chosen: Options, wanted: bool
 ) -> dict[str, Any]:
     n, padded = matrix["n"], common.padded_rows(matrix["n"])
+    columns = group == (2,)
+    by_student, by_teacher = columns or chosen.direction != "teacher", not columns and _by_teacher(chosen)
     return {
         **matrix,
         "e": make.operand(padded, padded) if wanted else 0,
         "row_sums": make.workspace(padded // 64, padded),
-        "product": make.workspace(padded, matrix["pitch"]) if wanted else 0,
+        "column_sums": make.workspace(padded // 64, padded) if by_teacher else 0,
+        "product": make.workspace(padded, matrix["pitch"]) if wanted and by_student else 0,
+        "weighted": make.operand(padded, matrix["pitch"]) if wanted and by_teacher else 0,
+        "back": make.workspace(padded, matrix["pitch"]) if wanted and by_teacher else 0,
         **{name: make.workspace(n) for name in ("s", "u", "z", "dots")},
         "values": make.workspace(3, n),
         "inverse_temperature": 1 / chosen.temperature[group[0]],
         "terms": [term in group for term in range(3)],
         "masked": group == (0,) and chosen.mask_same_class,
-        "columns": group == (2,),
+        "columns": columns,
+        "by_student": by_student,
     }
