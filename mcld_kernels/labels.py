@@ -31,6 +31,11 @@ class Labels:
         return self.rank.new_zeros(self.ranks).index_add_(0, self.rank, torch.ones_like(self.rank))
 
     @cached_property
+    def share(self) -> Tensor:
+        """A row's part in a mean over the rows with a class, (): poison / their number."""
+        return self.poison / self.valid.sum().clamp(min=1)
+
+    @cached_property
     def present(self) -> Tensor:
         """The classes that occur, (C,) bool."""
         occurs = torch.zeros(self.classes + 1, dtype=torch.bool, device=self.kinds.device)

@@ -37,9 +37,9 @@ def contrast(launch: Launcher, problem: Problem, on_hopper: bool) -> Contrast:
         assert parts is not None
         problem.sink(Negatives(slice(0, a.n), log_off, _combine(launch, parts, a.n, maxima, row_maxima), scale))
     if not problem.candidate:
-        return Contrast(log_off)
-    share = problem.weight * torch.sigmoid(log_off - problem.positive / temperature)
-    return Contrast(log_off, _candidates(launch, problem, share, scale, row_maxima))
+        return Contrast(log_off, scale)
+    share = problem.factors(slice(0, a.n), log_off, scale).u * temperature
+    return Contrast(log_off, scale, _candidates(launch, problem, share, scale, row_maxima))
 
 
 def _candidates(launch: Launcher, problem: Problem, share: Tensor, scale: Tensor, row_maxima: Tensor | None) -> Tensor:

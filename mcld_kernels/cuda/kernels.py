@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import blocked
 from ..arguments import float32_precision
 from ..labels import Labels
 from ..pipeline import Contrast, Finish, Problem, Unit
@@ -44,6 +45,10 @@ class CudaKernels:
             pitch=matrix.shape[1], splits=splits, eps=eps, type=TYPES[x.dtype], precision=precision_of(dtype),
         )  # fmt: skip
         return Unit(matrix, inverse, n, d)
+
+    describe = blocked.TorchKernels.describe
+    factors = blocked.TorchKernels.factors
+    totals = blocked.TorchKernels.totals
 
     def class_means(self, unit: Unit, labels: Labels, counts: Tensor) -> Tensor:
         pitch = unit.matrix.shape[1]

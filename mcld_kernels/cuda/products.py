@@ -26,7 +26,7 @@ class _Sums(NamedTuple):
 
 def contrast(launch: Launcher, problem: Problem, on_hopper: bool, by_library: bool) -> Contrast:
     """As `pipeline.Kernels.contrast`. on_hopper, by_library: take the Hopper kernel, torch.mm, where they can."""
-    a, k, temperature, _, _, positive, weight, sink, candidate, reverse = problem
+    a, k, temperature, _, _, factors, sink, candidate, reverse = problem
     dtype, pitch = a.matrix.dtype, a.matrix.shape[1]
     columns = padded_rows(k.n)  # of E
     fixed = has_fixed_shift(dtype, temperature) and not (candidate and dtype == torch.float16)
@@ -35,7 +35,7 @@ def contrast(launch: Launcher, problem: Problem, on_hopper: bool, by_library: bo
     step = blocked.chunk_bytes(a.matrix.device) // (columns * a.matrix.itemsize)
     step = max(ROWS, min(step // ROWS * ROWS, padded_rows(a.n)))
     e = a.matrix.new_empty(step, columns) if sink is not None or candidate else None
-    log_off = floats(a.matrix, a.n)
+    log_off, scales = floats(a.matrix, a.n), floats(a.matrix, a.n)
     by_candidate = floats(a.matrix, columns, pitch) if candidate else None
     reversed_product = floats(a.matrix, columns, pitch) if reverse and candidate else None
     reverse_off, reverse_log, reverse_scale = (floats(a.matrix, k.n) if reverse else None for _ in range(3))
@@ -45,7 +45,7 @@ def contrast(launch: Launcher, problem: Problem, on_hopper: bool, by_library: bo
         anchors = a.matrix[start : start + padded]
         chunk = None if e is None else e[:padded]
         sums = _similarities(launch, problem, rows, chunk, fixed, on_hopper)
-        scale = floats(sums.rows, count)
+        scale = scales[rows]
         row_maxima = None if fixed else floats(sums.rows, count)
         statistics(launch, sums.rows, sums.maxima, row_maxima, log_off[rows], scale, shift)
         if reverse_off is not None:
@@ -65,8 +65,7 @@ def contrast(launch: Launcher, problem: Problem, on_hopper: bool, by_library: bo
             _product(launch, chunk, k.matrix, product, transposed=False, add=False, by_library=by_library)
             sink(Negatives(rows, log_off[rows], product[:count], scale))
         if by_candidate is not None:
-            share = weight[rows] * torch.sigmoid(log_off[rows] - positive[rows] / temperature)
-            weighted, alpha = _weighted(launch, anchors, share * scale)
+            weighted, alpha = _weighted(launch, anchors, factors(rows, log_off[rows], scale).s * temperature)
             # Only the own kernel takes a factor.
             _product(
                 launch, chunk, weighted, by_candidate, transposed=True, add=start > 0, alpha=alpha,
@@ -77,9 +76,9 @@ def contrast(launch: Launcher, problem: Problem, on_hopper: bool, by_library: bo
     if by_candidate is not None:
         by_candidate = by_candidate[: k.n]
     if reverse_log is None or reverse_scale is None:
-        return Contrast(log_off, by_candidate)
+        return Contrast(log_off, scales, by_candidate)
     back = reverse_log[:0] if reversed_product is None else reversed_product[: k.n]
-    return Contrast(log_off, by_candidate, Negatives(slice(0, k.n), reverse_log, back, reverse_scale))
+    return Contrast(log_off, scales, by_candidate, Negatives(slice(0, k.n), reverse_log, back, reverse_scale))
 
 
 def _similarities(

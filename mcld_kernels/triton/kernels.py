@@ -30,6 +30,10 @@ class TritonKernels:
     def normalise(self, x: Tensor, dtype: torch.dtype, eps: float) -> Unit:
         return normalise.normalise(x, dtype, eps, self._flash_depth(dtype))
 
+    describe = blocked.TorchKernels.describe
+    factors = blocked.TorchKernels.factors
+    totals = blocked.TorchKernels.totals
+
     def class_means(self, unit: Unit, labels: Labels, counts: Tensor) -> Tensor:
         return classes.class_means(unit, labels, counts)
 
@@ -56,11 +60,12 @@ class TritonKernels:
             problem.sink(sums)
         by_candidate = back = None
         if problem.candidate:
-            by_candidate = flash.candidate_sums(a, k, what, sums.log_off, problem.positive, problem.weight)
+            factors = problem.factors(sums.rows, sums.log_off, sums.scale)
+            by_candidate = flash.candidate_sums(a, k, what, sums.log_off, factors.u * problem.temperature)
         if problem.reverse:
             turned = Negated(problem.temperature, -problem.offset, problem.turned())
             back = flash.negatives(k, a, turned, problem.candidate)
-        return Contrast(sums.log_off, by_candidate, back)
+        return Contrast(sums.log_off, sums.scale, by_candidate, back)
 
     def finish(self, step: Finish) -> None:
         finish.finish(step)

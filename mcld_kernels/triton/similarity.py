@@ -24,7 +24,6 @@ from .common import (
     LOG2E,
     ROWS,
     Negated,
-    coefficients,
     dot_precision,
     fixed_maximum,
     headroom,
@@ -250,7 +249,7 @@ class _Chunk:
 
 def contrast(problem: Problem, *, budget: int, by_library: bool) -> Contrast:
     """As `pipeline.Kernels.contrast`. budget: bytes of a chunk's exponentials; by_library: torch.mm takes product 2."""
-    a, k, temperature, offset, same, positive, weight, sink, candidate, reverse = problem
+    a, k, temperature, offset, same, factors, sink, candidate, reverse = problem
     what = Negated(temperature, offset, same)
     dtype, stat, device = a.matrix.dtype, a.inverse.dtype, a.matrix.device
     padded_m, depth = k.matrix.shape
@@ -285,17 +284,18 @@ def contrast(problem: Problem, *, budget: int, by_library: bool) -> Contrast:
             product(e.T, anchors, reverse_product, add=True, by_library=by_library)
         if by_candidate is not None:
             part = torch.zeros(padded, dtype=stat, device=device)  # (padded,) weight_i q_i
-            part[: rows.stop - start] = coefficients(log_off[rows], positive[rows], weight[rows], what.temperature)
+            part[: rows.stop - start] = factors(rows, log_off[rows], inverse_off[rows]).u * temperature
             _add_candidates(chunk, anchors, part, inverse_off[rows], by_candidate, by_library)
         if reverse_off is not None:
             reverse_off += chunk.column_sums[: padded // chunk.launch.block_m].sum(0)
     if reverse_off is None:
-        return Contrast(log_off, None if by_candidate is None else by_candidate[: k.n])
+        return Contrast(log_off, inverse_off, None if by_candidate is None else by_candidate[: k.n])
     off = reverse_off[: k.n]
     reverse_log_off = off.log() + chunk.shift / LOG2E
     back = off[:0] if reverse_product is None else reverse_product[: k.n]
     return Contrast(
         log_off,
+        inverse_off,
         None if by_candidate is None else by_candidate[: k.n],
         Negatives(slice(0, k.n), reverse_log_off, back, torch.where(off == 0, 0.0, 1 / off)),
     )
