@@ -72,6 +72,14 @@ def compile_for_gpu(nvcc: str, capability: tuple[int, int], folder: Path) -> Pat
     return library
 
 
+def test_the_probes_compile_for_a_gpu(tmp_path):
+    """Without one they would otherwise be found broken only where they are needed."""
+    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("needs nvcc: set CUDACXX")
+    compile_for_gpu(nvcc, (9, 0), tmp_path)
+
+
 @pytest.fixture
 def hopper(probes):
     if probes.device == "cuda" and torch.cuda.get_device_capability() != (9, 0):
@@ -160,16 +168,13 @@ def test_ldmatrix(probes, transposed):
     assert torch.equal(out.cpu(), words(want)[..., 0])
 
 
-@pytest.mark.parametrize("step", range(8))
-@pytest.mark.parametrize("along_rows", [0, 1])
+@pytest.mark.parametrize(("along_rows", "step"), [(1, 0), (1, 1), (1, 3), (0, 0), (0, 1), (0, 7)])
 def test_descriptor(hopper, along_rows, step):
     """Bits 0-13 address, 16-29 leading and 32-45 stride offset, all in 16 bytes; 49-51 base offset; 62-63 swizzle.
 
     The stride is between groups of 8 rows of 128 bytes: along M or N where the contraction runs along the rows, along
     K where it runs across. The leading offset is not used: no operand is wider than the swizzle.
     """
-    if along_rows and step > 3:
-        return
     address = 0x2F400
     first = address + (32 * step if along_rows else 16 * 128 * step)
     bits = hopper.library.probe_descriptor(along_rows, address, step)
@@ -177,20 +182,28 @@ def test_descriptor(hopper, along_rows, step):
     assert bits >> 32 & 0x3FFF == 1024 >> 4
     assert bits >> 49 & 7 == 0
     assert bits >> 62 == 1
-    # As CuTe's make_gmma_desc has it for one atom.
+    # Not used, but as CuTe's make_gmma_desc has it for one atom.
     assert bits >> 16 & 0x3FFF == (1 if along_rows else 0)
     assert bits & ~(0x3FFF | 0x3FFF << 16 | 0x3FFF << 32 | 7 << 49 | 3 << 62) == 0
 
 
 @pytest.mark.parametrize(
     ("rows", "pitch", "box_rows", "column", "row"),
-    [(300, 128, 256, 64, 0), (300, 128, 256, 64, 256), (5, 64, 128, 0, 0), (64, 192, 64, 128, 0), (200, 64, 128, 0, 128)],
+    [
+        (300, 128, 256, 64, 0),
+        (300, 128, 256, 64, 256),
+        (5, 64, 128, 0, 0),
+        (64, 192, 64, 128, 0),
+        (200, 64, 128, 0, 128),
+    ],
 )
 def test_tma(hopper, rows, pitch, box_rows, column, row):
     """A box lies swizzled, zeros past the last row; all its bytes count for the barrier, also those of the zeros."""
     matrix = torch.arange(1, rows * pitch + 1).to(torch.int16).view(rows, pitch)
     out = hopper.put(torch.full((box_rows * 64,), -1, dtype=torch.int16))
-    hopper("probe_tma", BF16, hopper.put(matrix), ctypes.c_int64(rows), ctypes.c_int64(pitch), box_rows, column, row, out)
+    hopper(
+        "probe_tma", BF16, hopper.put(matrix), ctypes.c_int64(rows), ctypes.c_int64(pitch), box_rows, column, row, out
+    )
     box = torch.zeros(box_rows, 64, dtype=torch.int16)
     inside = matrix[row : row + box_rows, column : column + 64]
     box[: inside.shape[0]] = inside
@@ -229,6 +242,16 @@ def test_wgmma_from_registers(hopper, precision, add):
     for step in (0, 1, 5, 15):
         d = integers(64, 64) if add else torch.full((64, 64), torch.nan)
         out = hopper.put(d[row, column])
-        hopper("probe_wgmma", precision, 64, unused, registers, hopper.put(panel(b.to(DTYPE[precision]), 256)), out, step, add)
+        hopper(
+            "probe_wgmma",
+            precision,
+            64,
+            unused,
+            registers,
+            hopper.put(panel(b.to(DTYPE[precision]), 256)),
+            out,
+            step,
+            add,
+        )
         want = a @ b[16 * step : 16 * step + 16] + (d if add else 0)
         assert torch.equal(out.cpu(), want[row, column]), step

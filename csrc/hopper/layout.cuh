@@ -38,6 +38,13 @@ MCLD_EVERYWHERE uint64_t across_rows(uint32_t panel, int step) { return descript
 MCLD_EVERYWHERE int fragment_row(int thread, int h) { return thread / 32 * 16 + thread % 32 / 4 + 8 * h; }
 MCLD_EVERYWHERE int fragment_column(int thread, int j) { return 8 * j + 2 * (thread % 4); }
 
+// Whether the registers fit: at entry all threads of a block have the same share of 65536, in eights, and what the consumers
+// take over is what the loading warpgroup gives back. With more, setmaxnreg.inc would wait for ever.
+constexpr bool registers_fit(int loader, int consumer, int consumers) {
+  const int warpgroups = 1 + consumers, entry = 65536 / (128 * warpgroups) / 8 * 8;
+  return loader <= entry && entry <= consumer && loader + consumers * consumer <= warpgroups * entry;
+}
+
 // The order of tiles: bands of kBand tile rows; in a band down the rows first, so that blocks that run together share their
 // candidates while the band's anchors stay in L2.
 MCLD_EVERYWHERE void tile_in_bands(int64_t index, int64_t tile_rows, int64_t tile_columns, int64_t& row, int64_t& column) {
