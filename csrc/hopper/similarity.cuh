@@ -94,6 +94,7 @@ template <Precision kPrecision> struct SimilarityBlock {
     int previous = 0;
     for (int slice = 0; slice < slices; ++slice, ring.advance()) {
       barrier_wait(ring.full(ring.stage), ring.phase);
+      pin(sums);
       wgmma_fence();
       const uint32_t a = ring.a() + consumer * 64 * kPanelRowBytes;
 #pragma unroll
@@ -102,6 +103,7 @@ template <Precision kPrecision> struct SimilarityBlock {
       }
       wgmma_commit();
       wgmma_wait<1>();
+      pin(sums);
       if (slice > 0 && signals) barrier_arrive(ring.empty(previous));
       previous = ring.stage;
     }

@@ -17,11 +17,8 @@ namespace {
 
 #ifdef MCLD_HOST_EMULATION
 void wait_for_device() {}
-MCLD_DEVICE void async_proxy_fence() {}
 #else
 void wait_for_device() { check(cudaDeviceSynchronize(), "a probe", __FILE__, __LINE__); }
-// wgmma reads shared memory through another proxy than a thread's own stores.
-MCLD_DEVICE void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 #endif
 
 struct MmaProbe {
@@ -67,6 +64,13 @@ template <bool kTransposed> MCLD_KERNEL(32) ldmatrix_probe(MCLD_PARAMETERS(Ldmat
 
 #if MCLD_HAS_HOPPER
 
+// wgmma and TMA reach shared memory through another proxy than a thread's own loads and stores.
+#ifdef MCLD_HOST_EMULATION
+MCLD_DEVICE void async_proxy_fence() {}
+#else
+MCLD_DEVICE void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+#endif
+
 constexpr int kPanelRows = 256, kPanelBytes = kPanelRows * hopper::kPanelRowBytes;
 
 struct TmaProbe {
@@ -93,6 +97,7 @@ MCLD_KERNEL(128) tma_probe(MCLD_PARAMETERS(TmaProbe) p) {
     }
     barrier_wait(barrier, phase);
     for (int i = thread_index(); i < p.box_rows * hopper::kPanel; i += 128) p.out[i] = seen[i];
+    async_proxy_fence();
     sync_block();
   }
 }
