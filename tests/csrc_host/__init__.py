@@ -46,7 +46,7 @@ def build() -> Path:
             partial.replace(target)
         return target
 
-    sources = sorted([*KERNELS.glob("*.cu"), *KERNELS.glob("*.cpp"), *HERE.glob("*.cpp")])
+    sources = sorted([*KERNELS.glob("*.cu"), *KERNELS.glob("*.cpp"), *HERE.glob("*.cpp"), *HERE.glob("*.cu")])
     # What only a driver can do is emulated whole.
     sources += sorted(path for path in HOPPER.glob("*.cu") if path.stem != "tensor_map")
     with ThreadPoolExecutor(2) as pool:

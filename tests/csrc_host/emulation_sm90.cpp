@@ -17,9 +17,11 @@ struct Barrier {
   int expected = 0, arrived = 0, bytes = 0;
   int generation = 0;  // phases that have ended
   int waiting = 0;
+  bool visible = false;  // to the copy engine and to other threads
   std::vector<Load> loads;
 };
 struct Queue {
+  bool fenced = false;
   std::vector<Wgmma> open;
   std::deque<std::vector<Wgmma>> groups;
 };
@@ -30,7 +32,7 @@ constexpr int kBoxColumns = 64, kRowBytes = 128, kThreads = 1024;
 
 std::map<uint32_t, Barrier> barriers;  // of the running block
 Queue queues[kThreads];
-int block_of_barriers = -1;
+bool in_use = false;                   // one of them was used since they were initialised
 
 char* at(uint32_t address, int bytes) {
   if (address < kWindow || address + bytes > kWindow + uint32_t(shared_size)) stop("an address outside shared memory");
@@ -41,6 +43,8 @@ Barrier& barrier_at(uint32_t address) {
   at(address, 8);
   if (address % 8) stop("a misaligned barrier");
   if (!barriers.count(address)) stop("a barrier that was not initialised");
+  if (!barriers[address].visible) stop("a barrier without barrier_init_fence");
+  in_use = true;
   return barriers[address];
 }
 
@@ -100,6 +104,9 @@ void combine_wgmma(Lane* lanes) {
   Wgmma of[32];
   for (int lane = 0; lane < 32; ++lane) std::memcpy(&of[lane], lanes[lane].in, sizeof(Wgmma));
   const Wgmma& op = of[0];
+  for (const Wgmma& other : of) {
+    if (other.a != op.a || other.b != op.b || other.add != op.add) stop("lanes of a warp issue different wgmma");
+  }
   const int warp = thread / 32 % 4;
   const Descriptor b(op.b);
   float bs[16][256];
@@ -126,19 +133,32 @@ void combine_wgmma(Lane* lanes) {
   }
 }
 
+// A block initialises its barriers before it uses one.
+void begin_block() {
+  bool busy = false;
+  for (const auto& [address, barrier] : barriers) busy = busy || !barrier.loads.empty();
+  barriers.clear();
+  in_use = false;
+  if (busy) stop("an earlier block ended with loads in flight");
+  for (Queue& queue : queues) {
+    busy = busy || !queue.groups.empty() || !queue.open.empty();
+    queue = Queue();
+  }
+  if (busy) stop("an earlier block ended with wgmma in flight");
+}
+
 }  // namespace
 
 uint32_t shared_offset(const void* pointer) { return kWindow + uint32_t(static_cast<const char*>(pointer) - shared); }
 
 void barrier_init(uint32_t address, int arrivals) {
-  const int block = block_y * grid_x + block_x;
-  if (block != block_of_barriers) barriers.clear();
-  block_of_barriers = block;
-  for (Queue& queue : queues) {
-    if (!queue.groups.empty() || !queue.open.empty()) stop("an earlier block ended with wgmma in flight");
-  }
+  if (in_use) begin_block();
   at(address, 8);
   barriers[address] = Barrier{arrivals};
+}
+
+void barrier_init_fence() {
+  for (auto& [address, barrier] : barriers) barrier.visible = true;
 }
 
 void barrier_arrive(uint32_t address, int bytes) {
@@ -166,7 +186,12 @@ void tma_load(uint32_t address, const TensorMap& map, uint32_t barrier, int colu
   if (target.waiting) flush(target);
 }
 
-void wgmma_issue(const Wgmma& op) { queues[thread].open.push_back(op); }
+void wgmma_fence() { queues[thread].fenced = true; }
+
+void wgmma_issue(const Wgmma& op) {
+  if (!queues[thread].fenced) stop("a wgmma without wgmma_fence since the last wait");
+  queues[thread].open.push_back(op);
+}
 
 void wgmma_commit() {
   queues[thread].groups.push_back(std::move(queues[thread].open));
@@ -180,6 +205,7 @@ void wgmma_wait(int pending) {
     for (const Wgmma& op : queue.groups.front()) collective(&op, sizeof op, nullptr, 0, combine_wgmma);
     queue.groups.pop_front();
   }
+  queue.fenced = false;  // whoever waits may now touch the registers
 }
 
 }  // namespace mcld::emulation
