@@ -7,7 +7,6 @@ changed in place, and read by a second. The float32 matmul precision holds for b
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from .arguments import Options, float32_precision
 from .labels import Labels
-from .pipeline import Contrast, Negatives, Result, Unit, evaluate
+from .pipeline import Contrast, Finish, Negatives, Problem, Result, Unit, evaluate
 
 CHUNK_MB = {"cpu": 32, "cuda": 256}
 _OTHER_MB = 128
@@ -63,7 +62,7 @@ class TorchKernels:
         # embedding_bag sums rows in the given order, where index_add_ would use atomics on a GPU. With few classes it
         # adds hundreds of rows one by one, hence fp64 where there is such a thing, some columns at a time.
         exact = torch.float64 if device.type in ("cpu", "cuda") else unit.inverse.dtype
-        means = x.new_empty(counts.shape[0], unit.d)
+        means = torch.empty(counts.shape[0], unit.d, dtype=unit.inverse.dtype, device=device)
         divisor = counts.clamp(min=1)[:, None]
         for part in _slices(unit.d, max(1, chunk_bytes(device) // (unit.n * exact.itemsize))):
             rows = x[:, part].to(exact).contiguous()
@@ -86,20 +85,8 @@ class TorchKernels:
     def can_reverse(self, dtype: torch.dtype, temperature: float) -> bool:
         return dtype != torch.float16 and 1 / temperature <= _PLAIN
 
-    def contrast(
-        self,
-        a: Unit,
-        k: Unit,
-        *,
-        temperature: float,
-        offset: int,
-        same: tuple[Tensor, Tensor] | None,
-        positive: Tensor,
-        weight: Tensor | None,
-        sink: Callable[[Negatives], None] | None,
-        candidate: bool,
-        reverse: bool,
-    ) -> Contrast:
+    def contrast(self, problem: Problem) -> Contrast:
+        a, k, temperature, offset, same, positive, weight, sink, candidate, reverse = problem
         operand, stat = a.matrix.dtype, a.inverse.dtype
         plain = self.can_reverse(operand, temperature)
         log_off = torch.empty_like(positive)
@@ -123,7 +110,6 @@ class TorchKernels:
             if sink is not None:
                 sink(Negatives(rows, log_off[rows], _mm(half, k.matrix, stat), scale))
             if by_candidate is not None:
-                assert weight is not None
                 q = torch.sigmoid(log_off[rows] - positive[rows] / temperature)
                 factor = weight[rows] * q * scale
                 top = None
@@ -141,21 +127,8 @@ class TorchKernels:
         product = reverse_off[:0] if reverse_product is None else reverse_product
         return Contrast(log_off, by_candidate, Negatives(slice(0, k.n), reverse_off.log(), product, scale))
 
-    def finish(
-        self,
-        out: Tensor,
-        unit: Unit,
-        rows: slice,
-        product: Tensor,
-        s: Tensor,
-        u: Tensor,
-        z: Tensor | None,
-        partner: Unit,
-        shift: int,
-        means: Tensor | None,
-        rank: Tensor | None,
-        accumulate: bool,
-    ) -> None:
+    def finish(self, step: Finish) -> None:
+        out, unit, rows, product, s, u, z, partner, shift, means, rank, accumulate = step
         stat = product.dtype
         g = product.mul_(s[:, None])
         # Rows first to last have a partner.
@@ -165,7 +138,7 @@ class TorchKernels:
         pull = -u[paired] if z is None else z[paired] - u[paired]
         g[paired].addcmul_(p, pull[:, None])
         if z is not None and means is not None and rank is not None:
-            g.addcmul_(means[rank[rows]].to(stat), -z[:, None])
+            g.addcmul_(means[rank[rows]], -z[:, None])
         x = unit.matrix[rows].to(stat)
         c = torch.linalg.vecdot(g, x)
         g.addcmul_(x, -c[:, None])

@@ -63,6 +63,42 @@ class Contrast(NamedTuple):
     reverse: Negatives | None = None  # the sums with the candidates as anchors and the anchors as candidates
 
 
+class Problem(NamedTuple):
+    """A contrast to compute: anchors a (n, d), candidates k (m, d), and what is wanted of it."""
+
+    a: Unit
+    k: Unit
+    temperature: float
+    offset: int  # the positive of anchor i is candidate i + offset
+    same: tuple[Tensor, Tensor] | None  # labels (n,), (m,): equal ones are dropped from the negatives
+    positive: Tensor  # (n,) the cosines A_i . K_(i+offset)
+    weight: Tensor  # (n,) of the anchors, for `candidate`
+    sink: Callable[[Negatives], None] | None  # takes the sums chunk by chunk, every anchor once
+    candidate: bool  # compute that field of the result
+    reverse: bool  # likewise; only where `Kernels.can_reverse` says so
+
+    def turned(self) -> tuple[Tensor, Tensor] | None:
+        """`same` with the sides changed."""
+        return None if self.same is None else (self.same[1], self.same[0])
+
+
+class Finish(NamedTuple):
+    """The last step for `rows` of the logits: g = s product - u P + z (P - M), then through the normalisation."""
+
+    out: Tensor  # (n, d) gradient, a view of any strides and dtype
+    unit: Unit
+    rows: slice
+    product: Tensor  # (rows, >= d) statistics dtype; may be overwritten
+    s: Tensor  # (rows,), as u and z
+    u: Tensor
+    z: Tensor | None
+    partner: Unit  # P of row r is its row r + shift, zeros where there is none
+    shift: int
+    means: Tensor | None  # M of row r is its row rank[r]
+    rank: Tensor | None  # (n,)
+    accumulate: bool  # add to `out` instead of writing it
+
+
 class Kernels(Protocol):
     """What a backend provides. All tensors are on one device; nothing may synchronise with it or write an input."""
 
@@ -73,57 +109,21 @@ class Kernels(Protocol):
         """Normalise the rows of a view x (n, d) of any strides into operands of ``dtype``."""
 
     def class_means(self, unit: Unit, labels: Labels, counts: Tensor) -> Tensor:
-        """Sum of the rows of each rank divided by ``counts`` (ranks,): (ranks, >= d), operand dtype."""
+        """Sum of the rows of each rank divided by ``counts`` (ranks,): (ranks, >= d), statistics dtype."""
 
     def positives(
         self, a: Unit, k: Unit, offset: int, means: Tensor | None, rank: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """A_i . K_(i+offset) and, given means, A_i . M_rank(i) (else the first again): (n,), (n,), statistics dtype."""
 
-    def contrast(
-        self,
-        a: Unit,
-        k: Unit,
-        *,
-        temperature: float,
-        offset: int,
-        same: tuple[Tensor, Tensor] | None,
-        positive: Tensor,
-        weight: Tensor | None,
-        sink: Callable[[Negatives], None] | None,
-        candidate: bool,
-        reverse: bool,
-    ) -> Contrast:
-        """Contrast anchors with candidates.
-
-        same: labels (n,), (m,) to drop equal ones from the negatives; positive: the cosines A_i . K_(i+offset), (n,);
-        weight: (n,), for `candidate`; sink: takes the sums chunk by chunk, every anchor once; candidate, reverse: also
-        compute those fields of the result (reverse only where `can_reverse` says so).
-        """
+    def contrast(self, problem: Problem) -> Contrast:
+        """Contrast anchors with candidates."""
 
     def can_reverse(self, dtype: torch.dtype, temperature: float) -> bool:
         """Whether `contrast` can give both directions from one set of exponentials."""
 
-    def finish(
-        self,
-        out: Tensor,
-        unit: Unit,
-        rows: slice,
-        product: Tensor,
-        s: Tensor,
-        u: Tensor,
-        z: Tensor | None,
-        partner: Unit,
-        shift: int,
-        means: Tensor | None,
-        rank: Tensor | None,
-        accumulate: bool,
-    ) -> None:
-        """Write (or add) the gradient of `rows` of the logits into ``out`` (n, d), a view of any strides and dtype.
-
-        g = s product - u P + z (P - M), per row; then through the normalisation. product: (rows, >= d); s, u, z:
-        (rows,); P of row r is row r + shift of partner, zeros where there is none; M of row r is row rank[r] of means.
-        """
+    def finish(self, step: Finish) -> None:
+        """Write (or add) the gradient of some rows of the logits."""
 
 
 class Result(NamedTuple):
@@ -274,10 +274,11 @@ class _Anchors:
         u = self.u(rows, negatives.log_off)
         z = None if self.z is None else self.z[rows]
         gradient = self.side.gradient
-        self.run.kernels.finish(
+        step = Finish(
             gradient.view, self.side.unit, rows, negatives.product, u * negatives.scale, u, z,
             self.candidates.unit, self.offset, self.means, self.rank, gradient.started,
         )  # fmt: skip
+        self.run.kernels.finish(step)
 
     def add_terms(self, log_off: Tensor) -> None:
         loss = torch.logaddexp(log_off - self.positive / self.temperature, log_off.new_zeros(()))  # (n,)
@@ -305,18 +306,19 @@ def _contrast(
     if masked:
         assert anchors.labels is not None and candidates.labels is not None
         same = anchors.labels.same, candidates.labels.same
-    sums = run.kernels.contrast(
+    problem = Problem(
         anchors.unit,
         candidates.unit,
-        temperature=temperature,
-        offset=offset,
-        same=same,
-        positive=forward.positive,
-        weight=forward.weight,
+        temperature,
+        offset,
+        same,
+        forward.positive,
+        forward.weight,
         sink=forward.sink if anchors.gradient.wanted else None,
         candidate=candidates.gradient.wanted,
         reverse=backward is not None,
     )
+    sums = run.kernels.contrast(problem)
     forward.add_terms(sums.log_off)
     if anchors.gradient.wanted:
         anchors.gradient.started = True
@@ -352,10 +354,11 @@ def _finish_candidates(forward: _Anchors, backward: _Anchors | None, sums: Contr
         # Both directions pull towards the same partner and the same class means: those of the anchors' side.
         z = None if z is None or backward.z is None else z + backward.z
     gradient = candidates.gradient
-    run.kernels.finish(
+    step = Finish(
         gradient.view, candidates.unit, everything, product, s, u, z,
         anchors.unit, -forward.offset, means, rank, gradient.started,
     )  # fmt: skip
+    run.kernels.finish(step)
     gradient.started = True
 
 

@@ -72,7 +72,7 @@ void read(Fields& fields, Positives& p) {
 void read(Fields& fields, Similarity& p) {
   MCLD_FIELD(a), MCLD_FIELD(k), MCLD_FIELD(e), MCLD_FIELD(row_sums), MCLD_FIELD(row_maxima), MCLD_FIELD(column_sums);
   MCLD_FIELD(same_a), MCLD_FIELD(same_k), MCLD_FIELD(rows), MCLD_FIELD(m), MCLD_FIELD(pitch), MCLD_FIELD(pitch_e);
-  MCLD_FIELD(padded_rows), MCLD_FIELD(diagonal), MCLD_FIELD(scale), MCLD_FIELD(shift);
+  MCLD_FIELD(padded_rows), MCLD_FIELD(parts), MCLD_FIELD(splits), MCLD_FIELD(diagonal), MCLD_FIELD(scale), MCLD_FIELD(shift);
 }
 void read(Fields& fields, Statistics& p) {
   MCLD_FIELD(sums), MCLD_FIELD(maxima), MCLD_FIELD(row_maxima), MCLD_FIELD(total), MCLD_FIELD(log_off), MCLD_FIELD(scale);
@@ -108,7 +108,7 @@ void read(Fields& fields, Finish& p) {
 }
 void read(Fields& fields, SmallProblem& p) {
   MCLD_FIELD(a), MCLD_FIELD(k), MCLD_FIELD(inverse_a), MCLD_FIELD(inverse_k), MCLD_FIELD(e), MCLD_FIELD(row_sums);
-  MCLD_FIELD(product), MCLD_FIELD(s), MCLD_FIELD(u), MCLD_FIELD(z), MCLD_FIELD(dots), MCLD_FIELD(values), MCLD_FIELD(n);
+  MCLD_FIELD(column_sums), MCLD_FIELD(weighted), MCLD_FIELD(back), MCLD_FIELD(by_student), MCLD_FIELD(product), MCLD_FIELD(s), MCLD_FIELD(u), MCLD_FIELD(z), MCLD_FIELD(dots), MCLD_FIELD(values), MCLD_FIELD(n);
   MCLD_FIELD(d), MCLD_FIELD(pitch), MCLD_FIELD(inverse_temperature), MCLD_FIELD(terms), MCLD_FIELD(masked);
   MCLD_FIELD(columns);
 }

@@ -16,7 +16,8 @@ constexpr int kFinishTile = 32;
 template <class T> struct FinishRow {
   const float *product, *mean;
   const T *unit, *partner;
-  float s, pull, z;  // pull: of P
+  const float* back = nullptr;  // a second product, with the factor 1
+  float s, pull, z;             // pull: of P
 
   MCLD_DEVICE FinishRow(const Finish& p, int64_t row) : FinishRow(p, row, p.s[row], p.u[row], p.z ? p.z[row] : 0) {}
   MCLD_DEVICE FinishRow(const Finish& p, int64_t row, float s, float u, float z) : s(s), pull(z - u), z(z) {
@@ -30,6 +31,7 @@ template <class T> struct FinishRow {
   }
   MCLD_DEVICE float at(int64_t column) const {
     float g = s * product[column];
+    if (back) g += back[column];
     if (partner) g += pull * to_float(partner[column]);
     if (mean) g -= z * mean[column];
     return g;
@@ -39,6 +41,11 @@ template <class T> struct FinishRow {
     load(g, product + column);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) g[i] *= s;
+    if (back) {
+      load(x, back + column);
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) g[i] += x[i];
+    }
     if (partner) {
       load(x, partner + column);
 #pragma unroll

@@ -56,6 +56,8 @@ struct Similarity {
   float* row_sums;         // (tiles of columns, padded rows)
   float* row_maxima;       // the same shape, or null: then `shift` holds for all, else it is the tile row's own, an integer
   float* column_sums;      // (tiles of rows, pitch_e) or null
+  float* parts;            // (splits, padded rows, pitch_e) workspace where splits > 1
+  int splits;              // parts of the contraction, computed side by side and added in order
   const int64_t *same_a, *same_k;  // (rows,), (m,) or null: equal ones are dropped
   int64_t rows, m, pitch, pitch_e, padded_rows;
   int64_t diagonal;        // the positive of the chunk's row i is candidate i + diagonal, and is dropped
@@ -141,8 +143,9 @@ struct Finish {
 };
 void finish(const Finish&, Type, Precision, cudaStream_t);
 
-// The low-latency path: at most kSmall rows and columns, student anchors, one shift for all, both logits of one type. All
-// terms at once, in five launches: small_normalise, small_similarity, small_product, small_factors, small_write.
+// The low-latency path: at most kSmall rows and columns, one shift for all, both logits of one type. All terms at once. With
+// student anchors in five launches: small_normalise, small_similarity, small_product, small_factors, small_write. With teacher
+// anchors, whose factors the product needs (not in fp16), in six: small_factors comes before it, small_dots after it.
 constexpr int kSmall = 1024;
 
 struct SmallProblem {  // one similarity matrix: the rows', or the columns'
@@ -150,13 +153,17 @@ struct SmallProblem {  // one similarity matrix: the rows', or the columns'
   float *inverse_a, *inverse_k;
   void* e;                     // (padded, padded) or null: no gradient is wanted
   float* row_sums;             // (padded / 64, padded)
-  float* product;              // (padded, pitch)
+  float* column_sums;          // the same by column, for teacher anchors, or null
+  float* product;              // (padded, pitch) E K, for student anchors, or null
+  void* weighted;              // operand rows: K by the teacher anchors' factors, or null;
+  float* back;                 // (padded, pitch) E times these
   float *s, *u, *z, *dots;     // (n,)
   float* values;               // (3, n) each row's share of each term
   int64_t n, d, pitch;
   float inverse_temperature;
   bool terms[3];               // which of instance, sample, category are of this matrix
   bool masked, columns;        // candidates of the anchor's class dropped; rows are the logits' columns
+  bool by_student;             // whether the student's rows are anchors; both sides' may be
 };
 
 struct Small {
