@@ -276,7 +276,10 @@ def test_mixed_dtypes(path):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=cases.short)
 def test_strides_and_alignment(path, dtype):
-    """Views that are strided or begin at an odd element give bitwise what their contiguous copies give."""
+    """Views that are strided or begin at an odd element give bitwise what their contiguous copies give.
+
+    So it is with 21 columns, which no row takes by vectors; tests/test_csrc_rows.py has those that are.
+    """
     student, teacher = cases.logits("random", 37, 21, dtype)
     target = cases.labels(37, 21)
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mcld_kernels import cuda, latency
+from mcld_kernels import cuda
+from mcld_kernels.cuda import configs
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 TYPE = {FP32: 0, FP16: 1, BF16: 2}
@@ -233,7 +234,7 @@ def test_finish(module, operand, gradient, d, view, add):
 def test_low_latency(module, batch, classes, dtype, monkeypatch, poison):
     """The five launches take rows by vectors too, and where they cannot the error is the same."""
     monkeypatch.setattr(cuda, "emulated", module)
-    monkeypatch.setattr(latency, "LARGEST", 1024)
+    monkeypatch.setattr(configs, "LATENCY_LARGEST", 1024)
     weight = (1.0, 0.7, 0.4 if classes < 100 else 0.0)
     cases.check("cuda", "cpu", "random", batch, classes, dtype, draws=1, ignored=0.2, weight=weight)
     student, teacher = cases.logits("random", batch, classes, dtype)

@@ -27,7 +27,8 @@ template <class T> MCLD_KERNEL(kClassThreads) class_means_kernel(MCLD_PARAMETERS
       for (int i = 0; i < 4; ++i) sum[i] += x[i];
     }
   }
-  store(sums + warp * kClassColumns + lane * 4, sum);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) sums[warp * kClassColumns + lane * 4 + i] = sum[i];
   sync_block();
   if (warp != 0 || column >= p.pitch) return;
   for (int other = 1; other < kClassWarps; ++other) {

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #ifdef MCLD_HOST_EMULATION
 #include "emulation.h"
@@ -54,9 +55,28 @@ template <> MCLD_DEVICE float from_float<float>(float x) { return x; }
 template <> MCLD_DEVICE bf16 from_float<bf16>(float x) { return __float2bfloat16_rn(x); }
 template <> MCLD_DEVICE fp16 from_float<fp16>(float x) { return __float2half_rn(x); }
 
-// A vector by accesses of alignof(V) bytes, of which the address must be a multiple; the emulation checks that.
+// A vector in global memory, by accesses of alignof(V) bytes, of which the address must be a multiple; the emulation checks that.
 template <class V> MCLD_DEVICE V read_vector(const void* p) { return *static_cast<const V*>(p); }
-template <class V> MCLD_DEVICE void write_vector(void* p, const V& v) { *static_cast<V*>(p) = v; }
+// By hand where it matters: nvcc takes some of the assignments apart, into 4 bytes at a time.
+template <class V> MCLD_DEVICE void write_vector(void* p, const V& v) {
+  const size_t address = __cvta_generic_to_global(p);
+  if constexpr (alignof(V) == 16) {
+    uint4 words[sizeof(V) / 16];
+    memcpy(words, &v, sizeof(V));
+#pragma unroll
+    for (int i = 0; i < int(sizeof(V) / 16); ++i) {
+      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address + 16 * i), "r"(words[i].x), "r"(words[i].y),
+                   "r"(words[i].z), "r"(words[i].w)
+                   : "memory");
+    }
+  } else if constexpr (alignof(V) == 8) {
+    uint2 words;
+    memcpy(&words, &v, sizeof(V));
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(address), "r"(words.x), "r"(words.y) : "memory");
+  } else {
+    *static_cast<V*>(p) = v;
+  }
+}
 
 // Two values rounded and packed into a register, the first in the low half.
 template <class T> MCLD_DEVICE uint32_t pack(float low, float high);
