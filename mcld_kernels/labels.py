@@ -52,6 +52,12 @@ class Labels:
         return torch.cat([self.counts.new_zeros(1), self.counts.cumsum(0)])
 
 
+def ready(labels: Labels, **found: Tensor) -> Labels:
+    """``labels`` with these of its cached properties as found elsewhere."""
+    labels.__dict__.update(found)
+    return labels
+
+
 def describe(sides: tuple[Tensor, ...], ignore_index: int, classes: int, dtype: torch.dtype) -> tuple[Labels, ...]:
     """Describe the labels of each side, (n,) int64, with common ranks. ``dtype`` is that of ``poison``."""
     target = torch.cat(sides) if len(sides) > 1 else sides[0]

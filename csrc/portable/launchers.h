@@ -30,6 +30,23 @@ struct Normalise {
 void normalise_rows(const Normalise&, Type, Precision, cudaStream_t);
 void normalise_columns(const Normalise&, Type, Precision, cudaStream_t);
 
+struct Describe {
+  const int64_t* target;  // (n,) labels
+  int64_t n, classes, ignore_index;
+  int64_t* same;          // (n,) the label, or a negative number of its own where it is ignored
+  int64_t* rank;          // (n,) the label, or `classes` where it is ignored
+  bool* valid;            // (n,) not ignored
+  float *poison, *share;  // () 1, or NaN if a label is out of range; that over the number of valid rows
+};
+void describe(const Describe&, cudaStream_t);
+
+struct Order {
+  const int64_t* rank;                // (n,) in [0, ranks)
+  int64_t n, ranks;
+  int64_t *counts, *starts, *order;   // (ranks,), (ranks + 1,), (n,): rows by rank, ties by row
+};
+void order(const Order&, cudaStream_t);
+
 struct ClassMeans {
   const void* unit;       // operand
   const int64_t* order;   // rows by rank
@@ -128,6 +145,36 @@ struct Combine {
   int splits;
 };
 void combine(const Combine&, cudaStream_t);
+
+struct FactorShare {        // an anchor's part in the mean of a term
+  const float* factor;      // () or null
+  const bool* counted;      // (rows,) or null: all
+  const float* weight;      // () or null
+  float constant, scale;    // the part is constant x factor where counted, the weight in the loss scale x weight
+  bool by_label;            // the sample-wise term
+};
+
+struct Factors {
+  const float *log_off, *scale, *positive, *by_label;  // (rows,)
+  float *u, *s, *z;                                    // (rows,); z where a share is by label
+  float* values;                                       // (count, pitch)
+  int64_t rows, pitch;
+  float inverse_temperature;
+  FactorShare shares[2];
+  int count;
+};
+void factors(const Factors&, cudaStream_t);
+
+struct Totals {
+  const float* values;         // (count, width)
+  int64_t width;
+  int part[5];                 // the term of each row
+  int count;
+  float scale[3];
+  const float* weight;         // (3,) or null
+  float *loss, *terms;         // (), (3,)
+};
+void totals(const Totals&, cudaStream_t);
 
 struct Finish {
   void* out;  // (rows, d) gradient of any strides

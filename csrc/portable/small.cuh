@@ -11,6 +11,7 @@
 
 #include <type_traits>
 
+#include "factors.cuh"
 #include "finish.cuh"
 #include "normalise.cuh"
 #include "product.cuh"
@@ -207,8 +208,8 @@ struct SmallAnchor {
     constexpr float lift = std::is_same<T, fp16>::value ? kHalfLift : 0;
     const float log_off = off == 0 ? -infinity() : (log2f(off) - lift) * kLn2 + q.inverse_temperature;
     const float x = log_off - positive * q.inverse_temperature;
-    const float u = total / (1 + expf(-x)) * q.inverse_temperature;
-    return {fmaxf(x, 0) + log1pf(expf(-fabsf(x))), u, off == 0 ? 0 : u / off};
+    const float u = total * contrast_pull(x) * q.inverse_temperature;
+    return {contrast_loss(x), u, off == 0 ? 0 : u / off};
   }
 };
 

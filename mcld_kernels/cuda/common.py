@@ -38,11 +38,12 @@ class Launcher:
         """Launch kernel family ``name`` with the fields of its parameter structure, tensors by their addresses."""
         for key, value in fields.items():
             if value is None or isinstance(value, Tensor):
-                fields[key] = _pointer(value)
+                fields[key] = pointer(value)
         getattr(self.module, name)(**fields, **self._where)
 
 
-def _pointer(tensor: Tensor | None) -> int:
+def pointer(tensor: Tensor | None) -> int:
+    """The address of a contiguous tensor; 0 for None."""
     if tensor is None:
         return 0
     assert tensor.is_contiguous()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import blocked
+from .. import labels as labelling
 from ..arguments import float32_precision
 from ..labels import Labels
-from ..pipeline import Contrast, Finish, Problem, Unit
+from ..pipeline import Anchors, Contrast, Factors, Finish, Problem, Unit
 from . import configs, flash, products
-from .common import TYPES, Launcher, floats, has_fixed_shift, padded_rows, pitch_of, precision_of
+from .common import TYPES, Launcher, floats, has_fixed_shift, padded_rows, pitch_of, pointer, precision_of
 
 
 class CudaKernels:
@@ -46,9 +46,57 @@ class CudaKernels:
         )  # fmt: skip
         return Unit(matrix, inverse, n, d)
 
-    describe = blocked.TorchKernels.describe
-    factors = blocked.TorchKernels.factors
-    totals = blocked.TorchKernels.totals
+    def describe(
+        self, sides: tuple[Tensor, ...], ignore_index: int, classes: int, dtype: torch.dtype
+    ) -> tuple[Labels, ...]:
+        n = sides[0].shape[0]
+        if len(sides) > 1 or classes >= n:
+            return labelling.describe(sides, ignore_index, classes, dtype)  # ranks are not classes there: a sort
+        target = sides[0].contiguous()
+        same, rank = torch.empty_like(target), torch.empty_like(target)
+        valid = torch.empty_like(target, dtype=torch.bool)
+        poison, share = floats(target), floats(target)
+        self.launch(
+            "describe",
+            target=target, n=n, classes=classes, ignore_index=ignore_index, same=same, rank=rank, valid=valid,
+            poison=poison, share=share,
+        )  # fmt: skip
+        labels = Labels(same, valid, rank, rank, poison, classes + 1, classes)
+        counts, starts, order = (rank.new_empty(size) for size in (classes + 1, classes + 2, n))
+        self.launch("order", rank=rank, n=n, ranks=classes + 1, counts=counts, starts=starts, order=order)
+        return (labelling.ready(labels, share=share, counts=counts, starts=starts, order=order),)
+
+    def factors(self, anchors: Anchors, rows: slice, log_off: Tensor, scale: Tensor) -> Factors:
+        u, s = torch.empty_like(log_off), torch.empty_like(log_off)
+        z = torch.empty_like(log_off) if any(share.term == 1 for share in anchors.shares) else None
+        shares = [
+            {
+                "factor": pointer(share.factor),
+                "counted": pointer(None if share.counted is None else share.counted[rows]),
+                "weight": pointer(share.weight),
+                "constant": share.constant,
+                "scale": share.scale,
+                "by_label": share.term == 1,
+            }
+            for share in anchors.shares
+        ]
+        self.launch(
+            "factors",
+            log_off=log_off, scale=scale, positive=anchors.positive[rows], by_label=anchors.by_label[rows], u=u, s=s,
+            z=z, values=anchors.values[0, rows], rows=log_off.shape[0], pitch=anchors.values.stride(0),
+            inverse_temperature=1 / anchors.temperature, shares=shares,
+        )  # fmt: skip
+        return Factors(u, s, z)
+
+    def totals(
+        self, values: Tensor, terms: tuple[int, ...], scale: tuple[float, ...], weight: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        loss, found = floats(values), floats(values, 3)
+        self.launch(
+            "totals",
+            values=values, width=values.shape[1], part=terms, scale=scale, weight=weight, loss=loss, terms=found,
+        )  # fmt: skip
+        return loss, found
 
     def class_means(self, unit: Unit, labels: Labels, counts: Tensor) -> Tensor:
         pitch = unit.matrix.shape[1]

@@ -197,6 +197,12 @@ void combine_shuffle(Lane* lanes) {
   }
 }
 
+void combine_ballot(Lane* lanes) {
+  uint32_t bits = 0;
+  for (int i = 0; i < kWarp; ++i) bits |= uint32_t(bits_of<bool>(lanes[i].in)) << i;
+  for (int i = 0; i < kWarp; ++i) std::memcpy(lanes[i].out, &bits, 4);
+}
+
 void combine_ldmatrix(Lane* lanes) {
   for (int matrix = 0; matrix < 4; ++matrix) {
     for (int i = 0; i < kWarp; ++i) {

@@ -90,6 +90,7 @@ void check_vector(const void* p, int bytes);
 extern int64_t vector_accesses[17];
 
 void combine_shuffle(Lane*);
+void combine_ballot(Lane*);
 void combine_ldmatrix(Lane*);
 void combine_ldmatrix_transposed(Lane*);
 void combine_mma_bf16(Lane*);
@@ -122,6 +123,12 @@ template <class V> void write_vector(void* p, const V& v) {
   std::memcpy(p, &v, sizeof v);
 }
 
+inline uint32_t ballot(bool value) {
+  uint32_t out;
+  emulation::collective(&value, sizeof value, &out, sizeof out, emulation::combine_ballot);
+  return out;
+}
+inline int count_bits(uint32_t bits) { return __builtin_popcount(bits); }
 inline float shuffle_xor(float value, int mask) {
   struct { float value; int mask; } in{value, mask};
   float out;
