@@ -1,4 +1,5 @@
-"""Checks a CUDA build without a GPU: no kernel spills or uses a stack; the Hopper ones hold wgmma, not serialised.
+"""Checks a CUDA build without a GPU: no kernel spills or uses a stack; the Hopper ones hold wgmma, not serialised;
+those that move rows store 16 bytes at once.
 
     python .ci/check_cuda.py build/cmake-cpython-311-cuda
 
@@ -59,21 +60,29 @@ def resource_report(module: Path) -> list[tuple[str, str, int]]:
     return report
 
 
-def count_wgmma(module: Path) -> dict[str, int]:
-    """Number of HGMMA instructions in each sm_90a kernel whose name says hopper."""
+# Kernels by rows whose template says how many elements a lane takes at once: Li8, Li4 are 16 bytes.
+VECTOR_KERNELS = re.compile(
+    r"(normalise_rows|finish_rows)_kernel\w*Li[48]E|(rescale|scale_rows|combine|class_means)_kernel"
+)
+
+
+def instructions(module: Path) -> dict[str, collections.Counter[str]]:
+    """How often each sm_90a kernel holds what it is there for: wgmma (HGMMA) and stores of 16 bytes (STG.E.128)."""
     environ = dict(os.environ, PATH=f"{Path(tool('nvdisasm')).parent}{os.pathsep}{os.environ['PATH']}")
     sass = subprocess.run(
         [tool("cuobjdump"), "-sass", "-arch", "sm_90a", str(module)],
         capture_output=True, text=True, check=True, env=environ,
     ).stdout  # fmt: skip
-    counts: dict[str, int] = collections.defaultdict(int)
+    counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     name = "?"
     for line in sass.splitlines():
         if found := re.search(r"Function : (\S+)", line):
             name = found[1]
-        elif "hopper" in name:
-            counts[name] += "HGMMA" in line
-    return dict(counts)
+        elif found := re.search(r"HGMMA|STG\.E\.128", line):
+            counts[name][found[0]] += 1
+        else:
+            counts[name].update(())
+    return counts
 
 
 def main(folder: Path) -> int:
@@ -88,9 +97,14 @@ def main(folder: Path) -> int:
             f"{source}: {name} for {arch} has {size} bytes of stack and spills" for name, arch, size in report if size
         ]
     failures += sorted(set(re.findall(r"Potential Performance Loss: .*", log)))
-    wgmma = count_wgmma(module)
-    print(f"wgmma: {sum(wgmma.values())} instructions in {len(wgmma)} Hopper kernels")
-    failures += [f"{name} holds no wgmma instruction" for name, count in wgmma.items() if not count]
+    found = instructions(module)
+    wanted = {
+        "HGMMA": [name for name in found if "hopper" in name],
+        "STG.E.128": list(filter(VECTOR_KERNELS.search, found)),
+    }
+    for instruction, names in wanted.items():
+        print(f"{instruction}: {sum(found[name][instruction] for name in names)} in {len(names)} sm_90a kernels")
+        failures += [f"{name} holds no {instruction}" for name in names if not found[name][instruction]]
     print(*failures, sep="\n")
     return bool(failures)
 
