@@ -72,6 +72,10 @@ extern int thread, block_x, block_y, grid_x;
 extern char* shared;
 extern int shared_size;
 
+// Of emulation_sm90.h: forgets barriers and wgmma; whether the running thread has wgmma that it has not waited for.
+void begin_block_sm90();
+bool wgmma_in_flight();
+
 // Runs other fibers until `counter` has changed.
 void wait_for(const int& counter);
 // Ends the launch with an error.
@@ -81,6 +85,7 @@ void sync_block();
 // Deposits `bytes` at `in`; when all lanes of the warp have, `combine` runs once; then lane results are copied to `out`.
 struct Lane { alignas(16) char in[64]; alignas(16) char out[16]; };
 void collective(const void* in, int in_bytes, void* out, int out_bytes, void (*combine)(Lane*));
+void load_matrix(uint32_t (&r)[4], const void* row, void (*combine)(Lane*));
 void copy_async(void* shared_target, const void* global);
 void commit_async();
 void wait_async(int pending);
@@ -119,10 +124,10 @@ inline void copy_async(void* shared, const void* global) { emulation::copy_async
 inline void commit_async() { emulation::commit_async(); }
 template <int kPending> void wait_async() { emulation::wait_async(kPending); }
 inline void ldmatrix(uint32_t (&r)[4], const void* row) {
-  emulation::collective(&row, sizeof row, r, sizeof r, emulation::combine_ldmatrix);
+  emulation::load_matrix(r, row, emulation::combine_ldmatrix);
 }
 inline void ldmatrix_transposed(uint32_t (&r)[4], const void* row) {
-  emulation::collective(&row, sizeof row, r, sizeof r, emulation::combine_ldmatrix_transposed);
+  emulation::load_matrix(r, row, emulation::combine_ldmatrix_transposed);
 }
 inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   emulation::mma(d, a, b0, b1, emulation::combine_mma_bf16);

@@ -1,9 +1,12 @@
 // Barriers, TMA and wgmma of emulation_sm90.h, and what the launchers ask of a device.
+#include <algorithm>
 #include <deque>
 #include <map>
 #include <vector>
 
 #include "hopper/tensor_map.h"
+#include "memory.h"
+#include "races.h"
 
 namespace mcld::emulation {
 namespace {
@@ -18,6 +21,7 @@ struct Barrier {
   int generation = 0;  // phases that have ended
   int waiting = 0;
   std::vector<Load> loads;
+  races::Phases phases;
 };
 struct Queue {
   std::vector<Wgmma> open;
@@ -30,15 +34,15 @@ constexpr int kBoxColumns = 64, kRowBytes = 128, kThreads = 1024;
 
 std::map<uint32_t, Barrier> barriers;  // of the running block
 Queue queues[kThreads];
-int block_of_barriers = -1;
 
 char* at(uint32_t address, int bytes) {
   if (address < kWindow || address + bytes > kWindow + uint32_t(shared_size)) stop("an address outside shared memory");
   return shared + (address - kWindow);
 }
 
-Barrier& barrier_at(uint32_t address) {
-  at(address, 8);
+// Arrivals and waits are atomic, so for the race check they read; only the initialisation writes.
+Barrier& barrier_at(uint32_t address, const void* pc) {
+  races::read(at(address, 8), 8, pc);
   if (address % 8) stop("a misaligned barrier");
   if (!barriers.count(address)) stop("a barrier that was not initialised");
   return barriers[address];
@@ -46,6 +50,18 @@ Barrier& barrier_at(uint32_t address) {
 
 // Swizzle of 128 bytes: bits 4 to 6 of an address are changed by bits 7 to 9.
 uint32_t swizzled(uint32_t address) { return address ^ ((address >> 7 & 7) << 4); }
+
+// All that a load reads and writes, for the checks.
+void announce(const Load& load, const races::Phases& phases, const void* pc) {
+  for (int r = 0; r < load.map.box_rows; ++r) {
+    phases.tma_write(at(load.shared + r * kRowBytes, kRowBytes), kRowBytes, pc);
+    const int64_t row = load.row + r, columns = std::min<int64_t>(load.map.pitch - load.column, kBoxColumns);
+    if (row >= load.map.rows || columns <= 0) continue;
+    const char* const source = load.map.matrix + (row * load.map.pitch + load.column) * 2;
+    memory_check::read(source, int(columns) * 2);
+    phases.tma_read(source, int(columns) * 2, pc);
+  }
+}
 
 void deliver(const Load& load) {
   for (int r = 0; r < load.map.box_rows; ++r) {
@@ -63,6 +79,7 @@ void deliver(const Load& load) {
 void complete(Barrier& barrier) {
   if (barrier.arrived < barrier.expected || barrier.bytes) return;
   barrier.arrived = 0;
+  barrier.phases.complete();
   ++barrier.generation;
 }
 
@@ -94,6 +111,23 @@ struct Descriptor {
   // Contraction across the rows.
   uint32_t across(int k, int column) const { return address + k / 8 * stride + k % 8 * kRowBytes + column * 2; }
 };
+
+// What a warp's part of the operation reads, by 16 bytes, which a swizzle leaves together.
+void announce(const Wgmma& op, const void* pc) {
+  const auto read = [pc](uint32_t address) { races::wgmma_read(at(swizzled(address), 16), 16, pc); };
+  const Descriptor b(op.b);
+  if (op.a_registers) {
+    for (int k = 0; k < 16; ++k) {
+      for (int column = 0; column < op.columns; column += 8) read(b.across(k, column));
+    }
+    return;
+  }
+  const Descriptor a(op.a);
+  for (int half = 0; half < 16; half += 8) {
+    for (int r = 0; r < 16; ++r) read(a.along(16 * (thread / 32 % 4) + r, half));
+    for (int column = 0; column < op.columns; ++column) read(b.along(column, half));
+  }
+}
 
 // One warp's part: its 16 rows of the 64. Runs once for all lanes; `in` holds each lane's Wgmma.
 void combine_wgmma(Lane* lanes) {
@@ -128,49 +162,63 @@ void combine_wgmma(Lane* lanes) {
 
 }  // namespace
 
+void begin_block_sm90() {
+  barriers.clear();
+  for (Queue& queue : queues) {
+    queue.open.clear();
+    queue.groups.clear();
+  }
+}
+
+bool wgmma_in_flight() { return !queues[thread].groups.empty() || !queues[thread].open.empty(); }
+
 uint32_t shared_offset(const void* pointer) { return kWindow + uint32_t(static_cast<const char*>(pointer) - shared); }
 
 void barrier_init(uint32_t address, int arrivals) {
-  const int block = block_y * grid_x + block_x;
-  if (block != block_of_barriers) barriers.clear();
-  block_of_barriers = block;
-  for (Queue& queue : queues) {
-    if (!queue.groups.empty() || !queue.open.empty()) stop("an earlier block ended with wgmma in flight");
-  }
-  at(address, 8);
-  barriers[address] = Barrier{arrivals};
+  races::write(at(address, 8), 8, __builtin_return_address(0));
+  Barrier& barrier = barriers[address] = Barrier();
+  barrier.expected = arrivals;
+  barrier.phases.init();
 }
 
 void barrier_arrive(uint32_t address, int bytes) {
-  Barrier& barrier = barrier_at(address);
+  Barrier& barrier = barrier_at(address, __builtin_return_address(0));
   if (barrier.arrived == barrier.expected) stop("more arrivals than the barrier expects");
   ++barrier.arrived;
   barrier.bytes += bytes;
+  barrier.phases.arrive();
   complete(barrier);
 }
 
 void barrier_wait(uint32_t address, int parity) {
-  Barrier& barrier = barrier_at(address);
+  Barrier& barrier = barrier_at(address, __builtin_return_address(0));
   flush(barrier);
   ++barrier.waiting;
   while ((barrier.generation & 1) == parity) wait_for(barrier.generation);
   --barrier.waiting;
+  barrier.phases.wait();
 }
 
 void tma_load(uint32_t address, const TensorMap& map, uint32_t barrier, int column, int row) {
   if (address % 1024) stop("a TMA box that does not begin at a period of the swizzle");
   if (map.box_rows > 256) stop("a TMA box of more than 256 rows");
+  Barrier& target = barrier_at(barrier, __builtin_return_address(0));
+  const Load load{address, map, column, row};
+  announce(load, target.phases, __builtin_return_address(0));
   std::memset(at(address, map.box_rows * kRowBytes), 0xFF, map.box_rows * kRowBytes);
-  Barrier& target = barrier_at(barrier);
-  target.loads.push_back({address, map, column, row});
+  target.loads.push_back(load);
   if (target.waiting) flush(target);
 }
 
-void wgmma_issue(const Wgmma& op) { queues[thread].open.push_back(op); }
+void wgmma_issue(const Wgmma& op) {
+  if (thread % 32 == 0) announce(op, __builtin_return_address(0));
+  queues[thread].open.push_back(op);
+}
 
 void wgmma_commit() {
   queues[thread].groups.push_back(std::move(queues[thread].open));
   queues[thread].open.clear();
+  races::wgmma_commit();
 }
 
 void wgmma_wait(int pending) {
@@ -179,6 +227,7 @@ void wgmma_wait(int pending) {
   while (int(queue.groups.size()) > pending) {
     for (const Wgmma& op : queue.groups.front()) collective(&op, sizeof op, nullptr, 0, combine_wgmma);
     queue.groups.pop_front();
+    races::wgmma_wait(1);
   }
 }
 
