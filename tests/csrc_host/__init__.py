@@ -32,6 +32,7 @@ CHECKS: dict[str, tuple[list[str], list[str], list[str]]] = {
     # The sanitizers' code sets off warnings that are not the kernels'.
     "memory": (["-DMCLD_CHECK_MEMORY"], ["-DMCLD_CHECK_MEMORY", "-Wno-maybe-uninitialized", *_SANITIZERS], _SANITIZERS),
 }
+REPORTED = 66  # exit status of a process that the memory check ended
 EMULATOR = [HERE / name for name in ("emulation.cpp", "emulation_sm90.cpp", "races.cpp")]
 BINDINGS = [*KERNELS.glob("*.cpp"), HERE / "module.cpp"]
 CONTROLS = [HERE / "controls.cu"]
@@ -58,8 +59,8 @@ def memory_environment() -> dict[str, str]:
         "MCLD_TEST_CHECK": "memory",
         "LD_PRELOAD": ":".join(preloaded),
         # Python and torch leave what they allocated at import.
-        "ASAN_OPTIONS": "detect_leaks=0:exitcode=66",
-        "UBSAN_OPTIONS": "print_stacktrace=1:exitcode=66",
+        "ASAN_OPTIONS": f"detect_leaks=0:exitcode={REPORTED}",
+        "UBSAN_OPTIONS": f"print_stacktrace=1:exitcode={REPORTED}",
     }
 
 

@@ -209,6 +209,13 @@ MCLD_KERNEL(kThreads) copies_in_flight_at_the_end(MCLD_PARAMETERS(Control) p) {
   if (!p.broken) wait_async<0>();
 }
 
+MCLD_SM90_KERNEL(128) wgmma_in_flight_at_the_end(MCLD_PARAMETERS(Control) p) {
+  const Stage64 stage;
+  float d[32];
+  stage.multiply(d, false);
+  if (!p.broken) wgmma_wait<0>();
+}
+
 MCLD_SM90_KERNEL(128) mbarrier_never_completed(MCLD_PARAMETERS(Control) p) {
   const Stage64 stage;
   stage.init();
@@ -295,7 +302,7 @@ const Entry kEntries[] = {
     MCLD_ENTRY90(stage_loaded_before_it_is_free), MCLD_ENTRY90(stage_freed_before_wgmma_is_done),
     MCLD_ENTRY(barrier_not_all_reach), MCLD_ENTRY(lanes_missing_from_a_shuffle),
     MCLD_ENTRY(lanes_in_different_operations), MCLD_ENTRY(copies_in_flight_at_the_end),
-    MCLD_ENTRY90(mbarrier_never_completed), MCLD_ENTRY90(more_arrivals_than_expected),
+    MCLD_ENTRY90(wgmma_in_flight_at_the_end), MCLD_ENTRY90(mbarrier_never_completed), MCLD_ENTRY90(more_arrivals_than_expected),
     MCLD_ENTRY(read_past_the_end), MCLD_ENTRY(write_past_the_end), MCLD_ENTRY(read_before_the_beginning),
     MCLD_ENTRY(copy_past_the_end), MCLD_ENTRY90(load_past_the_end), MCLD_ENTRY(misaligned_vector),
     MCLD_ENTRY(shared_read_past_the_end), MCLD_ENTRY(shared_write_past_the_end), MCLD_ENTRY(index_past_an_array),

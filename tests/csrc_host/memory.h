@@ -18,8 +18,8 @@ inline void read(const void* address, int bytes) {
 // Bytes that nobody may touch while this lives.
 class Forbidden {
  public:
-  Forbidden(const char* at, int bytes) : at_(at), bytes_(bytes) { ASAN_POISON_MEMORY_REGION(at, bytes); }
-  ~Forbidden() { ASAN_UNPOISON_MEMORY_REGION(at_, bytes_); }
+  Forbidden(const char* at, int bytes) : at_(at), bytes_(bytes) { __asan_poison_memory_region(at, bytes); }
+  ~Forbidden() { __asan_unpoison_memory_region(at_, bytes_); }
 
  private:
   const char* at_;
