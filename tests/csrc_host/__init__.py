@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -48,20 +49,28 @@ def memory_environment() -> dict[str, str]:
 
     Raises RuntimeError where the compiler has no sanitizers.
     """
-    preloaded = []
-    # Python does not link the C++ library, of which AddressSanitizer must find __cxa_throw when it starts.
-    for name in ("libasan.so", "libstdc++.so"):
-        path = subprocess.run([str(compiler()), f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+
+    def library(name: str) -> str:
+        command = [str(compiler()), f"-print-file-name={name}"]
+        path = subprocess.run(command, capture_output=True, text=True).stdout.strip()
         if not os.path.isabs(path):
             raise RuntimeError(f"{compiler()} has no {name}")
-        preloaded.append(path)
+        return path
+
+    library("libubsan.so")
     return {
         "MCLD_TEST_CHECK": "memory",
-        "LD_PRELOAD": ":".join(preloaded),
+        # Python does not link the C++ library, of which AddressSanitizer must find __cxa_throw when it starts.
+        "LD_PRELOAD": f"{library('libasan.so')}:{library('libstdc++.so')}",
         # Python and torch leave what they allocated at import.
         "ASAN_OPTIONS": f"detect_leaks=0:exitcode={REPORTED}",
         "UBSAN_OPTIONS": f"print_stacktrace=1:exitcode={REPORTED}",
     }
+
+
+def memory_exports() -> str:
+    """The same, for a shell."""
+    return "export " + " ".join(f"{name}={shlex.quote(value)}" for name, value in memory_environment().items())
 
 
 def build(check: str = "races", *, controls: bool = False) -> Path:

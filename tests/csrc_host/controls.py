@@ -1,6 +1,8 @@
 """Kernels with one mistake each (controls.cu), run by name: here, or in a process of its own where a report ends it.
 
     python controls.py LIBRARY NAME {sound,broken}
+
+exits with 0 where nothing is reported.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 //
 // Stricter than a GPU where that finds mistakes: shared memory begins as NaN; an asynchronous copy fills its target with NaN
 // when it is issued and delivers only when it is waited for; ldmatrix and copies check alignment and bounds; a barrier that
-// not all threads reach, or a warp operation that not all lanes reach, is an error.
+// not all threads reach, or a warp operation that not all lanes reach, is an error. Every load and store is checked for races
+// (races.h), or for bounds (memory.h).
 #pragma once
 
 #include <cmath>
