@@ -74,7 +74,8 @@ KERNELS = {
     " or (test_chunks_and_large_tiles and symmetric)"
     " or (test_float32_matmul_precision and two)",
     "low latency": "test_low_latency_edges or test_low_latency_bad_labels or (test_low_latency_options and 7-5)"
-    " or test_strides_and_alignment or test_anchors_against_more_candidates",
+    " or test_precisions_differ or test_mixed_dtypes or test_strides_and_alignment"
+    " or test_anchors_against_more_candidates",
 }
 
 
@@ -85,11 +86,21 @@ def compiler():
 
 
 @pytest.fixture(scope="module")
-def environment():
+def under_check():
+    """A function that runs Python with these arguments, in a process with the memory check."""
     try:
-        return {**os.environ, **csrc_host.memory_environment()}
+        before, own = csrc_host.memory_command(), csrc_host.memory_environment()
     except RuntimeError as error:
         pytest.skip(f"no memory check: {error}")
+    # Not a worker of pytest-xdist, whatever this process is.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment = {**inherited, **own, "OMP_NUM_THREADS": "1"}
+
+    def run(*arguments):
+        command = [*before, sys.executable, *map(str, arguments)]
+        return subprocess.run(command, env=environment, cwd=TESTS, capture_output=True, text=True)
+
+    return run
 
 
 @pytest.mark.parametrize(("name", "report"), {**RACES, **SYNCHRONISATION}.items(), ids=[*RACES, *SYNCHRONISATION])
@@ -104,15 +115,11 @@ def test_races_and_synchronisation_are_reported(name, report):
 
 
 @pytest.mark.parametrize(("name", "report"), MEMORY.items(), ids=MEMORY)
-def test_memory_errors_are_reported(name, report, environment):
+def test_memory_errors_are_reported(name, report, under_check):
     library = csrc_host.build("memory", controls=True)
-    for kind in ("sound", "broken"):
-        command = [sys.executable, "-I", "-S", controls.__file__, str(library), name, kind]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if kind == "sound":
-            assert done.returncode == 0, done.stderr
-        else:
-            assert done.returncode == csrc_host.REPORTED and re.search(report, done.stderr), done.stderr
+    sound, broken = (under_check("-I", "-S", controls.__file__, library, name, kind) for kind in ("sound", "broken"))
+    assert sound.returncode == 0, sound.stderr
+    assert broken.returncode == csrc_host.REPORTED and re.search(report, broken.stderr), broken.stderr
 
 
 def test_every_control_is_tested():
@@ -121,12 +128,9 @@ def test_every_control_is_tested():
 
 
 @pytest.mark.parametrize("selection", KERNELS.values(), ids=KERNELS)
-def test_memory_of_the_kernels(selection, environment):
+def test_memory_of_the_kernels(selection, under_check):
     csrc_host.build("memory")
-    command = [sys.executable, "-m", "pytest", "-q", "--capture=no", "-p", "no:cacheprovider", "-k", selection]
-    command += ["test_csrc_host.py", "test_hopper.py"]
-    # Not a worker of pytest-xdist, whatever this process is.
-    own = {name: value for name, value in environment.items() if not name.startswith("PYTEST_")}
-    done = subprocess.run(command, env={**own, "OMP_NUM_THREADS": "1"}, cwd=TESTS, capture_output=True, text=True)
+    options = ["-q", "--capture=no", "-p", "no:cacheprovider", "-k", selection]
+    done = under_check("-m", "pytest", *options, "test_csrc_host.py", "test_hopper.py")
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     assert re.search(r"\d+ passed", done.stdout) and "skipped" not in done.stdout

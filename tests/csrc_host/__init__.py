@@ -68,6 +68,21 @@ def memory_environment() -> dict[str, str]:
     }
 
 
+def memory_command() -> list[str]:
+    """What precedes the command of such a process. Raises RuntimeError where none can be started.
+
+    AddressSanitizer of older compilers may find its shadow memory taken where the system places mappings with more than
+    28 random bits.
+    """
+    bits = Path("/proc/sys/vm/mmap_rnd_bits")
+    if not bits.exists() or int(bits.read_text()) <= 28:
+        return []
+    fixed = ["setarch", "-R"]
+    if shutil.which(fixed[0]) is None or subprocess.run([*fixed, "true"], capture_output=True).returncode:
+        raise RuntimeError("vm.mmap_rnd_bits is above 28, and setarch -R is not there or not allowed")
+    return fixed
+
+
 def memory_exports() -> str:
     """The same, for a shell."""
     return "export " + " ".join(f"{name}={shlex.quote(value)}" for name, value in memory_environment().items())

@@ -200,7 +200,7 @@ void begin_launch(const void* fibers, int64_t fiber_bytes, const void* launcher)
   block = count = 0;
   of_shared.assign(shared_size / kGranule + 1, Cell{});
   // Addresses of tensors long gone.
-  if (pages.size() > 4096) {
+  if (pages.size() > 1024) {
     pages.clear();
     for (auto& entry : recent) entry = {};
   }
