@@ -254,6 +254,10 @@ void copy_wait(int groups) {
 
 void wgmma_read(const void* address, int bytes, const void* pc) {
   check(clock(), access(wgmmas_of(thread), threads[thread].wgmmas + 1), address, bytes, false, pc);
+  const Cell& cell = *cells_at(static_cast<const char*>(address), true);
+  if (cell.write && block_of(cell.write) == block && agent_of(cell.write) < 2 * count) {
+    stop("wgmma reads what " + name(cell.write) + " stored (" + place(cell.write_at) + "), without a proxy fence");
+  }
 }
 void wgmma_commit() { ++threads[thread].wgmmas; }
 void wgmma_wait(int groups) {
