@@ -83,9 +83,10 @@ def memory_command() -> list[str]:
     return fixed
 
 
-def memory_exports() -> str:
-    """The same, for a shell."""
-    return "export " + " ".join(f"{name}={shlex.quote(value)}" for name, value in memory_environment().items())
+def memory_command_line() -> str:
+    """Both, for a shell: what is put before the command."""
+    variables = (f"{name}={value}" for name, value in memory_environment().items())
+    return shlex.join([*memory_command(), "env", *variables])
 
 
 def build(check: str = "races", *, controls: bool = False) -> Path:
@@ -141,6 +142,8 @@ def load() -> ModuleType:
 
 
 def _call(command: list) -> None:
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    # The compiler itself is not checked.
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stderr}")
