@@ -87,10 +87,9 @@ def find_wheel_nvcc() -> Path | None:
     folders = [*sys.path, sysconfig.get_path("purelib"), *site.getsitepackages()]
     for folder in folders:
         nvcc = Path(folder or ".") / "nvidia" / "cu13" / "bin" / "nvcc"
-        # The wheels come apart; without cicc and the runtime's headers the compiler cannot work.
-        if nvcc.exists() and all(
-            (nvcc.parents[1] / part).exists() for part in ("nvvm/bin/cicc", "include/cuda_runtime.h")
-        ):
+        # The wheels come apart; without cicc, the runtime's headers and CUB the kernels cannot be compiled.
+        parts = ("nvvm/bin/cicc", "include/cuda_runtime.h", "include/cccl/cub/cub.cuh")
+        if nvcc.exists() and all((nvcc.parents[1] / part).exists() for part in parts):
             return nvcc
     return None
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Record = dict[str, Any]
-OURS = ("triton", "cuda")
+OURS = ("triton", "cuda", "hopper")
 MIB = 2**20
 
 

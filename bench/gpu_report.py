@@ -90,6 +90,17 @@ def plan(folder: Path, rehearse: bool) -> list[Phase]:
                 skip="a rehearsal has no GPU to watch" if rehearse else missing,
             )
         )
+    # For `auto`, with what time is left: the whole grid of bench/calibrate.py takes longer.
+    shapes = ["--dtype", "bfloat16", "--batch", "256", "1024", "4096", "16384", "--seconds", "70"]
+    phases.append(
+        Phase(
+            "calibrate",
+            [python, f"{here}/calibrate.py", *shapes, "--output", str(folder / "table.json")],
+            90,
+            lambda _: json.loads((folder / "table.json").read_text()),
+            skip="a rehearsal has no GPU to choose for" if rehearse else None,
+        )
+    )
     return phases
 
 

@@ -21,6 +21,7 @@ STYLE = {
     "torch": ("#1f6fb4", "^"),
     "triton": ("#d1495b", "v"),
     "cuda": ("#2a9d8f", "P"),
+    "hopper": ("#17594f", "p"),
     "sdpa": ("#8e6bbf", "X"),
     "cudnn": ("#5b3a8c", "*"),
     "inf-cl": ("#e58fb1", "<"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from torch import Tensor
 import mcld_kernels
 from bench import closed_form, peers
 from bench.cases import Case
-from mcld_kernels import backends, reference
+from mcld_kernels import backends, compiled, reference
+from mcld_kernels.cuda import hopper as hopper_kernels
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # student (B, C), teacher (B, C), target (B,) -> ()
 Result = tuple[Tensor, "Tensor | None"]  # the loss () and the student's gradient (B, C)
@@ -82,19 +84,36 @@ def _compiled(case: Case, student: Tensor, teacher: Tensor, target: Tensor) -> S
     return autograd_step(lambda s, t, y: compiled(s, t, y, **options), case, student, teacher, target)
 
 
-def _backend(name: str, what: str) -> Provider:
+def _backend(name: str, what: str, hopper: str = "") -> Provider:
+    """A backend; of "cuda" with MCLD_HOPPER=1 (then the provider is called "hopper") or 0."""
+
     def make(case: Case, student: Tensor, teacher: Tensor, target: Tensor) -> Step:
         options = {"weight": case.weight, "temperature": case.temperature, "backend": name}
-        return autograd_step(lambda s, t, y: mcld_kernels.mcld_loss(s, t, y, **options), case, student, teacher, target)
+
+        def loss_fn(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            if hopper:
+                os.environ["MCLD_HOPPER"] = hopper  # read at every call; steps of both kinds alternate
+            return mcld_kernels.mcld_loss(s, t, y, **options)
+
+        return autograd_step(loss_fn, case, student, teacher, target)
 
     def reason(case: Case, student: Tensor, teacher: Tensor) -> str | None:
         said = backends.explain(student, teacher).get(name, "this version of mcld_kernels has no such backend")
         if said == "can run" and name == "triton" and student.device.type == "cpu":
             return "interpreted on a CPU: its time says nothing"
+        if said == "can run" and hopper == "1":
+            return _without_hopper(student, teacher)
         return None if said == "can run" else said
 
     # Half copies of the inputs, vectors, one chunk; the chunk's budget is the backend's own, 256 MB at most by design.
-    return Provider(name, what, make, reason, lambda case: _square(case, 0, 0) + (768 << 20))
+    shown = "hopper" if hopper == "1" else name
+    return Provider(shown, what, make, reason, lambda case: _square(case, 0, 0) + (768 << 20))
+
+
+def _without_hopper(student: Tensor, teacher: Tensor) -> str | None:
+    """Why the Hopper kernels are not taken for these logits; None if they are, where the work is large enough."""
+    module, why = compiled.load()
+    return why or hopper_kernels.refused(module, student.device, torch.promote_types(student.dtype, teacher.dtype))
 
 
 def _closed_form(name: str, what: str, attend: closed_form.Attend, matrices: float) -> Provider:
@@ -141,7 +160,8 @@ def all_providers() -> dict[str, Provider]:
         _closed_form("library", "normalise, GEMM, softmax, GEMM; closed-form gradient", closed_form.matrix, 4.0),
         _backend("torch", "closed-form gradient by row chunks"),
         _backend("triton", "Triton kernels"),
-        _backend("cuda", "CUDA C++ kernels"),
+        _backend("cuda", "CUDA C++ kernels, the portable ones alone", hopper="0"),
+        _backend("cuda", "CUDA C++ kernels, the Hopper ones where they can", hopper="1"),
         _closed_form("sdpa", "PyTorch's flash attention, Q = anchors, K = V = candidates", closed_form.flash, 0.0),
         _closed_form("cudnn", "cuDNN's attention, Q = anchors, K = V = candidates", closed_form.cudnn, 0.0),
         *(_peer(peer) for peer in peers.PEERS),

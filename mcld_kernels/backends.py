@@ -7,6 +7,7 @@ from importlib import import_module
 
 from torch import Tensor
 
+from . import measured
 from .pipeline import Result
 
 NAMES = ("reference", "torch", "triton", "cuda")
@@ -58,7 +59,7 @@ def choose(name: str, student: Tensor, teacher: Tensor, teacher_grad: bool) -> s
     if name == "auto":
         # On the CPU only "torch" is fast: the interpreter and the host build of the kernels are there to test them.
         if student.is_cuda:
-            for candidate in preference(student):
+            for candidate in preference(student, teacher):
                 if reason(candidate, student, teacher, teacher_grad) is None:
                     return candidate
         return "torch"
@@ -68,13 +69,13 @@ def choose(name: str, student: Tensor, teacher: Tensor, teacher_grad: bool) -> s
     return name
 
 
-def preference(student: Tensor) -> tuple[str, ...]:
-    """CUDA backends by expected speed for these logits (batch, classes).
+def preference(student: Tensor, teacher: Tensor) -> tuple[str, ...]:
+    """CUDA backends for these logits (batch, classes), the fastest first: as measured on this GPU, if it was.
 
-    No GPU has measured them against each other yet. Triton's kernels come first because its compiler is the better
-    tested of the two; "cuda" is taken where Triton is missing, or by name.
+    Where it was not, Triton's kernels come first, because its compiler is the better tested of the two; what a table
+    does not name comes last.
     """
-    return "triton", "cuda"
+    return tuple(dict.fromkeys((*(measured.order(student, teacher) or ()), "triton", "cuda")))
 
 
 def implementation(name: str) -> Callable[..., Result]:

@@ -7,15 +7,15 @@ changed in place, and read by a second. The float32 matmul precision holds for b
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import labels as labelling
 from .arguments import Options, float32_precision
 from .labels import Labels
-from .pipeline import Contrast, Negatives, Result, Unit, evaluate
+from .pipeline import Anchors, Contrast, Factors, Finish, Negatives, Problem, Result, Unit, evaluate
 
 CHUNK_MB = {"cpu": 32, "cuda": 256}
 _OTHER_MB = 128
@@ -63,7 +63,7 @@ class TorchKernels:
         # embedding_bag sums rows in the given order, where index_add_ would use atomics on a GPU. With few classes it
         # adds hundreds of rows one by one, hence fp64 where there is such a thing, some columns at a time.
         exact = torch.float64 if device.type in ("cpu", "cuda") else unit.inverse.dtype
-        means = x.new_empty(counts.shape[0], unit.d)
+        means = torch.empty(counts.shape[0], unit.d, dtype=unit.inverse.dtype, device=device)
         divisor = counts.clamp(min=1)[:, None]
         for part in _slices(unit.d, max(1, chunk_bytes(device) // (unit.n * exact.itemsize))):
             rows = x[:, part].to(exact).contiguous()
@@ -83,29 +83,56 @@ class TorchKernels:
                 by_label[rows] = (x * means[rank[rows]]).sum(1)
         return positive, by_label
 
+    def describe(
+        self, sides: tuple[Tensor, ...], ignore_index: int, classes: int, dtype: torch.dtype
+    ) -> tuple[Labels, ...]:
+        return labelling.describe(sides, ignore_index, classes, dtype)
+
+    def factors(self, anchors: Anchors, rows: slice, log_off: Tensor, scale: Tensor) -> Factors:
+        positive, temperature = anchors.positive[rows], anchors.temperature
+        x = log_off - positive / temperature
+        loss = torch.logaddexp(x, x.new_zeros(()))
+        total: Tensor | float = 0.0
+        z = None
+        for share, values in zip(anchors.shares, anchors.values, strict=True):
+            part: Tensor | float = share.constant if share.factor is None else share.factor * share.constant
+            if share.counted is not None:
+                part = share.counted[rows] * part
+            value = loss
+            if share.term == 1:
+                value = loss + (positive - anchors.by_label[rows]) / temperature
+            values[rows] = value * part
+            weight = part * (share.scale / temperature)
+            if share.weight is not None:
+                weight = weight * share.weight
+            total = weight + total
+            if share.term == 1:
+                assert isinstance(weight, Tensor)
+                z = weight
+        u = torch.sigmoid(x) * total
+        return Factors(u, u * scale, z)
+
+    def totals(
+        self, values: Tensor, terms: tuple[int, ...], scale: tuple[float, ...], weight: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        sums = values.sum(1)
+        found, loss = values.new_zeros(3), values.new_zeros(())
+        for part, term in zip(sums, terms, strict=True):
+            found[term] += part
+            loss = loss + part * (scale[term] if weight is None else weight[term] * scale[term])
+        return loss, found
+
     def can_reverse(self, dtype: torch.dtype, temperature: float) -> bool:
         return dtype != torch.float16 and 1 / temperature <= _PLAIN
 
-    def contrast(
-        self,
-        a: Unit,
-        k: Unit,
-        *,
-        temperature: float,
-        offset: int,
-        same: tuple[Tensor, Tensor] | None,
-        positive: Tensor,
-        weight: Tensor | None,
-        sink: Callable[[Negatives], None] | None,
-        candidate: bool,
-        reverse: bool,
-    ) -> Contrast:
+    def contrast(self, problem: Problem) -> Contrast:
+        a, k, temperature, offset, same, factors, sink, candidate, reverse = problem
         operand, stat = a.matrix.dtype, a.inverse.dtype
         plain = self.can_reverse(operand, temperature)
-        log_off = torch.empty_like(positive)
+        log_off, scales = torch.empty_like(a.inverse), torch.empty_like(a.inverse)
         by_candidate = _sums_like(k, stat) if candidate else None
         reverse_product = _sums_like(k, stat) if reverse and candidate else None
-        reverse_off = positive.new_zeros(k.n) if reverse else None
+        reverse_off = log_off.new_zeros(k.n) if reverse else None
         rows_of_chunk = max(1, chunk_bytes(a.matrix.device) // (k.n * stat.itemsize))
         buffer = torch.empty(min(rows_of_chunk, a.n), k.n, dtype=stat, device=a.matrix.device)
         for rows in _slices(a.n, rows_of_chunk):
@@ -118,14 +145,12 @@ class TorchKernels:
             e = (e if shift is None else e.sub_(shift[:, None])).exp_()
             off = e.sum(1)
             log_off[rows] = off.log() if shift is None else off.log() + shift
-            scale = torch.where(off == 0, 0.0, 1 / off)
+            scale = scales[rows] = torch.where(off == 0, 0.0, 1 / off)
             half = e.to(operand)
             if sink is not None:
                 sink(Negatives(rows, log_off[rows], _mm(half, k.matrix, stat), scale))
             if by_candidate is not None:
-                assert weight is not None
-                q = torch.sigmoid(log_off[rows] - positive[rows] / temperature)
-                factor = weight[rows] * q * scale
+                factor = factors(rows, log_off[rows], scale).s * temperature
                 top = None
                 if operand == torch.float16:  # means over a large batch are below its range: the largest becomes 1
                     top = factor.amax().clamp(min=torch.finfo(stat).tiny)
@@ -136,26 +161,13 @@ class TorchKernels:
             if reverse_off is not None:
                 reverse_off += e.sum(0)
         if reverse_off is None:
-            return Contrast(log_off, by_candidate)
+            return Contrast(log_off, scales, by_candidate)
         scale = torch.where(reverse_off == 0, 0.0, 1 / reverse_off)
         product = reverse_off[:0] if reverse_product is None else reverse_product
-        return Contrast(log_off, by_candidate, Negatives(slice(0, k.n), reverse_off.log(), product, scale))
+        return Contrast(log_off, scales, by_candidate, Negatives(slice(0, k.n), reverse_off.log(), product, scale))
 
-    def finish(
-        self,
-        out: Tensor,
-        unit: Unit,
-        rows: slice,
-        product: Tensor,
-        s: Tensor,
-        u: Tensor,
-        z: Tensor | None,
-        partner: Unit,
-        shift: int,
-        means: Tensor | None,
-        rank: Tensor | None,
-        accumulate: bool,
-    ) -> None:
+    def finish(self, step: Finish) -> None:
+        out, unit, rows, product, s, u, z, partner, shift, means, rank, accumulate = step
         stat = product.dtype
         g = product.mul_(s[:, None])
         # Rows first to last have a partner.
@@ -165,7 +177,7 @@ class TorchKernels:
         pull = -u[paired] if z is None else z[paired] - u[paired]
         g[paired].addcmul_(p, pull[:, None])
         if z is not None and means is not None and rank is not None:
-            g.addcmul_(means[rank[rows]].to(stat), -z[:, None])
+            g.addcmul_(means[rank[rows]], -z[:, None])
         x = unit.matrix[rows].to(stat)
         c = torch.linalg.vecdot(g, x)
         g.addcmul_(x, -c[:, None])

@@ -8,13 +8,14 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from . import __version__, backends, compiled
+from . import __version__, backends, compiled, measured
 from .arguments import float32_precision
 
 VARIABLES = {
     "MCLD_CHUNK_MB": "MiB that a chunk of exponentials may take (default 32 on CPU, 256 on CUDA)",
     "MCLD_AUTOTUNE": "1: tune Triton's launch configurations on first use instead of reading the table",
-    "MCLD_HOPPER": "1: let backend 'cuda' use its Hopper kernels, which no GPU has run yet",
+    "MCLD_HOPPER": "1: let backend 'cuda' use its Hopper kernels, which no GPU has run yet; 0: never; else as measured",
+    "MCLD_TABLE": "the table of measurements that backend 'auto' chooses by, instead of the one in the cache folder",
     "TRITON_INTERPRET": "1: run Triton kernels on CPU tensors, slowly, to test them",
 }
 
@@ -25,6 +26,7 @@ def describe() -> dict[str, dict[str, str]]:
         "versions": _versions(),
         "devices": _devices(),
         "backends": _backends(),
+        "measured tables": _tables(),
         "compiled module": _compiled(),
         "environment": {name: os.environ.get(name, f"unset ({text})") for name, text in VARIABLES.items()},
     }
@@ -55,6 +57,16 @@ def _devices() -> dict[str, str]:
 
 def _backends() -> dict[str, str]:
     return {name: backends.unavailable(name) or "available" for name in backends.NAMES}
+
+
+def _tables() -> dict[str, str]:
+    found = {}
+    for gpu in sorted({torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}):
+        try:
+            found[gpu] = measured.find(gpu)[1]
+        except ValueError as fault:
+            found[gpu] = str(fault)
+    return found or {"auto": "there is no GPU to choose for"}
 
 
 def _compiled() -> dict[str, str]:

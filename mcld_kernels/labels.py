@@ -31,6 +31,11 @@ class Labels:
         return self.rank.new_zeros(self.ranks).index_add_(0, self.rank, torch.ones_like(self.rank))
 
     @cached_property
+    def share(self) -> Tensor:
+        """A row's part in a mean over the rows with a class, (): poison / their number."""
+        return self.poison / self.valid.sum().clamp(min=1)
+
+    @cached_property
     def present(self) -> Tensor:
         """The classes that occur, (C,) bool."""
         occurs = torch.zeros(self.classes + 1, dtype=torch.bool, device=self.kinds.device)
@@ -45,6 +50,12 @@ class Labels:
     def starts(self) -> Tensor:
         """Where each rank begins in `order`: (ranks + 1,) int64."""
         return torch.cat([self.counts.new_zeros(1), self.counts.cumsum(0)])
+
+
+def ready(labels: Labels, **found: Tensor) -> Labels:
+    """``labels`` with these of its cached properties as found elsewhere."""
+    labels.__dict__.update(found)
+    return labels
 
 
 def describe(sides: tuple[Tensor, ...], ignore_index: int, classes: int, dtype: torch.dtype) -> tuple[Labels, ...]:

@@ -32,7 +32,6 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from . import labels as labelling
 from .arguments import Options, stat_dtype
 from .labels import Labels
 
@@ -59,8 +58,73 @@ class Contrast(NamedTuple):
     """What `Kernels.contrast` returns; None for what was not asked for."""
 
     log_off: Tensor  # (n,)
+    scale: Tensor  # (n,) as in `Negatives`
     candidate: Tensor | None = None  # (m, >= d) statistics dtype: sum_{i: i+offset != j} weight_i p_ij A_i
     reverse: Negatives | None = None  # the sums with the candidates as anchors and the anchors as candidates
+
+
+class Problem(NamedTuple):
+    """A contrast to compute: anchors a (n, d), candidates k (m, d), and what is wanted of it."""
+
+    a: Unit
+    k: Unit
+    temperature: float
+    offset: int  # the positive of anchor i is candidate i + offset
+    same: tuple[Tensor, Tensor] | None  # labels (n,), (m,): equal ones are dropped from the negatives
+    factors: Callable[[slice, Tensor, Tensor], Factors]  # of anchors `rows`, given their log_off and scale
+    sink: Callable[[Negatives], None] | None  # takes the sums chunk by chunk, every anchor once
+    candidate: bool  # compute that field of the result
+    reverse: bool  # likewise; only where `Kernels.can_reverse` says so
+
+    def turned(self) -> tuple[Tensor, Tensor] | None:
+        """`same` with the sides changed."""
+        return None if self.same is None else (self.same[1], self.same[0])
+
+
+class Share(NamedTuple):
+    """An anchor's part in the mean of a term: constant x factor, for the anchors that count."""
+
+    term: int
+    constant: float
+    factor: Tensor | None  # () statistics dtype
+    counted: Tensor | None  # (n,) bool; None: all
+    scale: float  # the term's weight in the loss is scale x weight
+    weight: Tensor | None  # () statistics dtype
+
+
+class Anchors(NamedTuple):
+    """The anchors' part of a contrast: what their sums over the negatives are turned into factors with."""
+
+    positive: Tensor  # (n,) cosines A_i . K_(i+offset)
+    by_label: Tensor  # (n,) cosines A_i . M_rank(i); `positive` without means
+    temperature: float
+    shares: tuple[Share, ...]  # one, or two of different terms
+    values: Tensor  # (shares, >= n) every anchor's part of the unweighted terms, to be written
+
+
+class Factors(NamedTuple):
+    """What `Kernels.factors` returns, (rows,) each, statistics dtype."""
+
+    u: Tensor  # weight q / temperature
+    s: Tensor  # u x scale
+    z: Tensor | None  # weight / temperature of the sample-wise term, if it is among the shares
+
+
+class Finish(NamedTuple):
+    """The last step for `rows` of the logits: g = s product - u P + z (P - M), then through the normalisation."""
+
+    out: Tensor  # (n, d) gradient, a view of any strides and dtype
+    unit: Unit
+    rows: slice
+    product: Tensor  # (rows, >= d) statistics dtype; may be overwritten
+    s: Tensor  # (rows,), as u and z
+    u: Tensor
+    z: Tensor | None
+    partner: Unit  # P of row r is its row r + shift, zeros where there is none
+    shift: int
+    means: Tensor | None  # M of row r is its row rank[r]
+    rank: Tensor | None  # (n,)
+    accumulate: bool  # add to `out` instead of writing it
 
 
 class Kernels(Protocol):
@@ -73,57 +137,37 @@ class Kernels(Protocol):
         """Normalise the rows of a view x (n, d) of any strides into operands of ``dtype``."""
 
     def class_means(self, unit: Unit, labels: Labels, counts: Tensor) -> Tensor:
-        """Sum of the rows of each rank divided by ``counts`` (ranks,): (ranks, >= d), operand dtype."""
+        """Sum of the rows of each rank divided by ``counts`` (ranks,): (ranks, >= d), statistics dtype."""
 
     def positives(
         self, a: Unit, k: Unit, offset: int, means: Tensor | None, rank: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """A_i . K_(i+offset) and, given means, A_i . M_rank(i) (else the first again): (n,), (n,), statistics dtype."""
 
-    def contrast(
-        self,
-        a: Unit,
-        k: Unit,
-        *,
-        temperature: float,
-        offset: int,
-        same: tuple[Tensor, Tensor] | None,
-        positive: Tensor,
-        weight: Tensor | None,
-        sink: Callable[[Negatives], None] | None,
-        candidate: bool,
-        reverse: bool,
-    ) -> Contrast:
-        """Contrast anchors with candidates.
+    def describe(
+        self, sides: tuple[Tensor, ...], ignore_index: int, classes: int, dtype: torch.dtype
+    ) -> tuple[Labels, ...]:
+        """As `labels.describe`."""
 
-        same: labels (n,), (m,) to drop equal ones from the negatives; positive: the cosines A_i . K_(i+offset), (n,);
-        weight: (n,), for `candidate`; sink: takes the sums chunk by chunk, every anchor once; candidate, reverse: also
-        compute those fields of the result (reverse only where `can_reverse` says so).
+    def factors(self, anchors: Anchors, rows: slice, log_off: Tensor, scale: Tensor) -> Factors:
+        """The factors of `rows`, given their log_off and scale (rows,); also writes their columns of the values."""
+
+    def totals(
+        self, values: Tensor, terms: tuple[int, ...], scale: tuple[float, ...], weight: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Loss () and terms (3,) from the values (parts, width), of which part i belongs to terms[i].
+
+        The loss is the sum of scale[t] x weight[t] x term t; weight is (3,), statistics dtype, or None.
         """
+
+    def contrast(self, problem: Problem) -> Contrast:
+        """Contrast anchors with candidates."""
 
     def can_reverse(self, dtype: torch.dtype, temperature: float) -> bool:
         """Whether `contrast` can give both directions from one set of exponentials."""
 
-    def finish(
-        self,
-        out: Tensor,
-        unit: Unit,
-        rows: slice,
-        product: Tensor,
-        s: Tensor,
-        u: Tensor,
-        z: Tensor | None,
-        partner: Unit,
-        shift: int,
-        means: Tensor | None,
-        rank: Tensor | None,
-        accumulate: bool,
-    ) -> None:
-        """Write (or add) the gradient of `rows` of the logits into ``out`` (n, d), a view of any strides and dtype.
-
-        g = s product - u P + z (P - M), per row; then through the normalisation. product: (rows, >= d); s, u, z:
-        (rows,); P of row r is row r + shift of partner, zeros where there is none; M of row r is row rank[r] of means.
-        """
+    def finish(self, step: Finish) -> None:
+        """Write (or add) the gradient of some rows of the logits."""
 
 
 class Result(NamedTuple):
@@ -187,38 +231,52 @@ def evaluate(
         )
     dtype = torch.promote_types(student.dtype, teacher.dtype)
     stat = stat_dtype(dtype)
-    run = _Run(kernels, chosen, weight, stat, kernels.operand_dtype(dtype), student.new_zeros(3, dtype=stat))
+    run = _Run(
+        kernels, chosen, None if weight is None else weight.to(stat), stat, kernels.operand_dtype(dtype), student
+    )
     gradients = Gradient(student, student_grad), Gradient(teacher, teacher_grad)
 
     of_student = of_teacher = None
     if target is not None and any(chosen.label_terms):
         sides = (target,) if teacher_target is None else (target, teacher_target)
-        described = labelling.describe(sides, chosen.ignore_index, student.shape[1], stat)
+        described = kernels.describe(sides, chosen.ignore_index, student.shape[1], stat)
         of_student, of_teacher = described[0], described[-1]
     # The column copies are gone before the row copies are made.
     if chosen.active[2]:
         _category(run, student, teacher, of_student, gradients)
     if chosen.active[0] or chosen.active[1]:
         _rows(run, (student, teacher), (of_student, of_teacher), gradients, offset)
-    loss = run.terms.new_zeros(())
-    for i in range(3):
-        if chosen.active[i]:
-            loss = loss + run.weigh(i, run.terms[i])
-    return Result(loss, run.terms, gradients[0].result(), gradients[1].result())
+    loss, terms = kernels.totals(run.values, tuple(run.parts), chosen.scale, run.weight)
+    return Result(loss, terms, gradients[0].result(), gradients[1].result())
 
 
-class _Run(NamedTuple):
-    kernels: Kernels
-    chosen: Options
-    weights: Tensor | None
-    stat: torch.dtype
-    operand: torch.dtype
-    terms: Tensor  # (3,), filled term by term
+class _Run:
+    """One call: what holds for all terms, and what each anchor adds to them."""
 
-    def weigh(self, term: int, value: Tensor) -> Tensor:
-        if self.chosen.scale[term] != 1:
-            value = value * self.chosen.scale[term]
-        return value if self.weights is None else value * self.weights[term].to(self.stat)
+    def __init__(
+        self,
+        kernels: Kernels,
+        chosen: Options,
+        weight: Tensor | None,
+        stat: torch.dtype,
+        operand: torch.dtype,
+        student: Tensor,
+    ):
+        self.kernels, self.chosen, self.weight, self.stat, self.operand = kernels, chosen, weight, stat, operand
+        directions = 2 if chosen.direction == "symmetric" else 1
+        parts = directions * sum(chosen.active[:2]) + chosen.active[2]
+        self.parts: list[int] = []  # the term of each row of `values` that is taken
+        self.values = student.new_zeros(parts, max(student.shape), dtype=stat)
+
+    def share(self, term: int, constant: float, factor: Tensor | None = None, counted: Tensor | None = None) -> Share:
+        weight = None if self.weight is None else self.weight[term]
+        return Share(term, constant, factor, counted, self.chosen.scale[term], weight)
+
+    def take(self, shares: list[Share]) -> Tensor:
+        """Rows of `values` for these shares."""
+        first = len(self.parts)
+        self.parts += [share.term for share in shares]
+        return self.values[first : len(self.parts)]
 
 
 class _Side(NamedTuple):
@@ -229,63 +287,38 @@ class _Side(NamedTuple):
     labels: Labels | None = None
 
 
-class _Share(NamedTuple):
-    """An anchor's part in the mean of a term: ``value`` = 1 / count, for the anchors that count."""
-
-    term: int
-    value: Tensor  # () statistics dtype
-    counted: Tensor | None = None  # (n,) bool; None: all
-
-    def over(self, unit: Unit) -> Tensor:
-        """(n,), dense: kernels read it by pointer"""
-        return self.value.expand(unit.n).contiguous() if self.counted is None else self.counted * self.value
-
-
 class _Anchors:
     """The anchors' part of a contrast: positives, per-anchor weights, and what follows once log_off is known."""
 
     def __init__(
-        self, run: _Run, anchors: _Side, candidates: _Side, offset: int, temperature: float, shares: list[_Share]
+        self, run: _Run, anchors: _Side, candidates: _Side, offset: int, temperature: float, shares: list[Share]
     ):
-        self.run, self.side, self.candidates = run, anchors, candidates
-        self.offset, self.temperature, self.shares = offset, temperature, shares
-        self.means = self.rank = self.z = None
-        by_label = [share for share in shares if share.term == 1]
-        if by_label:
+        self.run, self.side, self.candidates, self.offset, self.shares = run, anchors, candidates, offset, shares
+        self.means = self.rank = None
+        if any(share.term == 1 for share in shares):
             assert anchors.labels is not None and candidates.labels is not None
             counts = candidates.labels.counts
             self.means = run.kernels.class_means(candidates.unit, candidates.labels, counts)  # (ranks, d)
             self.rank = anchors.labels.rank
-            self.z = run.weigh(1, by_label[0].over(anchors.unit)) / temperature  # (n,)
-        self.positive, self.label_positive = run.kernels.positives(
-            anchors.unit, candidates.unit, offset, self.means, self.rank
-        )  # (n,) cosines
-        weights = [run.weigh(share.term, share.over(anchors.unit)) for share in shares]
-        self.weight = weights[0] if len(weights) == 1 else weights[0] + weights[1]  # (n,)
+        positive, by_label = run.kernels.positives(anchors.unit, candidates.unit, offset, self.means, self.rank)
+        self.request = Anchors(positive, by_label, temperature, tuple(shares), run.take(shares))
+        self._last: tuple[slice, Factors] | None = None
 
-    def u(self, rows: slice, log_off: Tensor) -> Tensor:
-        """weight q / temperature, of shape (rows,)."""
-        q = torch.sigmoid(log_off - self.positive[rows] / self.temperature)
-        return self.weight[rows] * q / self.temperature
+    def factors(self, rows: slice, log_off: Tensor, scale: Tensor) -> Factors:
+        if self._last is None or self._last[0] != rows:
+            self._last = rows, self.run.kernels.factors(self.request, rows, log_off, scale)
+        return self._last[1]
 
     def sink(self, negatives: Negatives) -> None:
         """Finish the gradient by the anchors of a chunk."""
         rows = negatives.rows
-        u = self.u(rows, negatives.log_off)
-        z = None if self.z is None else self.z[rows]
+        u, s, z = self.factors(rows, negatives.log_off, negatives.scale)
         gradient = self.side.gradient
-        self.run.kernels.finish(
-            gradient.view, self.side.unit, rows, negatives.product, u * negatives.scale, u, z,
+        step = Finish(
+            gradient.view, self.side.unit, rows, negatives.product, s, u, z,
             self.candidates.unit, self.offset, self.means, self.rank, gradient.started,
         )  # fmt: skip
-
-    def add_terms(self, log_off: Tensor) -> None:
-        loss = torch.logaddexp(log_off - self.positive / self.temperature, log_off.new_zeros(()))  # (n,)
-        for share in self.shares:
-            value = loss
-            if share.term == 1:
-                value = loss + (self.positive - self.label_positive) / self.temperature
-            self.run.terms[share.term] += (value * share.over(self.side.unit)).sum()
+        self.run.kernels.finish(step)
 
 
 def _contrast(
@@ -294,9 +327,9 @@ def _contrast(
     candidates: _Side,
     offset: int,
     temperature: float,
-    shares: list[_Share],
+    shares: list[Share],
     masked: bool = False,
-    reverse: list[_Share] | None = None,
+    reverse: list[Share] | None = None,
 ) -> None:
     """One direction of the terms of ``shares``, or both with the candidates' own ``reverse`` shares (offset 0)."""
     forward = _Anchors(run, anchors, candidates, offset, temperature, shares)
@@ -305,57 +338,63 @@ def _contrast(
     if masked:
         assert anchors.labels is not None and candidates.labels is not None
         same = anchors.labels.same, candidates.labels.same
-    sums = run.kernels.contrast(
+    problem = Problem(
         anchors.unit,
         candidates.unit,
-        temperature=temperature,
-        offset=offset,
-        same=same,
-        positive=forward.positive,
-        weight=forward.weight,
+        temperature,
+        offset,
+        same,
+        forward.factors,
         sink=forward.sink if anchors.gradient.wanted else None,
         candidate=candidates.gradient.wanted,
         reverse=backward is not None,
     )
-    forward.add_terms(sums.log_off)
-    if anchors.gradient.wanted:
+    sums = run.kernels.contrast(problem)
+    if problem.sink is not None:
         anchors.gradient.started = True
+    everything = slice(0, anchors.unit.n)
+    if problem.sink is None or problem.candidate:  # the sink has written the values, but kept the factors of a chunk
+        factors = forward.factors(everything, sums.log_off, sums.scale)
     if backward is not None:
         assert sums.reverse is not None
-        backward.add_terms(sums.reverse.log_off)
+        back = backward.factors(slice(0, candidates.unit.n), sums.reverse.log_off, sums.reverse.scale)
     if sums.candidate is not None:
-        _finish_candidates(forward, backward, sums)
+        _finish_candidates(forward, factors, sums, None if backward is None else back)
 
 
-def _finish_candidates(forward: _Anchors, backward: _Anchors | None, sums: Contrast) -> None:
+def _finish_candidates(forward: _Anchors, factors: Factors, sums: Contrast, back: Factors | None) -> None:
     """Finish the gradient by the candidates and, with it, that of the reverse direction, whose anchors they are."""
-    run, anchors, candidates, temperature = forward.run, forward.side, forward.candidates, forward.temperature
-    everything = slice(0, candidates.unit.n)
-    product = sums.candidate
+    run, anchors, candidates = forward.run, forward.side, forward.candidates
+    temperature, offset = forward.request.temperature, forward.offset
+    product, u = sums.candidate, factors.u
     assert product is not None
-    u = forward.positive.new_zeros(candidates.unit.n)
-    u[forward.offset : forward.offset + anchors.unit.n] = forward.u(slice(0, anchors.unit.n), sums.log_off)
+    if anchors.unit.n != candidates.unit.n:
+        u = u.new_zeros(candidates.unit.n)
+        u[offset : offset + anchors.unit.n] = factors.u
     s = torch.full_like(u, 1 / temperature)
     means = rank = z = None
-    if forward.z is not None:
+    if forward.means is not None:
         assert anchors.labels is not None and candidates.labels is not None
+        # Candidates weigh as anchors of their class do, whichever row of it they are.
         share = next(share for share in forward.shares if share.term == 1)
-        z = run.weigh(1, candidates.labels.valid * share.value) / temperature
+        assert share.factor is not None
+        z = candidates.labels.valid * (share.factor * (share.scale * share.constant / temperature))
+        z = z if share.weight is None else z * share.weight
         means = run.kernels.class_means(anchors.unit, anchors.labels, candidates.labels.counts)
         rank = candidates.labels.rank
-    if backward is not None:
+    if back is not None:
         assert sums.reverse is not None
-        u_reverse = backward.u(everything, sums.reverse.log_off)
         product = product.mul_(1 / temperature)
-        product.addcmul_(sums.reverse.product, (u_reverse * sums.reverse.scale)[:, None])
-        s, u = torch.ones_like(u), u + u_reverse
+        product.addcmul_(sums.reverse.product, back.s[:, None])
+        s, u = torch.ones_like(u), u + back.u
         # Both directions pull towards the same partner and the same class means: those of the anchors' side.
-        z = None if z is None or backward.z is None else z + backward.z
+        z = None if z is None or back.z is None else z + back.z
     gradient = candidates.gradient
-    run.kernels.finish(
-        gradient.view, candidates.unit, everything, product, s, u, z,
-        anchors.unit, -forward.offset, means, rank, gradient.started,
+    step = Finish(
+        gradient.view, candidates.unit, slice(0, candidates.unit.n), product, s, u, z,
+        anchors.unit, -offset, means, rank, gradient.started,
     )  # fmt: skip
+    run.kernels.finish(step)
     gradient.started = True
 
 
@@ -368,9 +407,9 @@ def _category(
         sides.append(_Side(run.kernels.normalise(logits.T, run.operand, run.chosen.eps), gradient))
     if run.chosen.present_only:
         assert labels is not None
-        share = _Share(2, labels.poison / labels.present.sum().clamp(min=1), labels.present)
+        share = run.share(2, 1.0, labels.poison / labels.present.sum().clamp(min=1), labels.present)
     else:
-        share = _Share(2, run.terms.new_full((), 1 / student.shape[1]))
+        share = run.share(2, 1 / student.shape[1])
     _contrast(run, sides[0], sides[1], 0, run.chosen.temperature[2], [share])
 
 
@@ -402,17 +441,16 @@ def _rows(
             _contrast(run, anchors, candidates, step, temperature, _shares(run, anchors, group, len(pairs)), mask)
 
 
-def _shares(run: _Run, side: _Side, group: tuple[int, ...], directions: int) -> list[_Share]:
+def _shares(run: _Run, side: _Side, group: tuple[int, ...], directions: int) -> list[Share]:
     shares = []
     for term in group:
         if term == 1:
             assert side.labels is not None
-            value = side.labels.poison / (side.labels.valid.sum().clamp(min=1) * directions)
-            shares.append(_Share(1, value, side.labels.valid))
+            shares.append(run.share(1, 1 / directions, side.labels.share, side.labels.valid))
         else:
-            value = run.terms.new_full((), 1 / (side.unit.n * directions))
+            poison = None
             if run.chosen.mask_same_class:
                 assert side.labels is not None
-                value = value * side.labels.poison
-            shares.append(_Share(0, value))
+                poison = side.labels.poison
+            shares.append(run.share(0, 1 / (side.unit.n * directions), poison))
     return shares

@@ -43,7 +43,6 @@ SYNCHRONISATION = {
     "lanes_missing_from_a_shuffle": "deadlock",
     "lanes_in_different_operations": "different operations",
     "copies_in_flight_at_the_end": "ended with asynchronous copies in flight",
-    "store_read_by_wgmma": "without a proxy fence",
     "wgmma_in_flight_at_the_end": "ended with wgmma in flight",
     "mbarrier_never_completed": "deadlock",
     "more_arrivals_than_expected": "more arrivals",

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import mcld_kernels
-from mcld_kernels import backends, blocked, cuda, latency
+from mcld_kernels import backends, blocked, cuda
+from mcld_kernels.cuda import configs
 
 pytestmark = pytest.mark.gpu
 
@@ -39,9 +40,9 @@ def available():
 @pytest.fixture(params=["low latency", "flash", "two products"])
 def path(request, monkeypatch):
     if request.param != "low latency":
-        monkeypatch.setattr(latency, "LARGEST", 0)
+        monkeypatch.setattr(configs, "LATENCY_LARGEST", 0)
     if request.param == "two products":
-        monkeypatch.setattr(cuda, "FLASH_BYTES", 0)
+        monkeypatch.setattr(configs, "FLASH_BYTES", 0)
     return request.param
 
 

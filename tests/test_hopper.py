@@ -15,7 +15,8 @@ import csrc_host
 import pytest
 import torch
 
-from mcld_kernels import compiled, cuda, hopper
+from mcld_kernels import compiled, cuda
+from mcld_kernels.cuda import hopper
 
 TEMPERATURE = 0.2
 PRECISION = {torch.bfloat16: 0, torch.float16: 1}
@@ -83,8 +84,8 @@ def check_similarity(module, shape, dtype, device="cpu", stream=0):
     sums = torch.full((padded(columns, 256) // 256, rows), torch.nan, device=device)
     module.hopper_similarity(
         a=a.data_ptr(), k=k.data_ptr(), e=e.data_ptr(), row_sums=sums.data_ptr(), row_maxima=0, column_sums=0,
-        same_a=0, same_k=0, rows=n, m=m, pitch=a.shape[1], pitch_e=columns, padded_rows=rows, diagonal=offset,
-        scale=scale, shift=shift, precision=PRECISION[dtype], device=0, stream=stream,
+        same_a=0, same_k=0, parts=0, splits=1, rows=n, m=m, pitch=a.shape[1], pitch_e=columns, padded_rows=rows,
+        diagonal=offset, scale=scale, shift=shift, precision=PRECISION[dtype], device=0, stream=stream,
     )  # fmt: skip
     want = torch.zeros(rows, columns, dtype=torch.double, device=device)
     want[:n, :m] = exponentials(a, k, n, m, offset, scale, shift)
@@ -141,8 +142,8 @@ def test_sums_alone(emulated):
     sums = torch.full((2, 256), torch.nan)
     emulated.hopper_similarity(
         a=a.data_ptr(), k=k.data_ptr(), e=0, row_sums=sums.data_ptr(), row_maxima=0, column_sums=0, same_a=0, same_k=0,
-        rows=130, m=300, pitch=64, pitch_e=384, padded_rows=256, diagonal=0, scale=scale, shift=shift, precision=0,
-        device=0, stream=0,
+        rows=130, m=300, pitch=64, pitch_e=384, padded_rows=256, parts=0, splits=1, diagonal=0, scale=scale,
+        shift=shift, precision=0, device=0, stream=0,
     )  # fmt: skip
     total = exponentials(a, k, 130, 300, 0, scale, shift).sum(1)
     assert ((sums.double().sum(0)[:130] - total).abs() <= total * FP32).all()
@@ -150,9 +151,12 @@ def test_sums_alone(emulated):
 
 @pytest.mark.parametrize("dtype", PRECISION, ids=str)
 @pytest.mark.parametrize(("kernel", "classes"), [("hopper_flash", 100), ("hopper_similarity", 300)])
-def test_the_backend_takes_them_and_stays_right(emulated, monkeypatch, poison, kernel, classes, dtype):
+@pytest.mark.parametrize("asked", ["1", "0", None], ids=["asked for", "refused", "unmeasured"])
+def test_the_backend_takes_them_and_stays_right(emulated, monkeypatch, poison, asked, kernel, classes, dtype):
     """The whole loss and gradient, with the kernels taken at the small shapes that an emulation can do."""
-    monkeypatch.setenv("MCLD_HOPPER", "1")
+    monkeypatch.delenv("MCLD_HOPPER", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("MCLD_HOPPER", asked)
     monkeypatch.setattr(hopper, "LEAST_TILES", {"similarity": 1, "flash": 1})
     called = set()
 
@@ -162,9 +166,9 @@ def test_the_backend_takes_them_and_stays_right(emulated, monkeypatch, poison, k
             return getattr(emulated, name)
 
     monkeypatch.setattr(cuda, "emulated", Spy())
-    monkeypatch.setattr("mcld_kernels.latency.LARGEST", 0)
+    monkeypatch.setattr("mcld_kernels.cuda.configs.LATENCY_LARGEST", 0)
     cases.check("cuda", "cpu", "random", 150, classes, dtype, draws=1, temperature=0.2)
-    assert kernel in called
+    assert (kernel in called) == (asked == "1")
 
 
 @pytest.mark.gpu
@@ -184,12 +188,9 @@ def test_on_hopper(dtype):
     torch.cuda.synchronize()
 
 
-def test_taken_only_on_request_and_where_they_can_run(monkeypatch):
+def test_taken_only_where_they_can_run(monkeypatch):
     module, without = SimpleNamespace(hopper_similarity=None), SimpleNamespace()
     cpu, bf16 = torch.device("cpu"), torch.bfloat16
-    monkeypatch.delenv("MCLD_HOPPER", raising=False)
-    assert "MCLD_HOPPER" in hopper.refused(module, cpu, bf16)
-    monkeypatch.setenv("MCLD_HOPPER", "1")
     assert hopper.refused(module, cpu, bf16) is None
     assert "90a" in hopper.refused(without, cpu, bf16)
     assert "16-bit" in hopper.refused(module, cpu, torch.float32)

@@ -25,6 +25,8 @@ template <Precision kPrecision, int kPanels> struct FlashBlock {
   // The registers of a row: 64 kPanels sums, kColumns similarities and half as many exponentials, under 240.
   static constexpr int kColumns = kPanels <= 2 ? 128 : 64;
   static constexpr int kConsumers = 2, kThreads = 128 * (1 + kConsumers);
+  static constexpr int kLoaderRegisters = 24, kConsumerRegisters = 240;
+  static_assert(registers_fit(kLoaderRegisters, kConsumerRegisters, kConsumers));
   static constexpr int kStages = 4;
   static constexpr int kAPanelBytes = kRows * kPanelRowBytes, kKPanelBytes = kColumns * kPanelRowBytes;
   static constexpr int kABytes = kPanels * kAPanelBytes, kStageBytes = kPanels * kKPanelBytes;
@@ -61,10 +63,10 @@ template <Precision kPrecision, int kPanels> struct FlashBlock {
     const int64_t end = split_begin(block_index_y() + 1, p.p.splits, p.tiles);
     const int warpgroup = thread_index() / 128;
     if (warpgroup == 0) {
-      fewer_registers<24>();
+      fewer_registers<kLoaderRegisters>();
       if (thread_index() == 0) load(p, ring, begin, end);
     } else {
-      more_registers<240>();
+      more_registers<kConsumerRegisters>();
       consume(p.p, ring, warpgroup - 1, begin, end);
     }
   }
@@ -176,6 +178,7 @@ template <Precision kPrecision, int kPanels> struct FlashBlock {
   MCLD_DEVICE static void pack_all(const float (&values)[kValues], uint32_t (&packed)[kValues / 2]) {
 #pragma unroll
     for (int i = 0; i < kValues / 2; ++i) packed[i] = pack<Operand<kPrecision>>(values[2 * i], values[2 * i + 1]);
+    pin(packed);
   }
 
   MCLD_DEVICE static void write(const Flash& p, const int64_t (&row)[2], const float (&sums)[kPanels][32], float (&total)[2]) {

@@ -20,24 +20,30 @@ constexpr int kPanelRowBytes = 128;
 constexpr int kPeriodBytes = 1024;
 constexpr int kDepth = 16;  // elements of the contraction in one wgmma
 
-// wgmma's description of a shared operand: address, byte strides between groups of 8, swizzle of 128 bytes.
-MCLD_EVERYWHERE uint64_t descriptor(uint32_t address) {
-  // The stride between groups of 8 panel rows. The other stride, between panels, is not used: no operand is wider than one.
-  constexpr uint64_t kStride = uint64_t(kPeriodBytes >> 4) << 32;
-  constexpr uint64_t kLeading = uint64_t(1) << 16;
+// wgmma's description of a shared operand: address, byte strides between groups of 8, swizzle of 128 bytes. The leading
+// stride, between panels, is not used: no operand is wider than one. It is as CuTe's make_gmma_desc sets it.
+MCLD_EVERYWHERE uint64_t descriptor(uint32_t address, int leading) {
+  constexpr uint64_t kStride = uint64_t(kPeriodBytes >> 4) << 32;  // between groups of 8 panel rows
   constexpr uint64_t kSwizzle128 = uint64_t(1) << 62;
-  return kSwizzle128 | kStride | kLeading | ((address & 0x3ffff) >> 4);
+  return kSwizzle128 | kStride | uint64_t(leading) << 16 | ((address & 0x3ffff) >> 4);
 }
 
 // Contraction along the panel's rows: step k of 16 elements begins 32 k bytes into the first row. The hardware swizzles the
 // sum of address and offset, so stepping inside the swizzled row is right.
-MCLD_EVERYWHERE uint64_t along_rows(uint32_t panel, int step) { return descriptor(panel + step * kDepth * 2); }
+MCLD_EVERYWHERE uint64_t along_rows(uint32_t panel, int step) { return descriptor(panel + step * kDepth * 2, 1); }
 // Contraction across the panel's rows: step k begins at row 16 k.
-MCLD_EVERYWHERE uint64_t across_rows(uint32_t panel, int step) { return descriptor(panel + step * kDepth * kPanelRowBytes); }
+MCLD_EVERYWHERE uint64_t across_rows(uint32_t panel, int step) { return descriptor(panel + step * kDepth * kPanelRowBytes, 0); }
 
 // Row of accumulator half h (0, 1) of a thread of the warpgroup, and column of its pair j.
 MCLD_EVERYWHERE int fragment_row(int thread, int h) { return thread / 32 * 16 + thread % 32 / 4 + 8 * h; }
 MCLD_EVERYWHERE int fragment_column(int thread, int j) { return 8 * j + 2 * (thread % 4); }
+
+// Whether the registers fit: at entry all threads of a block have the same share of 65536, in eights, and what the consumers
+// take over is what the loading warpgroup gives back. With more, setmaxnreg.inc would wait for ever.
+constexpr bool registers_fit(int loader, int consumer, int consumers) {
+  const int warpgroups = 1 + consumers, entry = 65536 / (128 * warpgroups) / 8 * 8;
+  return loader <= entry && entry <= consumer && loader + consumers * consumer <= warpgroups * entry;
+}
 
 // The order of tiles: bands of kBand tile rows; in a band down the rows first, so that blocks that run together share their
 // candidates while the band's anchors stay in L2.

@@ -1,5 +1,5 @@
 // Hopper's own instructions, one function each: mbarriers, TMA loads, wgmma, the register budget of a warpgroup. The kernels
-// beside this file use these and portable/platform.cuh, nothing else; tests/csrc_hopper/emulation_sm90.h defines the same
+// beside this file use these and portable/platform.cuh, nothing else; tests/csrc_host/emulation_sm90.h defines the same
 // names on a CPU.
 //
 // Shared-memory addresses are 32-bit offsets in the shared window, as the instructions take them.
@@ -77,10 +77,15 @@ template <int kRegisters> MCLD_DEVICE void more_registers() { asm volatile("setm
 MCLD_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 MCLD_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int kPending> MCLD_DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory"); }
-// The compiler sees no link between wgmma_wait and the registers it waits for; this keeps their uses on the right side.
+// The compiler sees no link between wgmma_fence or wgmma_wait and the registers they are for; this keeps their uses on the
+// right side.
 template <int kCount> MCLD_DEVICE void pin(float (&x)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(x[i])::"memory");
+}
+template <int kCount> MCLD_DEVICE void pin(uint32_t (&x)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(x[i])::"memory");
 }
 
 #define MCLD_F8(d, i) \

@@ -3,7 +3,7 @@
 //
 // A persistent block of three warpgroups: one loads (TMA, a ring of stages, running ahead across tiles), two multiply
 // (wgmma, 64 rows by 256 columns each) and take the exponentials from their accumulators. Meaning and layout of the
-// arguments are those of the portable kernel, portable/launchers.h, less what `similarity_supports` refuses.
+// arguments are those of the portable kernel, portable/launchers.h, less what `similarity_refuses` names.
 #pragma once
 
 #include "layout.cuh"
@@ -23,6 +23,8 @@ template <Precision kPrecision> struct SimilarityBlock {
   using T = Operand<kPrecision>;
   static constexpr int kRows = 128, kColumns = 256;
   static constexpr int kConsumers = 2, kThreads = 128 * (1 + kConsumers);
+  static constexpr int kLoaderRegisters = 40, kConsumerRegisters = 232;
+  static_assert(registers_fit(kLoaderRegisters, kConsumerRegisters, kConsumers));
   static constexpr int kStages = 4;
   static constexpr int kABytes = kRows * kPanelRowBytes, kKBytes = kColumns * kPanelRowBytes;
   static constexpr int kStageBytes = kABytes + kKBytes;
@@ -54,10 +56,10 @@ template <Precision kPrecision> struct SimilarityBlock {
     sync_block();
     const int warpgroup = thread_index() / 128;
     if (warpgroup == 0) {
-      fewer_registers<40>();
+      fewer_registers<kLoaderRegisters>();
       if (thread_index() == 0) load(p, ring);
     } else {
-      more_registers<232>();
+      more_registers<kConsumerRegisters>();
       consume(p, ring, warpgroup - 1);
     }
   }
@@ -92,6 +94,7 @@ template <Precision kPrecision> struct SimilarityBlock {
     int previous = 0;
     for (int slice = 0; slice < slices; ++slice, ring.advance()) {
       barrier_wait(ring.full(ring.stage), ring.phase);
+      pin(sums);
       wgmma_fence();
       const uint32_t a = ring.a() + consumer * 64 * kPanelRowBytes;
 #pragma unroll
@@ -100,6 +103,7 @@ template <Precision kPrecision> struct SimilarityBlock {
       }
       wgmma_commit();
       wgmma_wait<1>();
+      pin(sums);
       if (slice > 0 && signals) barrier_arrive(ring.empty(previous));
       previous = ring.stage;
     }

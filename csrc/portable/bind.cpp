@@ -8,6 +8,7 @@
 #include <string>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "checks.h"
 #include "launchers.h"
@@ -57,9 +58,44 @@ class Fields {
 
 #define MCLD_FIELD(name) fields(#name, p.name)
 
+// A list of structures, each a dict: at least one.
+template <class T, size_t kMost> void read_list(Fields& fields, const char* name, T (&found)[kMost], int& count) {
+  const py::list list = fields.object(name);
+  count = int(list.size());
+  if (count < 1 || count > int(kMost)) throw py::value_error(std::string(name) + ": 1 to " + std::to_string(kMost) + " of them");
+  for (int i = 0; i < count; ++i) {
+    const py::dict one = list[i];
+    Fields own(one);
+    read(own, found[i]);
+    own.done();
+  }
+}
+
 void read(Fields& fields, Normalise& p) {
   MCLD_FIELD(x), MCLD_FIELD(row_stride), MCLD_FIELD(column_stride), MCLD_FIELD(out), MCLD_FIELD(inverse), MCLD_FIELD(work);
   MCLD_FIELD(n), MCLD_FIELD(d), MCLD_FIELD(padded_rows), MCLD_FIELD(pitch), MCLD_FIELD(splits), MCLD_FIELD(eps);
+}
+void read(Fields& fields, Describe& p) {
+  MCLD_FIELD(target), MCLD_FIELD(n), MCLD_FIELD(classes), MCLD_FIELD(ignore_index), MCLD_FIELD(same), MCLD_FIELD(rank);
+  MCLD_FIELD(valid), MCLD_FIELD(poison), MCLD_FIELD(share);
+}
+void read(Fields& fields, Order& p) {
+  MCLD_FIELD(rank), MCLD_FIELD(n), MCLD_FIELD(ranks), MCLD_FIELD(counts), MCLD_FIELD(starts), MCLD_FIELD(order);
+}
+void read(Fields& fields, FactorShare& p) {
+  MCLD_FIELD(factor), MCLD_FIELD(counted), MCLD_FIELD(weight), MCLD_FIELD(constant), MCLD_FIELD(scale), MCLD_FIELD(by_label);
+}
+void read(Fields& fields, Factors& p) {
+  MCLD_FIELD(log_off), MCLD_FIELD(scale), MCLD_FIELD(positive), MCLD_FIELD(by_label), MCLD_FIELD(u), MCLD_FIELD(s);
+  MCLD_FIELD(z), MCLD_FIELD(values), MCLD_FIELD(rows), MCLD_FIELD(pitch), MCLD_FIELD(inverse_temperature);
+  read_list(fields, "shares", p.shares, p.count);
+}
+void read(Fields& fields, Totals& p) {
+  MCLD_FIELD(values), MCLD_FIELD(width), MCLD_FIELD(scale), MCLD_FIELD(weight), MCLD_FIELD(loss), MCLD_FIELD(terms);
+  const auto parts = fields.object("part").cast<std::vector<int>>();
+  if (parts.size() > std::size(p.part)) throw py::value_error("totals takes at most 5 parts");
+  std::copy(parts.begin(), parts.end(), p.part);
+  p.count = int(parts.size());
 }
 void read(Fields& fields, ClassMeans& p) {
   MCLD_FIELD(unit), MCLD_FIELD(order), MCLD_FIELD(starts), MCLD_FIELD(counts), MCLD_FIELD(out), MCLD_FIELD(ranks);
@@ -72,7 +108,7 @@ void read(Fields& fields, Positives& p) {
 void read(Fields& fields, Similarity& p) {
   MCLD_FIELD(a), MCLD_FIELD(k), MCLD_FIELD(e), MCLD_FIELD(row_sums), MCLD_FIELD(row_maxima), MCLD_FIELD(column_sums);
   MCLD_FIELD(same_a), MCLD_FIELD(same_k), MCLD_FIELD(rows), MCLD_FIELD(m), MCLD_FIELD(pitch), MCLD_FIELD(pitch_e);
-  MCLD_FIELD(padded_rows), MCLD_FIELD(diagonal), MCLD_FIELD(scale), MCLD_FIELD(shift);
+  MCLD_FIELD(padded_rows), MCLD_FIELD(parts), MCLD_FIELD(splits), MCLD_FIELD(diagonal), MCLD_FIELD(scale), MCLD_FIELD(shift);
 }
 void read(Fields& fields, Statistics& p) {
   MCLD_FIELD(sums), MCLD_FIELD(maxima), MCLD_FIELD(row_maxima), MCLD_FIELD(total), MCLD_FIELD(log_off), MCLD_FIELD(scale);
@@ -108,7 +144,7 @@ void read(Fields& fields, Finish& p) {
 }
 void read(Fields& fields, SmallProblem& p) {
   MCLD_FIELD(a), MCLD_FIELD(k), MCLD_FIELD(inverse_a), MCLD_FIELD(inverse_k), MCLD_FIELD(e), MCLD_FIELD(row_sums);
-  MCLD_FIELD(product), MCLD_FIELD(s), MCLD_FIELD(u), MCLD_FIELD(z), MCLD_FIELD(dots), MCLD_FIELD(values), MCLD_FIELD(n);
+  MCLD_FIELD(column_sums), MCLD_FIELD(weighted), MCLD_FIELD(back), MCLD_FIELD(by_student), MCLD_FIELD(product), MCLD_FIELD(s), MCLD_FIELD(u), MCLD_FIELD(z), MCLD_FIELD(dots), MCLD_FIELD(values), MCLD_FIELD(n);
   MCLD_FIELD(d), MCLD_FIELD(pitch), MCLD_FIELD(inverse_temperature), MCLD_FIELD(terms), MCLD_FIELD(masked);
   MCLD_FIELD(columns);
 }
@@ -117,15 +153,7 @@ void read(Fields& fields, Small& p) {
   MCLD_FIELD(ignore_index), MCLD_FIELD(weights), MCLD_FIELD(scale), MCLD_FIELD(batch), MCLD_FIELD(classes), MCLD_FIELD(eps);
   MCLD_FIELD(present_only), MCLD_FIELD(any_mask), MCLD_FIELD(same), MCLD_FIELD(facts), MCLD_FIELD(counts);
   MCLD_FIELD(means), MCLD_FIELD(loss), MCLD_FIELD(terms), MCLD_FIELD(gradient);
-  const py::list problems = fields.object("problems");
-  p.count = int(problems.size());
-  if (p.count < 1 || p.count > 3) throw py::value_error("small takes 1 to 3 problems");
-  for (int i = 0; i < p.count; ++i) {
-    const py::dict problem = problems[i];
-    Fields own(problem);
-    read(own, p.problems[i]);
-    own.done();
-  }
+  read_list(fields, "problems", p.problems, p.count);
 }
 
 #undef MCLD_FIELD
@@ -162,6 +190,10 @@ void bind(py::module_& module, const char* name, Launcher<Parameters, Choices...
 void bind_portable(py::module_& module) {
   bind<Normalise, Type, Precision>(module, "normalise_rows", normalise_rows, {"type", "precision"});
   bind<Normalise, Type, Precision>(module, "normalise_columns", normalise_columns, {"type", "precision"});
+  bind<Describe>(module, "describe", describe, {});
+  bind<Order>(module, "order", order, {});
+  bind<Factors>(module, "factors", factors, {});
+  bind<Totals>(module, "totals", totals, {});
   bind<ClassMeans, Precision>(module, "class_means", class_means, {"precision"});
   bind<Positives, Precision>(module, "positives", positives, {"precision"});
   bind<Similarity, Precision, int>(module, "similarity", similarity, {"precision", "tile"});

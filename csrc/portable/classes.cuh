@@ -2,7 +2,8 @@
 // mean. The B x B mask of equal labels is never formed.
 #pragma once
 
-#include "numerics.cuh"
+#include "sums.cuh"
+#include "vectors.cuh"
 
 namespace mcld {
 
@@ -21,12 +22,13 @@ template <class T> MCLD_KERNEL(kClassThreads) class_means_kernel(MCLD_PARAMETERS
 #pragma unroll 4
     for (int64_t k = first + warp; k < last; k += kClassWarps) {
       float x[4];
-      load4(x, static_cast<const T*>(p.unit) + p.order[k] * p.pitch + column);
+      load(x, static_cast<const T*>(p.unit) + p.order[k] * p.pitch + column);
 #pragma unroll
       for (int i = 0; i < 4; ++i) sum[i] += x[i];
     }
   }
-  store4(sums + warp * kClassColumns + lane * 4, sum);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) sums[warp * kClassColumns + lane * 4 + i] = sum[i];
   sync_block();
   if (warp != 0 || column >= p.pitch) return;
   for (int other = 1; other < kClassWarps; ++other) {
@@ -36,11 +38,12 @@ template <class T> MCLD_KERNEL(kClassThreads) class_means_kernel(MCLD_PARAMETERS
   const float count = p.counts[rank] > 0 ? float(p.counts[rank]) : 1.0f;
 #pragma unroll
   for (int i = 0; i < 4; ++i) sum[i] /= count;
-  store4(p.out + rank * p.pitch + column, sum);
+  store(p.out + rank * p.pitch + column, sum);
 }
 
 // One warp an anchor.
 template <class T> MCLD_KERNEL(kClassThreads) positives_kernel(MCLD_PARAMETERS(Positives) p) {
+  constexpr int kWidth = kWidest<T>;
   const int lane = thread_index() % kWarp;
   const int64_t row = int64_t(block_index()) * kClassWarps + thread_index() / kWarp;
   if (row >= p.n) return;
@@ -51,16 +54,16 @@ template <class T> MCLD_KERNEL(kClassThreads) positives_kernel(MCLD_PARAMETERS(P
   const float* mean = p.means ? p.means + p.rank[row] * p.pitch : nullptr;
   float positive = 0, by_label = 0;
 #pragma unroll 2
-  for (int64_t column = lane * 4; column < p.pitch; column += kWarp * 4) {
-    float x[4], y[4];
-    load4(x, a + column);
-    load4(y, k + column);
+  for (int64_t column = lane * kWidth; column < p.pitch; column += kWarp * kWidth) {
+    float x[kWidth], y[kWidth];
+    load(x, a + column);
+    load(y, k + column);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) positive += x[i] * y[i];
+    for (int i = 0; i < kWidth; ++i) positive += x[i] * y[i];
     if (mean) {
-      load4(y, mean + column);
+      load(y, mean + column);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) by_label += x[i] * y[i];
+      for (int i = 0; i < kWidth; ++i) by_label += x[i] * y[i];
     }
   }
   positive = warp_sum(positive);

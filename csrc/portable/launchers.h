@@ -11,7 +11,7 @@
 
 namespace mcld {
 
-// Types of logits and gradients.
+// Types of logits and gradients. A gradient is held in fp32 or bf16; operands of fp16 are made of fp16 logits alone.
 enum class Type : int { fp32 = 0, fp16 = 1, bf16 = 2 };
 
 // How a product takes its operands. tf32x3: fp32 accuracy from three tf32 products. Both tf32 kinds hold operands in fp32.
@@ -29,6 +29,23 @@ struct Normalise {
 };
 void normalise_rows(const Normalise&, Type, Precision, cudaStream_t);
 void normalise_columns(const Normalise&, Type, Precision, cudaStream_t);
+
+struct Describe {
+  const int64_t* target;  // (n,) labels
+  int64_t n, classes, ignore_index;
+  int64_t* same;          // (n,) the label, or a negative number of its own where it is ignored
+  int64_t* rank;          // (n,) the label, or `classes` where it is ignored
+  bool* valid;            // (n,) not ignored
+  float *poison, *share;  // () 1, or NaN if a label is out of range; that over the number of valid rows
+};
+void describe(const Describe&, cudaStream_t);
+
+struct Order {
+  const int64_t* rank;                // (n,) in [0, ranks)
+  int64_t n, ranks;
+  int64_t *counts, *starts, *order;   // (ranks,), (ranks + 1,), (n,): rows by rank, ties by row
+};
+void order(const Order&, cudaStream_t);
 
 struct ClassMeans {
   const void* unit;       // operand
@@ -56,6 +73,8 @@ struct Similarity {
   float* row_sums;         // (tiles of columns, padded rows)
   float* row_maxima;       // the same shape, or null: then `shift` holds for all, else it is the tile row's own, an integer
   float* column_sums;      // (tiles of rows, pitch_e) or null
+  float* parts;            // (splits, padded rows, pitch_e) workspace where splits > 1
+  int splits;              // parts of the contraction, computed side by side and added in order
   const int64_t *same_a, *same_k;  // (rows,), (m,) or null: equal ones are dropped
   int64_t rows, m, pitch, pitch_e, padded_rows;
   int64_t diagonal;        // the positive of the chunk's row i is candidate i + diagonal, and is dropped
@@ -127,6 +146,36 @@ struct Combine {
 };
 void combine(const Combine&, cudaStream_t);
 
+struct FactorShare {        // an anchor's part in the mean of a term
+  const float* factor;      // () or null
+  const bool* counted;      // (rows,) or null: all
+  const float* weight;      // () or null
+  float constant, scale;    // the part is constant x factor where counted, the weight in the loss scale x weight
+  bool by_label;            // the sample-wise term
+};
+
+struct Factors {
+  const float *log_off, *scale, *positive, *by_label;  // (rows,)
+  float *u, *s, *z;                                    // (rows,); z where a share is by label
+  float* values;                                       // (count, pitch)
+  int64_t rows, pitch;
+  float inverse_temperature;
+  FactorShare shares[2];
+  int count;
+};
+void factors(const Factors&, cudaStream_t);
+
+struct Totals {
+  const float* values;         // (count, width)
+  int64_t width;
+  int part[5];                 // the term of each row
+  int count;
+  float scale[3];
+  const float* weight;         // (3,) or null
+  float *loss, *terms;         // (), (3,)
+};
+void totals(const Totals&, cudaStream_t);
+
 struct Finish {
   void* out;  // (rows, d) gradient of any strides
   int64_t row_stride, column_stride;
@@ -141,8 +190,9 @@ struct Finish {
 };
 void finish(const Finish&, Type, Precision, cudaStream_t);
 
-// The low-latency path: at most kSmall rows and columns, student anchors, one shift for all, both logits of one type. All
-// terms at once, in five launches: small_normalise, small_similarity, small_product, small_factors, small_write.
+// The low-latency path: at most kSmall rows and columns, one shift for all, both logits of one type. All terms at once. With
+// student anchors in five launches: small_normalise, small_similarity, small_product, small_factors, small_write. With teacher
+// anchors, whose factors the product needs (not in fp16), in six: small_factors comes before it, small_dots after it.
 constexpr int kSmall = 1024;
 
 struct SmallProblem {  // one similarity matrix: the rows', or the columns'
@@ -150,13 +200,17 @@ struct SmallProblem {  // one similarity matrix: the rows', or the columns'
   float *inverse_a, *inverse_k;
   void* e;                     // (padded, padded) or null: no gradient is wanted
   float* row_sums;             // (padded / 64, padded)
-  float* product;              // (padded, pitch)
+  float* column_sums;          // the same by column, for teacher anchors, or null
+  float* product;              // (padded, pitch) E K, for student anchors, or null
+  void* weighted;              // operand rows: K by the teacher anchors' factors, or null;
+  float* back;                 // (padded, pitch) E times these
   float *s, *u, *z, *dots;     // (n,)
   float* values;               // (3, n) each row's share of each term
   int64_t n, d, pitch;
   float inverse_temperature;
   bool terms[3];               // which of instance, sample, category are of this matrix
   bool masked, columns;        // candidates of the anchor's class dropped; rows are the logits' columns
+  bool by_student;             // whether the student's rows are anchors; both sides' may be
 };
 
 struct Small {

@@ -1,28 +1,39 @@
 #include "normalise.cuh"
 
 namespace mcld {
+namespace {
+
+template <class In, class Out, int kWidth> void launch_rows(const Normalise& p, cudaStream_t stream) {
+  const dim3 grid(unsigned(tiles_of(p.padded_rows, kNormaliseWarps)));
+  launch(normalise_rows_kernel<In, Out, kWidth>, "launch of normalise_rows", grid, kNormaliseThreads, 0, stream, p);
+}
+
+template <class In, class Out> void launch_rows(const Normalise& p, cudaStream_t stream) {
+  const int width = normalise_width<In, Out>(p);
+  if (width == kWidest<In, Out>) return launch_rows<In, Out, kWidest<In, Out>>(p, stream);
+  if (width == 4) return launch_rows<In, Out, 4>(p, stream);
+  launch_rows<In, Out, 1>(p, stream);
+}
+
+template <class In, class Out> void launch_columns(const Normalise& p, cudaStream_t stream) {
+  const dim3 slices(unsigned(tiles_of(p.n, kColumnTile)), unsigned(p.splits));
+  launch(column_squares_kernel<In>, "launch of column_squares", slices, kNormaliseThreads, kNormaliseThreads * 4, stream, p);
+  const dim3 tiles(unsigned(p.pitch / kBatchTile), unsigned(p.padded_rows / kColumnTile));
+  launch(normalise_columns_kernel<In, Out>, "launch of normalise_columns", tiles, kNormaliseThreads,
+         (kColumnTile + kBatchTile * (kColumnTile + 1)) * 4, stream, p);
+}
+
+}  // namespace
 
 void normalise_rows(const Normalise& p, Type type, Precision precision, cudaStream_t stream) {
-  with_type(type, [&](auto in) {
-    with_operand(precision, [&](auto out) {
-      const dim3 grid(unsigned(tiles_of(p.padded_rows, kNormaliseWarps)));
-      launch(normalise_rows_kernel<typename decltype(in)::type, typename decltype(out)::type>, "launch of normalise_rows", grid,
-             kNormaliseThreads, 0, stream, p);
-    });
+  with_logits(type, precision, [&](auto in, auto out) {
+    launch_rows<typename decltype(in)::type, typename decltype(out)::type>(p, stream);
   });
 }
 
 void normalise_columns(const Normalise& p, Type type, Precision precision, cudaStream_t stream) {
-  with_type(type, [&](auto in) {
-    using In = typename decltype(in)::type;
-    const dim3 slices(unsigned(tiles_of(p.n, kColumnTile)), unsigned(p.splits));
-    launch(column_squares_kernel<In>, "launch of column_squares", slices, kNormaliseThreads, kNormaliseThreads * 4, stream, p);
-    with_operand(precision, [&](auto out) {
-      const dim3 tiles(unsigned(p.pitch / kBatchTile), unsigned(p.padded_rows / kColumnTile));
-      const int shared_bytes = (kColumnTile + kBatchTile * (kColumnTile + 1)) * 4;
-      launch(normalise_columns_kernel<In, typename decltype(out)::type>, "launch of normalise_columns", tiles,
-             kNormaliseThreads, shared_bytes, stream, p);
-    });
+  with_logits(type, precision, [&](auto in, auto out) {
+    launch_columns<typename decltype(in)::type, typename decltype(out)::type>(p, stream);
   });
 }
 

@@ -3,7 +3,7 @@
 // then one kernel that adds them in order, divides and transposes through shared memory. No fp32 copy is made.
 #pragma once
 
-#include "numerics.cuh"
+#include "rows.cuh"
 
 namespace mcld {
 
@@ -19,28 +19,54 @@ MCLD_DEVICE float inverse_norm(float squares, float eps) {
   return norm == infinity() ? not_a_number() : 1 / norm;
 }
 
-// One warp a row, 8 rows a block.
-template <class In, class Out> MCLD_DEVICE void normalise_row(const Normalise& p, int64_t block) {
-  const int lane = thread_index() % kWarp;
-  const int64_t row = block * kNormaliseWarps + thread_index() / kWarp;
-  if (row >= p.padded_rows) return;
-  Out* out = static_cast<Out*>(p.out) + row * p.pitch;
+// One warp a row. kWidth elements a lane at once, which neighbour in memory; d and the pitch are multiples of it.
+template <class In, class Out, int kWidth> MCLD_DEVICE void normalise_short_row(const Normalise& p, int64_t row) {
+  const int d = row < p.n ? int(p.d) : 0;
+  ShortRow<kWidth> x;
+  x.read(static_cast<const In*>(p.x) + row * p.row_stride, d);
+  const float inverse = inverse_norm(x.dot(x), p.eps);
+  if (thread_index() % kWarp == 0 && row < p.n) p.inverse[row] = inverse;
+  x.multiply(inverse, d);
+  x.write(static_cast<Out*>(p.out) + row * p.pitch, int(p.pitch));
+}
+
+// The same for a row of any length, which is read twice, and by single elements for one of any stride.
+template <class In, class Out, int kWidth> MCLD_DEVICE void normalise_long_row(const Normalise& p, int64_t row) {
+  const int first = thread_index() % kWarp * kWidth;
+  const int64_t d = row < p.n ? p.d : 0, stride = kWidth == 1 ? p.column_stride : 1;
   const In* x = static_cast<const In*>(p.x) + row * p.row_stride;
-  float inverse = 0;
-  if (row < p.n) {
-    float squares = 0;
+  float squares = 0;
 #pragma unroll 4
-    for (int64_t j = lane; j < p.d; j += kWarp) {
-      const float value = to_float(x[j * p.column_stride]);
-      squares += value * value;
-    }
-    inverse = inverse_norm(warp_sum(squares), p.eps);
-    if (lane == 0) p.inverse[row] = inverse;
+  for (int64_t j = first; j < d; j += kWarp * kWidth) {
+    float value[kWidth];
+    load(value, x + j * stride);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) squares += value[i] * value[i];
   }
+  const float inverse = inverse_norm(warp_sum(squares), p.eps);
+  if (first == 0 && row < p.n) p.inverse[row] = inverse;
+  Out* out = static_cast<Out*>(p.out) + row * p.pitch;
 #pragma unroll 4
-  for (int64_t j = lane; j < p.pitch; j += kWarp) {
-    const bool inside = row < p.n && j < p.d;
-    out[j] = from_float<Out>(inside ? to_float(x[j * p.column_stride]) * inverse : 0.0f);
+  for (int64_t j = first; j < p.pitch; j += kWarp * kWidth) {
+    float value[kWidth] = {};
+    if (j < d) {
+      load(value, x + j * stride);
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) value[i] *= inverse;
+    }
+    store(out + j, value);
+  }
+}
+
+// kShort: no row is longer than kShortRow.
+template <class In, class Out, int kWidth, bool kShort = false>
+MCLD_DEVICE void normalise_row(const Normalise& p, int64_t row) {
+  if constexpr (kWidth == 1) {
+    normalise_long_row<In, Out, 1>(p, row);
+  } else if (kShort || p.pitch <= kShortRow) {
+    normalise_short_row<In, Out, kWidth>(p, row);
+  } else {
+    normalise_long_row<In, Out, kWidth>(p, row);
   }
 }
 
@@ -87,8 +113,23 @@ MCLD_DEVICE void write_columns(const Normalise& p, const float* inverses, float*
   }
 }
 
-template <class In, class Out> MCLD_KERNEL(kNormaliseThreads) normalise_rows_kernel(MCLD_PARAMETERS(Normalise) p) {
-  normalise_row<In, Out>(p, block_index());
+// 8 rows a block.
+template <class In, class Out, int kWidth>
+MCLD_KERNEL(kNormaliseThreads) normalise_rows_kernel(MCLD_PARAMETERS(Normalise) p) {
+  const int64_t row = int64_t(block_index()) * kNormaliseWarps + thread_index() / kWarp;
+  if (row >= p.padded_rows) return;
+  normalise_row<In, Out, kWidth>(p, row);
+}
+
+// The elements to be taken at once: as many as 16 bytes hold of the wider type, half of it, or 1.
+template <class In, class Out> int normalise_width(const Normalise& p) {
+  for (int width = kWidest<In, Out>; width >= 4; width /= 2) {
+    if (p.column_stride == 1 && p.d % width == 0 && takes_vectors<In>(p.x, p.row_stride, width) &&
+        takes_vectors<Out>(p.out, p.pitch, width)) {
+      return width;
+    }
+  }
+  return 1;
 }
 
 // Block x: 32 columns; block y: a slice of the batch.

@@ -1,5 +1,8 @@
-// Operand types by precision, and sums over a warp.
+// Operand types by precision.
 #pragma once
+
+#include <stdexcept>
+#include <type_traits>
 
 #include "launchers.h"
 #include "platform.cuh"
@@ -18,29 +21,6 @@ constexpr int kWarp = 32;
 
 MCLD_DEVICE float infinity() { return as_float(0x7f800000u); }
 MCLD_DEVICE float not_a_number() { return as_float(0x7fc00000u); }
-
-// Sum over a warp, in every lane. The tree is fixed, so the sum repeats bitwise.
-MCLD_DEVICE float warp_sum(float x) {
-#pragma unroll
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
-  return x;
-}
-
-// 4 neighbouring elements of an operand row, whose address is a multiple of 4 elements.
-MCLD_DEVICE void load4(float (&x)[4], const float* p) {
-  const float4 v = *reinterpret_cast<const float4*>(p);
-  x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
-}
-template <class T> MCLD_DEVICE void load4(float (&x)[4], const T* p) {
-  struct alignas(8) Four { T value[4]; };
-  const Four v = *reinterpret_cast<const Four*>(p);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) x[i] = to_float(v.value[i]);
-}
-MCLD_DEVICE void store4(float* p, const float (&x)[4]) { *reinterpret_cast<float4*>(p) = make_float4(x[0], x[1], x[2], x[3]); }
-template <class T> MCLD_DEVICE void store4(T* p, const float (&x)[4]) {
-  *reinterpret_cast<uint2*>(p) = make_uint2(pack<T>(x[0], x[1]), pack<T>(x[2], x[3]));
-}
 
 template <Precision kPrecision> struct PrecisionTag { static constexpr Precision value = kPrecision; };
 template <class T> struct TypeTag { using type = T; };
@@ -67,6 +47,25 @@ template <class Call> void with_type(Type type, const Call& call) {
     case Type::fp32: return call(TypeTag<float>());
     case Type::fp16: return call(TypeTag<fp16>());
     case Type::bf16: return call(TypeTag<bf16>());
+  }
+}
+// call(TypeTag<logits>, TypeTag<operand>) for the pairs there are. (In two functions: nvcc does not name the types of nested
+// generic lambdas.)
+template <class In, class Out, class Call> void with_pair(TypeTag<In> in, TypeTag<Out> out, const Call& call) {
+  if constexpr (std::is_same_v<Out, fp16> && !std::is_same_v<In, fp16>) {
+    throw std::invalid_argument("operands of fp16 are made of logits of fp16 alone");
+  } else {
+    call(in, out);
+  }
+}
+template <class Call> void with_logits(Type type, Precision precision, const Call& call) {
+  with_type(type, [&](auto in) { with_operand(precision, [&](auto out) { with_pair(in, out, call); }); });
+}
+template <class Call> void with_gradient(Type type, const Call& call) {
+  switch (type) {
+    case Type::fp32: return call(TypeTag<float>());
+    case Type::bf16: return call(TypeTag<bf16>());
+    case Type::fp16: throw std::invalid_argument("a gradient of fp16 logits is held in fp32");
   }
 }
 

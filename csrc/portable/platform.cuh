@@ -1,9 +1,10 @@
 // Everything in which a compile for a GPU differs from the host emulation of tests/csrc_host. The kernels use what stands
-// here and plain C++, nothing else: thread and block indices, barriers, shuffles, asynchronous copies, ldmatrix, mma,
-// the 16-bit types and the launch. tests/csrc_host/emulation.h defines the same names on a CPU.
+// here, in sums.cuh and in plain C++, nothing else: thread and block indices, barriers, shuffles, asynchronous copies,
+// ldmatrix, mma, the 16-bit types and the launch. tests/csrc_host/emulation.h defines the same names on a CPU.
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #ifdef MCLD_HOST_EMULATION
 #include "emulation.h"
@@ -16,6 +17,7 @@
 #include "checks.h"
 
 #define MCLD_DEVICE __device__ __forceinline__
+#define MCLD_HOST_DEVICE __host__ __device__ __forceinline__
 // Threads of a block and, optionally, the blocks that a multiprocessor is to hold.
 #define MCLD_KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)
 #define MCLD_PARAMETERS(type) const __grid_constant__ type
@@ -43,6 +45,9 @@ MCLD_DEVICE int opaque(int x) {
 }
 
 MCLD_DEVICE void sync_block() { __syncthreads(); }
+// The lanes of the warp for which it is true, a bit each.
+MCLD_DEVICE uint32_t ballot(bool value) { return __ballot_sync(0xffffffffu, value); }
+MCLD_DEVICE int count_bits(uint32_t bits) { return __popc(bits); }
 MCLD_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
 MCLD_DEVICE float to_float(float x) { return x; }
@@ -52,6 +57,29 @@ template <class T> MCLD_DEVICE T from_float(float x);
 template <> MCLD_DEVICE float from_float<float>(float x) { return x; }
 template <> MCLD_DEVICE bf16 from_float<bf16>(float x) { return __float2bfloat16_rn(x); }
 template <> MCLD_DEVICE fp16 from_float<fp16>(float x) { return __float2half_rn(x); }
+
+// A vector in global memory, by accesses of alignof(V) bytes, of which the address must be a multiple; the emulation checks that.
+template <class V> MCLD_DEVICE V read_vector(const void* p) { return *static_cast<const V*>(p); }
+// By hand where it matters: nvcc takes some of the assignments apart, into 4 bytes at a time.
+template <class V> MCLD_DEVICE void write_vector(void* p, const V& v) {
+  const size_t address = __cvta_generic_to_global(p);
+  if constexpr (alignof(V) == 16) {
+    uint4 words[sizeof(V) / 16];
+    memcpy(words, &v, sizeof(V));
+#pragma unroll
+    for (int i = 0; i < int(sizeof(V) / 16); ++i) {
+      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address + 16 * i), "r"(words[i].x), "r"(words[i].y),
+                   "r"(words[i].z), "r"(words[i].w)
+                   : "memory");
+    }
+  } else if constexpr (alignof(V) == 8) {
+    uint2 words;
+    memcpy(&words, &v, sizeof(V));
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(address), "r"(words.x), "r"(words.y) : "memory");
+  } else {
+    *static_cast<V*>(p) = v;
+  }
+}
 
 // Two values rounded and packed into a register, the first in the low half.
 template <class T> MCLD_DEVICE uint32_t pack(float low, float high);

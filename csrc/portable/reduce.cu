@@ -9,20 +9,22 @@ void statistics(const Statistics& p, cudaStream_t stream) {
 
 void rescale(const Rescale& p, Precision precision, cudaStream_t stream) {
   with_operand(precision, [&](auto tag) {
-    const dim3 grid(unsigned(p.rows), unsigned(tiles_of(p.pitch_e, kReduceThreads * 4)));
-    launch(rescale_kernel<typename decltype(tag)::type>, "launch of rescale", grid, kReduceThreads, 0, stream, p);
+    using T = typename decltype(tag)::type;
+    const dim3 grid(unsigned(p.rows), unsigned(tiles_of(p.pitch_e, kReduceThreads * kWidest<T>)));
+    launch(rescale_kernel<T>, "launch of rescale", grid, kReduceThreads, 0, stream, p);
   });
 }
 
 void scale_rows(const ScaleRows& p, Precision precision, cudaStream_t stream) {
   with_operand(precision, [&](auto tag) {
-    const dim3 grid(unsigned(p.padded_rows), unsigned(tiles_of(p.pitch, kReduceThreads * 4)));
-    launch(scale_rows_kernel<typename decltype(tag)::type>, "launch of scale_rows", grid, kReduceThreads, 0, stream, p);
+    using T = typename decltype(tag)::type;
+    const dim3 grid(unsigned(p.padded_rows), unsigned(tiles_of(p.pitch, kReduceThreads * kWidest<T>)));
+    launch(scale_rows_kernel<T>, "launch of scale_rows", grid, kReduceThreads, 0, stream, p);
   });
 }
 
 void combine(const Combine& p, cudaStream_t stream) {
-  const dim3 grid(unsigned(p.rows), unsigned(tiles_of(p.pitch, kReduceThreads * 4)));
+  const dim3 grid(unsigned(p.rows), unsigned(tiles_of(p.pitch, kReduceThreads * kWidest<float>)));
   launch(combine_kernel, "launch of combine", grid, kReduceThreads, 0, stream, p);
 }
 

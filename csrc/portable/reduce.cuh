@@ -2,7 +2,7 @@
 // scaled for E^T A, and the partial products of flash's splits. Every sum runs in a fixed order.
 #pragma once
 
-#include "numerics.cuh"
+#include "vectors.cuh"
 
 namespace mcld {
 
@@ -33,37 +33,37 @@ MCLD_KERNEL(kReduceThreads) statistics_kernel(MCLD_PARAMETERS(Statistics) p) {
   p.scale[row] = sum == 0 ? 0 : 1 / sum;
 }
 
-// Block x: a row; block y and the threads: 4 elements each.
+// Block x: a row; block y and the threads: 16 bytes each, all of one tile.
 template <class T> MCLD_KERNEL(kReduceThreads) rescale_kernel(MCLD_PARAMETERS(Rescale) p) {
   const int64_t row = block_index();
-  const int64_t column = (int64_t(block_index_y()) * kReduceThreads + thread_index()) * 4;
+  const int64_t column = (int64_t(block_index_y()) * kReduceThreads + thread_index()) * kWidest<T>;
   if (column >= p.pitch_e) return;
   const float factor = power(p.maxima[column / p.tile * p.padded_rows + row], p.row_maxima[row]);
   if (factor == 1) return;
   T* at = static_cast<T*>(p.e) + row * p.pitch_e + column;
-  float x[4];
-  load4(x, at);
+  float x[kWidest<T>];
+  load(x, at);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) x[i] *= factor;
-  store4(at, x);
+  for (int i = 0; i < kWidest<T>; ++i) x[i] *= factor;
+  store(at, x);
 }
 
-// Block x: a row; block y and the threads: 4 elements each.
+// Block x: a row; block y and the threads: 16 bytes each.
 template <class T> MCLD_KERNEL(kReduceThreads) scale_rows_kernel(MCLD_PARAMETERS(ScaleRows) p) {
   const int64_t row = block_index();
-  const int64_t column = (int64_t(block_index_y()) * kReduceThreads + thread_index()) * 4;
+  const int64_t column = (int64_t(block_index_y()) * kReduceThreads + thread_index()) * kWidest<T>;
   if (column >= p.pitch) return;
-  float x[4] = {0, 0, 0, 0};
+  float x[kWidest<T>] = {};
   if (row < p.rows) {
     const float factor = p.factor[row];
-    load4(x, static_cast<const T*>(p.a) + row * p.pitch + column);
+    load(x, static_cast<const T*>(p.a) + row * p.pitch + column);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) x[i] *= factor;
+    for (int i = 0; i < kWidest<T>; ++i) x[i] *= factor;
   }
-  store4(static_cast<T*>(p.out) + row * p.pitch + column, x);
+  store(static_cast<T*>(p.out) + row * p.pitch + column, x);
 }
 
-// The splits of a flash product, added in order. Block x: a row; block y and the threads: 4 elements each.
+// The splits of a flash product, added in order. Block x: a row; block y and the threads: 16 bytes each.
 MCLD_KERNEL(kReduceThreads) combine_kernel(MCLD_PARAMETERS(Combine) p) {
   const int64_t row = block_index();
   const int64_t column = (int64_t(block_index_y()) * kReduceThreads + thread_index()) * 4;
@@ -72,11 +72,11 @@ MCLD_KERNEL(kReduceThreads) combine_kernel(MCLD_PARAMETERS(Combine) p) {
   for (int split = 0; split < p.splits; ++split) {
     const float factor = p.maxima ? power(p.maxima[split * p.padded_rows + row], p.row_maxima[row]) : 1;
     float part[4];
-    load4(part, p.parts + (split * p.padded_rows + row) * p.pitch + column);
+    load(part, p.parts + (split * p.padded_rows + row) * p.pitch + column);
 #pragma unroll
     for (int i = 0; i < 4; ++i) sum[i] += part[i] * factor;
   }
-  store4(p.out + row * p.pitch + column, sum);
+  store(p.out + row * p.pitch + column, sum);
 }
 
 }  // namespace mcld

@@ -1,18 +1,25 @@
 #include "similarity.cuh"
 
 namespace mcld {
+namespace {
+
+template <Precision kPrecision, int kTile> void start(const Similarity& p, cudaStream_t stream) {
+  using Kernel = SimilarityTile<kPrecision, kTile>;
+  const unsigned tiles = unsigned(p.padded_rows / kTile * (p.pitch_e / kTile));
+  if (p.splits > 1) {
+    launch(similarity_part_kernel<kPrecision, kTile>, "launch of similarity_part", dim3(tiles, unsigned(p.splits)),
+           Kernel::kThreads, Kernel::kSharedBytes, stream, p);
+  }
+  launch(similarity_kernel<kPrecision, kTile>, "launch of similarity", dim3(tiles), Kernel::kThreads, Kernel::kSharedBytes,
+         stream, p);
+}
+
+}  // namespace
 
 void similarity(const Similarity& p, Precision precision, int tile, cudaStream_t stream) {
   with_precision(precision, [&](auto tag) {
     constexpr Precision kPrecision = decltype(tag)::value;
-    const dim3 grid(unsigned(p.padded_rows / tile * (p.pitch_e / tile)));
-    if (tile == 128) {
-      using Kernel = SimilarityTile<kPrecision, 128>;
-      launch(similarity_kernel<kPrecision, 128>, "launch of similarity", grid, Kernel::kThreads, Kernel::kSharedBytes, stream, p);
-    } else {
-      using Kernel = SimilarityTile<kPrecision, 64>;
-      launch(similarity_kernel<kPrecision, 64>, "launch of similarity", grid, Kernel::kThreads, Kernel::kSharedBytes, stream, p);
-    }
+    tile == 128 ? start<kPrecision, 128>(p, stream) : start<kPrecision, 64>(p, stream);
   });
 }
 

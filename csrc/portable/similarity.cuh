@@ -1,5 +1,6 @@
 // Product 1: similarities of a chunk of anchors with all candidates, fused with temperature, shift, positive and label mask,
-// exponential, rounding to the operand type and the partial sums by row and by column. Only E is written, never a similarity.
+// exponential, rounding to the operand type and the partial sums by row and by column. Only E is written, never a similarity
+// (but for few tiles of long rows, whose parts of the contraction go through a workspace).
 //
 // The exponent is in base 2: E = exp2(x - shift), x = A_i . K_j log2(e) / temperature. With a fixed shift E needs nothing
 // more. With the online maximum a tile's row is shifted by its own maximum rounded up to an integer, so that `rescale`
@@ -29,8 +30,12 @@ template <Precision kPrecision, int kTile> struct SimilarityTile {
     tile_at(index, p.padded_rows / kTile, p.pitch_e / kTile, tile_row, tile_column);
     const int64_t first_row = tile_row * kTile, first_column = tile_column * kTile;
     Core core;
-    core.run(shared, static_cast<const T*>(p.a) + first_row * p.pitch, p.pitch,
-             static_cast<const T*>(p.k) + first_column * p.pitch, p.pitch, p.pitch / Core::kSlice);
+    if (p.splits > 1) {
+      core.clear();
+      for (int split = 0; split < p.splits; ++split) core.add(part_of(p, index, split));
+    } else {
+      multiply(p, core, first_row, first_column, 0, p.pitch / Core::kSlice);
+    }
 
     load_labels(p, shared, first_row, first_column);
     drop_and_scale(p, shared, core, first_row, first_column);
@@ -49,7 +54,28 @@ template <Precision kPrecision, int kTile> struct SimilarityTile {
     write_sums(p, shared, tile_row, tile_column);
   }
 
+  // The sums over one part of the contraction: with few tiles, of long rows, the parts keep more multiprocessors busy.
+  MCLD_DEVICE static void run_part(const Similarity& p, int64_t index, int split) {
+    int64_t tile_row, tile_column;
+    tile_at(index, p.padded_rows / kTile, p.pitch_e / kTile, tile_row, tile_column);
+    const int64_t slices = p.pitch / Core::kSlice;
+    Core core;
+    multiply(p, core, tile_row * kTile, tile_column * kTile, slices * split / p.splits, slices * (split + 1) / p.splits);
+    core.save(part_of(p, index, split));
+  }
+
  private:
+  MCLD_DEVICE static float* part_of(const Similarity& p, int64_t index, int split) {
+    return p.parts + split * p.padded_rows * p.pitch_e + index * Core::kElements;
+  }
+
+  MCLD_DEVICE static void multiply(const Similarity& p, Core& core, int64_t first_row, int64_t first_column, int64_t first,
+                                   int64_t last) {
+    const int64_t skipped = first * Core::kSlice;
+    core.run(shared_memory(), static_cast<const T*>(p.a) + first_row * p.pitch + skipped, p.pitch,
+             static_cast<const T*>(p.k) + first_column * p.pitch + skipped, p.pitch, last - first);
+  }
+
   // Labels fit 32 bits: they are class numbers, or -1 - row where the label is ignored.
   MCLD_DEVICE static void load_labels(const Similarity& p, char* shared, int64_t first_row, int64_t first_column) {
     if (!p.same_a) return;
@@ -208,6 +234,13 @@ template <Precision kPrecision, int kTile>
 MCLD_KERNEL(SimilarityTile<kPrecision, kTile>::kThreads, SimilarityTile<kPrecision, kTile>::kBlocks)
 similarity_kernel(MCLD_PARAMETERS(Similarity) p) {
   SimilarityTile<kPrecision, kTile>::run(p, block_index());
+}
+
+// Block y: a part of the contraction.
+template <Precision kPrecision, int kTile>
+MCLD_KERNEL(SimilarityTile<kPrecision, kTile>::kThreads, SimilarityTile<kPrecision, kTile>::kBlocks)
+similarity_part_kernel(MCLD_PARAMETERS(Similarity) p) {
+  SimilarityTile<kPrecision, kTile>::run_part(p, block_index(), block_index_y());
 }
 
 }  // namespace mcld

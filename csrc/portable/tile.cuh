@@ -4,7 +4,7 @@
 // Shared tiles are rows of 16-byte chunks, chunk c of row r stored at c ^ f(r): every fragment load then touches all banks.
 #pragma once
 
-#include "numerics.cuh"
+#include "vectors.cuh"
 
 namespace mcld {
 
@@ -140,14 +140,37 @@ template <Precision kPrecision, int kTile, Major kLeft, Major kRight> struct Til
     return warp / kWarpsM * kWarpColumns + nt * 8 + lane % 4 * 2 + i % 2;
   }
 
-  // Multiplies `slices` slices. Ends with shared memory free for other use.
-  MCLD_DEVICE void run(char* shared, const T* a, int64_t pitch_a, const T* b, int64_t pitch_b, int64_t slices) {
+  // The thread's sums, to and from a workspace of kTile x kTile floats a tile, in the order of the registers.
+  static constexpr int64_t kElements = int64_t(kTile) * kTile;
+  MCLD_DEVICE void save(float* workspace) const {
+#pragma unroll
+    for (int mt = 0; mt < kM; ++mt)
+#pragma unroll
+      for (int nt = 0; nt < kN; ++nt) store(workspace + ((mt * kN + nt) * kThreads + thread_index()) * 4, sums[mt][nt]);
+  }
+  MCLD_DEVICE void add(const float* workspace) {
+#pragma unroll
+    for (int mt = 0; mt < kM; ++mt)
+#pragma unroll
+      for (int nt = 0; nt < kN; ++nt) {
+        float part[4];
+        load(part, workspace + ((mt * kN + nt) * kThreads + thread_index()) * 4);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[mt][nt][i] += part[i];
+      }
+  }
+  MCLD_DEVICE void clear() {
 #pragma unroll
     for (int mt = 0; mt < kM; ++mt)
 #pragma unroll
       for (int nt = 0; nt < kN; ++nt)
 #pragma unroll
         for (int i = 0; i < 4; ++i) sums[mt][nt][i] = 0;
+  }
+
+  // Multiplies `slices` slices. Ends with shared memory free for other use.
+  MCLD_DEVICE void run(char* shared, const T* a, int64_t pitch_a, const T* b, int64_t pitch_b, int64_t slices) {
+    clear();
 #pragma unroll
     for (int stage = 0; stage < kStages - 1; ++stage) {
       if (stage < slices) fill(shared + stage * kStageBytes, a, pitch_a, b, pitch_b, stage);

@@ -86,7 +86,7 @@ def positives_kernel(
 def class_means(unit: Unit, labels: Labels, counts: Tensor) -> Tensor:
     """(ranks, depth): the sum of the rows of each rank divided by ``counts`` (ranks,)."""
     depth = unit.matrix.shape[1]
-    means = torch.empty(counts.shape[0], depth, dtype=unit.matrix.dtype, device=unit.matrix.device)
+    means = torch.empty(counts.shape[0], depth, dtype=unit.inverse.dtype, device=unit.matrix.device)
     launch = configs.classes(means.device, depth)
     class_means_kernel[(counts.shape[0], triton.cdiv(depth, launch.block_n))](
         unit.matrix, labels.order, labels.starts, counts, means, depth,

@@ -68,11 +68,6 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "ieee"
 
 
-def coefficients(log_off: Tensor, positive: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    """weight_i q_i: exp(a_ij) / off_i times it is anchor i's part in temperature times the gradient by candidate j."""
-    return weight * torch.sigmoid(log_off - positive / temperature)
-
-
 @triton.jit
 def rounded(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
     """x as an operand of ``dtype``. Tensor cores cut tf32 operands off towards zero: round them first, unbiased."""

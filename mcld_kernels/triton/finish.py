@@ -11,9 +11,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ..pipeline import Unit
+from ..pipeline import Finish
 from . import configs
 from .common import tl_dtype
 
@@ -178,21 +177,9 @@ def finish_tiles_kernel(
     _write(out, g, x, c, norm, rows, columns, inside, first, stride_n, stride_d, ADD)
 
 
-def finish(
-    out: Tensor,
-    unit: Unit,
-    rows: slice,
-    product: Tensor,
-    s: Tensor,
-    u: Tensor,
-    z: Tensor | None,
-    partner: Unit,
-    shift: int,
-    means: Tensor | None,
-    rank: Tensor | None,
-    accumulate: bool,
-) -> None:
+def finish(step: Finish) -> None:
     """As `pipeline.Kernels.finish`."""
+    out, unit, rows, product, s, u, z, partner, shift, means, rank, accumulate = step
     n, d, depth, device = rows.stop - rows.start, unit.d, unit.matrix.shape[1], unit.matrix.device
     operands = unit.matrix, unit.inverse, product, s.contiguous(), u.contiguous(), None if z is None else z.contiguous()
     gathered = partner.matrix, means, rank

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..pipeline import Negatives, Unit
 from . import configs, tuning
-from .common import LN2, LOG2E, Negated, coefficients, dot_precision, fixed_maximum, headroom, rounded, tl_dtype
+from .common import LN2, LOG2E, Negated, dot_precision, fixed_maximum, headroom, rounded, tl_dtype
 
 
 # fmt: off
@@ -172,10 +172,9 @@ def negatives(a: Unit, k: Unit, what: Negated, with_product: bool) -> Negatives:
     return Negatives(slice(0, a.n), log_off, a.inverse[:0] if product is None else product[: a.n], inverse_off)
 
 
-def candidate_sums(a: Unit, k: Unit, what: Negated, log_off: Tensor, positive: Tensor, weight: Tensor) -> Tensor:
-    """(m, depth): sum_{i: i+offset != j} weight_i p_ij A_i."""
+def candidate_sums(a: Unit, k: Unit, what: Negated, log_off: Tensor, part: Tensor) -> Tensor:
+    """(m, depth): sum_{i: i+offset != j} part_i p_ij A_i."""
     dtype, stat, device = a.matrix.dtype, a.inverse.dtype, a.matrix.device
-    part = coefficients(log_off, positive, weight, what.temperature)  # (n,)
     peak = part.abs().amax()  # the largest becomes 1, so that fp16 holds small ones too
     part = part / torch.where(peak == 0, 1.0, peak)
     # An anchor without a negative has no part: its exponentials become 0.

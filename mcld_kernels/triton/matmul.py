@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import library
 from . import configs
 from .common import dot_precision, round_up, tl_dtype
 
@@ -62,28 +63,10 @@ def matmul_kernel(
     tl.store(target, accumulator)
 
 
-def has_library_product(dtype: torch.dtype, stat: torch.dtype) -> bool:
-    """Whether torch.mm can give a ``stat`` result from operands of ``dtype``."""
-    return dtype == stat or "dtype_out" in torch.ops.aten.mm.overloads()
-
-
-def library_product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
-    """out (+)= a @ b through torch. Keeps to the float32 matmul precision."""
-    if a.dtype == out.dtype:
-        if add:
-            out.addmm_(a, b)
-        else:
-            torch.mm(a, b, out=out)
-    elif add:
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-    else:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
-
-
-def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False, library: bool) -> None:
+def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False, by_library: bool) -> None:
     """out (+)= a @ b. out (rows, columns) is contiguous, a and b are not necessarily; all sizes are padded."""
-    if library:
-        library_product(a, b, out, add)
+    if by_library:
+        library.product(a, b, out, add)
         return
     launch = configs.product(out.device, a.dtype, dot_precision(a.dtype))
     _launch(a, b, out[None], launch, round_up(a.shape[1], launch.block_k), add)

@@ -11,14 +11,12 @@ cosines, then no larger than the inputs, are written.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..pipeline import Contrast, Negatives, Unit
+from ..pipeline import Contrast, Negatives, Problem, Unit
 from . import configs, tuning
 from .common import (
     HEADROOM,
@@ -26,7 +24,6 @@ from .common import (
     LOG2E,
     ROWS,
     Negated,
-    coefficients,
     dot_precision,
     fixed_maximum,
     headroom,
@@ -250,20 +247,10 @@ class _Chunk:
         )  # fmt: skip
 
 
-def contrast(
-    a: Unit,
-    k: Unit,
-    what: Negated,
-    *,
-    positive: Tensor,
-    weight: Tensor | None,
-    sink: Callable[[Negatives], None] | None,
-    candidate: bool,
-    reverse: bool,
-    budget: int,
-    library: bool,
-) -> Contrast:
-    """As `pipeline.Kernels.contrast`. budget: bytes of a chunk's exponentials; library: torch.mm takes product 2."""
+def contrast(problem: Problem, *, budget: int, by_library: bool) -> Contrast:
+    """As `pipeline.Kernels.contrast`. budget: bytes of a chunk's exponentials; by_library: torch.mm takes product 2."""
+    a, k, temperature, offset, same, factors, sink, candidate, reverse = problem
+    what = Negated(temperature, offset, same)
     dtype, stat, device = a.matrix.dtype, a.inverse.dtype, a.matrix.device
     padded_m, depth = k.matrix.shape
     store = sink is not None or candidate
@@ -291,37 +278,37 @@ def contrast(
         anchors, e = a.matrix[start : start + padded], chunk.e[:padded]
         chunk.run(rows, padded, log_off[rows], inverse_off[rows])
         if sink is not None:
-            product(e, k.matrix, sums[:padded], library=library)
+            product(e, k.matrix, sums[:padded], by_library=by_library)
             sink(Negatives(rows, log_off[rows], sums[: rows.stop - start], inverse_off[rows]))
         if reverse_product is not None:
-            product(e.T, anchors, reverse_product, add=True, library=library)
+            product(e.T, anchors, reverse_product, add=True, by_library=by_library)
         if by_candidate is not None:
-            assert weight is not None
             part = torch.zeros(padded, dtype=stat, device=device)  # (padded,) weight_i q_i
-            part[: rows.stop - start] = coefficients(log_off[rows], positive[rows], weight[rows], what.temperature)
-            _add_candidates(chunk, anchors, part, inverse_off[rows], by_candidate, library)
+            part[: rows.stop - start] = factors(rows, log_off[rows], inverse_off[rows]).u * temperature
+            _add_candidates(chunk, anchors, part, inverse_off[rows], by_candidate, by_library)
         if reverse_off is not None:
             reverse_off += chunk.column_sums[: padded // chunk.launch.block_m].sum(0)
     if reverse_off is None:
-        return Contrast(log_off, None if by_candidate is None else by_candidate[: k.n])
+        return Contrast(log_off, inverse_off, None if by_candidate is None else by_candidate[: k.n])
     off = reverse_off[: k.n]
     reverse_log_off = off.log() + chunk.shift / LOG2E
     back = off[:0] if reverse_product is None else reverse_product[: k.n]
     return Contrast(
         log_off,
+        inverse_off,
         None if by_candidate is None else by_candidate[: k.n],
         Negatives(slice(0, k.n), reverse_log_off, back, torch.where(off == 0, 0.0, 1 / off)),
     )
 
 
 def _add_candidates(
-    chunk: _Chunk, anchors: Tensor, part: Tensor, inverse_off: Tensor, total: Tensor, library: bool
+    chunk: _Chunk, anchors: Tensor, part: Tensor, inverse_off: Tensor, total: Tensor, by_library: bool
 ) -> None:
     """total_j += sum_i part_i e_ij / off_i A_i for the chunk's anchors (padded, depth). part: (padded,)."""
     n, padded = inverse_off.shape[0], part.shape[0]
     if anchors.dtype != torch.float16:
         part[:n] *= inverse_off
-        product(chunk.e[:padded].T, (anchors * part[:, None]).to(anchors.dtype), total, add=True, library=library)
+        product(chunk.e[:padded].T, (anchors * part[:, None]).to(anchors.dtype), total, add=True, by_library=by_library)
         return
     # fp16 does not hold the coefficients, but it holds probabilities with headroom where the largest coefficient is 1.
     peak = part.abs().amax()
@@ -330,5 +317,5 @@ def _add_candidates(
     part[:n] *= inverse_off
     chunk.scale_rows(padded, part)
     sums = torch.empty_like(total)
-    product(chunk.e[:padded].T, anchors, sums, library=library)
+    product(chunk.e[:padded].T, anchors, sums, by_library=by_library)
     total.addcmul_(sums, gain)

@@ -119,6 +119,7 @@ def _build(cache: Path, check: str, controls: bool) -> Path:
 
     # What only a driver can do is emulated whole.
     kernels = sorted(path for folder in (KERNELS, HOPPER) for path in folder.glob("*.cu") if path.stem != "tensor_map")
+    kernels.append(HERE / "probes.cu")
     # Of an inline function that several sources define, the linker takes the first: the kernels', which are checked.
     sources = [*(CONTROLS if controls else kernels), *EMULATOR, *([] if controls else BINDINGS)]
     with ThreadPoolExecutor(2) as pool:

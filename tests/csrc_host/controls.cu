@@ -144,6 +144,7 @@ struct Stage64 {
     if (thread_index() == 0) {
       barrier_init(full(), 1);
       barrier_init(empty(), 4);
+      barrier_init_fence();
     }
   }
   void load(const Control& p, int row) const {
@@ -151,6 +152,7 @@ struct Stage64 {
     tma_load(base, p.map, full(), 0, row);
   }
   void multiply(float (&d)[32], bool add) const {
+    wgmma_fence();
     wgmma_shared(PrecisionTag<Precision::bf16>(), d, hopper::along_rows(base, 0), hopper::along_rows(base, 0), add);
     wgmma_commit();
   }
@@ -158,7 +160,7 @@ struct Stage64 {
     if (thread_index() % kWarp == 0) barrier_arrive(empty());
   }
 };
-enum class Slip { none, init, full, empty, wait, proxy };
+enum class Slip { none, init, full, empty, wait };
 
 template <Slip kSlip> MCLD_DEVICE void stage64(const Control& p) {
   const Slip slip = p.broken ? kSlip : Slip::none;
@@ -172,11 +174,6 @@ template <Slip kSlip> MCLD_DEVICE void stage64(const Control& p) {
       stage.load(p, 64 * i);
     }
     if (slip != Slip::full) barrier_wait(stage.full(), i);
-    if (slip == Slip::proxy) {
-      const uint32_t start = stage.base - shared_address(shared_memory());
-      reinterpret_cast<uint4*>(shared_memory() + start)[thread_index()] = uint4{};
-    }
-    sync_block();
     stage.multiply(d, i > 0);
     if (slip != Slip::wait) wgmma_wait<0>();
     stage.release();
@@ -187,7 +184,6 @@ MCLD_SM90_KERNEL(128) barrier_used_before_its_initialisation(MCLD_PARAMETERS(Con
 MCLD_SM90_KERNEL(128) load_not_waited_for(MCLD_PARAMETERS(Control) p) { stage64<Slip::full>(p); }
 MCLD_SM90_KERNEL(128) stage_loaded_before_it_is_free(MCLD_PARAMETERS(Control) p) { stage64<Slip::empty>(p); }
 MCLD_SM90_KERNEL(128) stage_freed_before_wgmma_is_done(MCLD_PARAMETERS(Control) p) { stage64<Slip::wait>(p); }
-MCLD_SM90_KERNEL(128) store_read_by_wgmma(MCLD_PARAMETERS(Control) p) { stage64<Slip::proxy>(p); }
 
 // --- synchronisation
 
@@ -268,9 +264,8 @@ MCLD_SM90_KERNEL(128) load_past_the_end(MCLD_PARAMETERS(Control) p) {
   barrier_wait(stage.full(), 0);
 }
 MCLD_KERNEL(kThreads) misaligned_vector(MCLD_PARAMETERS(Control) p) {
-  float x[4];
-  load4(x, p.data + (p.broken ? 1 : 0));
-  if (thread_index() == 0) p.data[8] = x[0];
+  const float4 x = *reinterpret_cast<const float4*>(p.data + (p.broken ? 1 : 0));
+  if (thread_index() == 0) p.data[8] = x.x;
 }
 MCLD_KERNEL(kThreads) shared_read_past_the_end(MCLD_PARAMETERS(Control) p) {
   if (thread_index() == 0) p.data[0] = floats()[kSharedBytes / 4 - (p.broken ? 0 : 1)];
@@ -306,7 +301,6 @@ const Entry kEntries[] = {
     MCLD_ENTRY(copies_of_others), MCLD_ENTRY(source_overwritten), MCLD_ENTRY(ldmatrix_before_barrier),
     MCLD_ENTRY90(barrier_used_before_its_initialisation), MCLD_ENTRY90(load_not_waited_for),
     MCLD_ENTRY90(stage_loaded_before_it_is_free), MCLD_ENTRY90(stage_freed_before_wgmma_is_done),
-    MCLD_ENTRY90(store_read_by_wgmma),
     MCLD_ENTRY(barrier_not_all_reach), MCLD_ENTRY(lanes_missing_from_a_shuffle),
     MCLD_ENTRY(lanes_in_different_operations), MCLD_ENTRY(copies_in_flight_at_the_end),
     MCLD_ENTRY90(wgmma_in_flight_at_the_end), MCLD_ENTRY90(mbarrier_never_completed), MCLD_ENTRY90(more_arrivals_than_expected),

@@ -132,6 +132,7 @@ void run_block() {
     }
     if (!progress) fail("deadlock: a barrier or warp operation that not all threads reached");
   }
+  if (loads_in_flight()) fail("a block ended with loads in flight");
 #ifndef MCLD_CHECK_MEMORY  // there nobody may touch it
   for (int i = 0; i < kCanaryBytes; ++i) {
     if (shared[shared_size + i] != char(0xA5)) fail("a write past the end of shared memory");
@@ -195,6 +196,13 @@ void copy_async(void* target, const void* global) {
   fibers[thread].open.push_back({static_cast<char*>(target), static_cast<const char*>(global)});
 }
 
+int64_t vector_accesses[17];
+
+void check_vector(const void* p, int bytes) {
+  if (reinterpret_cast<uintptr_t>(p) % bytes) stop("a misaligned access of " + std::to_string(bytes) + " bytes");
+  ++vector_accesses[bytes];
+}
+
 void commit_async() {
   Fiber& fiber = fibers[thread];
   fiber.groups.push_back(std::move(fiber.open));
@@ -224,6 +232,12 @@ void combine_shuffle(Lane* lanes) {
     const int mask = bits_of<int>(lanes[i].in + 4);
     std::memcpy(lanes[i].out, lanes[i ^ mask].in, 4);
   }
+}
+
+void combine_ballot(Lane* lanes) {
+  uint32_t bits = 0;
+  for (int i = 0; i < kWarp; ++i) bits |= uint32_t(bits_of<bool>(lanes[i].in)) << i;
+  for (int i = 0; i < kWarp; ++i) std::memcpy(lanes[i].out, &bits, 4);
 }
 
 void combine_ldmatrix(Lane* lanes) {

@@ -15,6 +15,7 @@
 #include "checks.h"
 
 #define MCLD_DEVICE inline
+#define MCLD_HOST_DEVICE inline
 #define MCLD_KERNEL(...) inline void
 #define MCLD_PARAMETERS(type) const type
 
@@ -73,8 +74,9 @@ extern int thread, block_x, block_y, grid_x;
 extern char* shared;
 extern int shared_size;
 
-// Of emulation_sm90.h: forgets barriers and wgmma; whether the running thread has wgmma that it has not waited for.
+// Of emulation_sm90.h: forgets barriers and wgmma; whether loads of the block, or wgmma of the running thread, were not waited for.
 void begin_block_sm90();
+bool loads_in_flight();
 bool wgmma_in_flight();
 
 // Runs other fibers until `counter` has changed.
@@ -90,8 +92,12 @@ void load_matrix(uint32_t (&r)[4], const void* row, void (*combine)(Lane*));
 void copy_async(void* shared_target, const void* global);
 void commit_async();
 void wait_async(int pending);
+// Checks the address of a vector access, and counts those of each size for the tests.
+void check_vector(const void* p, int bytes);
+extern int64_t vector_accesses[17];
 
 void combine_shuffle(Lane*);
+void combine_ballot(Lane*);
 void combine_ldmatrix(Lane*);
 void combine_ldmatrix_transposed(Lane*);
 void combine_mma_bf16(Lane*);
@@ -115,12 +121,46 @@ inline char* shared_memory() { return emulation::shared; }
 inline int opaque(int x) { return x; }
 inline void sync_block() { emulation::sync_block(); }
 
+template <class V> V read_vector(const void* p) {
+  emulation::check_vector(p, alignof(V));
+  return bits_of<V>(p);
+}
+template <class V> void write_vector(void* p, const V& v) {
+  emulation::check_vector(p, alignof(V));
+  std::memcpy(p, &v, sizeof v);
+}
+
+inline uint32_t ballot(bool value) {
+  uint32_t out;
+  emulation::collective(&value, sizeof value, &out, sizeof out, emulation::combine_ballot);
+  return out;
+}
+inline int count_bits(uint32_t bits) { return __builtin_popcount(bits); }
 inline float shuffle_xor(float value, int mask) {
   struct { float value; int mask; } in{value, mask};
   float out;
   emulation::collective(&in, sizeof in, &out, sizeof out, emulation::combine_shuffle);
   return out;
 }
+
+// CUB's order: in a warp neighbours first, then the warps' sums one after another.
+inline float warp_sum(float x) {
+  for (int mask = 1; mask < 32; mask *= 2) x += shuffle_xor(x, mask);
+  return x;
+}
+template <int kThreads> struct BlockSum {
+  struct Storage { float warps[kThreads / 32]; };
+  static float run(float x, Storage& storage) {
+    x = warp_sum(x);
+    if (thread_index() % 32 == 0) storage.warps[thread_index() / 32] = x;
+    sync_block();
+    if (thread_index() == 0) {
+      for (int i = 1; i < kThreads / 32; ++i) x += storage.warps[i];
+    }
+    return x;
+  }
+};
+
 inline void copy_async(void* shared, const void* global) { emulation::copy_async(shared, global); }
 inline void commit_async() { emulation::commit_async(); }
 template <int kPending> void wait_async() { emulation::wait_async(kPending); }

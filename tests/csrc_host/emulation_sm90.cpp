@@ -20,10 +20,12 @@ struct Barrier {
   int expected = 0, arrived = 0, bytes = 0;
   int generation = 0;  // phases that have ended
   int waiting = 0;
+  bool visible = false;  // to the copy engine and to other threads
   std::vector<Load> loads;
   races::Phases phases;
 };
 struct Queue {
+  bool fenced = false;
   std::vector<Wgmma> open;
   std::deque<std::vector<Wgmma>> groups;
 };
@@ -45,6 +47,7 @@ Barrier& barrier_at(uint32_t address, const void* pc) {
   races::read(at(address, 8), 8, pc);
   if (address % 8) stop("a misaligned barrier");
   if (!barriers.count(address)) stop("a barrier that was not initialised");
+  if (!barriers[address].visible) stop("a barrier without barrier_init_fence");
   return barriers[address];
 }
 
@@ -134,6 +137,9 @@ void combine_wgmma(Lane* lanes) {
   Wgmma of[32];
   for (int lane = 0; lane < 32; ++lane) std::memcpy(&of[lane], lanes[lane].in, sizeof(Wgmma));
   const Wgmma& op = of[0];
+  for (const Wgmma& other : of) {
+    if (other.a != op.a || other.b != op.b || other.add != op.add) stop("lanes of a warp issue different wgmma");
+  }
   const int warp = thread / 32 % 4;
   const Descriptor b(op.b);
   float bs[16][256];
@@ -165,9 +171,14 @@ void combine_wgmma(Lane* lanes) {
 void begin_block_sm90() {
   barriers.clear();
   for (Queue& queue : queues) {
+    queue.fenced = false;
     queue.open.clear();
     queue.groups.clear();
   }
+}
+
+bool loads_in_flight() {
+  return std::any_of(barriers.begin(), barriers.end(), [](const auto& entry) { return !entry.second.loads.empty(); });
 }
 
 bool wgmma_in_flight() { return !queues[thread].groups.empty() || !queues[thread].open.empty(); }
@@ -179,6 +190,10 @@ void barrier_init(uint32_t address, int arrivals) {
   Barrier& barrier = barriers[address] = Barrier();
   barrier.expected = arrivals;
   barrier.phases.init();
+}
+
+void barrier_init_fence() {
+  for (auto& [address, barrier] : barriers) barrier.visible = true;
 }
 
 void barrier_arrive(uint32_t address, int bytes) {
@@ -210,7 +225,10 @@ void tma_load(uint32_t address, const TensorMap& map, uint32_t barrier, int colu
   if (target.waiting) flush(target);
 }
 
+void wgmma_fence() { queues[thread].fenced = true; }
+
 void wgmma_issue(const Wgmma& op) {
+  if (!queues[thread].fenced) stop("a wgmma without wgmma_fence since the last wait");
   if (thread % 32 == 0) announce(op, __builtin_return_address(0));
   queues[thread].open.push_back(op);
 }
@@ -229,6 +247,7 @@ void wgmma_wait(int pending) {
     queue.groups.pop_front();
     races::wgmma_wait(1);
   }
+  queue.fenced = false;  // whoever waits may now touch the registers
 }
 
 }  // namespace mcld::emulation

@@ -3,7 +3,9 @@
 // As late as a GPU may be: a TMA load fills its target with NaN when it is issued and delivers when a thread waits for its
 // barrier; a wgmma reads its shared operands, its registers and its sum only when its group is waited for, so that a
 // stage released or a register overwritten too early shows. Swizzles act on address bits, as in the hardware, and a
-// descriptor is read field by field, so tile and descriptor are checked against each other.
+// descriptor is read field by field, so tile and descriptor are checked against each other. What a GPU would leave undefined
+// is an error: a barrier used before its fence, a wgmma without one since the last wait, lanes whose descriptors differ, a
+// block that ends with loads or wgmma in flight.
 #pragma once
 
 #include <cmath>
@@ -20,6 +22,7 @@ struct TensorMap {
 
 namespace emulation {
 void barrier_init(uint32_t barrier, int arrivals);
+void barrier_init_fence();
 void barrier_arrive(uint32_t barrier, int bytes);
 void barrier_wait(uint32_t barrier, int parity);
 void tma_load(uint32_t shared, const TensorMap& map, uint32_t barrier, int column, int row);
@@ -31,6 +34,7 @@ struct Wgmma {
   uint64_t a, b;
   bool add, half;  // half: fp16, else bf16
 };
+void wgmma_fence();
 void wgmma_issue(const Wgmma&);
 void wgmma_commit();
 void wgmma_wait(int pending);
@@ -43,7 +47,7 @@ inline int grid_blocks() { return emulation::grid_x; }
 inline float exp2_fast(float x) { return std::exp2(x); }
 
 inline void barrier_init(uint32_t barrier, int arrivals) { emulation::barrier_init(barrier, arrivals); }
-inline void barrier_init_fence() {}
+inline void barrier_init_fence() { emulation::barrier_init_fence(); }
 inline void barrier_arrive(uint32_t barrier) { emulation::barrier_arrive(barrier, 0); }
 inline void barrier_arrive_expecting(uint32_t barrier, int bytes) { emulation::barrier_arrive(barrier, bytes); }
 inline void barrier_wait(uint32_t barrier, int parity) { emulation::barrier_wait(barrier, parity); }
@@ -53,10 +57,10 @@ inline void tma_load(uint32_t shared, const TensorMap& map, uint32_t barrier, in
 
 template <int kRegisters> void fewer_registers() {}
 template <int kRegisters> void more_registers() {}
-inline void wgmma_fence() {}
+inline void wgmma_fence() { emulation::wgmma_fence(); }
 inline void wgmma_commit() { emulation::wgmma_commit(); }
 template <int kPending> void wgmma_wait() { emulation::wgmma_wait(kPending); }
-template <int kCount> void pin(float (&)[kCount]) {}
+template <class T, int kCount> void pin(T (&)[kCount]) {}
 
 template <Precision kPrecision, int kCount>
 void wgmma_shared(PrecisionTag<kPrecision>, float (&d)[kCount], uint64_t a, uint64_t b, bool add) {

@@ -40,7 +40,6 @@ void write(const void* address, int bytes, const void* pc);
 void copy(const void* target, const void* source, int bytes, const void* pc);
 void copy_commit();
 void copy_wait(int groups);
-// Also an error: what a thread stored itself, not a TMA load. It would take a proxy fence, which no kernel has.
 void wgmma_read(const void* address, int bytes, const void* pc);
 void wgmma_commit();
 void wgmma_wait(int groups);

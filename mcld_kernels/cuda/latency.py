@@ -1,7 +1,8 @@
 """The low-latency path of the "cuda" backend: five launches for loss and gradient, where launches take the time.
 
-It holds for at most 1024 rows and classes, the student as the anchor, and temperatures at which one shift does for all
-rows; everything else goes through `pipeline`. csrc/portable/small.cuh has the steps. No GPU has run it yet.
+It holds for at most 1024 rows and classes and temperatures at which one shift does for all rows. Teacher anchors, alone
+or with the student's, take a sixth launch, and have no range in fp16; everything else goes through `pipeline`.
+csrc/portable/small.cuh has the steps. No GPU has run it yet.
 """
 
 from __future__ import annotations
@@ -11,31 +12,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cuda
-from .arguments import Options
-from .pipeline import Result, gradient_dtype
-
-LARGEST = 1024
+from ..arguments import Options
+from ..pipeline import Result, gradient_dtype
+from . import common, configs
+from .common import Launcher
 
 
 def takes(student: Tensor, teacher: Tensor, chosen: Options, operand: torch.dtype) -> bool:
     """Whether the path can do what is asked."""
     fixed = all(
-        cuda.has_fixed_shift(operand, temperature)
+        common.has_fixed_shift(operand, temperature)
         for temperature, active in zip(chosen.temperature, chosen.active, strict=True)
         if active
     )
     return (
-        max(student.shape) <= LARGEST
+        max(student.shape) <= configs.LATENCY_LARGEST
         and student.dtype == teacher.dtype
-        and chosen.direction == "student"
         and any(chosen.active)
+        and not (_by_teacher(chosen) and operand == torch.float16)
         and fixed
     )
 
 
+def _by_teacher(chosen: Options) -> bool:
+    """Whether teacher rows are anchors."""
+    return chosen.direction != "student" and (chosen.active[0] or chosen.active[1])
+
+
 def evaluate(
-    kernels: cuda.CudaKernels,
+    launch: Launcher,
+    operand: torch.dtype,
     student: Tensor,
     teacher: Tensor,
     target: Tensor | None,
@@ -44,9 +50,8 @@ def evaluate(
     *,
     student_grad: bool,
 ) -> Result:
-    """As `pipeline.evaluate`, without a gradient by the teacher."""
+    """As `pipeline.evaluate`, without a gradient by the teacher. operand: the dtype of the products' operands."""
     batch, classes = student.shape
-    operand = kernels.operand_dtype(student.dtype)
     make = _Maker(student, operand)
     labelled = target is not None and any(chosen.label_terms)
     matrices = [_matrix(make, batch, classes)] if chosen.active[0] or chosen.active[1] else []
@@ -60,7 +65,7 @@ def evaluate(
     loss, terms = make.floats(), make.floats(3)
     weight = None if weight is None else weight.to(torch.float32).contiguous()
     target = target.contiguous() if target is not None and labelled else None
-    kernels.call(
+    launch(
         "small",
         student=student.data_ptr(),
         teacher=teacher.data_ptr(),
@@ -79,13 +84,13 @@ def evaluate(
         same=make.pointer(torch.empty(batch, dtype=torch.int64, device=student.device)) if labelled else 0,
         facts=make.pointer(make.floats(2)) if labelled else 0,
         counts=make.pointer(make.floats(classes)) if labelled else 0,
-        means=make.workspace(classes, cuda.pitch_of(classes)) if chosen.active[1] else 0,
+        means=make.workspace(classes, common.pitch_of(classes)) if chosen.active[1] else 0,
         loss=loss.data_ptr(),
         terms=terms.data_ptr(),
         gradient=0 if gradient is None else gradient.data_ptr(),
-        type=cuda.TYPES[student.dtype],
-        gradient_type=cuda.TYPES[result_dtype],
-        precision=cuda.precision_of(operand),
+        type=common.TYPES[student.dtype],
+        gradient_type=common.TYPES[result_dtype],
+        precision=common.precision_of(operand),
     )
     return Result(loss, terms, gradient, None)
 
@@ -113,7 +118,7 @@ class _Maker:
 
 def _matrix(make: _Maker, n: int, d: int) -> dict[str, Any]:
     """The operands of one side pair, which problems of two temperatures share."""
-    padded, pitch = cuda.padded_rows(n), cuda.pitch_of(d)
+    padded, pitch = common.padded_rows(n), common.pitch_of(d)
     return {
         "a": make.operand(padded, pitch),
         "k": make.operand(padded, pitch),
@@ -136,16 +141,22 @@ def _groups(chosen: Options) -> list[tuple[int, ...]]:
 def _problem(
     make: _Maker, matrix: dict[str, Any], group: tuple[int, ...], chosen: Options, wanted: bool
 ) -> dict[str, Any]:
-    n, padded = matrix["n"], cuda.padded_rows(matrix["n"])
+    n, padded = matrix["n"], common.padded_rows(matrix["n"])
+    columns = group == (2,)
+    by_student, by_teacher = columns or chosen.direction != "teacher", not columns and _by_teacher(chosen)
     return {
         **matrix,
         "e": make.operand(padded, padded) if wanted else 0,
         "row_sums": make.workspace(padded // 64, padded),
-        "product": make.workspace(padded, matrix["pitch"]) if wanted else 0,
+        "column_sums": make.workspace(padded // 64, padded) if by_teacher else 0,
+        "product": make.workspace(padded, matrix["pitch"]) if wanted and by_student else 0,
+        "weighted": make.operand(padded, matrix["pitch"]) if wanted and by_teacher else 0,
+        "back": make.workspace(padded, matrix["pitch"]) if wanted and by_teacher else 0,
         **{name: make.workspace(n) for name in ("s", "u", "z", "dots")},
         "values": make.workspace(3, n),
         "inverse_temperature": 1 / chosen.temperature[group[0]],
         "terms": [term in group for term in range(3)],
         "masked": group == (0,) and chosen.mask_same_class,
-        "columns": group == (2,),
+        "columns": columns,
+        "by_student": by_student,
     }

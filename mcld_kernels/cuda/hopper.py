@@ -1,12 +1,12 @@
-"""When backend "cuda" takes its Hopper kernels (csrc/hopper: TMA and wgmma) in place of the portable ones.
+"""What the Hopper kernels of backend "cuda" (csrc/hopper: TMA and wgmma) can take, in place of the portable ones.
 
 **No GPU has run them.** They compile for sm_90a without spills and with wgmma, and every test run executes them in host
-emulation; so they are taken only on request, by the environment variable MCLD_HOPPER=1, until a GPU has verified them.
+emulation. So they are taken where a measured table (`mcld_kernels.measured`) has found them right and the fastest, or
+on request, by the environment variable MCLD_HOPPER=1.
 """
 
 from __future__ import annotations
 
-import os
 from types import ModuleType
 
 import torch
@@ -26,15 +26,8 @@ BLOCKS = 132  # flash blocks wanted: their shared memory leaves room for one a m
 LEAST_TILES = {"similarity": 132, "flash": 132}
 
 
-def requested() -> bool:
-    """Whether MCLD_HOPPER=1 asks for the kernels."""
-    return os.environ.get("MCLD_HOPPER") == "1"
-
-
 def refused(module: ModuleType, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the kernels are not taken for operands of ``dtype`` on ``device``, of whatever shape; None if they can."""
-    if not requested():
-        return "MCLD_HOPPER is not 1, and no GPU has verified these kernels"
+    """Why the kernels cannot take operands of ``dtype`` on ``device``, of whatever shape; None if they can."""
     if not hasattr(module, "hopper_similarity"):
         return "the module is compiled without them: put 90a into MCLD_CUDA_ARCHS and install again"
     if dtype not in DTYPES:
