@@ -1,8 +1,8 @@
 """The portable CUDA kernels, compiled for the host and run through the "cuda" backend, against the fp64 reference.
 
 What this proves: the kernels' arithmetic, indices, barriers and asynchronous copies, and the provider's chunks, splits
-and masks, at the error bar of every backend. What it cannot prove: speed, PTX, and anything a GPU does in parallel
-between blocks. tests/test_cuda.py runs the same grid on a GPU.
+and masks, at the error bar of every backend, without a data race between threads or blocks (csrc_host/races.h). What it
+cannot prove: speed and PTX. tests/test_cuda.py runs the same grid on a GPU.
 """
 
 import cases

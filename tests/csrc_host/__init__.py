@@ -1,10 +1,16 @@
-"""The portable CUDA kernels compiled for the host: ``load()`` builds the module and imports it."""
+"""The CUDA kernels compiled for the host: ``load()`` builds the module and imports it.
+
+Its kernels fail at a data race (races.h). With MCLD_TEST_CHECK=memory, in a process started with the variables that
+``memory_environment()`` gives, they run under AddressSanitizer and UndefinedBehaviorSanitizer instead, which end it.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,9 +23,20 @@ from types import ModuleType
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 KERNELS, HOPPER = CSRC / "portable", CSRC / "hopper"
-FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
+FLAGS = ["-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
 # A fortified longjmp takes a jump to another fiber for a corrupt stack.
 FLAGS += ["-U_FORTIFY_SOURCE", "-DMCLD_HOST_EMULATION", "-DMCLD_HAS_HOPPER=1"]
+_SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+# By check, the flags of the emulator, those of the kernels, and the linker's.
+CHECKS: dict[str, tuple[list[str], list[str], list[str]]] = {
+    "races": (["-DMCLD_CHECK_RACES"], ["-DMCLD_CHECK_RACES", "-fsanitize=thread"], []),
+    # The sanitizers' code sets off warnings that are not the kernels'.
+    "memory": (["-DMCLD_CHECK_MEMORY"], ["-DMCLD_CHECK_MEMORY", "-Wno-maybe-uninitialized", *_SANITIZERS], _SANITIZERS),
+}
+REPORTED = 66  # exit status of a process that the memory check ended
+EMULATOR = [HERE / name for name in ("emulation.cpp", "emulation_sm90.cpp", "races.cpp")]
+BINDINGS = [*KERNELS.glob("*.cpp"), HERE / "module.cpp"]
+CONTROLS = [HERE / "controls.cu"]
 
 
 def compiler() -> str | None:
@@ -27,41 +44,98 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "g++"))
 
 
-def build() -> Path:
-    """Compile what changed into the cache folder and return the module's path."""
-    import pybind11
+def memory_environment() -> dict[str, str]:
+    """What a process needs beside the parent's variables to run the memory check.
 
+    Raises RuntimeError where the compiler has no sanitizers.
+    """
+
+    def library(name: str) -> str:
+        command = [str(compiler()), f"-print-file-name={name}"]
+        path = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        if not os.path.isabs(path):
+            raise RuntimeError(f"{compiler()} has no {name}")
+        return path
+
+    library("libubsan.so")
+    return {
+        "MCLD_TEST_CHECK": "memory",
+        # Python does not link the C++ library, of which AddressSanitizer must find __cxa_throw when it starts.
+        "LD_PRELOAD": f"{library('libasan.so')}:{library('libstdc++.so')}",
+        # Python and torch leave what they allocated at import.
+        "ASAN_OPTIONS": f"detect_leaks=0:exitcode={REPORTED}",
+        "UBSAN_OPTIONS": f"print_stacktrace=1:exitcode={REPORTED}",
+    }
+
+
+def memory_command() -> list[str]:
+    """What precedes the command of such a process. Raises RuntimeError where none can be started.
+
+    AddressSanitizer of older compilers may find its shadow memory taken where the system places mappings with more than
+    28 random bits.
+    """
+    bits = Path("/proc/sys/vm/mmap_rnd_bits")
+    if not bits.exists() or int(bits.read_text()) <= 28:
+        return []
+    fixed = ["setarch", "-R"]
+    if shutil.which(fixed[0]) is None or subprocess.run([*fixed, "true"], capture_output=True).returncode:
+        raise RuntimeError("vm.mmap_rnd_bits is above 28, and setarch -R is not there or not allowed")
+    return fixed
+
+
+def memory_command_line() -> str:
+    """Both, for a shell: what is put before the command."""
+    variables = (f"{name}={value}" for name, value in memory_environment().items())
+    return shlex.join([*memory_command(), "env", *variables])
+
+
+def build(check: str = "races", *, controls: bool = False) -> Path:
+    """Compile what changed into the cache folder and return the path of the module, or of the negative controls."""
     cache = Path(os.environ.get("MCLD_TEST_CACHE") or Path(tempfile.gettempdir()) / f"mcld_kernels-tests-{os.getuid()}")
     cache.mkdir(parents=True, exist_ok=True)
+    # Of two processes one builds, and the other then finds what it built.
+    with open(cache / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _build(cache, check, controls)
+
+
+def _build(cache: Path, check: str, controls: bool) -> Path:
+    import pybind11
+
     includes = [f"-I{path}" for path in (HERE, KERNELS, CSRC, sysconfig.get_path("include"), pybind11.get_include())]
     headers = sorted(path for folder in (KERNELS, HOPPER, HERE) for path in folder.glob("*.*h"))
-    common = b"".join(path.read_bytes() for path in headers) + repr((FLAGS, includes, compiler(), sys.version)).encode()
+    common = b"".join(path.read_bytes() for path in headers) + repr((includes, compiler(), sys.version)).encode()
+    of_emulator, of_kernels, of_linker = CHECKS[check]
 
     def compile_one(source: Path) -> Path:
-        key = hashlib.sha256(common + source.read_bytes()).hexdigest()[:20]
+        flags = FLAGS + ([] if source in BINDINGS else of_emulator if source in EMULATOR else of_kernels)
+        key = hashlib.sha256(common + repr(flags).encode() + source.read_bytes()).hexdigest()[:20]
         target = cache / f"{source.parent.name}-{source.stem}-{key}.o"
         if not target.exists():
             partial = target.with_suffix(f".{os.getpid()}.o")
-            _call([compiler(), *FLAGS, *includes, "-c", "-x", "c++", source, "-o", partial])
+            _call([compiler(), *flags, *includes, "-c", "-x", "c++", source, "-o", partial])
             partial.replace(target)
         return target
 
-    sources = sorted([*KERNELS.glob("*.cu"), *KERNELS.glob("*.cpp"), *HERE.glob("*.cpp"), *HERE.glob("*.cu")])
     # What only a driver can do is emulated whole.
-    sources += sorted(path for path in HOPPER.glob("*.cu") if path.stem != "tensor_map")
+    kernels = sorted(path for folder in (KERNELS, HOPPER) for path in folder.glob("*.cu") if path.stem != "tensor_map")
+    kernels.append(HERE / "probes.cu")
+    # Of an inline function that several sources define, the linker takes the first: the kernels', which are checked.
+    sources = [*(CONTROLS if controls else kernels), *EMULATOR, *([] if controls else BINDINGS)]
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, sources))
-    key = hashlib.sha256("".join(map(str, objects)).encode()).hexdigest()[:20]
-    module = cache / f"mcld_emulated-{key}.so"
+    link = [compiler(), "-shared", *objects, *of_linker]
+    key = hashlib.sha256(repr(link).encode()).hexdigest()[:20]
+    module = cache / f"{'controls' if controls else 'mcld_emulated'}-{key}.so"
     if not module.exists():
         partial = module.with_suffix(f".{os.getpid()}.so")
-        _call([compiler(), "-shared", *objects, "-o", partial])
+        _call([*link, "-o", partial])
         partial.replace(module)
     return module
 
 
 def load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("mcld_emulated", build())
+    spec = importlib.util.spec_from_file_location("mcld_emulated", build(os.environ.get("MCLD_TEST_CHECK", "races")))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -69,6 +143,8 @@ def load() -> ModuleType:
 
 
 def _call(command: list) -> None:
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    # The compiler itself is not checked.
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stderr}")

@@ -3,28 +3,37 @@
 
 #include <csetjmp>
 #include <cstdlib>
+#include <dlfcn.h>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <sys/mman.h>
 #include <ucontext.h>
 #include <vector>
 
+#include "memory.h"
+#include "races.h"
+
 namespace mcld::emulation {
 
-int thread, block_x, block_y, grid_x;
-char* shared;
-int shared_size;
+MCLD_EMULATOR_STATE int thread, block_x, block_y, grid_x;
+MCLD_EMULATOR_STATE char* shared;
+MCLD_EMULATOR_STATE int shared_size;
 
 namespace {
 
-constexpr int kWarp = 32, kMaxThreads = 1024, kStackBytes = 64 << 10, kCanaryBytes = 256;
+constexpr int kWarp = 32, kMaxThreads = 1024, kCanaryBytes = 256;
+#ifdef MCLD_CHECK_MEMORY
+constexpr int64_t kStackBytes = 256 << 10;  // with space around every array
+#else
+constexpr int64_t kStackBytes = 64 << 10;
+#endif
 
 struct Copy { char* target; const char* source; };
 
 // A context is entered once by swapcontext, which asks the kernel for the signal mask, and from then on by longjmp.
 struct Fiber {
-  std::unique_ptr<char[]> stack;
   ucontext_t entry;
   jmp_buf here;
   bool entered = false, finished = false;
@@ -41,6 +50,7 @@ struct Warp {
 };
 
 Fiber fibers[kMaxThreads];
+char* stacks;
 Warp warps[kMaxThreads / kWarp];
 jmp_buf scheduler;
 ucontext_t scheduler_entry;
@@ -52,8 +62,18 @@ const char* kernel_name;
 std::string failure;
 uint32_t order_state = 1;
 
+[[noreturn]] void jump(jmp_buf& to) {
+#ifdef MCLD_CHECK_MEMORY
+  // AddressSanitizer's longjmp takes a jump to another stack for an unwinding of this one; the C library's own does not.
+  using Jump = void (*)(jmp_buf, int);
+  static const Jump plain = reinterpret_cast<Jump>(dlsym(dlopen("libc.so.6", RTLD_LAZY), "_longjmp"));
+  plain(to, 1);
+#endif
+  _longjmp(to, 1);
+}
+
 void leave() {
-  if (!_setjmp(fibers[thread].here)) _longjmp(scheduler, 1);
+  if (!_setjmp(fibers[thread].here)) jump(scheduler);
 }
 
 void enter_fiber() {
@@ -61,6 +81,7 @@ void enter_fiber() {
     body(argument);
     Fiber& fiber = fibers[thread];
     if (!fiber.groups.empty() || !fiber.open.empty()) failure = "a thread ended with asynchronous copies in flight";
+    if (wgmma_in_flight()) failure = "a thread ended with wgmma in flight";
     fiber.finished = true;
     leave();
   }
@@ -70,11 +91,10 @@ void resume(int index) {
   thread = index;
   Fiber& fiber = fibers[index];
   if (_setjmp(scheduler)) return;
-  if (fiber.entered) _longjmp(fiber.here, 1);
+  if (fiber.entered) jump(fiber.here);
   fiber.entered = true;
-  fiber.stack.reset(new char[kStackBytes]);
   getcontext(&fiber.entry);
-  fiber.entry.uc_stack.ss_sp = fiber.stack.get();
+  fiber.entry.uc_stack.ss_sp = stacks + index * kStackBytes;
   fiber.entry.uc_stack.ss_size = kStackBytes;
   fiber.entry.uc_link = nullptr;
   makecontext(&fiber.entry, enter_fiber, 0);
@@ -95,6 +115,8 @@ void run_block() {
   }
   for (int w = 0; w < threads_of_block / kWarp; ++w) warps[w].arrived = 0;
   arrived = 0;
+  begin_block_sm90();
+  races::begin_block(threads_of_block);
   for (int running = threads_of_block; running > 0;) {
     bool progress = false;
     const uint32_t random = next_random() >> 8;
@@ -110,9 +132,12 @@ void run_block() {
     }
     if (!progress) fail("deadlock: a barrier or warp operation that not all threads reached");
   }
+  if (loads_in_flight()) fail("a block ended with loads in flight");
+#ifndef MCLD_CHECK_MEMORY  // there nobody may touch it
   for (int i = 0; i < kCanaryBytes; ++i) {
     if (shared[shared_size + i] != char(0xA5)) fail("a write past the end of shared memory");
   }
+#endif
 }
 
 void check_shared(const void* pointer, int alignment) {
@@ -139,6 +164,7 @@ void stop(const std::string& what) {
 void sync_block() {
   if (++arrived == threads_of_block) {
     arrived = 0;
+    races::sync_block();
     ++generation;
   } else {
     wait_for(generation);
@@ -164,6 +190,8 @@ void collective(const void* in, int in_bytes, void* out, int out_bytes, void (*c
 void copy_async(void* target, const void* global) {
   check_shared(target, 16);
   if (reinterpret_cast<uintptr_t>(global) % 16) stop("a misaligned address in global memory");
+  memory_check::read(global, 16);
+  races::copy(target, global, 16, __builtin_return_address(0));
   std::memset(target, 0xFF, 16);
   fibers[thread].open.push_back({static_cast<char*>(target), static_cast<const char*>(global)});
 }
@@ -179,6 +207,7 @@ void commit_async() {
   Fiber& fiber = fibers[thread];
   fiber.groups.push_back(std::move(fiber.open));
   fiber.open.clear();
+  races::copy_commit();
 }
 
 void wait_async(int pending) {
@@ -187,7 +216,15 @@ void wait_async(int pending) {
   for (int i = 0; i < done; ++i) {
     for (const Copy& copy : fiber.groups[i]) std::memcpy(copy.target, copy.source, 16);
   }
-  if (done > 0) fiber.groups.erase(fiber.groups.begin(), fiber.groups.begin() + done);
+  if (done <= 0) return;
+  fiber.groups.erase(fiber.groups.begin(), fiber.groups.begin() + done);
+  races::copy_wait(done);
+}
+
+void load_matrix(uint32_t (&r)[4], const void* row, void (*combine)(Lane*)) {
+  check_shared(row, 16);
+  races::read(row, 16, __builtin_return_address(0));
+  collective(&row, sizeof row, r, sizeof r, combine);
 }
 
 void combine_shuffle(Lane* lanes) {
@@ -207,7 +244,6 @@ void combine_ldmatrix(Lane* lanes) {
   for (int matrix = 0; matrix < 4; ++matrix) {
     for (int i = 0; i < kWarp; ++i) {
       const char* row = bits_of<const char*>(lanes[matrix * 8 + i / 4].in);
-      check_shared(row, 16);
       std::memcpy(lanes[i].out + matrix * 4, row + i % 4 * 4, 4);
     }
   }
@@ -218,7 +254,6 @@ void combine_ldmatrix_transposed(Lane* lanes) {
     for (int i = 0; i < kWarp; ++i) {
       for (int half = 0; half < 2; ++half) {
         const char* row = bits_of<const char*>(lanes[matrix * 8 + i % 4 * 2 + half].in);
-        check_shared(row, 16);
         std::memcpy(lanes[i].out + matrix * 4 + half * 2, row + i / 4 * 2, 2);
       }
     }
@@ -283,14 +318,21 @@ void run(dim3 grid, int threads, int shared_bytes, const char* name, void (*kern
   grid_x = int(grid.x);
   shared_size = shared_bytes;
   failure.clear();
+  if (!stacks) {
+    void* const made = mmap(nullptr, kMaxThreads * kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (made == MAP_FAILED) fail("no memory for the fibers' stacks");
+    stacks = static_cast<char*>(made);
+  }
   memory.resize(shared_bytes + kCanaryBytes + 128);
   shared = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.data()) + 127) / 128 * 128);
+  races::begin_launch(stacks, kMaxThreads * kStackBytes, __builtin_frame_address(0));
   for (unsigned y = 0; y < grid.y; ++y) {
     for (unsigned x = 0; x < grid.x; ++x) {
       block_x = int(x);
       block_y = int(y);
       std::memset(shared, 0xFF, shared_bytes);
       std::memset(shared + shared_bytes, 0xA5, kCanaryBytes);
+      const memory_check::Forbidden past_the_end(shared + shared_bytes, kCanaryBytes);
       try {
         run_block();
       } catch (...) {

@@ -3,7 +3,8 @@
 //
 // Stricter than a GPU where that finds mistakes: shared memory begins as NaN; an asynchronous copy fills its target with NaN
 // when it is issued and delivers only when it is waited for; ldmatrix and copies check alignment and bounds; a barrier that
-// not all threads reach, or a warp operation that not all lanes reach, is an error.
+// not all threads reach, or a warp operation that not all lanes reach, is an error. Every load and store is checked for races
+// (races.h), or for bounds (memory.h).
 #pragma once
 
 #include <cmath>
@@ -73,6 +74,11 @@ extern int thread, block_x, block_y, grid_x;
 extern char* shared;
 extern int shared_size;
 
+// Of emulation_sm90.h: forgets barriers and wgmma; whether loads of the block, or wgmma of the running thread, were not waited for.
+void begin_block_sm90();
+bool loads_in_flight();
+bool wgmma_in_flight();
+
 // Runs other fibers until `counter` has changed.
 void wait_for(const int& counter);
 // Ends the launch with an error.
@@ -82,6 +88,7 @@ void sync_block();
 // Deposits `bytes` at `in`; when all lanes of the warp have, `combine` runs once; then lane results are copied to `out`.
 struct Lane { alignas(16) char in[64]; alignas(16) char out[16]; };
 void collective(const void* in, int in_bytes, void* out, int out_bytes, void (*combine)(Lane*));
+void load_matrix(uint32_t (&r)[4], const void* row, void (*combine)(Lane*));
 void copy_async(void* shared_target, const void* global);
 void commit_async();
 void wait_async(int pending);
@@ -158,10 +165,10 @@ inline void copy_async(void* shared, const void* global) { emulation::copy_async
 inline void commit_async() { emulation::commit_async(); }
 template <int kPending> void wait_async() { emulation::wait_async(kPending); }
 inline void ldmatrix(uint32_t (&r)[4], const void* row) {
-  emulation::collective(&row, sizeof row, r, sizeof r, emulation::combine_ldmatrix);
+  emulation::load_matrix(r, row, emulation::combine_ldmatrix);
 }
 inline void ldmatrix_transposed(uint32_t (&r)[4], const void* row) {
-  emulation::collective(&row, sizeof row, r, sizeof r, emulation::combine_ldmatrix_transposed);
+  emulation::load_matrix(r, row, emulation::combine_ldmatrix_transposed);
 }
 inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   emulation::mma(d, a, b0, b1, emulation::combine_mma_bf16);

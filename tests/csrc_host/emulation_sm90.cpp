@@ -1,9 +1,12 @@
 // Barriers, TMA and wgmma of emulation_sm90.h, and what the launchers ask of a device.
+#include <algorithm>
 #include <deque>
 #include <map>
 #include <vector>
 
 #include "hopper/tensor_map.h"
+#include "memory.h"
+#include "races.h"
 
 namespace mcld::emulation {
 namespace {
@@ -19,6 +22,7 @@ struct Barrier {
   int waiting = 0;
   bool visible = false;  // to the copy engine and to other threads
   std::vector<Load> loads;
+  races::Phases phases;
 };
 struct Queue {
   bool fenced = false;
@@ -32,24 +36,35 @@ constexpr int kBoxColumns = 64, kRowBytes = 128, kThreads = 1024;
 
 std::map<uint32_t, Barrier> barriers;  // of the running block
 Queue queues[kThreads];
-bool in_use = false;                   // one of them was used since they were initialised
 
 char* at(uint32_t address, int bytes) {
   if (address < kWindow || address + bytes > kWindow + uint32_t(shared_size)) stop("an address outside shared memory");
   return shared + (address - kWindow);
 }
 
-Barrier& barrier_at(uint32_t address) {
-  at(address, 8);
+// Arrivals and waits are atomic, so for the race check they read; only the initialisation writes.
+Barrier& barrier_at(uint32_t address, const void* pc) {
+  races::read(at(address, 8), 8, pc);
   if (address % 8) stop("a misaligned barrier");
   if (!barriers.count(address)) stop("a barrier that was not initialised");
   if (!barriers[address].visible) stop("a barrier without barrier_init_fence");
-  in_use = true;
   return barriers[address];
 }
 
 // Swizzle of 128 bytes: bits 4 to 6 of an address are changed by bits 7 to 9.
 uint32_t swizzled(uint32_t address) { return address ^ ((address >> 7 & 7) << 4); }
+
+// All that a load reads and writes, for the checks.
+void announce(const Load& load, const races::Phases& phases, const void* pc) {
+  for (int r = 0; r < load.map.box_rows; ++r) {
+    phases.tma_write(at(load.shared + r * kRowBytes, kRowBytes), kRowBytes, pc);
+    const int64_t row = load.row + r, columns = std::min<int64_t>(load.map.pitch - load.column, kBoxColumns);
+    if (row >= load.map.rows || columns <= 0) continue;
+    const char* const source = load.map.matrix + (row * load.map.pitch + load.column) * 2;
+    memory_check::read(source, int(columns) * 2);
+    phases.tma_read(source, int(columns) * 2, pc);
+  }
+}
 
 void deliver(const Load& load) {
   for (int r = 0; r < load.map.box_rows; ++r) {
@@ -67,6 +82,7 @@ void deliver(const Load& load) {
 void complete(Barrier& barrier) {
   if (barrier.arrived < barrier.expected || barrier.bytes) return;
   barrier.arrived = 0;
+  barrier.phases.complete();
   ++barrier.generation;
 }
 
@@ -98,6 +114,23 @@ struct Descriptor {
   // Contraction across the rows.
   uint32_t across(int k, int column) const { return address + k / 8 * stride + k % 8 * kRowBytes + column * 2; }
 };
+
+// What a warp's part of the operation reads, by 16 bytes, which a swizzle leaves together.
+void announce(const Wgmma& op, const void* pc) {
+  const auto read = [pc](uint32_t address) { races::wgmma_read(at(swizzled(address), 16), 16, pc); };
+  const Descriptor b(op.b);
+  if (op.a_registers) {
+    for (int k = 0; k < 16; ++k) {
+      for (int column = 0; column < op.columns; column += 8) read(b.across(k, column));
+    }
+    return;
+  }
+  const Descriptor a(op.a);
+  for (int half = 0; half < 16; half += 8) {
+    for (int r = 0; r < 16; ++r) read(a.along(16 * (thread / 32 % 4) + r, half));
+    for (int column = 0; column < op.columns; ++column) read(b.along(column, half));
+  }
+}
 
 // One warp's part: its 16 rows of the 64. Runs once for all lanes; `in` holds each lane's Wgmma.
 void combine_wgmma(Lane* lanes) {
@@ -133,28 +166,30 @@ void combine_wgmma(Lane* lanes) {
   }
 }
 
-// A block initialises its barriers before it uses one.
-void begin_block() {
-  bool busy = false;
-  for (const auto& [address, barrier] : barriers) busy = busy || !barrier.loads.empty();
+}  // namespace
+
+void begin_block_sm90() {
   barriers.clear();
-  in_use = false;
-  if (busy) stop("an earlier block ended with loads in flight");
   for (Queue& queue : queues) {
-    busy = busy || !queue.groups.empty() || !queue.open.empty();
-    queue = Queue();
+    queue.fenced = false;
+    queue.open.clear();
+    queue.groups.clear();
   }
-  if (busy) stop("an earlier block ended with wgmma in flight");
 }
 
-}  // namespace
+bool loads_in_flight() {
+  return std::any_of(barriers.begin(), barriers.end(), [](const auto& entry) { return !entry.second.loads.empty(); });
+}
+
+bool wgmma_in_flight() { return !queues[thread].groups.empty() || !queues[thread].open.empty(); }
 
 uint32_t shared_offset(const void* pointer) { return kWindow + uint32_t(static_cast<const char*>(pointer) - shared); }
 
 void barrier_init(uint32_t address, int arrivals) {
-  if (in_use) begin_block();
-  at(address, 8);
-  barriers[address] = Barrier{arrivals};
+  races::write(at(address, 8), 8, __builtin_return_address(0));
+  Barrier& barrier = barriers[address] = Barrier();
+  barrier.expected = arrivals;
+  barrier.phases.init();
 }
 
 void barrier_init_fence() {
@@ -162,27 +197,31 @@ void barrier_init_fence() {
 }
 
 void barrier_arrive(uint32_t address, int bytes) {
-  Barrier& barrier = barrier_at(address);
+  Barrier& barrier = barrier_at(address, __builtin_return_address(0));
   if (barrier.arrived == barrier.expected) stop("more arrivals than the barrier expects");
   ++barrier.arrived;
   barrier.bytes += bytes;
+  barrier.phases.arrive();
   complete(barrier);
 }
 
 void barrier_wait(uint32_t address, int parity) {
-  Barrier& barrier = barrier_at(address);
+  Barrier& barrier = barrier_at(address, __builtin_return_address(0));
   flush(barrier);
   ++barrier.waiting;
   while ((barrier.generation & 1) == parity) wait_for(barrier.generation);
   --barrier.waiting;
+  barrier.phases.wait();
 }
 
 void tma_load(uint32_t address, const TensorMap& map, uint32_t barrier, int column, int row) {
   if (address % 1024) stop("a TMA box that does not begin at a period of the swizzle");
   if (map.box_rows > 256) stop("a TMA box of more than 256 rows");
+  Barrier& target = barrier_at(barrier, __builtin_return_address(0));
+  const Load load{address, map, column, row};
+  announce(load, target.phases, __builtin_return_address(0));
   std::memset(at(address, map.box_rows * kRowBytes), 0xFF, map.box_rows * kRowBytes);
-  Barrier& target = barrier_at(barrier);
-  target.loads.push_back({address, map, column, row});
+  target.loads.push_back(load);
   if (target.waiting) flush(target);
 }
 
@@ -190,12 +229,14 @@ void wgmma_fence() { queues[thread].fenced = true; }
 
 void wgmma_issue(const Wgmma& op) {
   if (!queues[thread].fenced) stop("a wgmma without wgmma_fence since the last wait");
+  if (thread % 32 == 0) announce(op, __builtin_return_address(0));
   queues[thread].open.push_back(op);
 }
 
 void wgmma_commit() {
   queues[thread].groups.push_back(std::move(queues[thread].open));
   queues[thread].open.clear();
+  races::wgmma_commit();
 }
 
 void wgmma_wait(int pending) {
@@ -204,6 +245,7 @@ void wgmma_wait(int pending) {
   while (int(queue.groups.size()) > pending) {
     for (const Wgmma& op : queue.groups.front()) collective(&op, sizeof op, nullptr, 0, combine_wgmma);
     queue.groups.pop_front();
+    races::wgmma_wait(1);
   }
   queue.fenced = false;  // whoever waits may now touch the registers
 }
