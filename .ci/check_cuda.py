@@ -60,9 +60,9 @@ def resource_report(module: Path) -> list[tuple[str, str, int]]:
     return report
 
 
-# Kernels by rows whose template says how many elements a lane takes at once: Li8, Li4 are 16 bytes.
+# Kernels by rows that write 16 bytes at once: eight 16-bit elements or four of 32 bits, as the end of their names says.
 VECTOR_KERNELS = re.compile(
-    r"(normalise_rows|finish_rows)_kernel\w*Li[48]E|(rescale|scale_rows|combine|class_means)_kernel"
+    r"(normalise_rows|finish_rows)_kernelI\w*(Li8|fLi4)E|(rescale|scale_rows|combine|class_means)_kernel"
 )
 
 

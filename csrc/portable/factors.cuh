@@ -10,10 +10,6 @@ namespace mcld {
 constexpr int kFactorThreads = 256;
 using TotalSum = BlockSum<kFactorThreads>;
 
-// x = log_off - positive / temperature: the loss is log(1 + exp(x)), its derivative 1 / (1 + exp(-x)).
-MCLD_DEVICE float contrast_loss(float x) { return fmaxf(x, 0) + log1pf(expf(-fabsf(x))); }
-MCLD_DEVICE float contrast_pull(float x) { return 1 / (1 + expf(-x)); }
-
 // One thread an anchor.
 MCLD_KERNEL(kFactorThreads) factors_kernel(MCLD_PARAMETERS(Factors) p) {
   const int64_t row = int64_t(block_index()) * kFactorThreads + thread_index();

@@ -16,11 +16,15 @@ template <Precision kPrecision> using Operand = typename OperandOf<kPrecision>::
 
 constexpr float kLog2E = 1.44269504088896340736f;
 constexpr float kLn2 = 0.69314718055994530942f;
-constexpr float kHalfLift = 15;  // what moves exponentials of a fixed shift into fp16's range, as mcld_kernels/cuda.py has it
+constexpr float kHalfLift = 15;  // what moves exponentials of a fixed shift into fp16's range, as mcld_kernels/cuda/common.py has it
 constexpr int kWarp = 32;
 
 MCLD_DEVICE float infinity() { return as_float(0x7f800000u); }
 MCLD_DEVICE float not_a_number() { return as_float(0x7fc00000u); }
+
+// x = log_off - positive / temperature: the loss is log(1 + exp(x)), its derivative 1 / (1 + exp(-x)).
+MCLD_DEVICE float contrast_loss(float x) { return fmaxf(x, 0) + log1pf(expf(-fabsf(x))); }
+MCLD_DEVICE float contrast_pull(float x) { return 1 / (1 + expf(-x)); }
 
 template <Precision kPrecision> struct PrecisionTag { static constexpr Precision value = kPrecision; };
 template <class T> struct TypeTag { using type = T; };

@@ -11,7 +11,6 @@
 
 #include <type_traits>
 
-#include "factors.cuh"
 #include "finish.cuh"
 #include "normalise.cuh"
 #include "product.cuh"
