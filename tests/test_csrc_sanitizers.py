@@ -34,7 +34,8 @@ RACES = {
     "source_overwritten": "a write .* global memory .* is not ordered with the read by an asynchronous copy",
     "ldmatrix_before_barrier": "16 bytes|a write of",
     "barrier_used_before_its_initialisation": "a write of 8 bytes|a barrier that was not initialised",
-    "load_not_waited_for": "(read by wgmma|write by a TMA load) of .* is not ordered|not ordered with the read by wgmma",
+    # Whichever comes first.
+    "load_not_waited_for": "by wgmma .* the write by a TMA load|by a TMA load .* the read by wgmma",
     "stage_loaded_before_it_is_free": "by a TMA load .* is not ordered with the read by wgmma",
     "stage_freed_before_wgmma_is_done": "by a TMA load .* is not ordered with the read by wgmma",
 }
