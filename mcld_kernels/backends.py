@@ -8,7 +8,7 @@ from importlib import import_module
 from torch import Tensor
 
 from . import measured
-from .pipeline import Result
+from .pipeline import Call, Result
 
 NAMES = ("reference", "torch", "triton", "cuda")
 # The backends behind the operator (all but the reference), best first for CUDA tensors.
@@ -78,5 +78,5 @@ def preference(student: Tensor, teacher: Tensor) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*(measured.order(student, teacher) or ()), "triton", "cuda")))
 
 
-def implementation(name: str) -> Callable[..., Result]:
+def implementation(name: str) -> Callable[[Call], Result]:
     return import_module(_MODULES[name]).forward

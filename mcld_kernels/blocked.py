@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import labels as labelling
-from .arguments import Options, float32_precision
+from .arguments import float32_precision
 from .labels import Labels
-from .pipeline import Anchors, Contrast, Factors, Finish, Negatives, Problem, Result, Unit, evaluate
+from .pipeline import Anchors, Call, Contrast, Factors, Finish, Negatives, Problem, Result, Unit, evaluate
 
 CHUNK_MB = {"cpu": 32, "cuda": 256}
 _OTHER_MB = 128
@@ -240,21 +240,9 @@ def _fast_bf16(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def forward(
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor | None,
-    weight: Tensor | None,
-    chosen: Options,
-    *,
-    student_grad: bool,
-    teacher_grad: bool,
-) -> Result:
-    """Loss, terms and gradients of a non-empty batch: student, teacher (B, C), target (B,), weight (3,)."""
-    kernels = TorchKernels(student.device.type != "cpu", _fast_bf16(student.device))
-    return evaluate(
-        kernels, student, teacher, target, weight, chosen, student_grad=student_grad, teacher_grad=teacher_grad
-    )
+def forward(call: Call) -> Result:
+    device = call.student.device
+    return evaluate(TorchKernels(device.type != "cpu", _fast_bf16(device)), call)
 
 
 def unavailable() -> str | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import backends
 from .arguments import Options, stat_dtype
-from .pipeline import gradient_dtype
+from .pipeline import Call, gradient_dtype
 
 
 @torch.library.custom_op("mcld_kernels::mcld", mutates_args=())
@@ -41,9 +41,8 @@ def mcld(
     if student.shape[0] == 0:
         return _like(student, teacher, student_grad, teacher_grad, torch.zeros)
     with torch.autocast(student.device.type, enabled=False):
-        result = backends.implementation(name)(
-            student, teacher, target, weight, chosen, student_grad=student_grad, teacher_grad=teacher_grad
-        )
+        call = Call(student, teacher, target, weight, chosen, student_grad, teacher_grad)
+        result = backends.implementation(name)(call)
     by_student = student.new_empty(0) if result.student is None else result.student
     by_teacher = teacher.new_empty(0) if result.teacher is None else result.teacher
     return result.loss, result.terms, by_student, by_teacher

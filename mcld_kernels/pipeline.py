@@ -170,6 +170,26 @@ class Kernels(Protocol):
         """Write (or add) the gradient of some rows of the logits."""
 
 
+class Call(NamedTuple):
+    """What a backend is asked for: student (n, C) against a teacher (m, C), both non-empty, n = m but for a part of a
+    batch, in which row i of the student pairs with row i + offset of the teacher.
+    """
+
+    student: Tensor
+    teacher: Tensor
+    target: Tensor | None  # (n,) labels
+    weight: Tensor | None  # (3,) or None: those of `chosen` alone
+    chosen: Options
+    student_grad: bool
+    teacher_grad: bool
+    offset: int = 0
+    teacher_target: Tensor | None = None  # (m,) labels, where n != m
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.promote_types(self.student.dtype, self.teacher.dtype)
+
+
 class Result(NamedTuple):
     """What a backend returns. Gradients are None where they were not asked for."""
 
@@ -206,46 +226,29 @@ def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def evaluate(
-    kernels: Kernels,
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor | None,
-    weight: Tensor | None,
-    chosen: Options,
-    *,
-    student_grad: bool,
-    teacher_grad: bool,
-    offset: int = 0,
-    teacher_target: Tensor | None = None,
-) -> Result:
-    """Loss, terms and gradients of student (n, C) against teacher (m, C), both non-empty.
-
-    Row i of the student pairs with row i + offset of the teacher. With n != m pass the teacher rows' labels as
-    ``teacher_target``; the category-wise term and teacher anchors need n == m.
-    """
+def evaluate(kernels: Kernels, call: Call) -> Result:
+    """Loss, terms and gradients of a call; the category-wise term and teacher anchors need n == m."""
+    student, teacher, target, weight, chosen = call[:5]
     if student.shape[0] != teacher.shape[0] and (chosen.active[2] or chosen.direction != "student"):
         raise ValueError(
             f"{student.shape[0]} student rows against {teacher.shape[0]} teacher rows: only the row terms with "
             "direction='student' are defined for that"
         )
-    dtype = torch.promote_types(student.dtype, teacher.dtype)
-    stat = stat_dtype(dtype)
-    run = _Run(
-        kernels, chosen, None if weight is None else weight.to(stat), stat, kernels.operand_dtype(dtype), student
-    )
-    gradients = Gradient(student, student_grad), Gradient(teacher, teacher_grad)
+    stat = stat_dtype(call.dtype)
+    weight = None if weight is None else weight.to(stat)
+    run = _Run(kernels, chosen, weight, stat, kernels.operand_dtype(call.dtype), student)
+    gradients = Gradient(student, call.student_grad), Gradient(teacher, call.teacher_grad)
 
     of_student = of_teacher = None
     if target is not None and any(chosen.label_terms):
-        sides = (target,) if teacher_target is None else (target, teacher_target)
+        sides = (target,) if call.teacher_target is None else (target, call.teacher_target)
         described = kernels.describe(sides, chosen.ignore_index, student.shape[1], stat)
         of_student, of_teacher = described[0], described[-1]
     # The column copies are gone before the row copies are made.
     if chosen.active[2]:
         _category(run, student, teacher, of_student, gradients)
     if chosen.active[0] or chosen.active[1]:
-        _rows(run, (student, teacher), (of_student, of_teacher), gradients, offset)
+        _rows(run, (student, teacher), (of_student, of_teacher), gradients, call.offset)
     loss, terms = kernels.totals(run.values, tuple(run.parts), chosen.scale, run.weight)
     return Result(loss, terms, gradients[0].result(), gradients[1].result())
 

@@ -345,15 +345,17 @@ class TestRectangular:
         )
         got = pipeline.evaluate(
             blocked.TorchKernels(),
-            student,
-            teacher,
-            target,
-            None,
-            chosen,
-            student_grad=True,
-            teacher_grad=True,
-            offset=offset,
-            teacher_target=theirs,
+            pipeline.Call(
+                student,
+                teacher,
+                target,
+                None,
+                chosen,
+                student_grad=True,
+                teacher_grad=True,
+                offset=offset,
+                teacher_target=theirs,
+            ),
         )
         options = {
             "labels": target.tolist(),
@@ -378,9 +380,7 @@ class TestRectangular:
         )
         student, teacher = torch.randn(3, 4), torch.randn(5, 4)
         with pytest.raises(ValueError, match="3 student rows against 5 teacher rows"):
-            pipeline.evaluate(
-                blocked.TorchKernels(), student, teacher, None, None, chosen, student_grad=False, teacher_grad=False
-            )
+            pipeline.evaluate(blocked.TorchKernels(), pipeline.Call(student, teacher, None, None, chosen, False, False))
 
 
 class TestMemory:
@@ -424,9 +424,7 @@ class TestMemory:
         )
         target = labels(400, 31)
         with Largest() as seen:
-            pipeline.evaluate(
-                blocked.TorchKernels(), student, teacher, target, None, chosen, student_grad=True, teacher_grad=True
-            )
+            pipeline.evaluate(blocked.TorchKernels(), pipeline.Call(student, teacher, target, None, chosen, True, True))
             largest["torch"] = seen.numel
         with Largest() as seen:
             mcld_kernels.reference.mcld_loss(student, teacher, target)

@@ -7,7 +7,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mcld_kernels
-from mcld_kernels import MCLDLoss, arguments, backends, blocked, reference
+from mcld_kernels import MCLDLoss, arguments, backends, blocked, pipeline, reference
 
 BACKENDS = ("reference", "torch")
 OPTIONS = {
@@ -191,8 +191,7 @@ def test_the_computation_waits_for_nothing(backend, options, wanted, small_chunk
                 loss.backward()
         else:
             with torch.no_grad():
-                grads = {"student_grad": wanted[0], "teacher_grad": wanted[1]}
-                blocked.forward(student, teacher, target, weight, chosen, **grads)
+                blocked.forward(pipeline.Call(student, teacher, target, weight, chosen, *wanted))
 
 
 def test_the_watch_sees_waiting():

@@ -207,7 +207,7 @@ def test_low_latency_bad_labels_make_their_terms_nan(module, low_latency):
         temperature=0.1, weight=(1.0, 1.0, 1.0), direction="student", mask_same_class=False, present_only=False,
         ignore_index=-100, eps=1e-12,
     )  # fmt: skip
-    result = cuda.forward(student, teacher, target, None, chosen, student_grad=True, teacher_grad=False)
+    result = cuda.forward(pipeline.Call(student, teacher, target, None, chosen, True, False))
     assert result.terms.isnan().tolist() == [False, True, False]
     assert result.loss.isnan()
 
@@ -339,12 +339,10 @@ def test_anchors_against_more_candidates(path, module, dtype, temperature, poiso
         temperature=temperature, weight=(1.0, 0.5, 0.0), direction="student", ignore_index=-100, eps=1e-12, **flags
     )
     extra = {"student_grad": True, "teacher_grad": True, "offset": 90, "teacher_target": labels}
-    got = pipeline.evaluate(
-        CudaKernels(common.Launcher(module, student.device)), student, teacher, labels[90:160], None, chosen, **extra
-    )
-    want = pipeline.evaluate(
-        blocked.TorchKernels(), student.double(), teacher.double(), labels[90:160], None, chosen, **extra
-    )
+    call = pipeline.Call(student, teacher, labels[90:160], None, chosen, **extra)
+    got = pipeline.evaluate(CudaKernels(common.Launcher(module, student.device)), call)
+    exact = call._replace(student=student.double(), teacher=teacher.double())
+    want = pipeline.evaluate(blocked.TorchKernels(), exact)
     tolerance = {torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}[dtype]
     for name in ("loss", "terms", "student", "teacher"):
         a, b = getattr(got, name).double(), getattr(want, name)

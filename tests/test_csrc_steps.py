@@ -13,7 +13,7 @@ from mcld_kernels import blocked, cuda, labels
 from mcld_kernels.arguments import options as make_options
 from mcld_kernels.cuda import common, configs
 from mcld_kernels.cuda.kernels import CudaKernels
-from mcld_kernels.pipeline import Anchors, Share
+from mcld_kernels.pipeline import Anchors, Call, Share
 
 CPU = torch.device("cpu")
 TORCH = blocked.TorchKernels()
@@ -153,5 +153,5 @@ def test_few_launches(module, monkeypatch, direction, classes, most):
         ignore_index=-100, eps=1e-12, process_group=None,
     )  # fmt: skip
     with Operations() as operations:
-        cuda.forward(student, teacher, target, None, chosen, student_grad=True, teacher_grad=False)
+        cuda.forward(Call(student, teacher, target, None, chosen, student_grad=True, teacher_grad=False))
     assert len(calls) + len(operations.names) <= most, (calls, operations.names)

@@ -67,9 +67,8 @@ def evaluate(kernels, student, teacher, target, **options):
         "eps": 1e-12,
     }
     chosen, weight = arguments.options(**{**defaults, **options})
-    return pipeline.evaluate(
-        kernels, student, teacher, target, weight, chosen, student_grad=True, teacher_grad=False, **rectangular
-    )
+    call = pipeline.Call(student, teacher, target, weight, chosen, True, False, **rectangular)
+    return pipeline.evaluate(kernels, call)
 
 
 def same(got, want, rtol):

@@ -134,10 +134,11 @@ def run(case: str) -> None:
         "present_only": False, "ignore_index": -100, "eps": 1e-12,
     }  # fmt: skip
     chosen, weight = arguments.options(**{**defaults, **options})
-    pipeline.evaluate(
-        TritonKernels(library=False), student[:batch], teacher, labels[:batch], weight, chosen, student_grad=True,
-        teacher_grad=False, offset=shift, teacher_target=labels if shift else None,
+    call = pipeline.Call(
+        student[:batch], teacher, labels[:batch], weight, chosen, student_grad=True, teacher_grad=False, offset=shift,
+        teacher_target=labels if shift else None,
     )  # fmt: skip
+    pipeline.evaluate(TritonKernels(library=False), call)
 
 
 def main() -> None:

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import compiled, measured
-from ..arguments import Options
-from ..pipeline import Result, evaluate
+from ..pipeline import Call, Result, evaluate
 from . import latency
 from .common import Launcher
 from .kernels import CudaKernels
@@ -88,24 +87,10 @@ def _dotted(capability: tuple[int, int]) -> str:
     return ".".join(map(str, capability))
 
 
-def forward(
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor | None,
-    weight: Tensor | None,
-    chosen: Options,
-    *,
-    student_grad: bool,
-    teacher_grad: bool,
-) -> Result:
-    """Loss, terms and gradients of a non-empty batch: student, teacher (B, C), target (B,), weight (3,)."""
+def forward(call: Call) -> Result:
     module = emulated or compiled.load()[0]
     assert module is not None, "reason() says why"
-    launch = Launcher(module, student.device)
-    kernels = CudaKernels(launch, hopper=measured.takes_hopper(student, teacher))
-    operand = kernels.operand_dtype(torch.promote_types(student.dtype, teacher.dtype))
-    if not teacher_grad and latency.takes(student, teacher, chosen, operand):
-        return latency.evaluate(launch, operand, student, teacher, target, weight, chosen, student_grad=student_grad)
-    return evaluate(
-        kernels, student, teacher, target, weight, chosen, student_grad=student_grad, teacher_grad=teacher_grad
-    )
+    launch = Launcher(module, call.student.device)
+    kernels = CudaKernels(launch, hopper=measured.takes_hopper(call.student, call.teacher))
+    operand = kernels.operand_dtype(call.dtype)
+    return latency.evaluate(launch, call, operand) if latency.takes(call, operand) else evaluate(kernels, call)

@@ -13,21 +13,23 @@ import torch
 from torch import Tensor
 
 from ..arguments import Options
-from ..pipeline import Result, gradient_dtype
+from ..pipeline import Call, Result, gradient_dtype
 from . import common, configs
 from .common import Launcher
 
 
-def takes(student: Tensor, teacher: Tensor, chosen: Options, operand: torch.dtype) -> bool:
+def takes(call: Call, operand: torch.dtype) -> bool:
     """Whether the path can do what is asked."""
+    chosen = call.chosen
     fixed = all(
         common.has_fixed_shift(operand, temperature)
         for temperature, active in zip(chosen.temperature, chosen.active, strict=True)
         if active
     )
     return (
-        max(student.shape) <= configs.LATENCY_LARGEST
-        and student.dtype == teacher.dtype
+        not call.teacher_grad
+        and max(call.student.shape) <= configs.LATENCY_LARGEST
+        and call.student.dtype == call.teacher.dtype
         and any(chosen.active)
         and not (_by_teacher(chosen) and operand == torch.float16)
         and fixed
@@ -39,18 +41,9 @@ def _by_teacher(chosen: Options) -> bool:
     return chosen.direction != "student" and (chosen.active[0] or chosen.active[1])
 
 
-def evaluate(
-    launch: Launcher,
-    operand: torch.dtype,
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor | None,
-    weight: Tensor | None,
-    chosen: Options,
-    *,
-    student_grad: bool,
-) -> Result:
-    """As `pipeline.evaluate`, without a gradient by the teacher. operand: the dtype of the products' operands."""
+def evaluate(launch: Launcher, call: Call, operand: torch.dtype) -> Result:
+    """As `pipeline.evaluate`. operand: the dtype of the products' operands."""
+    student, teacher, target, weight, chosen, student_grad = call[:6]
     batch, classes = student.shape
     make = _Maker(student, operand)
     labelled = target is not None and any(chosen.label_terms)

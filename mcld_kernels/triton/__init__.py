@@ -13,8 +13,8 @@ import re
 import torch
 from torch import Tensor
 
-from ..arguments import Options, float32_precision
-from ..pipeline import Result, evaluate
+from ..arguments import float32_precision
+from ..pipeline import Call, Result, evaluate
 
 OLDEST = (3, 6)  # the oldest Triton that the kernels are tested with
 LEAST_CAPABILITY = (8, 0)
@@ -77,27 +77,9 @@ def _lifts_bf16() -> bool:
     return getattr(InterpreterBuilder.create_dot, "lifts_bf16", False)
 
 
-def forward(
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor | None,
-    weight: Tensor | None,
-    chosen: Options,
-    *,
-    student_grad: bool,
-    teacher_grad: bool,
-) -> Result:
+def forward(call: Call) -> Result:
     from .kernels import TritonKernels
 
-    guard = torch.cuda.device(student.device) if student.device.type == "cuda" else contextlib.nullcontext()
-    with guard:
-        return evaluate(
-            TritonKernels(),
-            student,
-            teacher,
-            target,
-            weight,
-            chosen,
-            student_grad=student_grad,
-            teacher_grad=teacher_grad,
-        )
+    device = call.student.device
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        return evaluate(TritonKernels(), call)
