@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+Described = TypeVar("Described", bound="Labels")
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,21 @@ class Labels:
     def starts(self) -> Tensor:
         """Where each rank begins in `order`: (ranks + 1,) int64."""
         return torch.cat([self.counts.new_zeros(1), self.counts.cumsum(0)])
+
+
+def ready(
+    labels: Described,
+    *,
+    counts: Tensor | None = None,
+    order: Tensor | None = None,
+    starts: Tensor | None = None,
+    share: Tensor | None = None,
+) -> Described:
+    """Give ``labels`` the tables that a kernel has computed, so that they are not computed again. Returns them."""
+    tables = {"counts": counts, "order": order, "starts": starts, "share": share}
+    # A cached property looks in the instance's dictionary first.
+    vars(labels).update({name: table for name, table in tables.items() if table is not None})
+    return labels
 
 
 def describe(sides: tuple[Tensor, ...], ignore_index: int, classes: int, dtype: torch.dtype) -> tuple[Labels, ...]:
