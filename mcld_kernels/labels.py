@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+Described = TypeVar("Described", bound="Labels")
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,18 @@ class Labels:
         return torch.cat([self.counts.new_zeros(1), self.counts.cumsum(0)])
 
 
-def ready(labels: Labels, **found: Tensor) -> Labels:
-    """``labels`` with these of its cached properties as found elsewhere."""
-    labels.__dict__.update(found)
+def ready(
+    labels: Described,
+    *,
+    counts: Tensor | None = None,
+    order: Tensor | None = None,
+    starts: Tensor | None = None,
+    share: Tensor | None = None,
+) -> Described:
+    """Give ``labels`` the tables that a kernel has computed, so that they are not computed again. Returns them."""
+    tables = {"counts": counts, "order": order, "starts": starts, "share": share}
+    # A cached property looks in the instance's dictionary first.
+    vars(labels).update({name: table for name, table in tables.items() if table is not None})
     return labels
 
 

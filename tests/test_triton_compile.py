@@ -21,11 +21,15 @@ COMPILER = Path(__file__).with_name("triton_compiler.py")
 SHARED = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 KERNELS = {
+    "describe_kernel",
+    "scan_kernel",
     "normalise_rows_kernel",
     "column_squares_kernel",
     "normalise_columns_kernel",
     "class_means_kernel",
     "positives_kernel",
+    "factors_kernel",
+    "totals_kernel",
     "flash_kernel",
     "exponentials_kernel",
     "row_sums_kernel",

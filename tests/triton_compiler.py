@@ -88,7 +88,7 @@ class Compiler:
                 aligned = value.storage_offset() * value.itemsize % 16 == 0
             else:
                 aligned = type(value) is int and value % 16 == 0 and not parameter.do_not_specialize
-            if aligned:
+            if aligned and not parameter.do_not_specialize_on_alignment:
                 attributes[(i,)] = [["tt.divisibility", 16]]
         key = repr((kernel.__name__, sorted(signature.items()), sorted(constants.items()), sorted(attributes), options))
         if key in self.seen:

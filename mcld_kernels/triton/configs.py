@@ -95,6 +95,17 @@ PRODUCT_ALTERNATIVES = (
     Launch(64, 128, 64, warps=4, stages=4),
 )
 
+# Kernels along vectors of a batch: block_n entries at a time, of which "scan" compares each with block_m ranks.
+VECTORS = {
+    "describe": Launch(1, 2048, warps=8),
+    "scan": Launch(4, 1024, warps=8),
+    "factors": Launch(1, 128, warps=4),
+    "totals": Launch(1, 4096, warps=16),
+}
+
+# The scan compares every row with every rank; past so many pairs a sort is less work.
+_MOST_COMPARED = 1 << 26
+
 # CPU tensors: the interpreter's time goes by the operation, not by the element.
 INTERPRETED = Launch(128, 128, 128)
 
@@ -157,6 +168,15 @@ def classes(device: torch.device, depth: int) -> Launch:
 def sums(device: torch.device) -> Launch:
     """block_m rows by block_n tiles."""
     return INTERPRETED if architecture(device) == 0 else Launch(32, 32, warps=4)
+
+
+def vectors(device: torch.device, kernel: str) -> Launch:
+    return INTERPRETED if architecture(device) == 0 else VECTORS[kernel]
+
+
+def scans(n: int, ranks: int) -> bool:
+    """Whether rows are put in the order of their ranks by a scan and not by a sort."""
+    return n * ranks <= _MOST_COMPARED
 
 
 def fits_a_row(d: int) -> bool:

@@ -8,8 +8,8 @@ from torch import Tensor
 from .. import blocked, library
 from ..arguments import float32_precision
 from ..labels import Labels
-from ..pipeline import Contrast, Finish, Problem, Unit
-from . import classes, configs, finish, flash, normalise, similarity
+from ..pipeline import Anchors, Contrast, Factors, Finish, Problem, Unit
+from . import classes, configs, factors, finish, flash, labels, normalise, similarity, totals
 from .common import Negated, dot_precision, fixed_maximum
 
 
@@ -30,9 +30,18 @@ class TritonKernels:
     def normalise(self, x: Tensor, dtype: torch.dtype, eps: float) -> Unit:
         return normalise.normalise(x, dtype, eps, self._flash_depth(dtype))
 
-    describe = blocked.TorchKernels.describe
-    factors = blocked.TorchKernels.factors
-    totals = blocked.TorchKernels.totals
+    def describe(
+        self, sides: tuple[Tensor, ...], ignore_index: int, classes: int, dtype: torch.dtype
+    ) -> tuple[Labels, ...]:
+        return labels.describe(sides, ignore_index, classes, dtype)
+
+    def factors(self, anchors: Anchors, rows: slice, log_off: Tensor, scale: Tensor) -> Factors:
+        return factors.factors(anchors, rows, log_off, scale)
+
+    def totals(
+        self, values: Tensor, terms: tuple[int, ...], scale: tuple[float, ...], weight: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return totals.totals(values, terms, scale, weight)
 
     def class_means(self, unit: Unit, labels: Labels, counts: Tensor) -> Tensor:
         return classes.class_means(unit, labels, counts)
