@@ -14,7 +14,7 @@ from triton.runtime.interpreter import GridExecutor
 from mcld_kernels import arguments, blocked
 from mcld_kernels import labels as labelling
 from mcld_kernels import triton as backend
-from mcld_kernels.pipeline import Anchors, Share
+from mcld_kernels.pipeline import Anchors, Call, Share
 from mcld_kernels.triton import configs
 from mcld_kernels.triton.kernels import TritonKernels
 from mcld_kernels.triton.labels import ScannedLabels
@@ -294,7 +294,7 @@ class TestLaunches:
         chosen, weight = arguments.options(**{**defaults, **options})
         target = labels(40, 20)
         with counted:
-            backend.forward(student, teacher, target, weight, chosen, student_grad=True, teacher_grad=False)
+            backend.forward(Call(student, teacher, target, weight, chosen, True, False))
 
     def test_row_terms(self, counted):
         self.forward(counted)
