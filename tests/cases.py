@@ -11,10 +11,31 @@ import torch
 from torch import Tensor
 
 import mcld_kernels
+from mcld_kernels import arguments
+from mcld_kernels.arguments import Options
 
 KINDS = ("random", "converged", "collinear", "large", "zeros")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 WEIGHT = (1.0, 0.7, 0.4)  # all different, so that swapped weights show
+# What the CUDA kernels are tried with, on the host and on a GPU.
+KERNEL_OPTIONS = {
+    "student": {},
+    "teacher": {"direction": "teacher"},
+    "symmetric": {"direction": "symmetric"},
+    "masked": {"mask_same_class": True, "present_only": True},
+    "masked-teacher": {"mask_same_class": True, "direction": "teacher"},
+    "masked-symmetric": {"mask_same_class": True, "direction": "symmetric"},
+    # Below 0.025 the online maximum takes over (fp16: below 0.1).
+    "cold": {"temperature": (0.02, 0.015, 0.02)},
+    "cold-symmetric": {"temperature": 0.02, "direction": "symmetric", "mask_same_class": True},
+}
+
+
+def options_of(**options) -> tuple[Options, Tensor | None]:
+    """The options of a call and the weights given as a tensor, as `arguments.options` makes them of the defaults."""
+    defaults = {"temperature": 0.1, "weight": (1.0, 1.0, 1.0), "direction": "student", "mask_same_class": False}
+    defaults |= {"present_only": False, "ignore_index": -100, "eps": 1e-12}
+    return arguments.options(**defaults | options)
 
 
 def short(dtype: torch.dtype) -> str:

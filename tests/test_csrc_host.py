@@ -12,24 +12,12 @@ import torch
 
 import mcld_kernels
 from mcld_kernels import blocked, cuda, pipeline, reference
-from mcld_kernels.arguments import options as make_options
 from mcld_kernels.cuda import common, configs, latency
 from mcld_kernels.cuda.kernels import CudaKernels
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Odd, one row, one class, past one tile of 64 or 128 in each direction, rows of more than one slice of shared memory.
 SHAPES = ((1, 7), (5, 1), (7, 5), (65, 130), (131, 37), (193, 66), (67, 300))
-OPTIONS = {
-    "student": {},
-    "teacher": {"direction": "teacher"},
-    "symmetric": {"direction": "symmetric"},
-    "masked": {"mask_same_class": True, "present_only": True},
-    "masked-teacher": {"mask_same_class": True, "direction": "teacher"},
-    "masked-symmetric": {"mask_same_class": True, "direction": "symmetric"},
-    # Below 0.025 the online maximum takes over (fp16: below 0.1).
-    "cold": {"temperature": (0.02, 0.015, 0.02)},
-    "cold-symmetric": {"temperature": 0.02, "direction": "symmetric", "mask_same_class": True},
-}
 
 
 @pytest.fixture(scope="session")
@@ -67,7 +55,7 @@ def check(kind, batch, classes, dtype, **options):
     cases.check("cuda", "cpu", kind, batch, classes, dtype, draws=draws, **options)
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("options", cases.KERNEL_OPTIONS.values(), ids=cases.KERNEL_OPTIONS.keys())
 @pytest.mark.parametrize("dtype", DTYPES, ids=cases.short)
 def test_options(path, dtype, options, poison):
     batch, classes = (131, 37) if path == "flash" else (65, 130)
@@ -203,10 +191,7 @@ def test_low_latency_bad_labels_make_their_terms_nan(module, low_latency):
     student, teacher = cases.logits("random", 33, 21, torch.float32)
     target = cases.labels(33, 21)
     target[5] = 21
-    chosen, _ = make_options(
-        temperature=0.1, weight=(1.0, 1.0, 1.0), direction="student", mask_same_class=False, present_only=False,
-        ignore_index=-100, eps=1e-12,
-    )  # fmt: skip
+    chosen, _ = cases.options_of()
     result = cuda.forward(pipeline.Call(student, teacher, target, None, chosen, True, False))
     assert result.terms.isnan().tolist() == [False, True, False]
     assert result.loss.isnan()
@@ -334,10 +319,7 @@ def test_anchors_against_more_candidates(path, module, dtype, temperature, poiso
     student = torch.randn(70, 45, generator=generator).to(dtype)
     teacher = torch.randn(200, 45, generator=generator).to(dtype)
     labels = torch.randint(0, 45, (200,), generator=generator)
-    flags = {"mask_same_class": False, "present_only": False}
-    chosen, _ = make_options(
-        temperature=temperature, weight=(1.0, 0.5, 0.0), direction="student", ignore_index=-100, eps=1e-12, **flags
-    )
+    chosen, _ = cases.options_of(temperature=temperature, weight=(1.0, 0.5, 0.0))
     extra = {"student_grad": True, "teacher_grad": True, "offset": 90, "teacher_target": labels}
     call = pipeline.Call(student, teacher, labels[90:160], None, chosen, **extra)
     got = pipeline.evaluate(CudaKernels(common.Launcher(module, student.device)), call)

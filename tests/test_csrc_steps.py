@@ -10,7 +10,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mcld_kernels import blocked, cuda, labels
-from mcld_kernels.arguments import options as make_options
 from mcld_kernels.cuda import common, configs
 from mcld_kernels.cuda.kernels import CudaKernels
 from mcld_kernels.pipeline import Anchors, Call, Share
@@ -148,10 +147,7 @@ def test_few_launches(module, monkeypatch, direction, classes, most):
     monkeypatch.setattr(configs, "LATENCY_LARGEST", 0)
     student, teacher = cases.logits("random", 310, classes, torch.bfloat16)
     target = cases.labels(310, classes)
-    chosen, _ = make_options(
-        temperature=0.1, weight=(1.0, 1.0, 0.0), direction=direction, mask_same_class=False, present_only=False,
-        ignore_index=-100, eps=1e-12, process_group=None,
-    )  # fmt: skip
+    chosen, _ = cases.options_of(weight=(1.0, 1.0, 0.0), direction=direction)
     with Operations() as operations:
         cuda.forward(Call(student, teacher, target, None, chosen, student_grad=True, teacher_grad=False))
     assert len(calls) + len(operations.names) <= most, (calls, operations.names)

@@ -15,16 +15,6 @@ pytestmark = pytest.mark.gpu
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((1, 7), (5, 1), (65, 130), (131, 37), (257, 1000), (1031, 101), (2050, 517))
-OPTIONS = {
-    "student": {},
-    "teacher": {"direction": "teacher"},
-    "symmetric": {"direction": "symmetric"},
-    "masked": {"mask_same_class": True, "present_only": True},
-    "masked-teacher": {"mask_same_class": True, "direction": "teacher"},
-    "masked-symmetric": {"mask_same_class": True, "direction": "symmetric"},
-    "cold": {"temperature": (0.02, 0.015, 0.02)},
-    "cold-symmetric": {"temperature": 0.02, "direction": "symmetric", "mask_same_class": True},
-}
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +41,7 @@ def logits(batch, classes, dtype=torch.bfloat16):
     return student, teacher, cases.labels(batch, classes, device="cuda")
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("options", cases.KERNEL_OPTIONS.values(), ids=cases.KERNEL_OPTIONS.keys())
 @pytest.mark.parametrize("dtype", DTYPES, ids=cases.short)
 @pytest.mark.parametrize(("batch", "classes"), SHAPES)
 def test_against_the_truth(path, batch, classes, dtype, options, poison):

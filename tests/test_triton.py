@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from cases import check, labels, logits, run, short, truth
+from cases import check, labels, logits, options_of, run, short, truth
 from test_backends import OPTIONS, with_bf16_products
 
 pytest.importorskip("triton", reason="triton is not installed: its kernels are not tested")
@@ -57,16 +57,7 @@ def small_tiles(monkeypatch):
 def evaluate(kernels, student, teacher, target, **options):
     """`pipeline.evaluate` with the student's gradient; ``offset`` and ``teacher_target`` go to it."""
     rectangular = {name: options.pop(name) for name in ("offset", "teacher_target") if name in options}
-    defaults = {
-        "temperature": 0.3,
-        "weight": (1.0, 0.7, 0.0),
-        "direction": "student",
-        "mask_same_class": False,
-        "present_only": False,
-        "ignore_index": -100,
-        "eps": 1e-12,
-    }
-    chosen, weight = arguments.options(**{**defaults, **options})
+    chosen, weight = options_of(**{"temperature": 0.3, "weight": (1.0, 0.7, 0.0), **options})
     call = pipeline.Call(student, teacher, target, weight, chosen, True, False, **rectangular)
     return pipeline.evaluate(kernels, call)
 

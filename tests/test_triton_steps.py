@@ -4,14 +4,14 @@ import math
 
 import pytest
 import torch
-from cases import labels, logits, short
+from cases import labels, logits, options_of, short
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="triton is not installed: its kernels are not tested")
 
 from triton.runtime.interpreter import GridExecutor
 
-from mcld_kernels import arguments, blocked
+from mcld_kernels import blocked
 from mcld_kernels import labels as labelling
 from mcld_kernels import triton as backend
 from mcld_kernels.pipeline import Anchors, Call, Share
@@ -282,16 +282,7 @@ class TestLaunches:
     @staticmethod
     def forward(counted, **options):
         student, teacher = logits("random", 40, 20, torch.float32)
-        defaults = {
-            "temperature": 0.1,
-            "weight": (1.0, 1.0, 0.0),
-            "direction": "student",
-            "mask_same_class": False,
-            "present_only": False,
-            "ignore_index": -100,
-            "eps": 1e-12,
-        }
-        chosen, weight = arguments.options(**{**defaults, **options})
+        chosen, weight = options_of(**{"weight": (1.0, 1.0, 0.0), **options})
         target = labels(40, 20)
         with counted:
             backend.forward(Call(student, teacher, target, weight, chosen, True, False))
