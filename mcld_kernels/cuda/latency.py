@@ -29,6 +29,7 @@ def takes(call: Call, operand: torch.dtype) -> bool:
     return (
         not call.teacher_grad
         and max(call.student.shape) <= configs.LATENCY_LARGEST
+        and call.student.shape == call.teacher.shape
         and call.student.dtype == call.teacher.dtype
         and any(chosen.active)
         and not (_by_teacher(chosen) and operand == torch.float16)
