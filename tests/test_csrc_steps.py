@@ -7,7 +7,7 @@ import cases
 import csrc_host
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from launches import Counted
 
 from mcld_kernels import blocked, cuda, labels
 from mcld_kernels.cuda import common, configs
@@ -115,39 +115,23 @@ def test_totals(kernels, terms, width, weight, poison):
     torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=0)
 
 
-class Operations(TorchDispatchMode):
-    """Counts what would launch a kernel on a GPU: all but views and empty tensors."""
-
-    IDLE = ("empty", "view", "slice", "select", "expand", "as_strided", "detach", "alias", "transpose", "t.default")
-    IDLE += ("split", "unbind", "promote_types", "new_empty", "permute")
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if not any(word in str(function) for word in self.IDLE):
-            self.names.append(str(function))
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize(
     ("direction", "classes", "most"),
     [("student", 40, 13), ("student", 300, 13), ("teacher", 40, 20), ("symmetric", 40, 30)],
 )
 def test_few_launches(module, monkeypatch, direction, classes, most):
     """Above the low-latency path: instance- and sample-wise terms. A GPU waits for launches before it computes."""
-    calls = []
+    counted = Counted()
 
     class Spy:
         def __getattr__(self, name):
-            return lambda **fields: calls.append(name) or getattr(module, name)(**fields)
+            return lambda **fields: counted.launches.append(name) or getattr(module, name)(**fields)
 
     monkeypatch.setattr(cuda, "emulated", Spy())
     monkeypatch.setattr(configs, "LATENCY_LARGEST", 0)
     student, teacher = cases.logits("random", 310, classes, torch.bfloat16)
     target = cases.labels(310, classes)
     chosen, _ = cases.options_of(weight=(1.0, 1.0, 0.0), direction=direction)
-    with Operations() as operations:
+    with counted:
         cuda.forward(Call(student, teacher, target, None, chosen, student_grad=True, teacher_grad=False))
-    assert len(calls) + len(operations.names) <= most, (calls, operations.names)
+    assert len(counted.launches) + len(counted.operations) <= most, (counted.launches, counted.operations)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from cases import labels, logits, options_of, short
-from torch.utils._python_dispatch import TorchDispatchMode
+from launches import Counted
 
 pytest.importorskip("triton", reason="triton is not installed: its kernels are not tested")
 
@@ -244,23 +244,6 @@ class TestTotals:
         weight = torch.tensor([2.0, math.nan, math.nan])
         loss, _ = TRITON.totals(torch.ones(1, 5), (0,), (1.0, 0.0, 0.0), weight)
         assert loss == 10
-
-
-class Counted(TorchDispatchMode):
-    """Counts launches of kernels, and torch operations that would launch one on a GPU."""
-
-    def __init__(self):
-        super().__init__()
-        self.launches: list[str] = []
-        self.operations: list[str] = []
-        self.inside = False
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        on_host = name in ("promote_types", "empty", "empty_like", "empty_strided", "new_empty") or function.is_view
-        if not (self.inside or on_host):
-            self.operations.append(str(function))
-        return function(*args, **(kwargs or {}))
 
 
 class TestLaunches:

@@ -16,15 +16,12 @@ MCLD_KERNEL(kDescribeThreads) describe_kernel(MCLD_PARAMETERS(Describe) p) {
   DescribeSum::Storage* storage = reinterpret_cast<DescribeSum::Storage*>(shared_memory());  // (2,)
   float valid = 0, bad = 0;
   for (int64_t i = thread_index(); i < p.n; i += kDescribeThreads) {
-    const int64_t label = p.target[i];
-    const bool ignored = label == p.ignore_index;
-    // A bad label is clamped, so that nothing is read out of bounds; the poison makes its terms NaN.
-    const int64_t clamped = label < 0 ? 0 : label >= p.classes ? p.classes - 1 : label;
-    p.same[i] = ignored ? -1 - i : clamped;
-    p.rank[i] = ignored ? p.classes : clamped;
-    p.valid[i] = !ignored;
-    valid += ignored ? 0 : 1;
-    bad += !ignored && label != clamped ? 1 : 0;
+    const Label label = Label::of(p.target[i], p.classes, p.ignore_index);
+    p.same[i] = label.ignored ? -1 - i : label.kind;
+    p.rank[i] = label.ignored ? p.classes : label.kind;
+    p.valid[i] = !label.ignored;
+    valid += label.ignored ? 0 : 1;
+    bad += label.bad ? 1 : 0;
   }
   valid = DescribeSum::run(valid, storage[0]);
   bad = DescribeSum::run(bad, storage[1]);

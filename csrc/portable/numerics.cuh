@@ -26,6 +26,18 @@ MCLD_DEVICE float not_a_number() { return as_float(0x7fc00000u); }
 MCLD_DEVICE float contrast_loss(float x) { return fmaxf(x, 0) + log1pf(expf(-fabsf(x))); }
 MCLD_DEVICE float contrast_pull(float x) { return 1 / (1 + expf(-x)); }
 
+// A label as the kernels take it. A bad one is clamped, so that nothing is read out of bounds; NaN shows it in its terms.
+struct Label {
+  bool ignored, bad;
+  int64_t kind;
+
+  static MCLD_DEVICE Label of(int64_t label, int64_t classes, int64_t ignore_index) {
+    const int64_t kind = label < 0 ? 0 : label >= classes ? classes - 1 : label;
+    const bool ignored = label == ignore_index;
+    return {ignored, !ignored && label != kind, kind};
+  }
+};
+
 template <Precision kPrecision> struct PrecisionTag { static constexpr Precision value = kPrecision; };
 template <class T> struct TypeTag { using type = T; };
 

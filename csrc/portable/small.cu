@@ -54,10 +54,15 @@ template <Precision kPrecision> void launch_product(const Small& p, cudaStream_t
          Kernel::kSharedBytes, stream, p);
 }
 
-template <class T> void launch_factors(const Small& p, cudaStream_t stream) {
+// A warp a row of every problem.
+dim3 row_grid(const Small& p) {
   int64_t rows = 0;
   for (int i = 0; i < p.count; ++i) rows += small_rows(p.problems[i]);
-  const dim3 grid(unsigned(tiles_of(rows, kSmallWarps)));
+  return dim3(unsigned(tiles_of(rows, kSmallWarps)));
+}
+
+template <class T> void launch_factors(const Small& p, cudaStream_t stream) {
+  const dim3 grid = row_grid(p);
   if (turned(p)) {
     launch(small_factors_kernel<T, true>, "launch of small_factors", grid, kSmallThreads, 0, stream, p);
   } else {
@@ -66,10 +71,7 @@ template <class T> void launch_factors(const Small& p, cudaStream_t stream) {
 }
 
 template <class T> void launch_dots(const Small& p, cudaStream_t stream) {
-  int64_t rows = 0;
-  for (int i = 0; i < p.count; ++i) rows += small_rows(p.problems[i]);
-  const dim3 grid(unsigned(tiles_of(rows, kSmallWarps)));
-  launch(small_dots_kernel<T>, "launch of small_dots", grid, kSmallThreads, 0, stream, p);
+  launch(small_dots_kernel<T>, "launch of small_dots", row_grid(p), kSmallThreads, 0, stream, p);
 }
 
 template <class T, class Out> void launch_write(const Small& p, cudaStream_t stream) {

@@ -74,13 +74,10 @@ template <class In, class Out, int kWidth> MCLD_KERNEL(kSmallThreads, 2) small_n
   if (block_index_y() != 0 || !p.target) return;
   float valid = 0, bad = 0;
   for (int64_t i = thread_index(); i < p.batch; i += kSmallThreads) {
-    const int64_t label = p.target[i];
-    const bool ignored = label == p.ignore_index, outside = label < 0 || label >= p.classes;
-    // A bad label is clamped, so that nothing is read out of bounds; the NaN in facts makes its terms NaN.
-    const int64_t clamped = label < 0 ? 0 : label >= p.classes ? p.classes - 1 : label;
-    p.same[i] = ignored ? -1 - i : clamped;
-    valid += ignored ? 0 : 1;
-    bad += !ignored && outside ? 1 : 0;
+    const Label label = Label::of(p.target[i], p.classes, p.ignore_index);
+    p.same[i] = label.ignored ? -1 - i : label.kind;
+    valid += label.ignored ? 0 : 1;
+    bad += label.bad ? 1 : 0;
   }
   SmallSum::Storage* storage = reinterpret_cast<SmallSum::Storage*>(shared);
   valid = SmallSum::run(valid, storage[0]);
