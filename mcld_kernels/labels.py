@@ -1,4 +1,4 @@
-"""What the kernels need to know of the labels, computed on their device and without reading a value back."""
+"""Per-row label metadata, computed on the labels' device without a host synchronization."""
 
 from __future__ import annotations
 
@@ -9,87 +9,101 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-Described = TypeVar("Described", bound="Labels")
+IndexedLabels = TypeVar("IndexedLabels", bound="Labels")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Labels:
     """The labels of one side's n rows.
 
-    A *rank* numbers the classes: the class itself, or, with more classes than rows, only those that occur on either
-    side. Tables by rank have at most min(rows of both sides, C + 1) rows.
+    A *class index* numbers the classes: the class itself or, with more classes than rows, only the classes that occur
+    on either side. Tables by class index have num_classes_present rows: at most min(rows of both sides, C + 1).
     """
 
-    same: Tensor  # (n,) int64: the label, or a negative number that equals no other where the label is ignored
+    key: Tensor  # (n,) int64: the label, or a negative number that equals no other where the label is ignored
     valid: Tensor  # (n,) bool: not ignored
-    rank: Tensor  # (n,) int64: the rank of the row's class; ignored rows share one
-    kinds: Tensor  # (n,) int64: the class, C where ignored
+    class_index: Tensor  # (n,) int64: ignored rows share one
+    class_id: Tensor  # (n,) int64: the class, C where ignored
     poison: Tensor  # () 1, or NaN if a label of either side is out of range
-    ranks: int
-    classes: int
+    num_classes_present: int  # an upper bound that needs no synchronization
+    num_classes: int
 
     @cached_property
     def counts(self) -> Tensor:
-        """Rows of each rank, (ranks,) int64."""
-        return self.rank.new_zeros(self.ranks).index_add_(0, self.rank, torch.ones_like(self.rank))
+        """Rows of each class index, (num_classes_present,) int64."""
+        counts = self.class_index.new_zeros(self.num_classes_present)
+        return counts.index_add_(0, self.class_index, torch.ones_like(self.class_index))
 
     @cached_property
-    def share(self) -> Tensor:
-        """A row's part in a mean over the rows with a class, (): poison / their number."""
+    def mean_factor(self) -> Tensor:
+        """The factor of a row in a mean over the valid rows, (): poison / their number."""
         return self.poison / self.valid.sum().clamp(min=1)
 
     @cached_property
     def present(self) -> Tensor:
         """The classes that occur, (C,) bool."""
-        occurs = torch.zeros(self.classes + 1, dtype=torch.bool, device=self.kinds.device)
-        return occurs.index_fill_(0, self.kinds, True)[: self.classes]
+        occurs = torch.zeros(self.num_classes + 1, dtype=torch.bool, device=self.class_id.device)
+        return occurs.index_fill_(0, self.class_id, True)[: self.num_classes]
 
     @cached_property
     def order(self) -> Tensor:
-        """Rows by rank, ties by row, so that sums over a class have a fixed order: (n,) int64."""
-        return self.rank.argsort(stable=True)
+        """Rows by class index, ties by row, so that sums over a class have a fixed order: (n,) int64."""
+        return self.class_index.argsort(stable=True)
 
     @cached_property
     def starts(self) -> Tensor:
-        """Where each rank begins in `order`: (ranks + 1,) int64."""
+        """Start of each class index in `order`: (num_classes_present + 1,) int64."""
         return torch.cat([self.counts.new_zeros(1), self.counts.cumsum(0)])
 
 
-def ready(
-    labels: Described,
+def with_tables(
+    labels: IndexedLabels,
     *,
     counts: Tensor | None = None,
     order: Tensor | None = None,
     starts: Tensor | None = None,
-    share: Tensor | None = None,
-) -> Described:
-    """Give ``labels`` the tables that a kernel has computed, so that they are not computed again. Returns them."""
-    tables = {"counts": counts, "order": order, "starts": starts, "share": share}
-    # A cached property looks in the instance's dictionary first.
+    mean_factor: Tensor | None = None,
+) -> IndexedLabels:
+    """Store tables that a kernel has computed, so that the properties do not compute them again. Returns ``labels``."""
+    tables = {"counts": counts, "order": order, "starts": starts, "mean_factor": mean_factor}
+    # A cached property reads the instance's dictionary first.
     vars(labels).update({name: table for name, table in tables.items() if table is not None})
     return labels
 
 
-def describe(sides: tuple[Tensor, ...], ignore_index: int, classes: int, dtype: torch.dtype) -> tuple[Labels, ...]:
-    """Describe the labels of each side, (n,) int64, with common ranks. ``dtype`` is that of ``poison``."""
+def index_labels(
+    sides: tuple[Tensor, ...], ignore_index: int, num_classes: int, dtype: torch.dtype
+) -> tuple[Labels, ...]:
+    """Index the labels of each side, (n,) int64, with class indices in common. ``dtype`` is that of ``poison``."""
     target = torch.cat(sides) if len(sides) > 1 else sides[0]
     valid = target != ignore_index
     # Bad labels are clamped, so that no kernel reads out of bounds; the poison makes their terms NaN.
-    clamped = target.clamp(0, classes - 1)
+    clamped = target.clamp(0, num_classes - 1)
     bad = valid & (target != clamped)
     poison = torch.where(bad.any(), torch.nan, 1.0).to(dtype)
-    kinds = torch.where(valid, clamped, classes)
-    rows = target.shape[0]
-    rank = kinds if classes < rows else _dense_ranks(kinds)
-    same = torch.where(valid, clamped, torch.arange(-1, -1 - rows, -1, device=target.device))
+    class_id = torch.where(valid, clamped, num_classes)
+    n = target.shape[0]
+    class_index = class_id if num_classes < n else _dense_index(class_id)
+    key = torch.where(valid, clamped, torch.arange(-1, -1 - n, -1, device=target.device))
     sizes = [side.shape[0] for side in sides]
-    parts = zip(same.split(sizes), valid.split(sizes), rank.split(sizes), kinds.split(sizes), strict=True)
-    return tuple(Labels(s, v, r, k, poison, min(rows, classes + 1), classes) for s, v, r, k in parts)
+    parts = zip(*(x.split(sizes) for x in (key, valid, class_index, class_id)), strict=True)
+    return tuple(
+        Labels(
+            key=key_part,
+            valid=valid_part,
+            class_index=index_part,
+            class_id=id_part,
+            poison=poison,
+            num_classes_present=min(n, num_classes + 1),
+            num_classes=num_classes,
+        )
+        for key_part, valid_part, index_part, id_part in parts
+    )
 
 
-def _dense_ranks(kinds: Tensor) -> Tensor:
-    """Number the distinct values of ``kinds`` (n,) from 0, in their order: (n,) int64."""
-    ordered, order = kinds.sort(stable=True)
+def _dense_index(class_id: Tensor) -> Tensor:
+    """Number the distinct values of ``class_id`` (n,) from 0, in their order: (n,) int64."""
+    ordered, order = class_id.sort(stable=True)
     steps = torch.zeros_like(ordered)
     steps[1:] = ordered[1:] != ordered[:-1]
     return torch.empty_like(order).scatter_(0, order, steps.cumsum(0))

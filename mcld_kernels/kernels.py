@@ -1,0 +1,330 @@
+"""The interface of a kernel set: what a backend provides, and the structures that it exchanges with a loss.
+
+Notation of `infonce`: unit anchors A (n, d), unit candidates K (m, d), similarities a_ij = A_i . K_j / temperature, the
+positive of anchor i is candidate i + offset, all other candidates are its negatives.
+
+`KernelSet` has defaults in PyTorch operations for every small step, so that a backend owes `contrast` and overrides
+what it does differently. The accumulator dtype (`acc_dtype`) is fp64 for fp64 logits and fp32 for all others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import labels as labelling
+from .chunks import slices
+from .labels import Labels
+from .options import MCLDOptions, acc_dtype
+
+# exp(x) of fp32 and bf16 is a normal number down to exp(-87); the products of exponentials with unit rows should be
+# normal as well. fp16 with a shift that uses its range: 2^14 exp(-20) is 2^-15, subnormal with 10 bits, more than bf16.
+_SHIFT_RANGE = {torch.float16: 20.0}
+_SHIFT_RANGE_DEFAULT = 80.0
+
+Positives = Literal["diagonal", "label"]
+
+
+def has_fixed_shift(operand_dtype: torch.dtype, temperature: float) -> bool:
+    """True if one shift of the exponent serves all rows; otherwise a row needs its own maximum.
+
+    Similarities lie in [-1 / temperature, 1 / temperature], so exponentials span at most exp(2 / temperature).
+    """
+    return 2 / temperature <= _SHIFT_RANGE.get(operand_dtype, _SHIFT_RANGE_DEFAULT)
+
+
+def projection_coefficient(gradient: Tensor, unit: Tensor) -> Tensor:
+    """g . x / x . x of rows (n, d): (n,); 0 for a zero row.
+
+    Dividing removes the radial component of g even though a rounded operand has |x| != 1.
+    """
+    square = torch.linalg.vecdot(unit, unit)
+    return torch.linalg.vecdot(gradient, unit) / torch.where(square == 0, 1.0, square)
+
+
+@dataclass(slots=True, kw_only=True)
+class UnitRows:
+    """Logits (n, d) divided by the L2 norm of each row; a row with norm <= eps is zeros."""
+
+    rows: Tensor  # (>= n, >= d) operand dtype; zeros beyond (n, d)
+    inv_norm: Tensor  # (n,) acc dtype: 1 / norm, 0 for norm <= eps, NaN for a norm that is not finite
+    n: int
+    d: int
+
+
+@dataclass(slots=True, kw_only=True)
+class ContrastArgs:
+    """A contrast of unit anchors (n, d) with unit candidates (m, d), and the results that are needed."""
+
+    anchors: UnitRows
+    candidates: UnitRows
+    temperature: float
+    offset: int  # the positive of anchor i is candidate i + offset
+    mask: tuple[Tensor, Tensor] | None = None  # label keys (n,), (m,): equal ones are not negatives
+    anchor_grad: bool = False
+    candidate_grad: bool = False
+    reverse: bool = False  # also the sums with both sides exchanged; only where `KernelSet.can_reverse` allows it
+
+
+@dataclass(slots=True, kw_only=True)
+class NegativeSums:
+    """Sums over the negatives of the anchors `rows`. Tensors of a chunk are valid until the next chunk is taken."""
+
+    rows: slice
+    neg_lse: Tensor  # (rows,) acc dtype: log sum_j exp(a_ij); -inf without a negative
+    inv_neg_sum: Tensor  # (rows,) acc dtype: what normalizes `product`; 0 without a negative
+    product: Tensor | None  # (rows, >= d) acc dtype: inv_neg_sum x product = sum_j exp(a_ij) K_j / sum_j exp(a_ij)
+
+
+@dataclass(slots=True, kw_only=True)
+class ContrastSums:
+    """What a contrast has accumulated after its last chunk; None for what was not asked for."""
+
+    candidate_product: Tensor | None = None  # (m, >= d) acc dtype: sum_i partner_i p_ij A_i over the negatives' pairs
+    reverse: NegativeSums | None = None  # of all candidates, taken as anchors
+
+
+@dataclass(slots=True, kw_only=True)
+class TermWeight:
+    """The weight of each anchor in a term: constant x factor where counted; in the loss, x term_weight x weight."""
+
+    term: int  # index of the term
+    positives: Positives
+    constant: float
+    factor: Tensor | None = None  # () acc dtype
+    counted: Tensor | None = None  # (n,) bool; None: every anchor
+    term_weight: float = 1.0
+    weight: Tensor | None = None  # () acc dtype
+
+
+@dataclass(slots=True, kw_only=True)
+class AnchorTerms:
+    """The anchors' side of a contrast: the positives, and one or two terms that share the sums over the negatives."""
+
+    positive: Tensor  # (n,) acc dtype: cosines A_i . K_(i + offset)
+    label_positive: Tensor  # (n,) acc dtype: cosines A_i . class mean of i; `positive` without class means
+    temperature: float
+    weights: tuple[TermWeight, ...]
+    per_anchor: Tensor  # (len(weights), >= n) acc dtype, to be written: each anchor's part of the unweighted term
+
+
+@dataclass(slots=True, kw_only=True)
+class GradCoefficients:
+    """Coefficients of the gradient by anchors `rows`, (rows,) each, acc dtype; `GradEpilogueArgs` uses them."""
+
+    partner: Tensor  # total weight x (1 - probability of the positive) / temperature
+    product: Tensor  # partner x inv_neg_sum
+    class_mean: Tensor | None  # weight / temperature of the term with label positives, if there is one
+
+
+@dataclass(slots=True, kw_only=True)
+class GradEpilogueArgs:
+    """The gradient by rows x of logits, with P the partner's and M the class mean's row:
+
+    g = product_coef product - partner_coef P + class_mean_coef (P - M), then (g - (g . x / x . x) x) inv_norm.
+    """
+
+    out: Tensor  # (n, d) gradient, a view of any strides and dtype
+    unit: UnitRows
+    rows: slice
+    product: Tensor  # (rows, >= d) acc dtype; may be overwritten
+    coefficients: GradCoefficients
+    partner: UnitRows  # P of row r is its row r + offset; zeros where there is none
+    offset: int
+    class_means: Tensor | None  # (classes present, >= d) acc dtype; M of row r is its row class_index[r]
+    class_index: Tensor | None  # (n,) int64
+    accumulate: bool  # add to `out` instead of writing it
+
+
+@dataclass(slots=True, kw_only=True)
+class MCLDInputs:
+    """Student logits (n, C) and teacher logits (m, C), both non-empty; n = m except for a part of a batch."""
+
+    student: Tensor
+    teacher: Tensor
+    target: Tensor | None  # (n,) int64
+    weight: Tensor | None  # (3,), multiplies options.term_weight
+    options: MCLDOptions
+    student_grad: bool
+    teacher_grad: bool
+    offset: int = 0  # the positive of student row i is teacher row i + offset
+    teacher_target: Tensor | None = None  # (m,) int64, where n != m
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.promote_types(self.student.dtype, self.teacher.dtype)
+
+    @property
+    def acc_dtype(self) -> torch.dtype:
+        return acc_dtype(self.dtype)
+
+
+@dataclass(slots=True, kw_only=True)
+class LossOutputs:
+    """Loss, terms and gradients; a gradient is None where it was not asked for."""
+
+    loss: Tensor  # () acc dtype
+    terms: Tensor  # (terms,) acc dtype, unweighted; 0 for a term that is not computed
+    student_grad: Tensor | None  # (n, C)
+    teacher_grad: Tensor | None  # (m, C)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuning:
+    """Constants that change the speed or memory of a kernel set, never its results beyond rounding."""
+
+    chunk_bytes: int  # what a chunk of exponentials may take
+
+    def replace(self, **fields: object) -> Tuning:
+        return dataclasses.replace(self, **fields)  # type: ignore[arg-type]
+
+
+class Contrast(Protocol):
+    """A contrast under way. Take every chunk once, in order; `sums` is complete after the last one."""
+
+    def chunks(self) -> Iterator[NegativeSums]:
+        """Sums over the negatives, chunk by chunk; the chunks cover all anchors once."""
+
+    def add_candidates(self, chunk: NegativeSums, coefficients: GradCoefficients) -> None:
+        """Add the chunk's anchors to `ContrastSums.candidate_product`. Call it before the next chunk is taken."""
+
+    def sums(self) -> ContrastSums:
+        """The sums over all chunks."""
+
+
+class KernelSet:
+    """The kernels of one backend, for tensors of one device.
+
+    No method may synchronize with the device or write to an input. The defaults are PyTorch operations.
+    """
+
+    def __init__(self, tuning: Tuning):
+        self.tuning = tuning
+
+    def operand_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype in which GEMMs of logits of ``dtype`` take their operands."""
+        return dtype
+
+    def can_reverse(self, operand_dtype: torch.dtype, temperature: float) -> bool:
+        """True if `contrast` can give both directions from one set of exponentials."""
+        return operand_dtype != torch.float16 and has_fixed_shift(operand_dtype, temperature)
+
+    def contrast(self, args: ContrastArgs) -> Contrast:
+        """Begin a contrast."""
+        raise NotImplementedError
+
+    def mcld_low_latency(self, inputs: MCLDInputs) -> LossOutputs | None:
+        """A whole call of `mcld_loss` in few launches; None if this kernel set has no such path for these inputs."""
+        return None
+
+    def l2_normalize(self, x: Tensor, operand_dtype: torch.dtype, eps: float) -> UnitRows:
+        """Divide the rows of a view x (n, d) of any strides by their L2 norm."""
+        acc = torch.promote_types(torch.promote_types(x.dtype, operand_dtype), torch.float32)
+        # Not vector_norm: over the columns of a large batch it sums serially, at thirty times the rounding error.
+        norm = x.to(acc).square().sum(1).sqrt()
+        inv_norm = torch.where(norm <= eps, 0.0, 1 / torch.where(norm.isinf(), torch.nan, norm))
+        return UnitRows(rows=(x * inv_norm[:, None]).to(operand_dtype), inv_norm=inv_norm, n=x.shape[0], d=x.shape[1])
+
+    def index_labels(
+        self, sides: tuple[Tensor, ...], ignore_index: int, num_classes: int, dtype: torch.dtype
+    ) -> tuple[Labels, ...]:
+        """As `labels.index_labels`."""
+        return labelling.index_labels(sides, ignore_index, num_classes, dtype)
+
+    def class_means(self, unit: UnitRows, labels: Labels, counts: Tensor) -> Tensor:
+        """Sum of the rows of each class divided by ``counts``, both by class index: (counts, >= d), acc dtype."""
+        device = unit.rows.device
+        # embedding_bag sums rows in the given order, where index_add_ would use atomics on a GPU. With few classes it
+        # adds hundreds of rows one by one, hence fp64 where the device has it, some columns at a time.
+        wide = torch.float64 if device.type in ("cpu", "cuda") else unit.inv_norm.dtype
+        means = torch.empty(counts.shape[0], unit.d, dtype=unit.inv_norm.dtype, device=device)
+        divisor = counts.clamp(min=1)[:, None]
+        for part in slices(unit.d, max(1, self.tuning.chunk_bytes // (unit.n * wide.itemsize))):
+            rows = unit.rows[:, part].to(wide).contiguous()
+            means[:, part] = F.embedding_bag(labels.order, rows, labels.starts[:-1], mode="sum") / divisor
+        return means
+
+    def positive_cosines(
+        self, anchors: UnitRows, candidates: UnitRows, offset: int, means: Tensor | None, class_index: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """A_i . K_(i + offset) and, given class means, A_i . means[class_index_i] (else the first again).
+
+        (n,) each, acc dtype. ``class_index``: (n,) int64.
+        """
+        acc, device = anchors.inv_norm.dtype, anchors.rows.device
+        positive = torch.empty(anchors.n, dtype=acc, device=device)
+        label_positive = positive if means is None else torch.empty_like(positive)
+        for rows in slices(anchors.n, max(1, self.tuning.chunk_bytes // (4 * anchors.d * acc.itemsize))):
+            x = anchors.rows[rows].to(acc)
+            positive[rows] = (x * candidates.rows[rows.start + offset : rows.stop + offset]).sum(1)
+            if means is not None and class_index is not None:
+                label_positive[rows] = (x * means[class_index[rows]]).sum(1)
+        return positive, label_positive
+
+    def loss_epilogue(self, terms: AnchorTerms, sums: NegativeSums) -> GradCoefficients:
+        """Write `per_anchor` of the chunk's anchors; return the coefficients of their gradient."""
+        rows, temperature = sums.rows, terms.temperature
+        positive = terms.positive[rows]
+        x = sums.neg_lse - positive / temperature
+        loss = torch.logaddexp(x, x.new_zeros(()))
+        total: Tensor | float = 0.0
+        class_mean = None
+        for term, per_anchor in zip(terms.weights, terms.per_anchor, strict=True):
+            part: Tensor | float = term.constant if term.factor is None else term.factor * term.constant
+            if term.counted is not None:
+                part = term.counted[rows] * part
+            value = loss
+            if term.positives == "label":
+                value = loss + (positive - terms.label_positive[rows]) / temperature
+            per_anchor[rows] = value * part
+            weight = part * (term.term_weight / temperature)
+            if term.weight is not None:
+                weight = weight * term.weight
+            total = weight + total
+            if term.positives == "label":
+                assert isinstance(weight, Tensor)
+                class_mean = weight
+        partner = torch.sigmoid(x) * total
+        return GradCoefficients(partner=partner, product=partner * sums.inv_neg_sum, class_mean=class_mean)
+
+    def reduce_terms(
+        self, per_anchor: Tensor, terms: tuple[int, ...], term_weight: tuple[float, ...], weight: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Loss () and terms (len(term_weight),) from rows ``per_anchor`` (rows, width); row i belongs to terms[i].
+
+        The loss is the sum of term_weight[t] x weight[t] x term t. ``weight``: (len(term_weight),) acc dtype, or None.
+        """
+        values, loss = per_anchor.new_zeros(len(term_weight)), per_anchor.new_zeros(())
+        for row_sum, term in zip(per_anchor.sum(1), terms, strict=True):
+            values[term] += row_sum
+            loss = loss + row_sum * (term_weight[term] if weight is None else weight[term] * term_weight[term])
+        return loss, values
+
+    def grad_epilogue(self, args: GradEpilogueArgs) -> None:
+        """Write, or add, the gradient by some rows of the logits."""
+        rows, unit, c = args.rows, args.unit, args.coefficients
+        product, out, acc = args.product[:, : unit.d], args.out, args.product.dtype
+        g = product.mul_(c.product[:, None])
+        # Rows first to last have a partner.
+        first, last = max(rows.start, -args.offset), min(rows.stop, args.partner.n - args.offset)
+        paired = slice(first - rows.start, last - rows.start)
+        partner = args.partner.rows[first + args.offset : last + args.offset].to(acc)
+        pull = -c.partner[paired] if c.class_mean is None else c.class_mean[paired] - c.partner[paired]
+        g[paired].addcmul_(partner, pull[:, None])
+        if c.class_mean is not None and args.class_means is not None and args.class_index is not None:
+            g.addcmul_(args.class_means[args.class_index[rows]], -c.class_mean[:, None])
+        x = unit.rows[rows].to(acc)
+        g.addcmul_(x, -projection_coefficient(g, x)[:, None])
+        inv_norm = unit.inv_norm[rows, None]
+        if args.accumulate:
+            out[rows].addcmul_(g, inv_norm) if out.dtype == acc else out[rows].add_(g.mul_(inv_norm))
+        elif out.dtype == acc:
+            torch.mul(g, inv_norm, out=out[rows])
+        else:
+            out[rows] = g.mul_(inv_norm)
