@@ -12,7 +12,7 @@ if str(ROOT) not in sys.path:
 
 import torch  # noqa: E402
 
-from bench import machine, measure  # noqa: E402
+from bench.harness import machine, measure  # noqa: E402
 
 # name -> dtype and float32 matmul precision of the product
 _GEMMS = {

@@ -1,4 +1,4 @@
-"""The path a user could take with library calls alone: normalise, GEMM, softmax, GEMM; gradient in closed form.
+"""MCLD with library calls alone: normalize, GEMM, softmax, GEMM; gradient in closed form.
 
 The two products and the softmax between them are an attention forward with Q = anchors, K = V = candidates;
 ``Attend`` is that step, so that PyTorch's attention kernels are measured through the same code. Student anchors, a
@@ -13,61 +13,63 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.cases import Case
+from bench.harness.cases import Case
+from mcld_kernels.options import acc_dtype
 
-# unit anchors (n, d), unit candidates (n, d), temperature, whether the sum is wanted
+# unit anchors (n, d), unit candidates (n, d), temperature, True for the second result
 # -> log-sum-exp minus the diagonal similarity (n,) in fp32 or fp64, softmax times candidates (n, d) or None
 Attend = Callable[[Tensor, Tensor, float, bool], tuple[Tensor, "Tensor | None"]]
 
-ATTENTION_WIDTH = 256  # what the attention kernels hold
+ATTENTION_WIDTH = 256  # the most columns that the attention kernels take
 
 
-def matrix(anchors: Tensor, candidates: Tensor, temperature: float, weighted: bool) -> tuple[Tensor, Tensor | None]:
-    """The (n, m) matrix written and read in the logits' dtype; statistics in fp32 (fp64)."""
-    statistics = torch.float64 if anchors.dtype == torch.float64 else torch.float32
+def matrix(
+    anchors: Tensor, candidates: Tensor, temperature: float, with_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The (n, m) matrix written and read in the logits' dtype; row sums in fp32 (fp64)."""
     similarity = (anchors / temperature) @ candidates.T  # (n, m)
     # Both from the one rounded matrix: their errors cancel.
-    excess = torch.logsumexp(similarity.to(statistics), 1) - similarity.diagonal()
-    if not weighted:
+    excess = torch.logsumexp(similarity.to(acc_dtype(anchors.dtype)), 1) - similarity.diagonal()
+    if not with_gradient:
         return excess, None
     return excess, torch.softmax(similarity, 1) @ candidates
 
 
-def flash(anchors: Tensor, candidates: Tensor, temperature: float, weighted: bool) -> tuple[Tensor, Tensor | None]:
+def flash(anchors: Tensor, candidates: Tensor, temperature: float, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
     q, k = _heads(anchors, candidates)
     if anchors.device.type == "cpu":
-        out, normaliser = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, k, scale=1 / temperature)
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, k, scale=1 / temperature)
     else:
-        out, normaliser = torch.ops.aten._scaled_dot_product_flash_attention(q, k, k, scale=1 / temperature)[:2]
-    return _excess(normaliser, anchors, candidates, temperature), out[0, 0, :, : anchors.shape[1]]
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, k, scale=1 / temperature)[:2]
+    return _excess(lse, anchors, candidates, temperature), out[0, 0, :, : anchors.shape[1]]
 
 
-def cudnn(anchors: Tensor, candidates: Tensor, temperature: float, weighted: bool) -> tuple[Tensor, Tensor | None]:
+def cudnn(anchors: Tensor, candidates: Tensor, temperature: float, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
     q, k = _heads(anchors, candidates)
-    out, normaliser = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, k, None, True, scale=1 / temperature)[:2]
-    return _excess(normaliser, anchors, candidates, temperature), out[0, 0, :, : anchors.shape[1]]
+    out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, k, None, True, scale=1 / temperature)[:2]
+    return _excess(lse, anchors, candidates, temperature), out[0, 0, :, : anchors.shape[1]]
 
 
-def _excess(normaliser: Tensor, anchors: Tensor, candidates: Tensor, temperature: float) -> Tensor:
-    normaliser = normaliser.flatten()
-    return normaliser - (anchors.to(normaliser.dtype) * candidates).sum(1) / temperature
+def _excess(lse: Tensor, anchors: Tensor, candidates: Tensor, temperature: float) -> Tensor:
+    lse = lse.flatten()
+    return lse - (anchors.to(lse.dtype) * candidates).sum(1) / temperature
 
 
 def _heads(anchors: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
-    """(1, 1, n, d') with d' the next multiple of 8, which the kernels ask for."""
+    """(1, 1, n, d') with d' the next multiple of 8, which the kernels require."""
     pad = -anchors.shape[1] % 8
     return F.pad(anchors, (0, pad))[None, None], F.pad(candidates, (0, pad))[None, None]
 
 
-def attention_reason(name: str, case: Case, device: torch.device) -> str | None:
-    """Why an attention kernel cannot take the case, or None."""
+def attention_unsupported_reason(name: str, case: Case, device: torch.device) -> str | None:
+    """Why an attention kernel cannot take the case; None if it can."""
     widest = max(case.classes if case.row_terms else 0, case.batch if case.category else 0)
     if widest > ATTENTION_WIDTH:
-        return f"attention holds at most {ATTENTION_WIDTH} columns, the case has {widest}"
+        return f"attention takes at most {ATTENTION_WIDTH} columns, the case has {widest}"
     if device.type != "cuda" and name != "sdpa":
         return "needs a CUDA device"
     if device.type == "cuda" and case.dtype not in ("float16", "bfloat16"):
-        return "takes half precision alone"
+        return "takes half precision only"
     return None
 
 
@@ -75,7 +77,7 @@ def loss_and_gradient(
     case: Case, student: Tensor, teacher: Tensor, target: Tensor, attend: Attend
 ) -> tuple[Tensor, Tensor | None]:
     """The case's loss () and gradient by the student (B, C), or None in forward mode."""
-    loss, gradient = student.new_zeros((), dtype=_statistics(student)), None
+    loss, gradient = student.new_zeros((), dtype=acc_dtype(student.dtype)), None
     if case.row_terms:
         loss, gradient = _rows(case, student, teacher, target, attend)
     if case.category:
@@ -86,49 +88,45 @@ def loss_and_gradient(
     return loss, gradient
 
 
-def _statistics(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
     """Unit rows in the dtype of ``x`` (n, d), and the reciprocal norms (n, 1)."""
-    wide = x.to(_statistics(x))
-    scale = wide.square().sum(1, keepdim=True).rsqrt()
-    return (wide * scale).to(x.dtype), scale
+    wide = x.to(acc_dtype(x.dtype))
+    inv_norm = wide.square().sum(1, keepdim=True).rsqrt()
+    return (wide * inv_norm).to(x.dtype), inv_norm
 
 
-def _project(pull: Tensor, unit: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradient by a row from ``pull``, the gradient by its unit row: what points along the row is removed."""
-    return ((pull - (pull * unit).sum(1, keepdim=True) * unit) * scale).to(dtype)
+def _project(g: Tensor, unit: Tensor, inv_norm: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient by rows from ``g``, the gradient by their unit rows: the radial component is removed."""
+    return ((g - (g * unit).sum(1, keepdim=True) * unit) * inv_norm).to(dtype)
 
 
 def _rows(case: Case, student: Tensor, teacher: Tensor, target: Tensor, attend: Attend) -> tuple[Tensor, Tensor | None]:
-    wide = _statistics(student)
-    (s, scale), (t, _) = _unit(student), _unit(teacher)
+    wide = acc_dtype(student.dtype)
+    (s, inv_norm), (t, _) = _unit(student), _unit(teacher)
     excess, expected = attend(s, t, case.temperature, case.backward)
     w_instance, w_sample, _ = case.weight
-    positive = w_instance * t.to(wide)  # (B, C), the direction every anchor is pulled to
+    positive = w_instance * t.to(wide)  # (B, C), the weighted positives of every anchor
     if w_sample:
         sums = torch.zeros(case.classes, case.classes, dtype=wide, device=t.device).index_add_(0, target, t.to(wide))
         count = torch.bincount(target, minlength=case.classes)
         positive = positive + w_sample * sums[target] / count[target, None]
     s_wide = s.to(wide)
     weight = w_instance + w_sample
-    beside = weight * t.to(wide) - positive  # by how much the positives are not the diagonal
-    loss = (weight * excess + (s_wide * beside).sum(1) / case.temperature).mean()
+    off_diagonal = weight * t.to(wide) - positive
+    loss = (weight * excess + (s_wide * off_diagonal).sum(1) / case.temperature).mean()
     if expected is None or not case.backward:
         return loss, None
-    pull = (weight * expected.to(wide) - positive) / (case.temperature * case.batch)
-    return loss, _project(pull, s_wide, scale, student.dtype)
+    g = (weight * expected.to(wide) - positive) / (case.temperature * case.batch)
+    return loss, _project(g, s_wide, inv_norm, student.dtype)
 
 
 def _columns(case: Case, student: Tensor, teacher: Tensor, attend: Attend) -> tuple[Tensor, Tensor | None]:
-    wide = _statistics(student)
-    (s, scale), (t, _) = _unit(student.T.contiguous()), _unit(teacher.T.contiguous())
+    wide = acc_dtype(student.dtype)
+    (s, inv_norm), (t, _) = _unit(student.T.contiguous()), _unit(teacher.T.contiguous())
     excess, expected = attend(s, t, case.temperature, case.backward)
     s_wide, t_wide = s.to(wide), t.to(wide)
     loss = excess.mean()
     if expected is None or not case.backward:
         return loss, None
-    pull = (expected.to(wide) - t_wide) / (case.temperature * case.classes)
-    return loss, _project(pull, s_wide, scale, student.dtype)
+    g = (expected.to(wide) - t_wide) / (case.temperature * case.classes)
+    return loss, _project(g, s_wide, inv_norm, student.dtype)
