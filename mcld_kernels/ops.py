@@ -118,6 +118,7 @@ class LossOperator:
             options=call.options,
             student_grad=call.student_grad,
             teacher_grad=call.teacher_grad,
+            labels_are_classes=_are_classes(call.target, student.shape[1], getattr(call.options, "ignore_index", -1)),
         )
         device = student.device.type
         if torch.is_autocast_enabled(device):
@@ -144,6 +145,14 @@ class LossOperator:
         )
         loss, terms = make((), dtype=acc, device=device), make((self.num_terms,), dtype=acc, device=device)
         return loss, terms, student_grad, teacher_grad
+
+
+def _are_classes(target: Tensor | None, num_classes: int, ignore_index: int) -> bool:
+    """True where every label is known to be a class. Labels on a GPU are not read: that would synchronize."""
+    if target is None or target.device.type != "cpu" or 0 <= ignore_index < num_classes:
+        return False
+    low, high = torch.aminmax(target)
+    return int(low) >= 0 and int(high) < num_classes
 
 
 def _schema_type(hint: Any) -> str:
@@ -198,7 +207,9 @@ def _save(ctx: Any, call: _Call, outputs: Outputs) -> None:
     weight_grad = call.weight is not None and call.weight.requires_grad
     # A copy, since whoever logs the terms may change them in place.
     terms = outputs[1].clone() if weight_grad else None
-    ctx.save_for_backward(outputs[2], outputs[3], terms, call.student, call.teacher, call.weight)
+    # The inputs that a second derivative would be taken by; a constant may be an inference tensor, which cannot be saved.
+    inputs = (x if x is not None and x.requires_grad else None for x in (call.student, call.teacher, call.weight))
+    ctx.save_for_backward(outputs[2], outputs[3], terms, *inputs)
     ctx.dtypes = (
         call.student.dtype if call.student_grad else None,
         call.teacher.dtype if call.teacher_grad else None,

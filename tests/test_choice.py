@@ -44,7 +44,7 @@ class TestChoice:
         with pytest.raises(backends.BackendUnavailable, match="teacher"):
             mcld_kernels.mcld_loss(student, teacher.requires_grad_(), labels(4, 3), backend=name)
         with torch.no_grad():  # nobody asks for it here
-            assert backends.reason(name, student, teacher, False) is None or "gradient" not in backends.reason(
+            assert backends.unsupported_reason(name, student, teacher, False) is None or "gradient" not in backends.unsupported_reason(
                 name, student, teacher, False
             )
 
