@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import flop_counter
 
 from . import backends
 from .infonce import grad_dtype
@@ -47,6 +48,7 @@ class LossOperator:
         num_terms: terms of the loss.
         compute: the loss from a kernel set and its inputs.
         flops: floating-point operations of a call, by batch, classes, options and whether a gradient is computed.
+        supported: the backends whose kernel sets ``compute`` can use.
     """
 
     def __init__(
@@ -56,8 +58,10 @@ class LossOperator:
         num_terms: int,
         compute: Callable[[KernelSet, LossInputs], LossOutputs],
         flops: Callable[[int, int, Any, bool], int],
+        supported: tuple[str, ...] = ("torch", "triton", "cuda"),
     ):
         self.name, self.num_terms, self._options_type, self._compute = name, num_terms, options_type, compute
+        self.supported = supported
         hints = typing.get_type_hints(options_type)
         fields = ", ".join(f"{_schema_type(hints[field])} {field}" for field in options_type._fields)
         _LIBRARY.define(
@@ -70,6 +74,7 @@ class LossOperator:
         self._operator = getattr(torch.ops.mcld_kernels, name).default
         _OPERATORS[name] = self
         self._flops = flops
+        flop_counter.register_flop_formula(self._operator.overloadpacket)(self._count_flops)
 
     def __call__(
         self,
@@ -107,7 +112,7 @@ class LossOperator:
 
     def _run(self, call: _Call) -> Outputs:
         student, teacher = call.student, call.teacher
-        kernels = backends.kernel_set(call.backend, student, teacher, call.teacher_grad)
+        kernels = backends.kernel_set(call.backend, student, teacher, call.teacher_grad, self.supported)
         if student.shape[0] == 0:
             return self._like(call, torch.zeros)
         inputs = LossInputs(
@@ -132,6 +137,19 @@ class LossOperator:
         student_grad = student.new_empty(0) if outputs.student_grad is None else outputs.student_grad
         teacher_grad = teacher.new_empty(0) if outputs.teacher_grad is None else outputs.teacher_grad
         return outputs.loss, outputs.terms, student_grad, teacher_grad
+
+    def _count_flops(
+        self,
+        student_shape: Any,
+        teacher_shape: Any,
+        target_shape: Any,
+        weight_shape: Any,
+        *rest: Any,
+        out_shape: Any = None,
+        **kwargs: Any,
+    ) -> int:
+        options = self._options_type(*rest[:-3])
+        return self._flops(student_shape[0], student_shape[1], options, bool(rest[-2] or rest[-1]))
 
     def _fake(self, student: Tensor, teacher: Tensor, target: Any, weight: Any, *rest: Any) -> Outputs:
         return self._like(_Call(self.name, student, teacher, target, weight, None, *rest[-3:]), torch.empty)
