@@ -237,9 +237,9 @@ class Run:
         return written
 
     def _announce(self) -> None:
-        where, commit = self.head["machine"], self.head["commit"]
+        where, commit, versions = self.head["machine"], self.head["commit"], self.head["versions"]
         self.screen.print(
-            f"{where.get('gpu', where['cpu'])}, {where['threads']} CPU threads, torch {self.head['versions']['torch']}, "
+            f"{where.get('gpu', where['cpu'])}, {where['threads']} CPU threads, torch {versions['torch']}, "
             f"float32 products at {where['float32_matmul_precision']!r}, "
             f"commit {commit[:10] + (' with changes' if self.head['dirty'] else '') if commit else 'unknown'}"
         )

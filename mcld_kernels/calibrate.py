@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
-import os
 import random
 import statistics
 import sys
@@ -113,8 +113,12 @@ def measure_shape(plan: Plan, dtype: str, batch: int, classes: int) -> tuple[dic
     student, teacher, target = _inputs(batch, classes, getattr(torch, dtype), torch.device(plan.device))
     oracle = _oracle(student, teacher)
     exact = oracle(student.double(), teacher.double(), target)
-    eager = _error(oracle(student, teacher, target), exact)
-    allowed = _allowed(eager, floor_dtype(dtype, plan.precision))
+    operands = floor_dtype(dtype, plan.precision)
+    eager = [_error(oracle(student, teacher, target), exact)]
+    if operands != dtype:  # operands of fewer bits are allowed, whether eager uses them or not
+        rounded = [x.to(getattr(torch, operands)).to(x.dtype) for x in (student, teacher)]
+        eager.append(_error(oracle(*rounded, target), exact))
+    allowed = _allowed(eager, operands)
     steps: dict[str, Callable[[], Result]] = {}
     rejected = {}
     for candidate in plan.candidates:
@@ -168,8 +172,8 @@ def _step(candidate: str, student: Tensor, teacher: Tensor, target: Tensor) -> C
     backend = timings.CANDIDATES.get(candidate, candidate)
 
     def step() -> Result:
-        os.environ["MCLD_HOPPER"] = str(int(candidate == "hopper"))  # read at every call
-        return _loss_and_gradient(backend, student, teacher, target)
+        with backends.tuned(hopper=candidate == "hopper"):
+            return _loss_and_gradient(backend, student, teacher, target)
 
     return step
 
@@ -189,10 +193,13 @@ def _error(result: Result, exact: Result) -> tuple[float, float]:
     return loss, gradient
 
 
-def _allowed(eager: tuple[float, float], floor: str) -> tuple[float, float]:
-    """Within twice eager's error; if that is not finite, only the floor applies."""
-    loss, gradient = (FACTOR * error if error < float("inf") else 0.0 for error in eager)
-    return max(loss, LOSS_FLOOR[floor]), max(gradient, GRADIENT_FLOOR[floor])
+def _allowed(eager: Sequence[tuple[float, float]], operands: str) -> tuple[float, float]:
+    """Twice eager's largest error; errors that are not finite do not count, and the floor always applies."""
+    loss, gradient = (
+        max([FACTOR * error for error in errors if math.isfinite(error)] + [floor[operands]])
+        for errors, floor in zip(zip(*eager), (LOSS_FLOOR, GRADIENT_FLOOR))
+    )
+    return loss, gradient
 
 
 def _interleaved_medians(steps: dict[str, Callable[[], Result]], rounds: int, device: torch.device) -> dict[str, float]:

@@ -13,7 +13,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Goal:
-    """One bar of a regime: ``value(ours, others)`` is None where a row is missing; reached where it is within the bar."""
+    """One bar of a regime: ``value(ours, others)`` is None where a row is missing."""
 
     regime: str
     quantity: str

@@ -7,7 +7,6 @@ implementation avoids: every operand is read once and every result written once.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -421,8 +420,8 @@ class KernelRun:
                 self._row(Kernel(name="", shape="", flop=0, bytes=0, step=_reduce_terms), provider, reason)
                 continue
             exact_kernels = exact_kernels or backends.kernel_set("torch", student.double(), teacher.double())
-            os.environ["MCLD_HOPPER"] = str(int(provider == "hopper"))  # read when a kernel set is made
-            kernels = backends.kernel_set(BACKENDS[provider], student, teacher)
+            with backends.tuned(hopper=provider == "hopper"):
+                kernels = backends.kernel_set(BACKENDS[provider], student, teacher)
             with memory.released(device):
                 self._gate(provider, kernels, exact_kernels, operands(kernels, self.case, student, teacher, target))
         self._time()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -81,21 +80,20 @@ def _compiled(case: Case, *tensors: Tensor) -> Step:
     return autograd_step(lambda s, t, y: compiled(s, t, y, **options), case, *tensors)
 
 
-def _backend(name: str, title: str, hopper: bool | None = None) -> Provider:
+def _backend(name: str, title: str, hopper: bool = False) -> Provider:
     """A backend; "cuda" with its Hopper kernels is the provider "hopper"."""
 
     def make(case: Case, *tensors: Tensor) -> Step:
         loss, options = LOSSES[case.loss], LOSSES[case.loss].options(case)
 
         def loss_fn(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
-            if hopper is not None:
-                os.environ["MCLD_HOPPER"] = str(int(hopper))  # read at every call; steps of both kinds alternate
-            return loss.function(s, t, y, backend=name, **options)
+            with backends.tuned(hopper=hopper):
+                return loss.function(s, t, y, backend=name, **options)
 
         return autograd_step(loss_fn, case, *tensors)
 
     def unsupported_reason(case: Case, student: Tensor, teacher: Tensor) -> str | None:
-        return backend_unsupported_reason(name, bool(hopper), student, teacher)
+        return backend_unsupported_reason(name, hopper, student, teacher)
 
     # Half copies of the inputs, vectors, one chunk; the chunk's budget is the backend's own, 256 MB at most by design.
     shown = "hopper" if hopper else name
@@ -147,7 +145,7 @@ def all_providers() -> dict[str, Provider]:
         _closed_form("library", "normalize, GEMM, softmax, GEMM; closed-form gradient", closed_form.matrix, 4.0),
         _backend("torch", "closed-form gradient by row chunks"),
         _backend("triton", "Triton kernels"),
-        _backend("cuda", "CUDA C++ kernels, the portable ones alone", hopper=False),
+        _backend("cuda", "CUDA C++ kernels, the portable ones alone"),
         _backend("cuda", "CUDA C++ kernels, the Hopper ones where they can", hopper=True),
         _closed_form("sdpa", "PyTorch's flash attention, Q = anchors, K = V = candidates", closed_form.flash, 0.0),
         _closed_form("cudnn", "cuDNN's attention, Q = anchors, K = V = candidates", closed_form.cudnn, 0.0),
