@@ -62,16 +62,14 @@ class Truth:
 def truth(case: Case, student: Tensor, teacher: Tensor, target: Tensor) -> Truth:
     """Loss and gradient in fp64 of the logits as given (a half logit is exact in fp64)."""
     loss, gradient = eager(case, student, teacher, target, torch.float64)
-    parts = LOSSES[case.loss].magnitude(case)
-    # A change of the logits by a fraction changes the parts by about that fraction.
-    gradient_parts = parts / max(torch.linalg.vector_norm(student.double()).item(), 1e-300)
+    loss_parts, gradient_parts = LOSSES[case.loss].magnitude(case, student)
 
     def size(value: Tensor | None, of_parts: float) -> float:
         own = 0.0 if value is None else torch.linalg.vector_norm(value).item()
         zero = (1e-14 if case.dtype == "float64" else 1e-6) * of_parts
-        return of_parts if own <= zero else own
+        return (of_parts if own <= zero else own) or 1.0
 
-    return Truth(loss, gradient, size(loss, parts), size(gradient, gradient_parts))
+    return Truth(loss, gradient, size(loss, loss_parts), size(gradient, gradient_parts))
 
 
 def error(result: Result, exact: Truth) -> Error:

@@ -36,7 +36,7 @@ class Loss:
     options: Callable[[Case], dict[str, Any]]
     flop: Callable[[Case], int]
     eager_bytes: Callable[[Case], int]  # an estimate from above of what an eager step takes beside its inputs
-    magnitude: Callable[[Case], float]  # of the parts that cancel in a loss of zero
+    magnitude: Callable[[Case, Tensor], tuple[float, float]]  # of the parts that cancel in a zero loss, gradient
     terms: tuple[str, ...]
     temperature: float
     is_gemm_bound: bool = True  # otherwise the copy speed is its ceiling
@@ -83,6 +83,18 @@ def _mcld_eager_bytes(case: Case) -> int:
     return case.matrix_bytes(rows[case.backward], _CATEGORY_MATRICES[case.backward])
 
 
+def _mcld_magnitude(case: Case, student: Tensor) -> tuple[float, float]:
+    """Cosines over the temperature, and their gradient by logits whose rows or columns have a norm."""
+    loss = gradient = 0.0
+    for dim, is_active in ((1, case.row_terms), (0, case.category)):
+        if is_active:
+            norm = torch.linalg.vector_norm(student.double(), dim=dim)
+            inv_norm = torch.where(norm == 0, 0.0, 1 / norm)
+            loss += 1 / case.temperature
+            gradient += torch.linalg.vector_norm(inv_norm).item() / (case.temperature * len(norm))
+    return loss, gradient
+
+
 LOSSES = {
     "mcld": Loss(
         title="MCLD",
@@ -91,7 +103,7 @@ LOSSES = {
         options=lambda case: {"weight": case.weight, "temperature": case.temperature},
         flop=_mcld_flop,
         eager_bytes=_mcld_eager_bytes,
-        magnitude=lambda case: len(case.terms) / case.temperature,  # cosines over the temperature
+        magnitude=_mcld_magnitude,
         terms=("instance", "sample", "category"),
         temperature=0.1,
         eager=mcld_chunks.loss_and_gradient,
@@ -104,7 +116,10 @@ LOSSES = {
         # Each side: scale, maximum, exp, sum, log, subtract; the divergence: subtract, multiply, add; the gradient: 3.
         flop=lambda case: (18 if case.backward else 15) * case.batch * case.classes,
         eager_bytes=lambda case: case.matrix_bytes(0, 0) * 3,
-        magnitude=lambda case: case.temperature,
+        magnitude=lambda case, student: (
+            case.temperature * torch.linalg.vector_norm(student.double()).item() / case.batch**0.5,
+            case.temperature / case.batch**0.5,
+        ),
         terms=("divergence",),
         temperature=4.0,
         is_gemm_bound=False,
