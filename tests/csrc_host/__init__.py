@@ -35,7 +35,7 @@ CHECKS: dict[str, tuple[list[str], list[str], list[str]]] = {
 }
 REPORTED = 66  # exit status of a process that the memory check ended
 EMULATOR = [HERE / name for name in ("emulation.cpp", "emulation_sm90.cpp", "races.cpp")]
-BINDINGS = [*KERNELS.glob("*.cpp"), HERE / "module.cpp"]
+BINDINGS = [CSRC / "bindings.cpp"]
 CONTROLS = [HERE / "controls.cu"]
 
 
@@ -103,7 +103,7 @@ def _build(cache: Path, check: str, controls: bool) -> Path:
     import pybind11
 
     includes = [f"-I{path}" for path in (HERE, KERNELS, CSRC, sysconfig.get_path("include"), pybind11.get_include())]
-    headers = sorted(path for folder in (KERNELS, HOPPER, HERE) for path in folder.glob("*.*h"))
+    headers = sorted(path for folder in (CSRC, KERNELS, HOPPER, HERE) for path in folder.glob("*.*h"))
     common = b"".join(path.read_bytes() for path in headers) + repr((includes, compiler(), sys.version)).encode()
     of_emulator, of_kernels, of_linker = CHECKS[check]
 
