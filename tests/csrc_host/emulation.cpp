@@ -360,7 +360,7 @@ void run(dim3 grid, int threads, int shared_bytes, const char* name, void (*kern
 
 }  // namespace mcld::emulation
 
-// The accesses of so many bytes, 8 or 16, that the kernels have made.
+// The vector accesses of so many bytes, 8 or 16, that the kernels have made.
 extern "C" __attribute__((visibility("default"))) int64_t vector_accesses(int bytes) {
   return mcld::emulation::vector_accesses[bytes];
 }
