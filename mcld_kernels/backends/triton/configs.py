@@ -65,6 +65,11 @@ FLASH = {
     ("sm_100", "tf32x3", 64): Launch(64, 16, warps=4, stages=2),
 }
 
+# Rows of their own where an online maximum takes more registers than a fixed shift.
+FLASH_ONLINE = {
+    ("sm_80", "tf32", 128): Launch(128, 32, warps=8, stages=2),
+}
+
 # (architecture, kind of operand): blocks of either product of the two-product path.
 PRODUCT = {
     ("sm_80", "half"): Launch(128, 128, 32, warps=8, stages=4),
@@ -158,7 +163,10 @@ class Configs:
     def flash(self, operand_dtype: torch.dtype, pitch: int, exponent: str) -> Launch:
         if self.tuning.blocks is not None:
             return self.tuning.blocks
-        launch = self._row(FLASH, self._kind(operand_dtype), pitch)
+        kind = self._kind(operand_dtype)
+        launch = self._row(FLASH, kind, pitch)
+        if exponent == "online":
+            return FLASH_ONLINE.get((self.tuning.architecture, kind, pitch), launch)
         if exponent == "known":
             # Two more numbers a column: with 128 columns some versions of the compiler spill.
             return launch._replace(block_n=min(launch.block_n, 64))
@@ -228,5 +236,5 @@ class Configs:
         return self.precision(operand_dtype) if operand_dtype == torch.float32 else "half"
 
     def _row(self, table: dict[Any, Launch], *key: Any) -> Launch:
-        own = (self.tuning.architecture, *key)
-        return table[own] if own in table else table[(_FALLBACK[self.tuning.architecture], *key)]
+        own, fallback = ((name, *key) for name in (self.tuning.architecture, _FALLBACK.get(self.tuning.architecture)))
+        return table[own if own in table else fallback]
