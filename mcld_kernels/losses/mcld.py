@@ -408,6 +408,13 @@ class _Composition:
 
     def run(self) -> LossOutputs:
         inputs, options = self.inputs, self.options
+        if not any(options.active):
+            return LossOutputs(
+                loss=self.per_anchor.new_zeros(()),
+                terms=self.per_anchor.new_zeros(3),
+                student_grad=self.student_grad.result(),
+                teacher_grad=self.teacher_grad.result(),
+            )
         student_labels = teacher_labels = None
         if inputs.target is not None and any(options.label_terms):
             sides = (inputs.target,) if inputs.teacher_target is None else (inputs.target, inputs.teacher_target)
