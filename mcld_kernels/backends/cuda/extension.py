@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import importlib
 from functools import cache
-from pathlib import Path
 from types import ModuleType
 
-# Written by setup.py when not even the CPU-only module could be built.
-_NOTE = Path(__file__).with_name("_C_missing.txt")
+from ... import installation
 
 
 @cache
 def load() -> tuple[ModuleType | None, str | None]:
-    """The module and None, or None and why it cannot be imported. A module without CUDA in it is still a module."""
+    """The module and None, or None and why it cannot be imported."""
     try:
         return importlib.import_module("mcld_kernels._C"), None
+    except ModuleNotFoundError:
+        return (
+            None,
+            f"the package was installed without the CUDA kernels; `{installation.cuda_command()}` compiles them",
+        )
     except ImportError as error:
-        if _NOTE.exists():
-            return None, _NOTE.read_text().strip()
-        if not isinstance(error, ModuleNotFoundError):
-            return None, f"the compiled module does not load ({error}): install the package again with `pip install .`"
-        return None, "the compiled module is not built: install the package with `pip install .` or `pip install -e .`"
+        return None, f"the compiled module does not load ({error}); `{installation.cuda_command()}` compiles it again"
 
 
 def without_cuda() -> str | None:
