@@ -8,8 +8,10 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from . import __version__, backends, compiled, measured
-from .arguments import float32_precision
+from . import __version__, backends
+from .backends import timings as measured
+from .backends.cuda import extension as compiled
+from .options import float32_precision
 
 VARIABLES = {
     "MCLD_CHUNK_MB": "MiB that a chunk of exponentials may take (default 32 on CPU, 256 on CUDA)",

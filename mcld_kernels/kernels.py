@@ -12,16 +12,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import labels as labelling
-from .chunks import slices
 from .labels import Labels
-from .options import MCLDOptions, acc_dtype
+from .options import acc_dtype
 
 # exp(x) of fp32 and bf16 is a normal number down to exp(-87); the products of exponentials with unit rows should be
 # normal as well. fp16 with a shift that uses its range: 2^14 exp(-20) is 2^-15, subnormal with 10 bits, more than bf16.
@@ -29,6 +28,11 @@ _SHIFT_RANGE = {torch.float16: 20.0}
 _SHIFT_RANGE_DEFAULT = 80.0
 
 Positives = Literal["diagonal", "label"]
+
+
+def slices(n: int, step: int) -> list[slice]:
+    """Consecutive slices of at most ``step`` that cover range(n)."""
+    return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
 
 def has_fixed_shift(operand_dtype: torch.dtype, temperature: float) -> bool:
@@ -143,14 +147,14 @@ class GradEpilogueArgs:
 
 
 @dataclass(slots=True, kw_only=True)
-class MCLDInputs:
+class LossInputs:
     """Student logits (n, C) and teacher logits (m, C), both non-empty; n = m except for a part of a batch."""
 
     student: Tensor
     teacher: Tensor
     target: Tensor | None  # (n,) int64
-    weight: Tensor | None  # (3,), multiplies options.term_weight
-    options: MCLDOptions
+    weight: Tensor | None  # (terms,), multiplies the options' term_weight
+    options: Any  # of the loss
     student_grad: bool
     teacher_grad: bool
     offset: int = 0  # the positive of student row i is teacher row i + offset
@@ -219,7 +223,7 @@ class KernelSet:
         """Begin a contrast."""
         raise NotImplementedError
 
-    def mcld_low_latency(self, inputs: MCLDInputs) -> LossOutputs | None:
+    def mcld_low_latency(self, inputs: LossInputs) -> LossOutputs | None:
         """A whole call of `mcld_loss` in few launches; None if this kernel set has no such path for these inputs."""
         return None
 

@@ -1,182 +1,240 @@
-"""The boundary to PyTorch: one operator for all fast backends, and the autograd Function around it.
+"""The boundary to PyTorch: one operator for each loss, its fake kernel and its autograd Function.
 
 The operator returns the gradients together with the loss, computed in the same pass; backward only scales them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import typing
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import backends
-from .arguments import Options, stat_dtype
-from .pipeline import Call, gradient_dtype
+from .infonce import grad_dtype
+from .kernels import KernelSet, LossInputs, LossOutputs
+from .options import acc_dtype
+
+_LIBRARY = torch.library.Library("mcld_kernels", "DEF")
+_OPERATORS: dict[str, LossOperator] = {}
+_TENSORS = "Tensor student, Tensor teacher, Tensor? target, Tensor? weight"
+_OUTPUTS = "(Tensor loss, Tensor terms, Tensor student_grad, Tensor teacher_grad)"
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-@torch.library.custom_op("mcld_kernels::mcld", mutates_args=())
-def mcld(
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor | None,
-    weight: Tensor | None,
-    temperature: Sequence[float],
-    scale: Sequence[float],
-    direction: str,
-    mask_same_class: bool,
-    present_only: bool,
-    ignore_index: int,
-    eps: float,
-    backend: str,
-    student_grad: bool,
-    teacher_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss (), terms (3,), gradients of the loss by student and teacher: (batch, classes), or (0,) if not wanted."""
-    t, w = tuple(temperature), tuple(scale)
-    triples = (t[0], t[1], t[2]), (w[0], w[1], w[2])
-    chosen = Options(*triples, direction, mask_same_class, present_only, ignore_index, eps)
-    name = backends.choose(backend, student, teacher, teacher_grad)
-    if student.shape[0] == 0:
-        return _like(student, teacher, student_grad, teacher_grad, torch.zeros)
-    with torch.autocast(student.device.type, enabled=False):
-        call = Call(student, teacher, target, weight, chosen, student_grad, teacher_grad)
-        result = backends.implementation(name)(call)
-    by_student = student.new_empty(0) if result.student is None else result.student
-    by_teacher = teacher.new_empty(0) if result.teacher is None else result.teacher
-    return result.loss, result.terms, by_student, by_teacher
+class _Call(NamedTuple):
+    """The arguments of an operator: checked tensors, options and what to compute."""
+
+    name: str
+    student: Tensor
+    teacher: Tensor
+    target: Tensor | None
+    weight: Tensor | None
+    options: Any
+    backend: str
+    student_grad: bool
+    teacher_grad: bool
 
 
-@mcld.register_fake
-def _(
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor | None,
-    weight: Tensor | None,
-    temperature: Sequence[float],
-    scale: Sequence[float],
-    direction: str,
-    mask_same_class: bool,
-    present_only: bool,
-    ignore_index: int,
-    eps: float,
-    backend: str,
-    student_grad: bool,
-    teacher_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _like(student, teacher, student_grad, teacher_grad, torch.empty)
+class LossOperator:
+    """The operator ``mcld_kernels::<name>`` of a loss between student and teacher logits, and its gradient.
 
+    Args:
+        name: of the operator.
+        options_type: a NamedTuple of plain values; its fields become arguments of the operator.
+        num_terms: terms of the loss.
+        compute: the loss from a kernel set and its inputs.
+        flops: floating-point operations of a call, by batch, classes, options and whether a gradient is computed.
+    """
 
-def _like(
-    student: Tensor, teacher: Tensor, student_grad: bool, teacher_grad: bool, make: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    stat = stat_dtype(torch.promote_types(student.dtype, teacher.dtype))
-    gradients = []
-    for logits, wanted in ((student, student_grad), (teacher, teacher_grad)):
-        if wanted:
-            gradients.append(make(logits.shape, dtype=gradient_dtype(logits.dtype), device=logits.device))
-        else:
-            gradients.append(logits.new_empty(0))
-    return (
-        make((), dtype=stat, device=student.device),
-        make((3,), dtype=stat, device=student.device),
-        gradients[0],
-        gradients[1],
-    )
+    def __init__(
+        self,
+        name: str,
+        options_type: Any,
+        num_terms: int,
+        compute: Callable[[KernelSet, LossInputs], LossOutputs],
+        flops: Callable[[int, int, Any, bool], int],
+    ):
+        self.name, self.num_terms, self._options_type, self._compute = name, num_terms, options_type, compute
+        hints = typing.get_type_hints(options_type)
+        fields = ", ".join(f"{_schema_type(hints[field])} {field}" for field in options_type._fields)
+        _LIBRARY.define(
+            f"{name}({_TENSORS}, {fields}, str backend, bool student_grad, bool teacher_grad) -> {_OUTPUTS}"
+        )
+        for key in ("CPU", "CUDA"):
+            _LIBRARY.impl(name, self._implementation, key)
+        qualified = f"mcld_kernels::{name}"
+        torch.library.register_fake(qualified, self._fake, lib=_LIBRARY)
+        self._operator = getattr(torch.ops.mcld_kernels, name).default
+        _OPERATORS[name] = self
+        self._flops = flops
 
-
-class _MCLD(torch.autograd.Function):
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
+    def __call__(
+        self,
         student: Tensor,
         teacher: Tensor,
         target: Tensor | None,
         weight: Tensor | None,
-        chosen: Options,
+        options: Any,
         backend: str,
-        student_grad: bool,
-        teacher_grad: bool,
     ) -> tuple[Tensor, Tensor]:
-        loss, terms, by_student, by_teacher = _call(
-            student, teacher, target, weight, chosen, backend, student_grad, teacher_grad
+        """The loss () with its gradient, and the terms (num_terms,), for arguments that are already checked."""
+        enabled = torch.is_grad_enabled()
+        student_grad, teacher_grad = enabled and student.requires_grad, enabled and teacher.requires_grad
+        if student_grad or teacher_grad or (enabled and weight is not None and weight.requires_grad):
+            function = _TransformableLoss if torch._C._are_functorch_transforms_active() else _Loss
+            outputs = function.apply(
+                self.name, student, teacher, target, weight, options, backend, student_grad, teacher_grad
+            )
+            return outputs[0], outputs[1]
+        call = _Call(self.name, student, teacher, target, weight, options, backend, False, False)
+        outputs = self.forward(call)
+        return outputs[0], outputs[1]
+
+    def forward(self, call: _Call) -> Outputs:
+        """Loss (), terms (num_terms,), gradients of the loss by student and teacher: (batch, classes), else (0,)."""
+        # The dispatcher is needed by whoever traces or observes operators; a plain call saves its cost.
+        if _is_observed(call.student):
+            return self._operator(*call[1:5], *call.options, *call[6:])  # type: ignore[no-any-return]
+        return self._run(call)
+
+    def _implementation(self, student: Tensor, teacher: Tensor, target: Any, weight: Any, *rest: Any) -> Outputs:
+        fields = [tuple(field) if isinstance(field, list) else field for field in rest[:-3]]
+        call = _Call(self.name, student, teacher, target, weight, self._options_type(*fields), *rest[-3:])
+        return self._run(call)
+
+    def _run(self, call: _Call) -> Outputs:
+        student, teacher = call.student, call.teacher
+        kernels = backends.kernel_set(call.backend, student, teacher, call.teacher_grad)
+        if student.shape[0] == 0:
+            return self._like(call, torch.zeros)
+        inputs = LossInputs(
+            student=student,
+            teacher=teacher,
+            target=call.target,
+            weight=call.weight,
+            options=call.options,
+            student_grad=call.student_grad,
+            teacher_grad=call.teacher_grad,
         )
-        ctx.save_for_backward(by_student, by_teacher, terms)
-        ctx.dtypes = student.dtype, teacher.dtype, None if weight is None else weight.dtype
-        ctx.wanted = student_grad, teacher_grad, weight is not None
-        ctx.mark_non_differentiable(terms)
-        return loss, terms
+        device = student.device.type
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                outputs = self._compute(kernels, inputs)
+        elif device == "cuda":
+            with torch.cuda.device(student.device):
+                outputs = self._compute(kernels, inputs)
+        else:
+            outputs = self._compute(kernels, inputs)
+        student_grad = student.new_empty(0) if outputs.student_grad is None else outputs.student_grad
+        teacher_grad = teacher.new_empty(0) if outputs.teacher_grad is None else outputs.teacher_grad
+        return outputs.loss, outputs.terms, student_grad, teacher_grad
 
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        by_student, by_teacher, terms = ctx.saved_tensors
-        student, teacher, weight = (
-            _once((gradient.detach() * upstream.detach()).to(dtype)) if wanted else None
-            for gradient, dtype, wanted in zip((by_student, by_teacher, terms), ctx.dtypes, ctx.wanted, strict=True)
+    def _fake(self, student: Tensor, teacher: Tensor, target: Any, weight: Any, *rest: Any) -> Outputs:
+        return self._like(_Call(self.name, student, teacher, target, weight, None, *rest[-3:]), torch.empty)
+
+    def _like(self, call: _Call, make: Callable[..., Tensor]) -> Outputs:
+        acc = acc_dtype(torch.promote_types(call.student.dtype, call.teacher.dtype))
+        device = call.student.device
+        student_grad, teacher_grad = (
+            make(logits.shape, dtype=grad_dtype(logits.dtype), device=device) if needed else logits.new_empty(0)
+            for logits, needed in ((call.student, call.student_grad), (call.teacher, call.teacher_grad))
         )
-        return student, teacher, None, weight, None, None, None, None
+        loss, terms = make((), dtype=acc, device=device), make((self.num_terms,), dtype=acc, device=device)
+        return loss, terms, student_grad, teacher_grad
 
 
-class _Once(torch.autograd.Function):
-    """A gradient that must not be differentiated again.
-
-    torch's once_differentiable is silent where the upstream gradient is a constant: a gradient penalty would lose its
-    part.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> Tensor:  # type: ignore[override]
-        raise RuntimeError(
-            "the fast backends of mcld_loss cannot be differentiated twice; backend='reference' can, at its own cost"
-        )
+def _schema_type(hint: Any) -> str:
+    """The schema's word for a field's type."""
+    if typing.get_origin(hint) is Literal:
+        return "str"
+    if typing.get_origin(hint) is tuple:
+        return "float[]"
+    return {float: "float", bool: "bool", int: "int", str: "str"}[hint]
 
 
-def _once(gradient: Tensor) -> Tensor:
-    # Grad mode is on in backward where a graph of it was asked for (create_graph=True).
-    return _Once.apply(gradient.requires_grad_()) if torch.is_grad_enabled() else gradient
-
-
-def _call(
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor | None,
-    weight: Tensor | None,
-    chosen: Options,
-    backend: str,
-    student_grad: bool,
-    teacher_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return mcld(
-        student,
-        teacher,
-        target,
-        weight,
-        chosen.temperature,
-        chosen.scale,
-        chosen.direction,
-        chosen.mask_same_class,
-        chosen.present_only,
-        chosen.ignore_index,
-        chosen.eps,
-        backend,
-        student_grad,
-        teacher_grad,
+def _is_observed(tensor: Tensor) -> bool:
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or tensor.device.type not in ("cpu", "cuda")
+        or type(tensor) not in (Tensor, torch.nn.Parameter)
     )
 
 
-def evaluate(
-    student: Tensor, teacher: Tensor, target: Tensor | None, weight: Tensor | None, chosen: Options, backend: str
-) -> tuple[Tensor, Tensor]:
-    """The loss () with its gradient, and the terms (3,), for arguments that are already checked."""
-    enabled = torch.is_grad_enabled()
-    student_grad, teacher_grad = enabled and student.requires_grad, enabled and teacher.requires_grad
-    weight_grad = enabled and weight is not None and weight.requires_grad
-    if student_grad or teacher_grad or weight_grad:
-        return _MCLD.apply(student, teacher, target, weight, chosen, backend, student_grad, teacher_grad)
-    loss, terms, _, _ = _call(student, teacher, target, weight, chosen, backend, False, False)
-    return loss, terms
+class _NoSecondDerivative(torch.autograd.Function):
+    """The identity of a gradient that depends on ``inputs``; its own derivative raises instead of being lost."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *inputs: Tensor | None) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise RuntimeError(
+            "the fast backends of mcld_kernels cannot be differentiated twice; backend='reference' can, at its own cost"
+        )
+
+
+def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients by student, teacher and weight."""
+    student_grad, teacher_grad, terms, student, teacher, weight = ctx.saved_tensors
+    results: list[Tensor | None] = []
+    for gradient, dtype in zip((student_grad, teacher_grad, terms), ctx.dtypes, strict=True):
+        if dtype is None:
+            results.append(None)
+            continue
+        # Grad mode is on in backward where a graph of it was asked for (create_graph=True).
+        if torch.is_grad_enabled():
+            gradient = _NoSecondDerivative.apply(gradient, student, teacher, weight)
+        results.append((gradient * upstream).to(dtype))
+    return tuple(results)
+
+
+def _save(ctx: Any, call: _Call, outputs: Outputs) -> None:
+    weight_grad = call.weight is not None and call.weight.requires_grad
+    # A copy, since whoever logs the terms may change them in place.
+    terms = outputs[1].clone() if weight_grad else None
+    ctx.save_for_backward(outputs[2], outputs[3], terms, call.student, call.teacher, call.weight)
+    ctx.dtypes = (
+        call.student.dtype if call.student_grad else None,
+        call.teacher.dtype if call.teacher_grad else None,
+        call.weight.dtype if call.weight is not None and weight_grad else None,
+    )
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        call = _Call(*args)
+        outputs = _OPERATORS[call.name].forward(call)
+        _save(ctx, call, outputs)
+        ctx.mark_non_differentiable(outputs[1])
+        return outputs[0], outputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, _: Any) -> tuple[Any, ...]:  # type: ignore[override]
+        student, teacher, weight = _backward(ctx, upstream)
+        return None, student, teacher, None, weight, None, None, None, None
+
+
+class _TransformableLoss(torch.autograd.Function):
+    """The same for torch.func: what backward needs is an output."""
+
+    @staticmethod
+    def forward(*args: Any) -> Outputs:
+        call = _Call(*args)
+        return _OPERATORS[call.name].forward(call)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+        _save(ctx, _Call(*inputs), output)
+        ctx.mark_non_differentiable(*output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:  # type: ignore[override]
+        student, teacher, weight = _backward(ctx, upstream)
+        return None, student, teacher, None, weight, None, None, None, None

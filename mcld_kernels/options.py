@@ -1,22 +1,28 @@
-"""What a call asks for: the options shared by every backend, and every check of an argument, in one place."""
+"""The options of the losses, and every check of an argument."""
 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
+from functools import lru_cache
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, SupportsIndex
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+Direction = Literal["student", "teacher", "symmetric"]
+Backend = Literal["auto", "reference", "torch", "triton", "cuda"]
 
 TERMS = ("instance", "sample", "category")
-DIRECTIONS = ("student", "teacher", "symmetric")
+DIRECTIONS: tuple[Direction, ...] = ("student", "teacher", "symmetric")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INT64 = 1 << 63
 
 
 class MCLDTerms(NamedTuple):
-    """The loss and its three parts, each of shape () and of the loss's dtype.
+    """The MCLD loss and its three terms, each of shape () and of the loss's dtype.
 
     ``loss`` carries the gradient; ``instance``, ``sample`` and ``category`` are unweighted and detached, for logging.
     A term that is not computed (weight 0) reads 0.
@@ -28,12 +34,12 @@ class MCLDTerms(NamedTuple):
     category: Tensor
 
 
-class Options(NamedTuple):
-    """A call's options after the checks: plain values, the same for every backend."""
+class MCLDOptions(NamedTuple):
+    """The options of a call after the checks: plain values, the same for every backend."""
 
     temperature: tuple[float, float, float]
-    scale: tuple[float, float, float]  # weights known to Python; 0 removes the term and its cost
-    direction: str
+    term_weight: tuple[float, float, float]  # weights known to Python; 0 removes the term and its cost
+    direction: Direction
     mask_same_class: bool
     present_only: bool
     ignore_index: int
@@ -41,17 +47,18 @@ class Options(NamedTuple):
 
     @property
     def active(self) -> tuple[bool, bool, bool]:
-        return self.scale[0] != 0, self.scale[1] != 0, self.scale[2] != 0
+        """The terms that are computed."""
+        return self.term_weight[0] != 0, self.term_weight[1] != 0, self.term_weight[2] != 0
 
     @property
     def label_terms(self) -> tuple[bool, bool, bool]:
-        """Which terms are computed and read the labels."""
+        """The terms that are computed and read the labels."""
         instance, sample, category = self.active
         return instance and self.mask_same_class, sample, category and self.present_only
 
 
-def stat_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of statistics, sums and the loss: fp64 for fp64 logits, fp32 for all others."""
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The accumulator dtype, of sums and of the loss: fp64 for fp64 logits, fp32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -64,49 +71,86 @@ def float32_precision() -> str:
         return "high" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "highest"
 
 
-def options(
+def mcld_options(
     *,
     temperature: float | Sequence[float],
-    weight: Sequence[float] | Tensor,
+    weight: float | Sequence[float] | Tensor,
     direction: str,
     mask_same_class: bool,
     present_only: bool,
     ignore_index: int,
     eps: float,
     process_group: Any = None,
-) -> tuple[Options, Tensor | None]:
+) -> tuple[MCLDOptions, Tensor | None]:
     """Check everything that does not depend on the logits. Returns the options and the weight tensor, if one came."""
     if process_group is not None:
         raise NotImplementedError(
             "process_group: the loss over a global batch is not implemented yet; pass process_group=None"
         )
-    if direction not in DIRECTIONS:
-        raise ValueError(f"direction must be one of {', '.join(map(repr, DIRECTIONS))}; got {direction!r}")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int; got {type(ignore_index).__name__}")
-    if not is_number(eps) or not math.isfinite(eps) or eps < 0:
-        raise ValueError(f"eps must be a finite number >= 0; got {eps!r}")
-    scale, tensor = _weight(weight)
-    chosen = Options(
-        _temperature(temperature),
-        scale,
-        direction,
-        _flag("mask_same_class", mask_same_class),
-        _flag("present_only", present_only),
-        ignore_index,
-        float(eps),
+    weight_tensor = None
+    if isinstance(weight, Tensor):
+        check_weight_tensor(weight)
+        weight, weight_tensor = (1.0, 1.0, 1.0), weight
+    temperature, weight = _hashable(temperature), _hashable(weight)
+    values = (temperature, weight, direction, mask_same_class, present_only, ignore_index, eps)
+    if torch.compiler.is_compiling():
+        return _mcld_options(*values), weight_tensor
+    try:
+        return _cached_mcld_options(*values), weight_tensor
+    except TypeError:  # unhashable, or of the wrong type: the checks say which
+        return _mcld_options(*values), weight_tensor
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _mcld_options(
+    temperature: Any,
+    weight: Any,
+    direction: Any,
+    mask_same_class: Any,
+    present_only: Any,
+    ignore_index: Any,
+    eps: Any,
+) -> MCLDOptions:
+    return MCLDOptions(
+        temperature=check_temperatures(temperature),
+        term_weight=_three_weights(weight),
+        direction=check_direction(direction),
+        mask_same_class=check_flag("mask_same_class", mask_same_class),
+        present_only=check_flag("present_only", present_only),
+        ignore_index=check_ignore_index(ignore_index),
+        eps=check_eps(eps),
     )
-    return chosen, tensor
 
 
-def check(student: Tensor, teacher: Tensor, target: Tensor | None, weight: Tensor | None, chosen: Options) -> None:
+_cached_mcld_options = lru_cache(maxsize=256, typed=True)(_mcld_options)
+
+
+def check_mcld_inputs(
+    student: Tensor, teacher: Tensor, target: Tensor | None, weight: Tensor | None, options: MCLDOptions
+) -> None:
     """Check the tensors of a call against its options. Reads no value of a tensor that is not on the CPU."""
+    check_logits(student, teacher)
+    if weight is not None and weight.device != student.device:
+        raise ValueError(f"weight must be on the logits' device {student.device}; got {weight.device}")
+    if target is None:
+        if any(options.label_terms):
+            _raise_missing_target(options, weight)
+    else:
+        check_target(target, student, options.ignore_index, read_values=any(options.label_terms))
+
+
+def check_logits(student: Tensor, teacher: Tensor) -> None:
+    """Student and teacher: dense floating tensors (batch, classes) of one shape and device, with a class."""
     for name, logits in (("student", student), ("teacher", teacher)):
         if not isinstance(logits, Tensor):
             raise TypeError(f"{name} must be a tensor of logits (batch, classes); got {type(logits).__name__}")
+        _check_dense(name, logits)
         if logits.dtype not in DTYPES:
-            wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-            raise TypeError(f"{name} must be of a floating dtype ({wanted}); got {logits.dtype}")
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            raise TypeError(f"{name} must be of a floating dtype ({names}); got {logits.dtype}")
         if logits.ndim != 2:
             raise ValueError(f"{name} must have shape (batch, classes); got {tuple(logits.shape)}")
     if student.shape != teacher.shape:
@@ -118,74 +162,127 @@ def check(student: Tensor, teacher: Tensor, target: Tensor | None, weight: Tenso
         raise ValueError(f"student and teacher must be on one device; got {student.device} and {teacher.device}")
     if student.shape[1] == 0:
         raise ValueError(f"student and teacher need at least one class; got shape {tuple(student.shape)}")
-    if weight is not None and weight.device != student.device:
-        raise ValueError(f"weight must be on the logits' device {student.device}; got {weight.device}")
-    if target is None:
-        _missing(chosen)
-    else:
-        _target(target, student, chosen)
+
+
+def _check_dense(name: str, tensor: Tensor) -> None:
+    kind = type(tensor)
+    if kind is Tensor or kind is nn.Parameter:
+        if tensor.layout == torch.strided:
+            return
+        raise TypeError(f"{name} must be a dense tensor; got layout {tensor.layout}: pass {name}.to_dense()")
+    if kind.__name__ == "DTensor":
+        raise TypeError(f"{name} must be a plain tensor; got a DTensor: pass {name}.full_tensor() or .to_local()")
+    if kind.__name__ == "MaskedTensor" or tensor.is_nested or tensor.layout != torch.strided:
+        shown = "nested tensor" if tensor.is_nested else kind.__name__
+        raise TypeError(f"{name} must be a dense tensor (batch, classes); got a {shown}, layout {tensor.layout}")
 
 
 def is_number(value: Any) -> bool:
-    """Whether ``value`` is one real number (of Python or numpy), not a bool."""
-    return isinstance(value, Real) and not isinstance(value, bool)
+    """True for one real number (of Python, numpy or a symbolic shape), but not for a bool."""
+    return isinstance(value, (Real, torch.SymFloat, torch.SymInt)) and not isinstance(value, bool)
 
 
-def _temperature(value: Any) -> tuple[float, float, float]:
+def is_finite(value: Any) -> bool:
+    """As math.isfinite, by comparisons alone: those a compiler can guard on."""
+    return bool(-math.inf < value < math.inf)
+
+
+def check_temperatures(value: Any) -> tuple[float, float, float]:
+    """One temperature or three; each is positive and finite."""
     values = (value,) * 3 if is_number(value) else tuple(value) if isinstance(value, Sequence) else None
-    if values is None or len(values) != 3 or not all(map(is_number, values)):
+    if values is None or len(values) != 3 or not all([is_number(v) for v in values]):
         raise TypeError(f"temperature must be one number or three (instance, sample, category); got {value!r}")
-    if not all(math.isfinite(v) and v > 0 for v in values):
-        raise ValueError(f"temperature must be positive and finite; got {value!r}")
+    for v in values:
+        if not 0 < v < math.inf:
+            raise ValueError(f"temperature must be positive and finite; got {value!r}")
     return float(values[0]), float(values[1]), float(values[2])
 
 
-def _weight(value: Any) -> tuple[tuple[float, float, float], Tensor | None]:
-    if isinstance(value, Tensor):
-        if value.shape != (3,):
-            raise ValueError(f"weight as a tensor must have shape (3,); got {tuple(value.shape)}")
-        if not value.is_floating_point():
-            raise TypeError(f"weight as a tensor must be of a floating dtype; got {value.dtype}")
-        if value.device.type == "cpu" and not torch.compiler.is_compiling():
-            _weights_in_range(value.tolist())
-        return (1.0, 1.0, 1.0), value
-    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 3:
-        wanted = "three numbers (instance, sample, category) or a tensor of three"
-        raise TypeError(f"weight must be {wanted}; got {value!r}")
-    if not all(map(is_number, value)):
+def _three_weights(value: Any) -> tuple[float, float, float]:
+    values = (value,) * 3 if is_number(value) else value
+    if isinstance(values, str) or not isinstance(values, Sequence) or len(values) != 3:
+        accepted = "one number, three numbers (instance, sample, category) or a tensor of three"
+        raise TypeError(f"weight must be {accepted}; got {value!r}")
+    if not all([is_number(v) for v in values]):
         raise TypeError(f"weight must be three numbers (instance, sample, category); got {value!r}")
-    _weights_in_range(value)
-    return (float(value[0]), float(value[1]), float(value[2])), None
+    check_weight_values(values)
+    return float(values[0]), float(values[1]), float(values[2])
 
 
-def _weights_in_range(values: Sequence[float]) -> None:
-    if not all(math.isfinite(v) and v >= 0 for v in values):
-        raise ValueError(f"weight must be finite and >= 0; got {tuple(values)!r}")
+def check_weight_tensor(value: Tensor, *, read_values: bool = True) -> None:
+    """A tensor of three weights (3,), floating. Values are read where they can be read without a synchronization."""
+    if value.shape != (3,):
+        raise ValueError(f"weight as a tensor must have shape (3,); got {tuple(value.shape)}")
+    if not value.is_floating_point():
+        raise TypeError(f"weight as a tensor must be of a floating dtype; got {value.dtype}")
+    if read_values and is_readable(value):
+        check_weight_values(value.tolist())
 
 
-def _flag(name: str, value: bool) -> bool:
+def check_weight_values(values: Sequence[float]) -> None:
+    for v in values:
+        if not 0 <= v < math.inf:
+            raise ValueError(f"weight must be finite and >= 0; got {tuple(values)!r}")
+
+
+def check_direction(value: Any) -> Direction:
+    if value not in DIRECTIONS:
+        raise ValueError(f"direction must be one of {', '.join(map(repr, DIRECTIONS))}; got {value!r}")
+    return value  # type: ignore[no-any-return]
+
+
+def check_flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be a bool; got {value!r}")
     return value
 
 
-def _missing(chosen: Options) -> None:
+def check_ignore_index(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        raise TypeError(f"ignore_index must be an int; got {type(value).__name__}")
+    number = operator.index(value)
+    if not -_INT64 <= number < _INT64:
+        raise ValueError(f"ignore_index must fit int64, the dtype of target; got {number}")
+    return number
+
+
+def check_eps(value: Any) -> float:
+    if not is_number(value) or not 0 <= value < math.inf:
+        raise ValueError(f"eps must be a finite number >= 0; got {value!r}")
+    return float(value)
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """True where values can be read: on the CPU, in eager mode, of a tensor that is neither fake nor transformed."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(tensor) in (Tensor, nn.Parameter)
+        and tensor.device.type == "cpu"
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
+
+
+def _raise_missing_target(options: MCLDOptions, weight: Tensor | None) -> None:
     reasons = (
         "mask_same_class of the instance-wise term",
         "the sample-wise term (weight[1] other than 0)",
         "present_only of the category-wise term",
     )
-    needed = [reason for reason, used in zip(reasons, chosen.label_terms, strict=True) if used]
-    if needed:
-        raise ValueError(
-            f"target is None, but labels (batch,) are needed by {' and '.join(needed)}: pass target, "
-            "or turn that off (a term: weight 0)"
-        )
+    needed = [reason for reason, used in zip(reasons, options.label_terms, strict=True) if used]
+    remedy = "a term: weight 0"
+    if weight is not None:
+        remedy = "a term: three numbers as weight, with a 0; a tensor computes all three terms, whatever its values"
+    raise ValueError(
+        f"target is None, but labels (batch,) are needed by {' and '.join(needed)}: pass target, "
+        f"or turn that off ({remedy})"
+    )
 
 
-def _target(target: Tensor, student: Tensor, chosen: Options) -> None:
+def check_target(target: Tensor, student: Tensor, ignore_index: int, *, read_values: bool) -> None:
+    """Hard labels (batch,), int64, on the student's device; their values where ``read_values`` and readable."""
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a tensor of labels (batch,), int64; got {type(target).__name__}")
+    _check_dense("target", target)
     batch, classes = student.shape
     if target.ndim == 2 and target.is_floating_point():
         raise ValueError(
@@ -200,12 +297,13 @@ def _target(target: Tensor, student: Tensor, chosen: Options) -> None:
         raise ValueError(f"target must have shape (batch,) = ({batch},); got {tuple(target.shape)}")
     if target.device != student.device:
         raise ValueError(f"target must be on the logits' device {student.device}; got {target.device}")
-    # Reading labels on a GPU would synchronise it; there a bad label makes the terms that use it NaN instead.
-    readable = target.device.type == "cpu" and not torch.compiler.is_compiling()
-    if readable and any(chosen.label_terms):
-        bad = target[((target < 0) | (target >= classes)) & (target != chosen.ignore_index)]
+    # Reading labels on a GPU would synchronize it; there a bad label makes the terms that use it NaN instead.
+    if read_values and batch > 0 and is_readable(target):
+        low, high = torch.aminmax(target)
+        if 0 <= int(low) and int(high) < classes:
+            return
+        bad = target[((target < 0) | (target >= classes)) & (target != ignore_index)]
         if bad.numel():
             raise ValueError(
-                f"target holds {int(bad[0])}; labels must be in [0, {classes}) "
-                f"or equal ignore_index={chosen.ignore_index}"
+                f"target holds {int(bad[0])}; labels must be in [0, {classes}) or equal ignore_index={ignore_index}"
             )

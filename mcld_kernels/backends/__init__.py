@@ -1,33 +1,39 @@
-"""Which backends can run here, why the others cannot, and which one ``backend="auto"`` takes."""
+"""The backends: their names, the reasons why one cannot run, and the choice of ``backend="auto"``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from . import measured
-from .pipeline import Call, Result
+from . import timings
+
+if TYPE_CHECKING:
+    from ..kernels import KernelSet
 
 NAMES = ("reference", "torch", "triton", "cuda")
-# The backends behind the operator (all but the reference), best first for CUDA tensors.
-_MODULES = {"cuda": "mcld_kernels.cuda", "triton": "mcld_kernels.triton", "torch": "mcld_kernels.blocked"}
 _GIVE_TEACHER_GRADIENT = ("reference", "torch")
+_TUNING: ContextVar[Mapping[str, Any]] = ContextVar("mcld_kernels_tuning", default={})  # noqa: B039
 
 
 class BackendUnavailable(RuntimeError):
-    """A backend that was asked for by name cannot do it here; the message says why."""
+    """A backend that was requested by name cannot run; the message says why."""
 
 
 def available() -> tuple[str, ...]:
     """Names of the backends that can run on this machine, on whatever device they are for."""
-    return tuple(name for name in NAMES if unavailable(name) is None)
+    return tuple(name for name in NAMES if unavailable_reason(name) is None)
 
 
-def unavailable(name: str) -> str | None:
+def unavailable_reason(name: str) -> str | None:
     """Why backend ``name`` cannot run on this machine, whatever the logits; None if it can."""
-    return None if name not in _MODULES else import_module(_MODULES[name]).unavailable()
+    return None if name == "reference" else _module(name).unavailable_reason()  # type: ignore[no-any-return]
 
 
 def explain(student: Tensor, teacher: Tensor) -> dict[str, str]:
@@ -36,20 +42,21 @@ def explain(student: Tensor, teacher: Tensor) -> dict[str, str]:
     >>> mcld_kernels.backends.explain(torch.randn(8, 10), torch.randn(8, 10))["torch"]
     'can run'
     """
-    return {name: reason(name, student, teacher, teacher.requires_grad) or "can run" for name in NAMES}
+    return {name: unsupported_reason(name, student, teacher, teacher.requires_grad) or "can run" for name in NAMES}
 
 
-def reason(name: str, student: Tensor, teacher: Tensor, teacher_grad: bool) -> str | None:
+def unsupported_reason(name: str, student: Tensor, teacher: Tensor, teacher_grad: bool) -> str | None:
     """Why backend ``name`` cannot run with these logits; None if it can."""
     if teacher_grad and name not in _GIVE_TEACHER_GRADIENT:
         return (
             "it gives no gradient by the teacher, and this teacher requires grad: detach the teacher, "
             "or use backend 'torch' or 'reference' (mutual learning)"
         )
-    return None if name not in _MODULES else import_module(_MODULES[name]).reason(student, teacher)
+    return None if name == "reference" else _module(name).unsupported_reason(student, teacher)  # type: ignore[no-any-return]
 
 
 def check_name(name: str) -> None:
+    """Raise ValueError if ``name`` is neither "auto" nor a backend."""
     if name not in ("auto", *NAMES):
         raise ValueError(f"backend must be one of 'auto', {', '.join(map(repr, NAMES))}; got {name!r}")
 
@@ -60,23 +67,48 @@ def choose(name: str, student: Tensor, teacher: Tensor, teacher_grad: bool) -> s
         # On the CPU only "torch" is fast: the interpreter and the host build of the kernels are there to test them.
         if student.is_cuda:
             for candidate in preference(student, teacher):
-                if reason(candidate, student, teacher, teacher_grad) is None:
+                if unsupported_reason(candidate, student, teacher, teacher_grad) is None:
                     return candidate
         return "torch"
-    why = reason(name, student, teacher, teacher_grad)
-    if why is not None:
-        raise BackendUnavailable(f"backend {name!r} cannot run: {why}")
+    reason = unsupported_reason(name, student, teacher, teacher_grad)
+    if reason is not None:
+        raise BackendUnavailable(f"backend {name!r} cannot run: {reason}")
     return name
 
 
 def preference(student: Tensor, teacher: Tensor) -> tuple[str, ...]:
-    """CUDA backends for these logits (batch, classes), the fastest first: as measured on this GPU, if it was.
+    """CUDA backends for these logits (batch, classes), the fastest first by the timings of this GPU.
 
-    Where it was not, Triton's kernels come first, because its compiler is the better tested of the two; what a table
-    does not name comes last.
+    Without timings Triton comes first, because its compiler is the better tested of the two; what the timings do not
+    name comes last.
     """
-    return tuple(dict.fromkeys((*(measured.order(student, teacher) or ()), "triton", "cuda")))
+    return tuple(dict.fromkeys((*(timings.order(student, teacher) or ()), "triton", "cuda")))
 
 
-def implementation(name: str) -> Callable[[Call], Result]:
-    return import_module(_MODULES[name]).forward
+def kernel_set(name: str, student: Tensor, teacher: Tensor, teacher_grad: bool = False) -> KernelSet:
+    """The kernels of backend ``name`` ("auto": the fastest) for these logits. Raises BackendUnavailable."""
+    module = _module(choose(name, student, teacher, teacher_grad))
+    return module.kernel_set(student, teacher, **_overrides(module))  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def tuned(**fields: Any) -> Iterator[None]:
+    """Give ``fields`` of a backend's Tuning to the kernel sets made inside: for tests and measurements."""
+    token = _TUNING.set({**_TUNING.get(), **fields})
+    try:
+        yield
+    finally:
+        _TUNING.reset(token)
+
+
+def _overrides(module: ModuleType) -> dict[str, Any]:
+    """The fields given by `tuned` that this backend's Tuning has."""
+    given = _TUNING.get()
+    if not given:
+        return {}
+    known = {field.name for field in dataclasses.fields(module.TUNING)}
+    return {name: value for name, value in given.items() if name in known}
+
+
+def _module(name: str) -> ModuleType:
+    return import_module(f"{__name__}.{name}")

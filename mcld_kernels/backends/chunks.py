@@ -1,4 +1,4 @@
-"""The memory budget of a chunk of exponentials, and the slices that it makes of a batch."""
+"""The memory budget of a chunk of exponentials."""
 
 from __future__ import annotations
 
@@ -21,8 +21,3 @@ def chunk_bytes(device: torch.device) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise ValueError(f"MCLD_CHUNK_MB must be a positive whole number of MiB; got {text!r}")
     return int(text) << 20
-
-
-def slices(n: int, step: int) -> list[slice]:
-    """Consecutive slices of at most ``step`` that cover range(n)."""
-    return [slice(start, min(start + step, n)) for start in range(0, n, step)]

@@ -1,27 +1,36 @@
-"""Products by PyTorch's own library (cuBLAS on CUDA), where a backend takes them instead of a kernel of its own."""
+"""GEMMs of PyTorch's library (cuBLAS on CUDA, oneDNN or MKL on a CPU) with sums in the accumulator dtype."""
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 from torch import Tensor
 
 
-def has_product(dtype: torch.dtype, stat: torch.dtype) -> bool:
-    """Whether `product` can give a ``stat`` result from operands of ``dtype``: 16-bit operands need torch 2.8."""
-    return dtype == stat or "dtype_out" in torch.ops.aten.mm.overloads()
+@cache
+def has_gemm(operand_dtype: torch.dtype, acc_dtype: torch.dtype) -> bool:
+    """True if `gemm` gives ``acc_dtype`` results from these operands on CUDA: 16-bit operands need torch 2.10.
+
+    torch 2.8 and 2.9 have the overload, but raise for an accumulator of another dtype than the operands.
+    """
+    if operand_dtype == acc_dtype:
+        return True
+    release = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    return release >= (2, 10) and "dtype_out" in torch.ops.aten.mm.overloads()
 
 
-def product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
+def gemm(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
     """out (+)= a @ b. a (rows, contraction), b (contraction, columns), out (rows, columns), of any strides.
 
     fp32 operands keep to the float32 matmul precision; 16-bit ones are summed, and returned, in the dtype of ``out``.
     """
     if a.dtype == out.dtype:
-        if add:
+        if accumulate:
             out.addmm_(a, b)
         else:
             torch.mm(a, b, out=out)
-    elif add:
+    elif accumulate:
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:
         torch.mm(a, b, out_dtype=out.dtype, out=out)

@@ -18,11 +18,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import float32_precision
-from .version import __version__
+from ..options import float32_precision
+from ..version import __version__
 
 SCHEMA = 1
-SHIPPED = Path(__file__).with_name("tables")
+SHIPPED = Path(__file__).parents[1] / "tables"
 # What a table compares; "hopper" is backend "cuda" with its Hopper kernels.
 CANDIDATES = {"triton": "triton", "cuda": "cuda", "hopper": "cuda"}
 _HALF = ("bfloat16", "float16")

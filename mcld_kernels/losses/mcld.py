@@ -1,14 +1,34 @@
-"""The door: `mcld_loss` and `mcld_terms`."""
+"""MCLD: multi-perspective contrastive logit distillation, as functions, as a module and as its composition of contrasts.
+
+The instance- and sample-wise terms contrast the rows of the logits, the category-wise term contrasts their columns. Each
+is InfoNCE (`infonce`); row terms share one contrast where their temperatures agree and nothing is masked.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from . import arguments, backends, ops, reference
-from .arguments import MCLDTerms, Options
+from .. import backends, reference
+from ..infonce import Anchors, GradBuffer, Side, contrast
+from ..kernels import KernelSet, LossInputs, LossOutputs, TermWeight
+from ..labels import Labels
+from ..ops import LossOperator
+from ..options import (
+    Backend,
+    Direction,
+    MCLDOptions,
+    MCLDTerms,
+    check_mcld_inputs,
+    is_number,
+    mcld_options,
+)
+
+INSTANCE, SAMPLE, CATEGORY = range(3)
 
 
 def mcld_loss(
@@ -17,13 +37,13 @@ def mcld_loss(
     target: Tensor | None = None,
     *,
     temperature: float | Sequence[float] = 0.1,
-    weight: Sequence[float] | Tensor = (1.0, 1.0, 1.0),
-    direction: str = "student",
+    weight: float | Sequence[float] | Tensor = (1.0, 1.0, 1.0),
+    direction: Direction = "student",
     mask_same_class: bool = False,
     present_only: bool = False,
     ignore_index: int = -100,
     eps: float = 1e-12,
-    backend: str = "auto",
+    backend: Backend = "auto",
     process_group: Any = None,
 ) -> Tensor:
     r"""Multi-perspective contrastive logit distillation: three InfoNCE losses between student and teacher logits.
@@ -63,7 +83,7 @@ def mcld_loss(
         target: labels, (batch,), int64, in [0, classes) or ``ignore_index``. Needed by the sample-wise term,
             ``mask_same_class`` and ``present_only``.
         temperature: > 0; one for all terms, or three (instance, sample, category).
-        weight: (instance, sample, category), >= 0. A weight of 0 removes the term and its cost. A tensor of shape (3,)
+        weight: >= 0; one for all terms, or three (instance, sample, category). A weight of 0 removes the term and its cost. A tensor of shape (3,)
             on the logits' device costs all three terms, can change without recompiling, and gets its gradient.
         direction: which side anchors the row terms: "student", "teacher", or "symmetric" (the mean of both).
         mask_same_class: for the instance-wise term, drop candidates with the anchor's label (other than its positive)
@@ -93,7 +113,7 @@ def mcld_loss(
     Labels out of range raise for labels on the CPU. Reading labels on a GPU would synchronise it, so there, and under
     torch.compile, they make the terms that use labels NaN.
     """
-    chosen, weights = arguments.options(
+    options, weight_tensor = mcld_options(
         temperature=temperature,
         weight=weight,
         direction=direction,
@@ -103,7 +123,7 @@ def mcld_loss(
         eps=eps,
         process_group=process_group,
     )
-    return evaluate(student, teacher, target, weights, chosen, backend).loss
+    return evaluate(student, teacher, target, weight_tensor, options, backend).loss
 
 
 def mcld_terms(
@@ -112,13 +132,13 @@ def mcld_terms(
     target: Tensor | None = None,
     *,
     temperature: float | Sequence[float] = 0.1,
-    weight: Sequence[float] | Tensor = (1.0, 1.0, 1.0),
-    direction: str = "student",
+    weight: float | Sequence[float] | Tensor = (1.0, 1.0, 1.0),
+    direction: Direction = "student",
     mask_same_class: bool = False,
     present_only: bool = False,
     ignore_index: int = -100,
     eps: float = 1e-12,
-    backend: str = "auto",
+    backend: Backend = "auto",
     process_group: Any = None,
 ) -> MCLDTerms:
     """:func:`mcld_loss` and its parts: ``MCLDTerms(loss, instance, sample, category)``, each of shape ().
@@ -126,7 +146,7 @@ def mcld_terms(
     ``loss`` is what :func:`mcld_loss` returns, with its gradient; the three terms are unweighted and detached, for
     logging. A term with weight 0 is not computed and reads 0. Arguments and errors as :func:`mcld_loss`.
     """
-    chosen, weights = arguments.options(
+    options, weight_tensor = mcld_options(
         temperature=temperature,
         weight=weight,
         direction=direction,
@@ -136,16 +156,263 @@ def mcld_terms(
         eps=eps,
         process_group=process_group,
     )
-    return evaluate(student, teacher, target, weights, chosen, backend)
+    return evaluate(student, teacher, target, weight_tensor, options, backend)
 
 
 def evaluate(
-    student: Tensor, teacher: Tensor, target: Tensor | None, weight: Tensor | None, chosen: Options, backend: str
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    weight: Tensor | None,
+    options: MCLDOptions,
+    backend: str,
 ) -> MCLDTerms:
     """Check the tensors and run a backend."""
     backends.check_name(backend)
-    arguments.check(student, teacher, target, weight, chosen)
+    check_mcld_inputs(student, teacher, target, weight, options)
     if backend == "reference":
-        return reference.evaluate(student, teacher, target, weight, chosen)
-    loss, terms = ops.evaluate(student, teacher, target, weight, chosen, backend)
-    return MCLDTerms(loss, terms[0], terms[1], terms[2])
+        return reference.mcld.evaluate(student, teacher, target, weight, options)
+    loss, terms = _OPERATOR(student, teacher, target, weight, options, backend)
+    return MCLDTerms(loss, *terms.unbind())
+
+
+class MCLDLoss(nn.Module):
+    """:func:`mcld_kernels.mcld_loss` with its options kept.
+
+    Args:
+        temperature, weight, direction, mask_same_class, present_only, ignore_index, eps, backend, process_group: as for
+            :func:`mcld_kernels.mcld_loss`. ``weight`` as a tensor becomes a buffer, or a parameter if it is one.
+        warmup: epochs over which the category-wise term comes in: its weight is multiplied by ``min(epoch / warmup,
+            1)``. 0 means no warm-up. Tell the module the epoch with :meth:`set_epoch`.
+
+    Shapes:
+        student, teacher: (batch, classes); target: (batch,) int64; output: ().
+
+    Example::
+
+        criterion = MCLDLoss(weight=(1.0, 1.0, 0.5), warmup=20)
+        for epoch in range(epochs):
+            for step, (images, target) in enumerate(loader):
+                criterion.set_epoch(epoch + step / len(loader))
+                student = model(images)
+                loss = F.cross_entropy(student, target) + criterion(student, teacher(images), target)
+    """
+
+    ramp: Tensor
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        *,
+        temperature: float | Sequence[float] = 0.1,
+        weight: float | Sequence[float] | Tensor = (1.0, 1.0, 1.0),
+        direction: Direction = "student",
+        mask_same_class: bool = False,
+        present_only: bool = False,
+        ignore_index: int = -100,
+        eps: float = 1e-12,
+        backend: Backend = "auto",
+        process_group: Any = None,
+        warmup: float = 0,
+    ):
+        super().__init__()
+        if not is_number(warmup) or not math.isfinite(warmup) or warmup < 0:
+            raise ValueError(f"warmup must be a finite number of epochs >= 0; got {warmup!r}")
+        backends.check_name(backend)
+        self.options, tensor = mcld_options(
+            temperature=temperature,
+            weight=weight,
+            direction=direction,
+            mask_same_class=mask_same_class,
+            present_only=present_only,
+            ignore_index=ignore_index,
+            eps=eps,
+            process_group=process_group,
+        )
+        self.backend, self.warmup = backend, float(warmup)
+        if isinstance(tensor, nn.Parameter):
+            self.weight = tensor
+        else:
+            self.register_buffer("weight", tensor)
+        # The ramp is a tensor, so that a new epoch changes data and not the compiled program.
+        self.register_buffer("ramp", torch.tensor([1.0, 1.0, 0.0 if warmup else 1.0]), persistent=False)
+
+    def set_epoch(self, epoch: float) -> None:
+        """Set the epoch, counted from 0, fractions allowed, for the warm-up of the category-wise term."""
+        if not is_number(epoch) or not math.isfinite(epoch) or epoch < 0:
+            raise ValueError(f"epoch must be a finite number >= 0; got {epoch!r}")
+        if self.warmup:
+            self.ramp[2].fill_(min(float(epoch) / self.warmup, 1.0))
+
+    def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
+        return self.terms(student, teacher, target).loss
+
+    def terms(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> MCLDTerms:
+        """The loss and its three terms, as :func:`mcld_kernels.mcld_terms`; the category term is before the warm-up."""
+        weight = self.weight
+        if self.warmup:
+            # A loss is easily left behind when a model moves; its three numbers follow the logits once.
+            if isinstance(student, Tensor) and self.ramp.device != student.device:
+                self.ramp = self.ramp.to(student.device)
+            weight = self.ramp if weight is None else weight * self.ramp.to(weight.dtype)
+        return evaluate(student, teacher, target, weight, self.options, self.backend)
+
+    def extra_repr(self) -> str:
+        shown = self.options._asdict()
+        term_weight = shown.pop("term_weight")
+        shown["weight"] = term_weight if self.weight is None else self.weight.detach()
+        if len(set(shown["temperature"])) == 1:
+            shown["temperature"] = shown["temperature"][0]
+        parts = [f"{name}={value!r}" for name, value in shown.items()]
+        return ", ".join([*parts, f"warmup={self.warmup:g}", f"backend={self.backend!r}"])
+
+
+def compute(kernels: KernelSet, inputs: LossInputs) -> LossOutputs:
+    """Loss, terms and gradients of a call; the category-wise term and teacher anchors need n == m."""
+    options, student, teacher = inputs.options, inputs.student, inputs.teacher
+    if student.shape[0] != teacher.shape[0] and (options.active[CATEGORY] or options.direction != "student"):
+        raise ValueError(
+            f"{student.shape[0]} student rows against {teacher.shape[0]} teacher rows: only the row terms with "
+            "direction='student' are defined for that"
+        )
+    if (outputs := kernels.mcld_low_latency(inputs)) is not None:
+        return outputs
+    return _Composition(kernels, inputs).run()
+
+
+class _Composition:
+    """One call as contrasts of rows and of columns."""
+
+    def __init__(self, kernels: KernelSet, inputs: LossInputs):
+        self.kernels, self.inputs, self.options = kernels, inputs, inputs.options
+        self.operand_dtype = kernels.operand_dtype(inputs.dtype)
+        self.weight = None if inputs.weight is None else inputs.weight.to(inputs.acc_dtype)
+        self.student_grad = GradBuffer(inputs.student, inputs.student_grad)
+        self.teacher_grad = GradBuffer(inputs.teacher, inputs.teacher_grad)
+        directions = 2 if self.options.direction == "symmetric" else 1
+        rows = directions * sum(self.options.active[:CATEGORY]) + self.options.active[CATEGORY]
+        # What each anchor adds to a term: a row for every term and direction.
+        self.per_anchor = inputs.student.new_zeros(rows, max(inputs.student.shape), dtype=inputs.acc_dtype)
+        self.terms: list[int] = []  # the term of each row of `per_anchor` that is in use
+
+    def run(self) -> LossOutputs:
+        inputs, options = self.inputs, self.options
+        student_labels = teacher_labels = None
+        if inputs.target is not None and any(options.label_terms):
+            sides = (inputs.target,) if inputs.teacher_target is None else (inputs.target, inputs.teacher_target)
+            num_classes = inputs.student.shape[1]
+            indexed = self.kernels.index_labels(sides, options.ignore_index, num_classes, inputs.acc_dtype)
+            student_labels, teacher_labels = indexed[0], indexed[-1]
+        # The column copies are gone before the row copies are made.
+        if options.active[CATEGORY]:
+            self._contrast_columns(student_labels)
+        if options.active[INSTANCE] or options.active[SAMPLE]:
+            self._contrast_rows(student_labels, teacher_labels)
+        loss, terms = self.kernels.reduce_terms(self.per_anchor, tuple(self.terms), options.term_weight, self.weight)
+        return LossOutputs(
+            loss=loss,
+            terms=terms,
+            student_grad=self.student_grad.result(),
+            teacher_grad=self.teacher_grad.result(),
+        )
+
+    def _contrast_columns(self, labels: Labels | None) -> None:
+        options, inputs = self.options, self.inputs
+        student, teacher = (
+            Side(unit=self.kernels.l2_normalize(logits.T, self.operand_dtype, options.eps), grad=grad, transposed=True)
+            for logits, grad in ((inputs.student, self.student_grad), (inputs.teacher, self.teacher_grad))
+        )
+        if options.present_only:
+            assert labels is not None
+            factor = labels.poison / labels.present.sum().clamp(min=1)
+            weight = self._term_weight(CATEGORY, 1.0, factor, labels.present)
+        else:
+            weight = self._term_weight(CATEGORY, 1 / inputs.student.shape[1])
+        anchors = self._anchors(student, (weight,))
+        contrast(self.kernels, anchors, teacher, temperature=options.temperature[CATEGORY])
+
+    def _contrast_rows(self, student_labels: Labels | None, teacher_labels: Labels | None) -> None:
+        options, inputs = self.options, self.inputs
+        student, teacher = (
+            Side(unit=self.kernels.l2_normalize(logits, self.operand_dtype, options.eps), grad=grad, labels=labels)
+            for logits, grad, labels in (
+                (inputs.student, self.student_grad, student_labels),
+                (inputs.teacher, self.teacher_grad, teacher_labels),
+            )
+        )
+        pairs = {
+            "student": [(student, teacher, inputs.offset)],
+            "teacher": [(teacher, student, -inputs.offset)],
+            "symmetric": [(student, teacher, inputs.offset), (teacher, student, -inputs.offset)],
+        }[options.direction]
+        for group in row_groups(options):
+            temperature = options.temperature[group[0]]
+            masked = options.mask_same_class and group == (INSTANCE,)
+            both = len(pairs) == 2 and not inputs.teacher_grad
+            if both and self.kernels.can_reverse(self.operand_dtype, temperature):
+                anchors, reverse = (
+                    self._anchors(side, self._row_weights(side, group, 2)) for side in (teacher, student)
+                )
+                contrast(
+                    self.kernels, anchors, student,
+                    temperature=temperature, offset=-inputs.offset, mask_same_class=masked, reverse=reverse,
+                )  # fmt: skip
+                continue
+            for side, candidates, offset in pairs:
+                anchors = self._anchors(side, self._row_weights(side, group, len(pairs)))
+                contrast(
+                    self.kernels, anchors, candidates,
+                    temperature=temperature, offset=offset, mask_same_class=masked,
+                )  # fmt: skip
+
+    def _row_weights(self, side: Side, group: tuple[int, ...], directions: int) -> tuple[TermWeight, ...]:
+        weights = []
+        for term in group:
+            if term == SAMPLE:
+                assert side.labels is not None
+                labels = side.labels
+                weights.append(self._term_weight(SAMPLE, 1 / directions, labels.mean_factor, labels.valid))
+            else:
+                poison = None
+                if self.options.mask_same_class:
+                    assert side.labels is not None
+                    poison = side.labels.poison
+                weights.append(self._term_weight(INSTANCE, 1 / (side.unit.n * directions), poison))
+        return tuple(weights)
+
+    def _term_weight(
+        self, term: int, constant: float, factor: Tensor | None = None, counted: Tensor | None = None
+    ) -> TermWeight:
+        return TermWeight(
+            term=term,
+            positives="label" if term == SAMPLE else "diagonal",
+            constant=constant,
+            factor=factor,
+            counted=counted,
+            term_weight=self.options.term_weight[term],
+            weight=None if self.weight is None else self.weight[term],
+        )
+
+    def _anchors(self, side: Side, weights: tuple[TermWeight, ...]) -> Anchors:
+        first = len(self.terms)
+        self.terms += [weight.term for weight in weights]
+        return Anchors(side=side, weights=weights, per_anchor=self.per_anchor[first : len(self.terms)])
+
+
+def row_groups(options: MCLDOptions) -> list[tuple[int, ...]]:
+    """The active row terms, those together that share one contrast."""
+    instance, sample, _ = options.active
+    if instance and sample and not options.mask_same_class and options.temperature[0] == options.temperature[1]:
+        return [(INSTANCE, SAMPLE)]
+    return [(term,) for term, active in ((INSTANCE, instance), (SAMPLE, sample)) if active]
+
+
+def _flops(batch: int, classes: int, options: MCLDOptions, with_grad: bool) -> int:
+    """2 n m d for the similarities of a contrast, and as many again for its product with the candidates."""
+    passes = 2 if with_grad else 1
+    directions = 1.5 if options.direction == "symmetric" and with_grad else 1
+    rows = int(2 * passes * directions * batch * batch * classes) * len(row_groups(options))
+    return rows + (2 * passes * classes * classes * batch if options.active[CATEGORY] else 0)
+
+
+_OPERATOR = LossOperator("mcld", MCLDOptions, num_terms=3, compute=compute, flops=_flops)

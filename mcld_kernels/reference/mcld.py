@@ -23,92 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import arguments
-from .arguments import MCLDTerms, Options
-
-
-def mcld_loss(
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor | None = None,
-    *,
-    temperature: float | Sequence[float] = 0.1,
-    weight: Sequence[float] | Tensor = (1.0, 1.0, 1.0),
-    direction: str = "student",
-    mask_same_class: bool = False,
-    present_only: bool = False,
-    ignore_index: int = -100,
-    eps: float = 1e-12,
-    process_group: Any = None,
-) -> Tensor:
-    """The MCLD loss, shape (). Arguments and errors as :func:`mcld_kernels.mcld_loss`."""
-    return mcld_terms(
-        student,
-        teacher,
-        target,
-        temperature=temperature,
-        weight=weight,
-        direction=direction,
-        mask_same_class=mask_same_class,
-        present_only=present_only,
-        ignore_index=ignore_index,
-        eps=eps,
-        process_group=process_group,
-    ).loss
-
-
-def mcld_terms(
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor | None = None,
-    *,
-    temperature: float | Sequence[float] = 0.1,
-    weight: Sequence[float] | Tensor = (1.0, 1.0, 1.0),
-    direction: str = "student",
-    mask_same_class: bool = False,
-    present_only: bool = False,
-    ignore_index: int = -100,
-    eps: float = 1e-12,
-    process_group: Any = None,
-) -> MCLDTerms:
-    """The MCLD loss and its three terms. Arguments and errors as :func:`mcld_kernels.mcld_terms`."""
-    chosen, weights = arguments.options(
-        temperature=temperature,
-        weight=weight,
-        direction=direction,
-        mask_same_class=mask_same_class,
-        present_only=present_only,
-        ignore_index=ignore_index,
-        eps=eps,
-        process_group=process_group,
-    )
-    arguments.check(student, teacher, target, weights, chosen)
-    return evaluate(student, teacher, target, weights, chosen)
-
-
-def evaluate(
-    student: Tensor, teacher: Tensor, target: Tensor | None, weight: Tensor | None, chosen: Options
-) -> MCLDTerms:
-    """The loss and its terms for arguments that are already checked."""
-    dtype = torch.promote_types(student.dtype, teacher.dtype)
-    stat = arguments.stat_dtype(dtype)
-    with torch.autocast(student.device.type, enabled=False):
-        s, t = student.to(stat), teacher.to(stat)
-        zero = s[:0].sum() + t[:0].sum()  # differentiable, also where no term is computed
-        terms = [zero, zero, zero]
-        if student.shape[0] > 0:
-            labels = _Labels(target, chosen.ignore_index, student.shape[1])
-            if chosen.active[0]:
-                terms[0] = instance(s, t, labels, dtype, chosen)
-            if chosen.active[1]:
-                terms[1] = sample(s, t, labels, dtype, chosen)
-            if chosen.active[2]:
-                terms[2] = category(s, t, labels, dtype, chosen)
-        loss = zero
-        for i, term in enumerate(terms):
-            if chosen.active[i]:
-                loss = loss + chosen.scale[i] * (term if weight is None else weight[i].to(stat) * term)
-    return MCLDTerms(loss, *(term.detach() for term in terms))
+from ..options import Direction, MCLDOptions, MCLDTerms, acc_dtype, check_mcld_inputs, mcld_options
 
 
 class _Labels:
@@ -152,32 +67,118 @@ def _mean(values: Tensor, counted: Tensor) -> Tensor:
     return torch.where(counted, values, 0.0).sum() / counted.sum().clamp(min=1)
 
 
-def instance(s: Tensor, t: Tensor, labels: _Labels, dtype: torch.dtype, chosen: Options) -> Tensor:
+def instance(s: Tensor, t: Tensor, labels: _Labels, dtype: torch.dtype, options: MCLDOptions) -> Tensor:
     """Instance-wise: the positive of row i is row i of the other side; the mask drops its same-label candidates."""
-    a = similarities(unit_rows(s, chosen.eps), unit_rows(t, chosen.eps), dtype, chosen.temperature[0])  # (B, B)
-    if not chosen.mask_same_class:
-        return _both(chosen.direction, a, lambda m: (m.logsumexp(1) - m.diagonal()).mean())
+    a = similarities(unit_rows(s, options.eps), unit_rows(t, options.eps), dtype, options.temperature[0])  # (B, B)
+    if not options.mask_same_class:
+        return _both(options.direction, a, lambda m: (m.logsumexp(1) - m.diagonal()).mean())
     dropped = labels.same.clone().fill_diagonal_(False)
-    term = _both(chosen.direction, a, lambda m: (m.masked_fill(dropped, -torch.inf).logsumexp(1) - m.diagonal()).mean())
+    term = _both(
+        options.direction, a, lambda m: (m.masked_fill(dropped, -torch.inf).logsumexp(1) - m.diagonal()).mean()
+    )
     return term * labels.poison
 
 
-def sample(s: Tensor, t: Tensor, labels: _Labels, dtype: torch.dtype, chosen: Options) -> Tensor:
+def sample(s: Tensor, t: Tensor, labels: _Labels, dtype: torch.dtype, options: MCLDOptions) -> Tensor:
     """Sample-wise: the positives of row i are all rows of the other side with its label, averaged."""
-    a = similarities(unit_rows(s, chosen.eps), unit_rows(t, chosen.eps), dtype, chosen.temperature[1])  # (B, B)
+    a = similarities(unit_rows(s, options.eps), unit_rows(t, options.eps), dtype, options.temperature[1])  # (B, B)
     same = labels.same.to(a.dtype)
     share = same / same.sum(1, keepdim=True).clamp(min=1)  # (B, B), rows sum to 1
 
     def of(m: Tensor) -> Tensor:
         return _mean(m.logsumexp(1) - (m * share).sum(1), labels.valid)
 
-    return _both(chosen.direction, a, of) * labels.poison
+    return _both(options.direction, a, of) * labels.poison
 
 
-def category(s: Tensor, t: Tensor, labels: _Labels, dtype: torch.dtype, chosen: Options) -> Tensor:
+def category(s: Tensor, t: Tensor, labels: _Labels, dtype: torch.dtype, options: MCLDOptions) -> Tensor:
     """Category-wise: the columns are contrasted; the positive of class k is class k of the other side."""
-    a = similarities(unit_rows(s.T, chosen.eps), unit_rows(t.T, chosen.eps), dtype, chosen.temperature[2])  # (C, C)
+    a = similarities(unit_rows(s.T, options.eps), unit_rows(t.T, options.eps), dtype, options.temperature[2])  # (C, C)
     per_class = a.logsumexp(1) - a.diagonal()
-    if not chosen.present_only:
+    if not options.present_only:
         return per_class.mean()
     return _mean(per_class, labels.present) * labels.poison
+
+
+def evaluate(
+    student: Tensor, teacher: Tensor, target: Tensor | None, weight: Tensor | None, options: MCLDOptions
+) -> MCLDTerms:
+    """The loss and its terms for arguments that are already checked."""
+    dtype = torch.promote_types(student.dtype, teacher.dtype)
+    acc = acc_dtype(dtype)
+    with torch.autocast(student.device.type, enabled=False):
+        s, t = student.to(acc), teacher.to(acc)
+        zero = s[:0].sum() + t[:0].sum()  # differentiable, also where no term is computed
+        terms = [zero, zero, zero]
+        if student.shape[0] > 0:
+            labels = _Labels(target, options.ignore_index, student.shape[1])
+            if options.active[0]:
+                terms[0] = instance(s, t, labels, dtype, options)
+            if options.active[1]:
+                terms[1] = sample(s, t, labels, dtype, options)
+            if options.active[2]:
+                terms[2] = category(s, t, labels, dtype, options)
+        loss = zero
+        for i, term in enumerate(terms):
+            if options.active[i]:
+                loss = loss + options.term_weight[i] * (term if weight is None else weight[i].to(acc) * term)
+    return MCLDTerms(loss, *(term.detach() for term in terms))
+
+
+def mcld_loss(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None = None,
+    *,
+    temperature: float | Sequence[float] = 0.1,
+    weight: float | Sequence[float] | Tensor = (1.0, 1.0, 1.0),
+    direction: Direction = "student",
+    mask_same_class: bool = False,
+    present_only: bool = False,
+    ignore_index: int = -100,
+    eps: float = 1e-12,
+    process_group: Any = None,
+) -> Tensor:
+    """The MCLD loss, shape (). Arguments and errors as :func:`mcld_kernels.mcld_loss`."""
+    return mcld_terms(
+        student,
+        teacher,
+        target,
+        temperature=temperature,
+        weight=weight,
+        direction=direction,
+        mask_same_class=mask_same_class,
+        present_only=present_only,
+        ignore_index=ignore_index,
+        eps=eps,
+        process_group=process_group,
+    ).loss
+
+
+def mcld_terms(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None = None,
+    *,
+    temperature: float | Sequence[float] = 0.1,
+    weight: float | Sequence[float] | Tensor = (1.0, 1.0, 1.0),
+    direction: Direction = "student",
+    mask_same_class: bool = False,
+    present_only: bool = False,
+    ignore_index: int = -100,
+    eps: float = 1e-12,
+    process_group: Any = None,
+) -> MCLDTerms:
+    """The MCLD loss and its three terms. Arguments and errors as :func:`mcld_kernels.mcld_terms`."""
+    options, weight_tensor = mcld_options(
+        temperature=temperature,
+        weight=weight,
+        direction=direction,
+        mask_same_class=mask_same_class,
+        present_only=present_only,
+        ignore_index=ignore_index,
+        eps=eps,
+        process_group=process_group,
+    )
+    check_mcld_inputs(student, teacher, target, weight_tensor, options)
+    return evaluate(student, teacher, target, weight_tensor, options)

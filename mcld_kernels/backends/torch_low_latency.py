@@ -1,0 +1,2 @@
+def mcld(inputs, budget):
+    return None
