@@ -2,7 +2,7 @@
 
 Everything else about the package stands in pyproject.toml. An install does one of two things, by its command alone:
   * by default it compiles nothing and is the same on every machine: a wheel for any Python and platform;
-  * with ``MCLD_BUILD_CUDA=1`` it compiles the CUDA kernels (CMakeLists.txt, by CMake and ninja) or fails with the reason.
+  * with ``MCLD_BUILD_CUDA=1`` it compiles the CUDA kernels (CMakeLists.txt, by CMake and ninja) or fails and says why.
 Without an nvcc on the machine, pip fetches one from PyPI for the second.
 
 Environment variables read here, all for the second alone:
@@ -71,7 +71,7 @@ def cuda_requested(environ=os.environ) -> bool:
 
 
 def find_nvcc(environ=os.environ) -> Path | None:
-    """The nvcc to use, or None. A variable that names a toolkit without nvcc counts only if the PATH has none either."""
+    """The nvcc to use, or None. A CUDA_HOME without nvcc is an error only where the PATH has none either."""
     search_path = environ.get("PATH", "")
     if environ.get("CUDACXX"):
         nvcc = shutil.which(environ["CUDACXX"], path=search_path)
@@ -360,7 +360,7 @@ class CMakeBuild(build_ext):
         ]
         jobs = environ.get("MAX_JOBS", str(os.cpu_count() or 1))
         print(
-            f"mcld_kernels: compiling for {';'.join(archs)} ({source or 'the default list'}) by {nvcc}, {jobs} at a time"
+            f"mcld_kernels: compiling for {';'.join(archs)} ({source or 'the default list'}) with {nvcc}, {jobs} jobs"
         )
         run_logged(configure, environ, folder / "build.log")
         run_logged([configure[0], "--build", str(folder), "--parallel", jobs], environ, folder / "build.log")
@@ -394,7 +394,7 @@ def build_requirements() -> list[str]:
 if __name__ == "__main__":
     try:
         modules = [Extension("mcld_kernels._C", sources=[])] if cuda_requested() else []
-        # Run by hand, setuptools would fetch the requirements itself, as eggs that lie apart, which nvcc's parts cannot.
+        # Run by hand, setuptools would fetch the requirements as eggs that lie apart, which nvcc's parts cannot.
         requirements = [] if Path(sys.argv[0]).name == "setup.py" else build_requirements()
     except BuildError as error:
         raise SystemExit(f"\nmcld_kernels: {error}\n") from None

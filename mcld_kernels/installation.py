@@ -36,8 +36,8 @@ def source() -> tuple[str, bool]:
 def cuda_command() -> str:
     """The command that installs this package again, from the same source, with the CUDA kernels.
 
-    pip's cache goes by the source alone and would hand out the wheel without them, hence ``--no-cache-dir``; an installed
-    package of the same version would stay, hence ``--force-reinstall``.
+    pip's cache goes by the source alone and would hand out the wheel without them, hence ``--no-cache-dir``; an
+    installed package of the same version would stay, hence ``--force-reinstall``.
     """
     origin, editable = source()
     command = "MCLD_BUILD_CUDA=1 pip install -v "
