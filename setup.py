@@ -26,6 +26,7 @@ import site
 import subprocess
 import sys
 import sysconfig
+import textwrap
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -232,7 +233,7 @@ def missing_tool(name: str) -> str:
     return f"{name} was not found. Let pip build in isolation, or install it:\n  pip install {shlex.join(BUILD_TOOLS)}"
 
 
-PTXAS_REPORT = re.compile(r"^ptxas info|bytes stack frame|bytes spill|Used \d+ registers|Function properties for")
+PTXAS_REPORT = re.compile(r"^\s*ptxas info|bytes stack frame|bytes spill|Used \d+ registers|Function properties for")
 # Those of gcc ("x.cpp:1:2: error: "), nvcc ("x.cu(3): error: "), its parts ("ptxas fatal   : ") and linkers.
 COMPILER_ERROR = re.compile(r"(\berror\b|\bfatal\b)[^:]{0,12}: |undefined reference|cannot find -l")
 
@@ -243,7 +244,10 @@ def first_error(output: str, count: int = 12) -> str:
     for pattern in (COMPILER_ERROR, re.compile("CMake Error"), re.compile("^FAILED:")):
         start = next((i for i, line in enumerate(lines) if pattern.search(line)), None)
         if start is not None:
-            return "\n".join(lines[start : start + count])
+            margin = len(lines[start]) - len(lines[start].lstrip())
+            report = lines[start : start + count]
+            outdented = (i for i, line in enumerate(report) if margin and line[:margin].strip())
+            return textwrap.dedent("\n".join(report[: next(outdented, count)]))
     return "\n".join(lines[-count:])
 
 
@@ -343,6 +347,9 @@ class CMakeBuild(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         # pip's isolated tools move at every install; a remembered path to them would be wrong.
         (folder / "CMakeCache.txt").unlink(missing_ok=True)
+        # CMake shows what a compiler says in its tests of it only here.
+        tests = folder / "CMakeFiles" / "CMakeConfigureLog.yaml"
+        tests.unlink(missing_ok=True)
         environ = dict(os.environ, NINJA_STATUS="[%f of %t, %e s] ")
         # The wheels have lib where a toolkit has lib64, which nvcc does not search.
         library_path = [str(nvcc.resolve().parents[1] / "lib"), environ.get("LIBRARY_PATH", "")]
@@ -362,26 +369,36 @@ class CMakeBuild(build_ext):
         print(
             f"mcld_kernels: compiling for {';'.join(archs)} ({source or 'the default list'}) with {nvcc}, {jobs} jobs"
         )
-        run_logged(configure, environ, folder / "build.log")
-        run_logged([configure[0], "--build", str(folder), "--parallel", jobs], environ, folder / "build.log")
+        for command in (configure, [configure[0], "--build", str(folder), "--parallel", jobs]):
+            status, output = run_logged(command, environ, folder / "build.log")
+            if status:
+                if command is configure and tests.exists():
+                    output += tests.read_text(errors="replace")
+                killed = (
+                    " A process was killed, as where memory ran out: try MAX_JOBS=1." if "signal 9" in output else ""
+                )
+                raise BuildError(f"their build failed.{killed} The first error:\n\n{first_error(output)}\n")
 
 
-def run_logged(command: list[str], environ: dict[str, str], log: Path) -> None:
-    """Run a tool: all of its output to ``log``, for .ci/check_cuda.py, and to the terminal as it comes but for the
-    registers of every kernel. Raises BuildError with the first error."""
+def run_logged(command: list[str], environ: dict[str, str], log: Path) -> tuple[int, str]:
+    """Run a tool and return its exit status and output.
+
+    All of the output also goes to ``log``, for .ci/check_cuda.py, and to the terminal as it comes, but for the
+    registers of every kernel.
+    """
     output = []
-    with log.open("a") as file, subprocess.Popen(
-        command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    ) as process:  # fmt: skip
+    with (
+        log.open("a") as file,
+        subprocess.Popen(
+            command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        ) as process,
+    ):
         for line in process.stdout:
             output.append(line)
             file.write(line)
             if not PTXAS_REPORT.search(line):
                 print(line, end="", flush=True)
-    if process.returncode:
-        text = "".join(output)
-        killed = " A process was killed, as where memory ran out: try MAX_JOBS=1." if "signal 9" in text else ""
-        raise BuildError(f"their build failed.{killed} The first error:\n\n{first_error(text)}\n")
+    return process.returncode, "".join(output)
 
 
 def build_requirements() -> list[str]:
