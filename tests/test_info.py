@@ -64,9 +64,9 @@ def test_every_backend_is_available_or_explained():
     ("text", "expected"),
     [
         ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.129.03  Thu Oct 19 18:56:32 UTC 2023\n", "535.129.03"),
-        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build  (x)\nGCC version:  gcc version 12.3.0\n", "580.65.06"),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release\nGCC 12.3.0\n", "580.65.06"),
     ],
-)  # fmt: skip
+)
 def test_the_drivers_version_is_read(text, expected, monkeypatch):
     monkeypatch.setattr(info.Path, "read_text", lambda path: text)
     assert info._driver_version() == expected
