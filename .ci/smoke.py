@@ -17,7 +17,7 @@ for backend in ("auto", *mcld_kernels.backends.NAMES):
     if backend == "auto" or mcld_kernels.backends.explain(logits, teacher)[backend] == "can run":
         loss = mcld_kernels.mcld_loss(logits, teacher, target, backend=backend)
         results[backend] = loss.detach(), *torch.autograd.grad(loss, logits)
-for backend, (loss, grad) in results.items():
+for loss, grad in results.values():
     torch.testing.assert_close(loss, results["reference"][0])
     torch.testing.assert_close(grad, results["reference"][1], rtol=1e-4, atol=1e-6)
 print(f"{mcld_kernels.__file__}: torch {torch.__version__} on {device}: {', '.join(results)} agree")
