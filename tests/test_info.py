@@ -106,7 +106,7 @@ def test_the_command_for_cuda_names_the_source_of_this_installation(record, orig
 
 def test_public_names():
     assert set(mcld_kernels.__all__) == {
-        "MCLDLoss", "MCLDTerms", "__version__", "backends", "mcld_loss", "mcld_terms", "reference",
+        "KDLoss", "MCLDLoss", "MCLDTerms", "__version__", "backends", "kd_loss", "mcld_loss", "mcld_terms", "reference",
     }  # fmt: skip
     assert all(hasattr(mcld_kernels, name) for name in mcld_kernels.__all__)
     assert mcld_kernels.MCLDTerms._fields == ("loss", "instance", "sample", "category")

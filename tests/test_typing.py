@@ -21,6 +21,12 @@ def test_the_package_declares_its_types():
     assert Path(mcld_kernels.__file__).with_name("py.typed").exists()
 
 
+def test_the_users_code_has_every_public_name():
+    text = (ROOT / USER).read_text()
+    names = [*mcld_kernels.__all__, *(f"reference.{name}" for name in mcld_kernels.reference.__all__)]
+    assert [name for name in names if name not in text] == []
+
+
 @pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="needs mypy")
 def test_a_users_code_passes_mypy_strict():
     # Silent: an installed package's own errors are not shown to its users either.

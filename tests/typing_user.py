@@ -7,7 +7,17 @@ import torch
 from torch import Tensor, nn
 
 import mcld_kernels
-from mcld_kernels import MCLDLoss, MCLDTerms, __version__, backends, mcld_loss, mcld_terms, reference
+from mcld_kernels import (
+    KDLoss,
+    MCLDLoss,
+    MCLDTerms,
+    __version__,
+    backends,
+    kd_loss,
+    mcld_loss,
+    mcld_terms,
+    reference,
+)
 
 
 class Distiller(nn.Module):
@@ -46,6 +56,11 @@ def functions(student: Tensor, teacher: Tensor, target: Tensor, weight: nn.Param
     losses.append(mcld_loss(student, teacher, weight=(1, 0, 1)))
     losses.append(reference.mcld_loss(student, teacher, target))
     losses.append(reference.mcld_terms(student, teacher, target, direction="student").loss)
+    losses.append(kd_loss(student, teacher, temperature=2, backend="torch"))
+    losses.append(reference.kd_loss(student, teacher, temperature=2.0))
+    criteria: list[nn.Module] = [KDLoss(temperature=4.0, backend="reference"), MCLDLoss()]
+    losses.extend(criterion(student, teacher, target) for criterion in criteria)
+    losses.append(KDLoss().forward(student, teacher))
     losses.append(MCLDLoss().terms(student, teacher, target).loss)
     return losses
 
@@ -66,4 +81,5 @@ def mistakes(student: Tensor, teacher: Tensor) -> None:
     mcld_terms(student, teacher, backend="cpu")  # type: ignore[arg-type]
     MCLDLoss(direction="both", backend="triton")  # type: ignore[arg-type]
     MCLDLoss(0.1)  # type: ignore[call-arg]
+    kd_loss(student, teacher, backend="gpu")  # type: ignore[arg-type]
     reference.mcld_loss(student, teacher, temperature="cold")  # type: ignore[arg-type]
