@@ -47,7 +47,8 @@ NO_NVCC = (
     f"  pip install {shlex.join(NVCC_WHEELS)}"
 )
 NO_CXX = (
-    "no C++ compiler was found (CXX, c++, g++, clang++). Install one (Debian, Ubuntu: apt install g++) and try again."
+    "no C++ compiler was found (CXX, c++, g++, clang++). "
+    "Install one (Debian, Ubuntu: apt install g++ python3-dev) and try again."
 )
 BUILD_RECORD = "_build.json"  # beside the package: the commit it was built from, and of the module's compiler
 
@@ -249,6 +250,15 @@ def first_error(output: str, count: int = 12) -> str:
             outdented = (i for i, line in enumerate(report) if margin and line[:margin].strip())
             return textwrap.dedent("\n".join(report[: next(outdented, count)]))
     return "\n".join(lines[-count:])
+
+
+def advice(output: str) -> str:
+    """What helps where the error alone does not say it."""
+    if "signal 9" in output:
+        return " A process was killed, as happens where memory runs out: set MAX_JOBS=1."
+    if "Could NOT find Python" in output:
+        return " The headers of this Python are missing (Debian, Ubuntu: apt install python3-dev)."
+    return ""
 
 
 def commit() -> str | None:
