@@ -385,8 +385,7 @@ def module():
 def test_module_describes_itself(module):
     info = module.info()
     assert info["version"] == mcld_kernels.__version__
-    assert (info["cuda"] is None) == bool(info["reason"]) == (info["architectures"] == [])
-    assert info["portable"] == hasattr(module, "CudaError") == hasattr(module, "similarity")
+    assert info["cuda"] and info["architectures"]
     assert info["hopper"] == hasattr(module, "hopper_similarity")
 
 
@@ -411,8 +410,6 @@ def test_module_does_not_offer_its_cuda_runtime_to_others(module):
 
 
 def test_a_launch_without_a_device_is_an_error_that_names_the_call(module):
-    if not hasattr(module, "CudaError"):
-        pytest.skip(module.info()["reason"])
     if torch.cuda.is_available():
         pytest.skip("needs a machine without a CUDA device")
     arguments = dict.fromkeys(("parts", "maxima", "row_maxima", "out", "rows", "padded_rows", "pitch"), 0)

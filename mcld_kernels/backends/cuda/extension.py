@@ -15,7 +15,7 @@ _OVERRIDE: ContextVar[ModuleType | None] = ContextVar("mcld_kernels_module", def
 
 
 def load() -> tuple[ModuleType | None, str | None]:
-    """The module and None, or None and the reason why it cannot be imported; a module without CUDA is a module."""
+    """The module and None, or None and the reason why it cannot be imported."""
     override = _OVERRIDE.get()
     return _import() if override is None else (override, None)
 
@@ -38,12 +38,3 @@ def _import() -> tuple[ModuleType | None, str | None]:
         return None, f"the package was installed without CUDA kernels; `{installation.cuda_command()}` compiles them"
     except ImportError as error:
         return None, f"the compiled module does not load ({error}); `{installation.cuda_command()}` compiles it again"
-
-
-def cuda_unavailable_reason() -> str | None:
-    """The reason why the compiled module holds no CUDA kernels; None if it does."""
-    module, reason = load()
-    if module is None:
-        return reason
-    info = module.info()
-    return info["reason"] if info["cuda"] is None else None
