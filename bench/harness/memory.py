@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_extra(step: Callable[[], object], device: torch.device) -> dict[str, int | None]:
-    """Bytes that ``step`` takes beyond what is held before it, results included: by the allocator, and resident."""
+    """Bytes that ``step`` takes beyond those held before it, results included: by the allocator, and resident."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -37,7 +37,7 @@ def peak_extra(step: Callable[[], object], device: torch.device) -> dict[str, in
 
 
 def _allocations(step: Callable[[], object]) -> list[int]:
-    """Every allocation (bytes) and release (minus bytes) of PyTorch's CPU allocator during the step, in order."""
+    """Allocations (bytes) and releases (minus bytes) of PyTorch's CPU allocator during the step, in order."""
     with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         step()
     with tempfile.TemporaryDirectory() as folder:
@@ -54,16 +54,16 @@ def _allocations(step: Callable[[], object]) -> list[int]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Nothing on stderr from native code: the profiler notes its start and stop there, through the progress bar."""
-    kept = os.dup(2)
+    """Silence stderr of native code: the profiler notes its start and stop there, through the progress bar."""
+    saved = os.dup(2)
     nothing = os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nothing, 2)
         yield
     finally:
-        os.dup2(kept, 2)
+        os.dup2(saved, 2)
         os.close(nothing)
-        os.close(kept)
+        os.close(saved)
 
 
 def _resident_peak(step: Callable[[], object]) -> int | None:
@@ -73,7 +73,7 @@ def _resident_peak(step: Callable[[], object]) -> int | None:
         return None
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # memory that malloc keeps would hide what the step takes
+        ctypes.CDLL(None).malloc_trim(0)  # memory that malloc retains would hide the growth of a step
     try:
         reset.write_text("5")  # the high-water mark restarts at the present size
     except OSError:
@@ -90,8 +90,11 @@ def _status(field: str) -> int:
     raise LookupError(field)
 
 
+SHORTAGE = "would take about"
+
+
 def available(device: torch.device) -> int:
-    """Bytes a step may take: what is free on the device, or in the machine and the control group it runs in."""
+    """Free bytes: on the device, or in the machine and the control group of this process."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -103,17 +106,20 @@ def available(device: torch.device) -> int:
     return max(0, free)
 
 
-def refusal(predicted: int, device: torch.device, share: float = 0.8) -> str | None:
-    """Why a step that takes ``predicted`` bytes is not tried, or None: an out-of-memory kill would end the run."""
-    limit = int(share * available(device))
+def shortage(predicted: int, device: torch.device, fraction: float = 0.8) -> str | None:
+    """Why a step that takes ``predicted`` bytes is not tried; None if it fits. An out-of-memory kill would end the run.
+
+    The message begins with `SHORTAGE`.
+    """
+    limit = int(fraction * available(device))
     if predicted <= limit:
         return None
-    return f"would take about {predicted / 2**30:.1f} GiB, {limit / 2**30:.1f} GiB may be used"
+    return f"{SHORTAGE} {predicted / 2**30:.1f} GiB, {limit / 2**30:.1f} GiB may be used"
 
 
 @contextlib.contextmanager
 def released(device: torch.device) -> Iterator[None]:
-    """Give memory back before and after, so that one provider's cached blocks are not another's out-of-memory."""
+    """Release cached memory before and after, so that one provider's blocks do not fill another's memory."""
     _release(device)
     try:
         yield
@@ -122,6 +128,6 @@ def released(device: torch.device) -> Iterator[None]:
 
 
 def _release(device: torch.device) -> None:
-    if device.type == "cuda":  # the CPU's allocator keeps nothing back
+    if device.type == "cuda":  # the CPU's allocator caches nothing
         gc.collect()
         torch.cuda.empty_cache()

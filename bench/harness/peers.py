@@ -1,4 +1,4 @@
-"""Public implementations to stand beside, where they are installed; a missing one is named, not hidden.
+"""Public implementations to compare with, where they are installed.
 
 All of them compute the instance-wise term alone (InfoNCE with diagonal positives).
 """
@@ -17,9 +17,9 @@ from torch import Tensor
 class Peer:
     name: str
     module: str
-    what: str
+    title: str
     build: Callable[[float], Callable[[Tensor, Tensor], Tensor]]  # temperature -> loss(student, teacher)
-    extra_bytes: Callable[[int], int]  # batch -> about what it holds at its peak in fp32, beside copies of the logits
+    extra_bytes: Callable[[int], int]  # batch -> approximate peak in fp32, beside copies of the logits
     cuda_only: bool = False
 
 
@@ -36,7 +36,7 @@ def _metric_learning(temperature: float) -> Callable[[Tensor, Tensor], Tensor]:
 
     def apply(student: Tensor, teacher: Tensor) -> Tensor:
         labels = torch.arange(student.shape[0], device=student.device)
-        # A copy: the same tensor on both sides would tell it to leave out the diagonal, which holds the positives.
+        # A copy: the same tensor on both sides would make it leave out the diagonal, which holds the positives.
         return loss(student, labels, ref_emb=teacher, ref_labels=labels.clone())
 
     return apply

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +17,9 @@ import torch
 
 SampleFn = Callable[[], float]  # seconds of one step
 MIN_ROUNDS = 3
-SHORT = 2e-3  # about what a CPU sample takes at least, by repeated steps, so that the clock's own cost does not show
+LEAST_SAMPLE_S = 2e-3  # a shorter CPU step is repeated, so that the clock's own cost does not show
 MOST_CALLS = 1000
+UNSTEADY = 1.5  # p80 / p20 above which a time is marked
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,18 @@ class Times:
     def median(self) -> float:
         return self.quantile(0.5)
 
-    def record(self) -> dict[str, float | int]:
+    @property
+    def is_steady(self) -> bool:
+        return self.quantile(0.8) <= UNSTEADY * self.quantile(0.2)
+
+    def record(self) -> dict[str, float | int | bool]:
         return {
             "median_s": self.median,
             "p20_s": self.quantile(0.2),
             "p80_s": self.quantile(0.8),
             "min_s": min(self.samples),
             "rounds": len(self.samples),
+            "steady": self.is_steady,
         }
 
 
@@ -85,8 +91,8 @@ def cpu_sample(step: Callable[[], object]) -> SampleFn:
 
     def sample() -> float:
         nonlocal calls
-        while (elapsed := timed()) < SHORT / 2 and calls < MOST_CALLS:
-            calls = min(MOST_CALLS, max(2 * calls, int(calls * SHORT / max(elapsed, 1e-9))))
+        while (elapsed := timed()) < LEAST_SAMPLE_S / 2 and calls < MOST_CALLS:
+            calls = min(MOST_CALLS, max(2 * calls, int(calls * LEAST_SAMPLE_S / max(elapsed, 1e-9))))
         return elapsed / calls
 
     return sample
@@ -134,7 +140,7 @@ class CudaClock:
 
 
 def capture(step: Callable[[], object], device: torch.device) -> Callable[[], None]:
-    """The step as a CUDA graph: one launch a replay. Raises what capturing raises."""
+    """The step as a CUDA graph: one launch a replay. Raises the errors of the capture."""
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
@@ -143,14 +149,10 @@ def capture(step: Callable[[], object], device: torch.device) -> Callable[[], No
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kept = step()
+        outputs = step()
 
     def replay() -> None:
         graph.replay()
 
-    replay.kept = kept  # type: ignore[attr-defined]  # its memory belongs to the graph
+    replay.outputs = outputs  # type: ignore[attr-defined]  # their memory belongs to the graph
     return replay
-
-
-def median(values: Sequence[float]) -> float:
-    return float(np.median(values))

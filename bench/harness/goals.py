@@ -13,10 +13,10 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Goal:
-    """One bar of a regime: ``value(ours, others)`` is None where a row is missing; reached where it keeps to it."""
+    """One bar of a regime: ``value(ours, others)`` is None where a row is missing."""
 
     regime: str
-    what: str
+    quantity: str
     bar: float
     value: Callable[[Record, dict[str, Record]], float | None]
     at_most: bool = False
@@ -54,15 +54,15 @@ def _graph_microseconds(ours: Record, others: dict[str, Record]) -> float | None
 
 
 def _regime(name: str, gemm: float, library: float, compiled: float, eager: float, memory: bool = True) -> list[Goal]:
-    found = [
+    goals = [
         Goal(name, "fraction of the GEMM ceiling", gemm, _of_gemm),
         Goal(name, "times the library path", library, against("library")),
         Goal(name, "times torch.compile", compiled, against("compile")),
         Goal(name, "times eager", eager, against("reference")),
     ]
     if memory:
-        found.append(Goal(name, "extra memory / (256 MiB + 3 half copies)", 1.0, _memory, at_most=True))
-    return found
+        goals.append(Goal(name, "extra memory / (256 MiB + 3 half copies)", 1.0, _memory, at_most=True))
+    return goals
 
 
 IMAGENET = "C = 1000, B >= 4096, instance + sample"
@@ -81,7 +81,7 @@ GOALS = (
 
 def regime(record: Record) -> str | None:
     """The regime of the goals that a row belongs to."""
-    if record["dtype"] != "bfloat16" or record["mode"] != "forward-backward":
+    if record.get("loss", "mcld") != "mcld" or record["dtype"] != "bfloat16" or record["mode"] != "forward-backward":
         return None
     batch, classes, terms = record["batch"], record["classes"], tuple(record["terms"])
     if terms == ("instance", "sample"):
@@ -103,26 +103,26 @@ def judge(records: Sequence[Record]) -> list[dict[str, Any]]:
         if regime(record) and record["status"] == "ok":
             key = (regime(record), record["batch"], record["classes"], tuple(record["terms"]))
             cases.setdefault(key, {})[record["provider"]] = record
-    found = []
+    judged = []
     for (name, batch, *_), rows in cases.items():
         ours = [rows[provider] for provider in OURS if provider in rows and _time(rows[provider])]
         if not ours:
             continue
         best = min(ours, key=lambda record: _time(record) or float("inf"))
         for goal in GOALS:
-            if goal.regime != name or ("B = 256" in goal.what and batch != 256):
+            if goal.regime != name or ("B = 256" in goal.quantity and batch != 256):
                 continue
             value = goal.value(best, rows)
             reached = None if value is None else value <= goal.bar if goal.at_most else value >= goal.bar
             bar = f"{'<=' if goal.at_most else '>='} {goal.bar:g}"
-            found.append(
+            judged.append(
                 {
                     "regime": name,
                     "batch": batch,
                     "backend": best["provider"],
-                    "goal": f"{goal.what} {bar}",
+                    "goal": f"{goal.quantity} {bar}",
                     "value": value,
                     "reached": reached,
                 }
             )
-    return found
+    return judged

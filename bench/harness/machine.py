@@ -1,4 +1,4 @@
-"""Where a measurement was taken: hardware, versions, commit, and what the hardware reaches at its best.
+"""The machine of a measurement: hardware, versions, commit, and the steps that reach its ceilings.
 
 No host name and no path is recorded: results are published.
 """
@@ -11,31 +11,33 @@ import platform
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 
-from mcld_kernels.arguments import float32_precision
+from mcld_kernels.options import float32_precision
+from mcld_kernels.version import __version__
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 _PACKAGES = ("torch", "triton", "numpy", "info-nce-pytorch", "pytorch-metric-learning", "inf-cl")
 
 
 def describe(device: torch.device) -> dict[str, object]:
     """The machine in a few plain values."""
-    found: dict[str, object] = {
+    values: dict[str, object] = {
         "device": device.type,
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_name(),
         "cores": psutil.cpu_count(logical=False),
         "threads": torch.get_num_threads(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "load_1min": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "load_1min": load(),
         "float32_matmul_precision": float32_precision(),
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        found |= {
+        values |= {
             "gpu": properties.name,
             "compute_capability": f"{properties.major}.{properties.minor}",
             "multiprocessors": properties.multi_processor_count,
@@ -47,29 +49,40 @@ def describe(device: torch.device) -> dict[str, object]:
                 "nvidia-smi", "--query-gpu=clocks.max.sm,clocks.sm,power.limit", "--format=csv,noheader"
             ),
         }
-    return found
+    return values
 
 
-def name(found: dict[str, object]) -> str:
-    """What ``describe`` found, in a few words."""
-    if "gpu" in found:
-        return str(found["gpu"])
-    return f"{found['cpu']}, {found['threads']} thread{'' if found['threads'] == 1 else 's'}"
+def load() -> float | None:
+    """The load average of the last minute."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def name(machine: dict[str, Any]) -> str:
+    """The values of ``describe`` in a few words."""
+    if "gpu" in machine:
+        return str(machine["gpu"])
+    return f"{machine['cpu']}, {machine['threads']} thread{'' if machine['threads'] == 1 else 's'}"
+
+
+def caption(header: dict[str, Any]) -> str:
+    """One line for a plot or a table: machine, load, versions, commit and date of a recorded run."""
+    machine = header["machine"]
+    commit = (header["commit"] or "unknown")[:10] + (" with changes" if header["dirty"] else "")
+    loads = [machine.get("load_1min"), machine.get("load_1min_end")]
+    shown = " to ".join(f"{value:g}" for value in loads if value is not None)
+    parts = [name(machine), f"load {shown}" if shown else "", f"torch {header['versions']['torch']}"]
+    return "; ".join([*filter(None, parts), f"commit {commit}", header["started"][:10]])
 
 
 def versions() -> dict[str, str | None]:
     """Python, the packages that are compared, and this package."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    values: dict[str, str | None] = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            values[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    found["torch"] = torch.__version__
-    import mcld_kernels
-
-    found["mcld_kernels"] = getattr(mcld_kernels, "__version__", None)
-    return found
+            values[package] = None
+    return values | {"torch": torch.__version__, "mcld_kernels": __version__}
 
 
 def commit() -> dict[str, object]:
@@ -104,7 +117,7 @@ GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
 
 
 def gemm(dtype: torch.dtype, device: torch.device) -> tuple[Callable[[], torch.Tensor], int]:
-    """A square product of random matrices as a step, and its flop count: the ceiling of what is measured."""
+    """A square product of random matrices as a step, and its flop count: the ceiling of the GEMMs."""
     size = GEMM_SIZE.get(device.type, 2048)
     if device.type == "cpu" and dtype == torch.float16:
         size = 256  # CPUs without fp16 arithmetic take minutes for more

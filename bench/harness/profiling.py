@@ -1,4 +1,4 @@
-"""Where the time of one step goes: a chrome trace and a table of its kernels (operators on the CPU)."""
+"""The profile of one step: a chrome trace and a table of its kernels (operators on the CPU)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is measured: shapes, their flop and byte counts, their inputs, and the grid that suits a machine."""
+"""The cases that are measured: shapes, flop and byte counts, inputs, and the grid that suits a machine."""
 
 from __future__ import annotations
 
@@ -8,22 +8,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-TERMS = ("instance", "sample", "category")
+from bench.harness.losses import LOSSES
+
+TERMS = LOSSES["mcld"].terms
 MODES = ("forward", "forward-backward")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One point of the grid: student and teacher logits (batch, classes) of one dtype, a frozen teacher."""
+    """One point of the grid: student and teacher logits (batch, classes) of one dtype, a frozen teacher.
+
+    ``terms`` and ``temperature`` default to those of the loss.
+    """
 
     batch: int
     classes: int
     dtype: str = "float32"
-    terms: tuple[str, ...] = TERMS
+    terms: tuple[str, ...] = None  # type: ignore[assignment]
     mode: str = "forward-backward"
-    temperature: float = 0.1
+    temperature: float = None  # type: ignore[assignment]
     seed: int = 0
+    loss: str = "mcld"
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.classes < 1:
@@ -32,9 +38,13 @@ class Case:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}")
         if self.mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}; got {self.mode!r}")
-        unknown = [term for term in self.terms if term not in TERMS]
-        if unknown or not self.terms:
-            raise ValueError(f"terms must be some of {', '.join(TERMS)}; got {self.terms!r}")
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss must be one of {', '.join(LOSSES)}; got {self.loss!r}")
+        loss = LOSSES[self.loss]
+        object.__setattr__(self, "terms", loss.terms if self.terms is None else self.terms)
+        object.__setattr__(self, "temperature", loss.temperature if self.temperature is None else self.temperature)
+        if not self.terms or not set(self.terms) <= set(loss.terms):
+            raise ValueError(f"terms must be some of {', '.join(loss.terms)}; got {self.terms!r}")
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -42,7 +52,7 @@ class Case:
 
     @property
     def weight(self) -> tuple[float, float, float]:
-        """1 for every named term, 0 for the others."""
+        """MCLD: 1 for every term of the case, 0 for the others."""
         return tuple(float(term in self.terms) for term in TERMS)  # type: ignore[return-value]
 
     @property
@@ -51,28 +61,18 @@ class Case:
 
     @property
     def row_terms(self) -> bool:
-        """Whether a term contrasts rows: a (batch, batch) matrix of contraction length ``classes``."""
+        """True if a term contrasts rows: a (batch, batch) matrix of contraction length ``classes``."""
         return "instance" in self.terms or "sample" in self.terms
 
     @property
     def category(self) -> bool:
-        """Whether the columns are contrasted: a (classes, classes) matrix of contraction length ``batch``."""
+        """True if the columns are contrasted: a (classes, classes) matrix of contraction length ``batch``."""
         return "category" in self.terms
 
     @property
     def flop(self) -> int:
-        """The products that no algorithm avoids: 2 n m d for the similarities, 2 n m d for the gradient.
-
-        Instance and sample terms share one matrix. Every provider is credited with this same count, however many it
-        spends.
-        """
-        products = 2 if self.backward else 1
-        count = 0
-        if self.row_terms:
-            count += 2 * products * self.batch**2 * self.classes
-        if self.category:
-            count += 2 * products * self.classes**2 * self.batch
-        return count
+        """The arithmetic that no algorithm avoids; every provider is credited with it, whatever it spends."""
+        return LOSSES[self.loss].flop(self)
 
     @property
     def bytes(self) -> int:
@@ -80,13 +80,20 @@ class Case:
         return (3 if self.backward else 2) * self.batch * self.classes * self.torch_dtype.itemsize
 
     @property
-    def group(self) -> tuple[int, str, tuple[str, ...], str]:
-        """Cases of one group differ in the batch size alone and share a plot."""
-        return self.classes, self.dtype, self.terms, self.mode
+    def is_gemm_bound(self) -> bool:
+        return LOSSES[self.loss].is_gemm_bound
+
+    def matrix_bytes(self, row_matrices: float, category_matrices: float) -> int:
+        """Bytes of so many fp32 (fp64) matrices of the row and category terms, and four copies of the logits."""
+        matrices = (row_matrices * self.batch**2 if self.row_terms else 0) + (
+            category_matrices * self.classes**2 if self.category else 0
+        )
+        return int((8 if self.dtype == "float64" else 4) * (matrices + 4 * self.batch * self.classes))
 
     def __str__(self) -> str:
-        terms = "all terms" if self.terms == TERMS else " + ".join(self.terms)
-        return f"B={self.batch} C={self.classes} {self.dtype}, {terms}, {self.mode}"
+        terms = "all terms" if self.terms == LOSSES[self.loss].terms else " + ".join(self.terms)
+        what = f"{terms}, " if self.loss == "mcld" else f"{self.loss}, "
+        return f"B={self.batch} C={self.classes} {self.dtype}, {what}{self.mode}"
 
 
 def inputs(case: Case, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,22 +118,23 @@ def product(
     batches: Sequence[int],
     classes: Sequence[int],
     dtypes: Sequence[str],
-    terms: tuple[str, ...],
+    terms: tuple[str, ...] | None,
     modes: Sequence[str],
-    temperature: float = 0.1,
+    temperature: float | None = None,
     seed: int = 0,
+    loss: str = "mcld",
 ) -> list[Case]:
     """Every combination, batch sizes ascending within a group so that a plot's line completes early."""
     return [
-        Case(batch, width, dtype, terms, mode, temperature, seed)
+        Case(batch, width, dtype, terms, mode, temperature, seed, loss)  # type: ignore[arg-type]
         for mode in modes
         for dtype in dtypes
-        for width in sorted(classes)
-        for batch in sorted(batches)
+        for width in sorted(set(classes))
+        for batch in sorted(set(batches))
     ]
 
 
-# The regimes of KERNELS.md's table: what each point is there to show stands beside it.
+# The purpose of each point stands beside it.
 _CUDA_REGIMES = (
     ((256, 1024), (1000,), "bfloat16", TERMS),  # launch latency
     ((16384, 65536), (100,), "bfloat16", ("instance", "sample")),  # the matrix never leaves the chip
@@ -141,18 +149,22 @@ _CPU_REGIMES = (
 )
 
 
-def default_grid(device: torch.device, seed: int = 0) -> list[Case]:
-    """The grid that suits the machine: the regimes of a large GPU, or what a few CPU cores do in some minutes."""
+def default_grid(
+    device: torch.device, seed: int = 0, temperature: float | None = None, loss: str = "mcld"
+) -> list[Case]:
+    """The grid that suits the machine: the regimes of a large GPU, or some minutes on a few CPU cores."""
+    if loss != "mcld":
+        dtype, batches = ("bfloat16", (1024, 16384)) if device.type == "cuda" else ("float32", (256, 1024, 4096))
+        return product(batches, (1000,), [dtype], None, ["forward-backward"], temperature, seed, loss)
     regimes = _CUDA_REGIMES if device.type == "cuda" else _CPU_REGIMES
     return [
         case
         for batches, classes, dtype, terms in regimes
-        for case in product(batches, classes, [dtype], terms, ["forward-backward"], seed=seed)
+        for case in product(batches, classes, [dtype], terms, ["forward-backward"], temperature, seed)
     ]
 
 
-def smoke_grid(seed: int = 0) -> list[Case]:
-    """Small enough for any machine; still every term and both modes."""
-    return product([64, 256], [100], ["float32"], TERMS, ["forward-backward"], seed=seed) + [
-        Case(128, 100, "float32", TERMS, "forward", seed=seed)
-    ]
+def smoke_grid(seed: int = 0, temperature: float | None = None, loss: str = "mcld") -> list[Case]:
+    """Small enough for any machine; every term and both modes."""
+    both = product([64, 256], [100], ["float32"], None, ["forward-backward"], temperature, seed, loss)
+    return both + product([128], [100], ["float32"], None, ["forward"], temperature, seed, loss)
