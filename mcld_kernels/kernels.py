@@ -159,6 +159,7 @@ class LossInputs:
     teacher_grad: bool
     offset: int = 0  # the positive of student row i is teacher row i + offset
     teacher_target: Tensor | None = None  # (m,) int64, where n != m
+    labels_are_classes: bool = False  # known to be in [0, C), none ignored
 
     @property
     def dtype(self) -> torch.dtype:

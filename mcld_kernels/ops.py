@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import flop_counter
 
 from . import backends
 from .infonce import grad_dtype
@@ -47,6 +48,7 @@ class LossOperator:
         num_terms: terms of the loss.
         compute: the loss from a kernel set and its inputs.
         flops: floating-point operations of a call, by batch, classes, options and whether a gradient is computed.
+        supported: the backends whose kernel sets ``compute`` can use.
     """
 
     def __init__(
@@ -56,8 +58,10 @@ class LossOperator:
         num_terms: int,
         compute: Callable[[KernelSet, LossInputs], LossOutputs],
         flops: Callable[[int, int, Any, bool], int],
+        supported: tuple[str, ...] = ("torch", "triton", "cuda"),
     ):
         self.name, self.num_terms, self._options_type, self._compute = name, num_terms, options_type, compute
+        self.supported = supported
         hints = typing.get_type_hints(options_type)
         fields = ", ".join(f"{_schema_type(hints[field])} {field}" for field in options_type._fields)
         _LIBRARY.define(
@@ -70,6 +74,7 @@ class LossOperator:
         self._operator = getattr(torch.ops.mcld_kernels, name).default
         _OPERATORS[name] = self
         self._flops = flops
+        flop_counter.register_flop_formula(self._operator.overloadpacket)(self._count_flops)
 
     def __call__(
         self,
@@ -107,7 +112,7 @@ class LossOperator:
 
     def _run(self, call: _Call) -> Outputs:
         student, teacher = call.student, call.teacher
-        kernels = backends.kernel_set(call.backend, student, teacher, call.teacher_grad)
+        kernels = backends.kernel_set(call.backend, student, teacher, call.teacher_grad, self.supported)
         if student.shape[0] == 0:
             return self._like(call, torch.zeros)
         inputs = LossInputs(
@@ -118,6 +123,7 @@ class LossOperator:
             options=call.options,
             student_grad=call.student_grad,
             teacher_grad=call.teacher_grad,
+            labels_are_classes=_are_classes(call.target, student.shape[1], getattr(call.options, "ignore_index", -1)),
         )
         device = student.device.type
         if torch.is_autocast_enabled(device):
@@ -132,6 +138,19 @@ class LossOperator:
         teacher_grad = teacher.new_empty(0) if outputs.teacher_grad is None else outputs.teacher_grad
         return outputs.loss, outputs.terms, student_grad, teacher_grad
 
+    def _count_flops(
+        self,
+        student_shape: Any,
+        teacher_shape: Any,
+        target_shape: Any,
+        weight_shape: Any,
+        *rest: Any,
+        out_shape: Any = None,
+        **kwargs: Any,
+    ) -> int:
+        options = self._options_type(*rest[:-3])
+        return self._flops(student_shape[0], student_shape[1], options, bool(rest[-2] or rest[-1]))
+
     def _fake(self, student: Tensor, teacher: Tensor, target: Any, weight: Any, *rest: Any) -> Outputs:
         return self._like(_Call(self.name, student, teacher, target, weight, None, *rest[-3:]), torch.empty)
 
@@ -144,6 +163,14 @@ class LossOperator:
         )
         loss, terms = make((), dtype=acc, device=device), make((self.num_terms,), dtype=acc, device=device)
         return loss, terms, student_grad, teacher_grad
+
+
+def _are_classes(target: Tensor | None, num_classes: int, ignore_index: int) -> bool:
+    """True where every label is known to be a class. Labels on a GPU are not read: that would synchronize."""
+    if target is None or target.device.type != "cpu" or 0 <= ignore_index < num_classes:
+        return False
+    low, high = torch.aminmax(target)
+    return int(low) >= 0 and int(high) < num_classes
 
 
 def _schema_type(hint: Any) -> str:
@@ -198,7 +225,9 @@ def _save(ctx: Any, call: _Call, outputs: Outputs) -> None:
     weight_grad = call.weight is not None and call.weight.requires_grad
     # A copy, since whoever logs the terms may change them in place.
     terms = outputs[1].clone() if weight_grad else None
-    ctx.save_for_backward(outputs[2], outputs[3], terms, call.student, call.teacher, call.weight)
+    # The inputs that a second derivative would be taken by; a constant may be an inference tensor, which cannot be saved.
+    inputs = (x if x is not None and x.requires_grad else None for x in (call.student, call.teacher, call.weight))
+    ctx.save_for_backward(outputs[2], outputs[3], terms, *inputs)
     ctx.dtypes = (
         call.student.dtype if call.student_grad else None,
         call.teacher.dtype if call.teacher_grad else None,

@@ -198,6 +198,15 @@ def check_temperatures(value: Any) -> tuple[float, float, float]:
     return float(values[0]), float(values[1]), float(values[2])
 
 
+def check_positive(name: str, value: Any) -> float:
+    """One positive, finite number."""
+    if not is_number(value):
+        raise TypeError(f"{name} must be a number; got {value!r}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite; got {value!r}")
+    return float(value)
+
+
 def _three_weights(value: Any) -> tuple[float, float, float]:
     values = (value,) * 3 if is_number(value) else value
     if isinstance(values, str) or not isinstance(values, Sequence) or len(values) != 3:

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 import mcld_kernels
-from mcld_kernels import arguments
-from mcld_kernels.arguments import Options
+from mcld_kernels.options import MCLDOptions, mcld_options
 
 KINDS = ("random", "converged", "collinear", "large", "zeros")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -31,11 +30,11 @@ KERNEL_OPTIONS = {
 }
 
 
-def options_of(**options) -> tuple[Options, Tensor | None]:
-    """The options of a call and the weights given as a tensor, as `arguments.options` makes them of the defaults."""
+def options_of(**options) -> tuple[MCLDOptions, Tensor | None]:
+    """The options of a call and the weights given as a tensor, with the defaults of `mcld_loss` for the others."""
     defaults = {"temperature": 0.1, "weight": (1.0, 1.0, 1.0), "direction": "student", "mask_same_class": False}
     defaults |= {"present_only": False, "ignore_index": -100, "eps": 1e-12}
-    return arguments.options(**defaults | options)
+    return mcld_options(**defaults | options)
 
 
 def short(dtype: torch.dtype) -> str:

@@ -1,5 +1,6 @@
 """What every test relies on: the interpreter, threads, the gpu mark, hypothesis, and fixtures."""
 
+import contextlib
 import os
 
 import torch
@@ -64,11 +65,13 @@ def matmul_precision():
 
 
 @pytest.fixture
-def small_chunks(monkeypatch):
-    """A function that lets a chunk hold ``rows`` rows of ``columns`` exponentials: small inputs then take several."""
-    from mcld_kernels import blocked
+def small_chunks():
+    """A function that limits a chunk to ``rows`` rows of ``columns`` exponentials, so that small inputs take several."""
+    from mcld_kernels import backends
 
-    def set_rows(rows, columns, itemsize=4):
-        monkeypatch.setattr(blocked, "chunk_bytes", lambda device: rows * columns * itemsize)
+    with contextlib.ExitStack() as stack:
 
-    return set_rows
+        def set_rows(rows, columns, itemsize=4):
+            stack.enter_context(backends.tuned(chunk_bytes=rows * columns * itemsize))
+
+        yield set_rows

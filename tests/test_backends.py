@@ -7,31 +7,38 @@ of their own. With a GPU the same grid runs every backend there.
 import loops
 import pytest
 import torch
-from cases import DTYPES, KINDS, WEIGHT, check, labels, logits, run, short, truth
+from cases import DTYPES, KINDS, WEIGHT, check, labels, logits, options_of, run, short, truth
 
 import mcld_kernels
-from mcld_kernels import arguments, backends, blocked, pipeline, reference
+from mcld_kernels import backends, reference
+from mcld_kernels.backends import chunks
+from mcld_kernels.backends.torch import TorchKernels
+from mcld_kernels.kernels import LossInputs
+from mcld_kernels.losses import mcld
+from mcld_kernels.options import DIRECTIONS
 
 GPU = pytest.mark.gpu
 RUNS = [
     pytest.param(("torch", "cpu"), id="torch-cpu"),
+    pytest.param(("torch", "cpu", False), id="torch-cpu-chunks"),
     *(pytest.param((name, "cuda"), id=f"{name}-cuda", marks=GPU) for name in ("torch", "triton", "cuda")),
 ]
 
 
 @pytest.fixture(params=RUNS)
 def where(request):
-    """(backend, device)."""
-    name, device = request.param
-    if (why := backends.unavailable(name)) is not None:
-        pytest.skip(f"backend {name!r}: {why}")
-    return name, device
+    """(backend, device). Without its low-latency path a backend takes the way of large batches."""
+    name, device, *low_latency = request.param
+    if (reason := backends.unavailable_reason(name)) is not None:
+        pytest.skip(f"backend {name!r}: {reason}")
+    with backends.tuned(**({"low_latency": low_latency[0]} if low_latency else {})):
+        yield name, device
 
 
 def skip_if_it_cannot(where, dtype):
     name, device = where
     x = torch.zeros(2, 2, dtype=dtype, device=device)
-    if (why := backends.reason(name, x, x, False)) is not None:
+    if (why := backends.unsupported_reason(name, x, x, False)) is not None:
         pytest.skip(f"backend {name!r}: {why}")
 
 
@@ -114,7 +121,7 @@ class TestAgainstTheTruth:
         matmul_precision(precision)
         if precision == "medium":
             # torch.mm takes bf16 operands there only on some machines and for some shapes, so eager is told to.
-            monkeypatch.setattr(reference, "similarities", with_bf16_products)
+            monkeypatch.setattr(reference.mcld, "similarities", with_bf16_products)
         check(*where, kind, *shape, torch.float32)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=short)
@@ -130,8 +137,8 @@ class TestAgainstTheTruth:
         small_chunks(rows=7, columns=50, itemsize=8)  # 50 rows and 17 columns: neither a multiple of the chunk
         check("torch", "cpu", "random", 50, 17, dtype, teacher_grad=teacher_grad, **OPTIONS[name])
 
-    def test_one_row_a_chunk(self, monkeypatch):
-        monkeypatch.setattr(blocked, "chunk_bytes", lambda device: 1)
+    def test_one_row_a_chunk(self, small_chunks):
+        small_chunks(1, 1, 1)
         check("torch", "cpu", "random", 11, 13, torch.float32, teacher_grad=True, direction="symmetric")
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
@@ -145,18 +152,18 @@ class TestAgainstTheTruth:
     @pytest.mark.parametrize("kind", ["random", "converged", "zeros"])
     def test_fp16_operands(self, kind, name, monkeypatch):
         """The CPU has no fast fp16 product and takes fp32 operands; this is what other devices compute."""
-        monkeypatch.setattr(blocked.TorchKernels, "operand_dtype", lambda self, dtype: dtype)
+        monkeypatch.setattr(TorchKernels, "operand_dtype", lambda self, dtype: dtype)
         check("torch", "cpu", kind, 61, 43, torch.float16, teacher_grad=kind == "random", **OPTIONS[name])
 
     @pytest.mark.parametrize("direction", ["student", "teacher"])
     def test_fp16_operands_of_a_large_batch(self, direction, monkeypatch):
         """Each anchor's weight is 1 / batch: in fp16 that must not go the way of the small numbers."""
-        monkeypatch.setattr(blocked.TorchKernels, "operand_dtype", lambda self, dtype: dtype)
+        monkeypatch.setattr(TorchKernels, "operand_dtype", lambda self, dtype: dtype)
         check("torch", "cpu", "random", 3001, 100, torch.float16, draws=1, direction=direction, weight=(1.0, 1.0, 0.0))
 
     @pytest.mark.gpu
     @pytest.mark.parametrize("dtype", DTYPES, ids=short)
-    @pytest.mark.parametrize("direction", arguments.DIRECTIONS)
+    @pytest.mark.parametrize("direction", DIRECTIONS)
     @pytest.mark.parametrize("shape", [(4099, 100), (1031, 1000), (300, 4001)], ids=str)
     @pytest.mark.parametrize("backend", ["torch", "triton", "cuda"])
     def test_large_shapes_on_a_gpu(self, backend, shape, direction, dtype):
@@ -175,6 +182,20 @@ class TestAgainstTheTruth:
         monkeypatch.setattr("cases.run", off)
         with pytest.raises(AssertionError, match="error"):
             check("torch", "cpu", "random", 31, 23, torch.float32)
+
+
+def compute(student, teacher, target, options, student_grad=False, teacher_grad=False):
+    """A call of backend "torch" behind the checks of arguments."""
+    inputs = LossInputs(
+        student=student,
+        teacher=teacher,
+        target=target,
+        weight=None,
+        options=options,
+        student_grad=student_grad,
+        teacher_grad=teacher_grad,
+    )
+    return mcld.compute(backends.kernel_set("torch", student, teacher), inputs)
 
 
 def relative(got, want):
@@ -198,7 +219,7 @@ def test_a_converged_student_keeps_its_gradient(distance, where):
 
 class TestResult:
     @pytest.mark.parametrize("teacher_grad", [False, True], ids=["frozen", "mutual"])
-    @pytest.mark.parametrize("direction", arguments.DIRECTIONS)
+    @pytest.mark.parametrize("direction", DIRECTIONS)
     def test_repeats_bitwise(self, direction, teacher_grad, where, small_chunks):
         if teacher_grad and where[0] != "torch":
             pytest.skip(f"backend {where[0]!r} gives no teacher gradient")
@@ -266,14 +287,15 @@ class TestWeights:
     def contrasts(self, monkeypatch):
         """Temperatures of the contrasts that are computed."""
         seen = []
-        contrast = blocked.TorchKernels.contrast
+        contrast = TorchKernels.contrast
 
-        def counted(self, problem):
-            seen.append(problem.temperature)
-            return contrast(self, problem)
+        def counted(self, args):
+            seen.append(args.temperature)
+            return contrast(self, args)
 
-        monkeypatch.setattr(blocked.TorchKernels, "contrast", counted)
-        return seen
+        monkeypatch.setattr(TorchKernels, "contrast", counted)
+        with backends.tuned(low_latency=False):
+            yield seen
 
     @pytest.mark.parametrize("term", range(3))
     def test_weight_0_removes_a_term(self, term, contrasts):
@@ -334,23 +356,14 @@ class TestRectangular:
         student = student[:n]
         theirs = torch.tensor([0, 2, 1, 0, 2, -100, 0, 1, 2])[:m]
         target = theirs[offset : offset + n]
-        chosen, _ = arguments.options(
-            temperature=temperature,
-            weight=weight,
-            direction="student",
-            mask_same_class=mask,
-            present_only=False,
-            ignore_index=-100,
-            eps=1e-12,
-        )
-        got = pipeline.evaluate(
-            blocked.TorchKernels(),
-            pipeline.Call(
-                student,
-                teacher,
-                target,
-                None,
-                chosen,
+        got = mcld.compute(
+            backends.kernel_set("torch", student, teacher),
+            LossInputs(
+                student=student,
+                teacher=teacher,
+                target=target,
+                weight=None,
+                options=options_of(temperature=temperature, weight=weight, mask_same_class=mask)[0],
                 student_grad=True,
                 teacher_grad=True,
                 offset=offset,
@@ -369,27 +382,24 @@ class TestRectangular:
         assert float(got.loss) == pytest.approx(loops.loss(s, t, **options), rel=1e-11)
         by_student = torch.tensor(loops.slopes(lambda rows: loops.loss(rows, t, **options), s), dtype=torch.float64)
         by_teacher = torch.tensor(loops.slopes(lambda rows: loops.loss(s, rows, **options), t), dtype=torch.float64)
-        torch.testing.assert_close(got.student, by_student, rtol=1e-6, atol=1e-7)
-        torch.testing.assert_close(got.teacher, by_teacher, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(got.student_grad, by_student, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(got.teacher_grad, by_teacher, rtol=1e-6, atol=1e-7)
 
     @pytest.mark.parametrize("changed", [{"direction": "symmetric"}, {"weight": (1.0, 0.0, 1.0)}], ids=str)
     def test_what_is_not_defined_is_refused(self, changed):
-        options = {"weight": (1.0, 0.0, 0.0), "direction": "student", **changed}
-        chosen, _ = arguments.options(
-            temperature=0.1, mask_same_class=False, present_only=False, ignore_index=-100, eps=1e-12, **options
-        )
+        options, _ = options_of(**{"weight": (1.0, 0.0, 0.0), **changed})
         student, teacher = torch.randn(3, 4), torch.randn(5, 4)
         with pytest.raises(ValueError, match="3 student rows against 5 teacher rows"):
-            pipeline.evaluate(blocked.TorchKernels(), pipeline.Call(student, teacher, None, None, chosen, False, False))
+            compute(student, teacher, None, options)
 
 
 class TestMemory:
     def test_chunk_follows_the_variable(self, monkeypatch):
         monkeypatch.setenv("MCLD_CHUNK_MB", "3")
-        assert blocked.chunk_bytes(torch.device("cpu")) == 3 << 20
+        assert chunks.chunk_bytes(torch.device("cpu")) == 3 << 20
         monkeypatch.delenv("MCLD_CHUNK_MB")
-        assert blocked.chunk_bytes(torch.device("cpu")) == blocked.CHUNK_MB["cpu"] << 20
-        assert blocked.chunk_bytes(torch.device("meta")) > 0
+        assert chunks.chunk_bytes(torch.device("cpu")) == chunks.CHUNK_MB["cpu"] << 20
+        assert chunks.chunk_bytes(torch.device("meta")) > 0
 
     @pytest.mark.parametrize("text", ["0", "-1", "1.5", "many", ""])
     def test_a_bad_variable_says_so(self, monkeypatch, text):
@@ -413,18 +423,10 @@ class TestMemory:
         small_chunks(8, 400)
         largest = {}
         student, teacher = logits("random", 400, 31, torch.float32)
-        chosen, _ = arguments.options(
-            temperature=0.1,
-            weight=WEIGHT,
-            direction="symmetric",
-            mask_same_class=True,
-            present_only=True,
-            ignore_index=-100,
-            eps=1e-12,
-        )
+        options, _ = options_of(weight=WEIGHT, direction="symmetric", mask_same_class=True, present_only=True)
         target = labels(400, 31)
         with Largest() as seen:
-            pipeline.evaluate(blocked.TorchKernels(), pipeline.Call(student, teacher, target, None, chosen, True, True))
+            compute(student, teacher, target, options, student_grad=True, teacher_grad=True)
             largest["torch"] = seen.numel
         with Largest() as seen:
             mcld_kernels.reference.mcld_loss(student, teacher, target)

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from cases import WEIGHT, labels, logits
+from cases import WEIGHT, labels, logits, options_of
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mcld_kernels
-from mcld_kernels import MCLDLoss, arguments, backends, blocked, pipeline, reference
+from mcld_kernels import MCLDLoss, backends, reference
+from mcld_kernels.kernels import LossInputs
+from mcld_kernels.losses import mcld
 
 BACKENDS = ("reference", "torch")
 OPTIONS = {
@@ -182,16 +184,24 @@ def test_the_computation_waits_for_nothing(backend, options, wanted, small_chunk
     small_chunks(4, 9)
     student, teacher = (x.requires_grad_(w) for x, w in zip(logits("random", 9, 7, torch.float32), wanted, strict=True))
     target, weight = labels(9, 7), torch.tensor(WEIGHT)
-    values = {"temperature": 0.1, "weight": (1.0, 1.0, 1.0), "direction": "student", "ignore_index": -100, "eps": 1e-12}
-    chosen, _ = arguments.options(**{"mask_same_class": False, "present_only": False, **values, **options})
+    options, _ = options_of(**options)
     with RefuseToWait():
         if backend == "reference":
-            loss = reference.evaluate(student, teacher, target, weight, chosen).loss
+            loss = reference.mcld.evaluate(student, teacher, target, weight, options).loss
             if any(wanted):
                 loss.backward()
         else:
             with torch.no_grad():
-                blocked.forward(pipeline.Call(student, teacher, target, weight, chosen, *wanted))
+                inputs = LossInputs(
+                    student=student,
+                    teacher=teacher,
+                    target=target,
+                    weight=weight,
+                    options=options,
+                    student_grad=wanted[0],
+                    teacher_grad=wanted[1],
+                )
+                mcld.compute(backends.kernel_set("torch", student, teacher), inputs)
 
 
 def test_the_watch_sees_waiting():
@@ -205,7 +215,7 @@ def test_the_watch_sees_waiting():
 class TestOnAGpu:
     @pytest.fixture(params=["reference", "torch", "triton", "cuda"])
     def backend(self, request):
-        if (why := backends.unavailable(request.param)) is not None:
+        if (why := backends.unavailable_reason(request.param)) is not None:
             pytest.skip(f"backend {request.param!r}: {why}")
         return request.param
 

@@ -72,7 +72,7 @@ BAD = {
     "weight < 0": ((S, T, Y), {"weight": (1, -1, 1)}, ValueError, ["weight", ">= 0", "-1"]),
     "weight nan": ((S, T, Y), {"weight": (1, 1, math.nan)}, ValueError, ["weight", "finite", "nan"]),
     "weight inf": ((S, T, Y), {"weight": (math.inf, 1, 1)}, ValueError, ["weight", "finite", "inf"]),
-    "one weight": ((S, T, Y), {"weight": 1.0}, TypeError, ["weight", "three", "1.0"]),
+    "weight of text": ((S, T, Y), {"weight": "1.0"}, TypeError, ["weight", "three", "1.0"]),
     "two weights": ((S, T, Y), {"weight": (1, 1)}, TypeError, ["weight", "three", "(1, 1)"]),
     "weight text": ((S, T, Y), {"weight": ("1", "1", "1")}, TypeError, ["weight", "numbers"]),
     "weight tensor of two": ((S, T, Y), {"weight": torch.ones(2)}, ValueError, ["weight", "(3,)", "(2,)"]),

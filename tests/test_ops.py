@@ -6,7 +6,6 @@ from cases import DTYPES, labels, logits, short
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mcld_kernels
-from mcld_kernels import ops  # noqa: F401 registers the operator
 
 MCLD = torch.ops.mcld_kernels.mcld.default
 
@@ -15,9 +14,9 @@ OPTIONS = {
     "teacher": {"direction": "teacher"},
     "symmetric": {"direction": "symmetric"},
     "mask": {"mask_same_class": True, "present_only": True},
-    "instance": {"scale": [1.0, 0.0, 0.0], "target": None},
+    "instance": {"term_weight": [1.0, 0.0, 0.0], "target": None},
     "weight": {"weight": torch.tensor([1.0, 0.5, 2.0])},
-    "no terms": {"scale": [0.0, 0.0, 0.0], "target": None},
+    "no terms": {"term_weight": [0.0, 0.0, 0.0], "target": None},
 }
 
 
@@ -26,7 +25,7 @@ def arguments(student, teacher, target=None, *, student_grad=True, teacher_grad=
         "target": target,
         "weight": None,
         "temperature": [0.1, 0.2, 0.3],
-        "scale": [1.0, 1.0, 1.0],
+        "term_weight": [1.0, 1.0, 1.0],
         "direction": "student",
         "mask_same_class": False,
         "present_only": False,
@@ -93,7 +92,7 @@ def test_meta_tensors_give_shapes():
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["torch", "triton", "cuda"])
 def test_opcheck_on_a_gpu(backend):
-    if (why := mcld_kernels.backends.unavailable(backend)) is not None:
+    if (why := mcld_kernels.backends.unavailable_reason(backend)) is not None:
         pytest.skip(f"backend {backend!r}: {why}")
     student, teacher = logits("random", 130, 70, torch.float32, device="cuda")
     values = arguments(student, teacher, labels(130, 70, device="cuda"), backend=backend, direction="symmetric")

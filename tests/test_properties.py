@@ -199,15 +199,9 @@ class TestWeights:
 
 @given(inputs(), options, st.integers(1, 5))
 def test_chunks_change_nothing(tensors, chosen, rows):
-    from mcld_kernels import blocked
-
     whole = run("torch", *tensors, teacher_grad=True, **chosen)
-    before = blocked.chunk_bytes
-    blocked.chunk_bytes = lambda device: rows * 8 * max(tensors[0].shape)
-    try:
+    with mcld_kernels.backends.tuned(chunk_bytes=rows * 8 * max(tensors[0].shape)):
         parts = run("torch", *tensors, teacher_grad=True, **chosen)
-    finally:
-        blocked.chunk_bytes = before
     close(list(parts), list(whole), atol=1e-8)
 
 
