@@ -39,7 +39,7 @@ def sections(page: str) -> list[tuple[str, tuple[str, ...], str]]:
             heading, requires, code = match["heading"], (), ""
         elif match["requires"]:
             requires = tuple(match["requires"].split(", "))
-        elif match["shown"] or match["hidden"]:
+        elif (match["shown"] or match["hidden"]) and "--8<--" not in match[0]:  # a file of examples/ is put there
             line = text[: match.start()].count("\n") + 1
             code += "\n" * (line - code.count("\n")) + (match["shown"] or match["hidden"])
     found.append((heading, requires, code))
@@ -72,7 +72,9 @@ def names() -> dict[str, object]:
 
 
 SECTIONS = [
-    pytest.param(page, *section, id=f"{page}:{section[0].replace(' ', '-')}") for page in PAGES for section in sections(page)
+    pytest.param(page, *section, id=f"{page}:{section[0].replace(' ', '-')}")
+    for page in PAGES
+    for section in sections(page)
 ]
 
 
@@ -91,3 +93,52 @@ def test_an_example_runs(path, monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     runpy.run_path(str(path), run_name="__main__")
     assert capsys.readouterr().out
+
+
+def test_the_table_of_gradient_sizes_is_what_the_script_prints():
+    module = runpy.run_path(str(ROOT / "docs" / "gradient_sizes.py"))
+    page = (ROOT / "docs" / "hyperparameters.md").read_text(encoding="utf-8")
+    rows = {cells[0]: cells[1:] for line in page.splitlines() if len(cells := line.strip("| ").split(" | ")) == 7}
+    for temperature, *cells in module["rows"]():
+        assert [float(x) for x in rows[temperature]] == pytest.approx([float(x) for x in cells], abs=0.0015)
+
+
+def test_the_figure_is_what_its_script_draws():
+    module = runpy.run_path(str(ROOT / "docs" / "figures" / "tiles.py"))
+    for theme, colours in module["THEMES"].items():
+        drawn = (ROOT / "docs" / "figures" / f"tiles-{theme}.svg").read_text(encoding="utf-8")
+        assert drawn == module["draw"](colours)
+
+
+def test_the_support_matrix_has_the_versions_of_the_project():
+    support = (ROOT / "docs" / "support.md").read_text(encoding="utf-8")
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    for name in ("torch", "triton"):
+        row = next(line for line in support.splitlines() if line.lower().startswith(f"| {name} "))
+        _, _, accepted, tested, _ = (cell.strip() for cell in row.split("|"))
+        assert f'"{name}>={accepted.removesuffix(" or later")}' in project
+        assert re.search(rf"^{name}=={re.escape(tested)}\b", constraints, re.MULTILINE)
+    assert f'requires-python = ">={re.search(r"Python . ([0-9.]+) or later", support)[1]}"' in project
+
+
+def test_the_environment_variables_are_those_of_info():
+    from mcld_kernels import info
+
+    support = (ROOT / "docs" / "support.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `([A-Z_]+)", support, re.MULTILINE)) == set(info.VARIABLES)
+
+
+def test_links_between_the_pages_lead_somewhere():
+    for page in PAGES:
+        prose = re.sub(r"^```.*?^```|<!--.*?-->", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.M | re.S)
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", prose):
+            assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
+
+
+def test_the_readme_is_short_and_its_commands_are_those_of_ci():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 120
+    commands = [line for line in lines if line.startswith("python3 -m venv .venv")]
+    assert len(commands) == 2
+    assert "pytest -n 2" in commands[1]
