@@ -136,6 +136,17 @@ def test_links_between_the_pages_lead_somewhere():
             assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
 
 
+def test_the_line_of_the_readme_equals_what_it_replaces():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    eager, ours = [match["shown"] for match in BLOCK.finditer(text) if match["shown"]][:2]
+    results = []
+    for code in (eager, ours):
+        scope = names()
+        exec(code, scope)
+        results.append((scope["loss"], torch.autograd.grad(scope["loss"], scope["student"])[0]))
+    torch.testing.assert_close(*results)
+
+
 def test_the_readme_is_short_and_its_commands_are_those_of_ci():
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 120
