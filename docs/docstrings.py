@@ -17,6 +17,8 @@ def to_markdown(text: str) -> str:
     # A literal block of reStructuredText, "::" and an indented text, is an indented code block of Markdown.
     text = re.sub(r"::\n\n(?=[ ]{4})", ":\n\n", text)
     text = re.sub(r"``([^`]+)``", r"`\1`", text)
+    # A description that begins with ">" would be a quotation.
+    text = re.sub(r"^( +[\w, ]+: )(>=? )", r"\1\\\2", text, flags=re.MULTILINE)
     return ROLE.sub(r"`\1`", text)
 
 
