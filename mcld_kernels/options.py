@@ -262,12 +262,13 @@ def check_eps(value: Any) -> float:
 
 
 def is_readable(tensor: Tensor) -> bool:
-    """True where values can be read: on the CPU, in eager mode, of a tensor that is neither fake nor transformed."""
+    """True where values can be read: on the CPU, in eager mode, of a tensor that is neither fake, traced nor transformed."""
     return (
         not torch.compiler.is_compiling()
         and type(tensor) in (Tensor, nn.Parameter)
         and tensor.device.type == "cpu"
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        and torch._C._len_torch_dispatch_stack() == 0
     )
 
 

@@ -122,7 +122,7 @@ def evaluate(
         for i, term in enumerate(terms):
             if options.active[i]:
                 loss = loss + options.term_weight[i] * (term if weight is None else weight[i].to(acc) * term)
-    return MCLDTerms(loss, *(term.detach() for term in terms))
+    return MCLDTerms(loss, *(term.detach().clone() for term in terms))
 
 
 def mcld_loss(
