@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
 from collections.abc import Sequence
@@ -60,6 +61,11 @@ class MCLDOptions(NamedTuple):
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     """The accumulator dtype, of sums and of the loss: fp64 for fp64 logits, fp32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Switch autocast off for the device; "meta" has none."""
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def float32_precision() -> str:
@@ -167,9 +173,10 @@ def check_logits(student: Tensor, teacher: Tensor) -> None:
 def _check_dense(name: str, tensor: Tensor) -> None:
     kind = type(tensor)
     if kind is Tensor or kind is nn.Parameter:
-        if tensor.layout == torch.strided:
+        if tensor.layout == torch.strided and not tensor.is_nested:
             return
-        raise TypeError(f"{name} must be a dense tensor; got layout {tensor.layout}: pass {name}.to_dense()")
+        if not tensor.is_nested:
+            raise TypeError(f"{name} must be a dense tensor; got layout {tensor.layout}: pass {name}.to_dense()")
     if kind.__name__ == "DTensor":
         raise TypeError(f"{name} must be a plain tensor; got a DTensor: pass {name}.full_tensor() or .to_local()")
     if kind.__name__ == "MaskedTensor" or tensor.is_nested or tensor.layout != torch.strided:

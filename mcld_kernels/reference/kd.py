@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..options import acc_dtype, check_logits, check_positive
+from ..options import acc_dtype, check_logits, check_positive, no_autocast
 
 
 def evaluate(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """The loss for arguments that are already checked."""
     acc = acc_dtype(torch.promote_types(student.dtype, teacher.dtype))
-    with torch.autocast(student.device.type, enabled=False):
+    with no_autocast(student.device):
         log_q = F.log_softmax(student.to(acc) / temperature, 1)
         log_p = F.log_softmax(teacher.to(acc) / temperature, 1)
         divergence = F.kl_div(log_q, log_p, reduction="sum", log_target=True)
