@@ -136,6 +136,20 @@ def test_links_between_the_pages_lead_somewhere():
             assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
 
 
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md"])
+def test_a_page_names_files_and_folders_that_exist(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    named = re.findall(r"`((?:[\w.-]+/)+|(?:[\w.-]+/)*[\w-]+\.(?:py|md|cuh?|h|cpp|txt|toml|yml|cff))`", text)
+    folders = [ROOT / folder for folder in (".", "mcld_kernels", "csrc", "docs", "tests")]
+    for name in named:
+        exists = any((folder / name).exists() for folder in folders)
+        # A file without its folder may lie anywhere below.
+        exists = exists or (
+            "/" not in name and any(any(folder.rglob(name)) for folder in (*folders[1:], ROOT / "python"))
+        )
+        assert exists, f"{page} names {name}"
+
+
 def test_the_line_of_the_readme_equals_what_it_replaces():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     eager, ours = [match["shown"] for match in BLOCK.finditer(text) if match["shown"]][:2]
