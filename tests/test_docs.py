@@ -143,7 +143,8 @@ def test_a_page_names_files_and_folders_that_exist(page):
     folders = [ROOT / folder for folder in (".", "mcld_kernels", "csrc", "docs", "tests")]
     for name in named:
         exists = any((folder / name).exists() for folder in folders)
-        # A file without its folder may lie anywhere below.
+        # A single name may lie anywhere below.
+        name = name.rstrip("/")
         exists = exists or (
             "/" not in name and any(any(folder.rglob(name)) for folder in (*folders[1:], ROOT / "python"))
         )
