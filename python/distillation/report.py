@@ -103,7 +103,10 @@ def _plot_terms(axis: Any, histories: Sequence[Sequence[dict[str, float]]]) -> N
     for term, colour in TERMS.items():
         curves = [[epoch[term] for epoch in history if term in epoch] for history in histories]
         mean = [statistics.fmean(values) for values in zip(*curves)]
-        axis.plot(range(1, len(mean) + 1), mean, color=colour, linewidth=2, label=term)
+        axis.plot(range(1, len(mean) + 1), mean, color=colour, linewidth=2)
+        axis.annotate(
+            term, (len(mean), mean[-1]), (6, 0), textcoords="offset points", va="center", fontsize=9,
+            color=colour, annotation_clip=False,
+        )  # fmt: skip
     axis.set_title("Loss of the MCLD student on its training images\nunweighted terms", loc="left", fontsize=10)
     axis.set(xlabel="epoch", ylabel="loss, nats")
-    axis.legend(frameon=False, fontsize=9)
