@@ -692,6 +692,15 @@ class TestKernels:
         for row in rows.values():
             assert row.status == "ok" and row.ratio <= 1 and row.bytes_per_s > 0 and row.of_ceiling > 0, row
 
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the CUDA device, not interpreted")
+    def test_every_kernel_of_the_interpreted_triton_set_is_right(self, monkeypatch):
+        """Operands in the layouts of another backend; interpreted kernels are not timed."""
+        pytest.importorskip("triton", reason="triton is not installed")
+        monkeypatch.setattr(kernels, "backend_unsupported_reason", lambda *rest: None)
+        monkeypatch.setattr(kernels.KernelRun, "_time", lambda run: None)
+        rows = self.rows(Case(20, 12), ("triton",))
+        assert len(rows) == 11 and {row.status for row in rows.values()} == {"ok"}, rows
+
     def test_the_counts_of_the_contrast(self):
         by_name = {kernel.name: kernel for kernel in kernels.all_kernels(Case(10, 3), 4, 4)}
         assert by_name["contrast"].flop == 2 * 10 * 10 * 3
