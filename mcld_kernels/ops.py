@@ -104,7 +104,9 @@ class LossOperator:
         if _is_observed(call.student):
             if not torch.compiler.is_compiling():
                 self._tell_flop_counters()
-            return self._operator(*call[1:5], *call.options, *call[6:])  # type: ignore[no-any-return]
+            tensors = call.student, call.teacher, call.target, call.weight
+            choices = call.backend, call.student_grad, call.teacher_grad
+            return self._operator(*tensors, *call.options, *choices)  # type: ignore[no-any-return]
         return self._run(call)
 
     def _implementation(self, student: Tensor, teacher: Tensor, target: Any, weight: Any, *rest: Any) -> Outputs:
