@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 import time
@@ -477,19 +478,24 @@ def test_bad_arguments_end_with_a_message(arguments, message, capsys):
     assert end.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_smoke_ends_in_under_a_minute(tmp_path):
-    start = time.monotonic()
+def test_smoke_takes_less_than_a_minute_of_one_cpu(tmp_path):
+    before = _cpu_seconds_of_children()
     done = subprocess.run(
         [sys.executable, "bench/run.py", "--smoke", "--device", "cpu", "--output", str(tmp_path)],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "compile is left out" in done.stdout and "FAILED" not in done.stdout
-    assert time.monotonic() - start < 60
+    assert _cpu_seconds_of_children() - before < 60  # the clock on the wall depends on the machine's load
+
+
+def _cpu_seconds_of_children():
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def test_a_plot_of_nothing_is_no_file(tmp_path):
@@ -778,10 +784,10 @@ class TestPlots:
 
     def test_the_caption_has_the_load(self):
         head = {"machine": {"cpu": "A CPU", "threads": 2, "load_1min": 0.5, "load_1min_end": 1.25}, "commit": "abc"}
-        head |= {"dirty": True, "versions": {"torch": "2.0"}, "started": "2020-01-01T10:00:00Z"}
+        head |= {"dirty": True, "versions": {"torch": "2.0", "mcld_kernels": "0.1"}, "started": "2020-01-01T10:00:00Z"}
         assert (
             machine.caption(head)
-            == "A CPU, 2 threads; load 0.5 to 1.25; torch 2.0; commit abc with changes; 2020-01-01"
+            == "A CPU, 2 threads; load 0.5 to 1.25; mcld_kernels 0.1; torch 2.0; commit abc with changes; 2020-01-01"
         )
 
     def test_recorded_runs_are_drawn_into_one_figure(self, tmp_path):
