@@ -8,6 +8,7 @@
 #include <string>
 
 #include "build_config.h"
+#include "cpu/bindings.h"
 
 namespace py = pybind11;
 
@@ -55,6 +56,7 @@ py::dict info() {
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Compiled kernels of mcld_kernels.";
+  mcld::cpu::bind(module);
   module.def("info", &info,
              "What this build holds: version, compiler, cuda (None, with the reason, where it is not in), "
              "architectures, and whether the portable and the Hopper kernels are compiled in.");
