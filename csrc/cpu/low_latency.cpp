@@ -104,6 +104,8 @@ inline void add_rows(int64_t rows, int64_t first, int64_t last, float* sums, flo
   }
 }
 
+constexpr int64_t kDepthOfSum = 128;  // products added in one go, for the rounding error and for the first cache
+
 #if MCLD_VECTOR_BYTES == 64
 constexpr int kTileRows = 6, kTileVectors = 4;  // 24 of 32 registers hold sums
 #else
@@ -112,7 +114,7 @@ constexpr int kTileRows = 6, kTileVectors = 2;  // 12 of 16
 
 template <int kRows, int kVectors>
 inline void gemm_tile(const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t b_pitch, float* out,
-                      int64_t out_pitch, int64_t depth) {
+                      int64_t out_pitch, int64_t depth, bool add) {
   Vector sums[kRows][kVectors] = {};
   for (int64_t k = 0; k < depth; ++k, a += a_depth, b += b_pitch) {
     Vector right[kVectors];
@@ -122,34 +124,43 @@ inline void gemm_tile(const float* a, int64_t a_row, int64_t a_depth, const floa
     }
   }
   for (int i = 0; i < kRows; ++i) {
-    for (int v = 0; v < kVectors; ++v) store(out + i * out_pitch + v * kLanes, sums[i][v]);
+    for (int v = 0; v < kVectors; ++v) {
+      float* to = out + i * out_pitch + v * kLanes;
+      store(to, add ? load(to) + sums[i][v] : sums[i][v]);
+    }
   }
 }
 
 template <int kVectors>
 inline void gemm_panel(const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t b_pitch, float* out,
-                       int64_t out_pitch, int64_t rows, int64_t depth) {
+                       int64_t out_pitch, int64_t rows, int64_t depth, bool add) {
   int64_t i = 0;
   for (; i + kTileRows <= rows; i += kTileRows) {
-    gemm_tile<kTileRows, kVectors>(a + i * a_row, a_row, a_depth, b, b_pitch, out + i * out_pitch, out_pitch, depth);
+    gemm_tile<kTileRows, kVectors>(a + i * a_row, a_row, a_depth, b, b_pitch, out + i * out_pitch, out_pitch, depth, add);
   }
   if (i + 3 <= rows) {
-    gemm_tile<3, kVectors>(a + i * a_row, a_row, a_depth, b, b_pitch, out + i * out_pitch, out_pitch, depth);
+    gemm_tile<3, kVectors>(a + i * a_row, a_row, a_depth, b, b_pitch, out + i * out_pitch, out_pitch, depth, add);
     i += 3;
   }
   for (; i < rows; ++i) {
-    gemm_tile<1, kVectors>(a + i * a_row, a_row, a_depth, b, b_pitch, out + i * out_pitch, out_pitch, depth);
+    gemm_tile<1, kVectors>(a + i * a_row, a_row, a_depth, b, b_pitch, out + i * out_pitch, out_pitch, depth, add);
   }
 }
 
 // out (rows, columns) = a b: element (i, k) of a is a[i a_row + k a_depth]; b (depth, columns) row-major; columns is padded.
 void gemm(const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t b_pitch, float* out,
           int64_t out_pitch, int64_t rows, int64_t columns, int64_t depth) {
-  int64_t j = 0;
-  for (; j + kTileVectors * kLanes <= columns; j += kTileVectors * kLanes) {
-    gemm_panel<kTileVectors>(a, a_row, a_depth, b + j, b_pitch, out + j, out_pitch, rows, depth);
+  for (int64_t k = 0; k == 0 || k < depth; k += kDepthOfSum) {
+    const int64_t part = smaller(kDepthOfSum, depth - k);
+    const float *left = a + k * a_depth, *right = b + k * b_pitch;
+    int64_t j = 0;
+    for (; j + kTileVectors * kLanes <= columns; j += kTileVectors * kLanes) {
+      gemm_panel<kTileVectors>(left, a_row, a_depth, right + j, b_pitch, out + j, out_pitch, rows, part, k > 0);
+    }
+    for (; j < columns; j += kLanes) {
+      gemm_panel<1>(left, a_row, a_depth, right + j, b_pitch, out + j, out_pitch, rows, part, k > 0);
+    }
   }
-  for (; j < columns; j += kLanes) gemm_panel<1>(a, a_row, a_depth, b + j, b_pitch, out + j, out_pitch, rows, depth);
 }
 
 struct Call : LowLatency {
@@ -277,6 +288,8 @@ struct Call : LowLatency {
   void row_sums() const {
     const float inverse = 1.f / row_temperature;
     const float coefficient = (instance ? weight[0] : 0.f) + (sample ? weight[1] : 0.f);
+    const float label_part = sample && coefficient > 0 ? weight[1] / coefficient : 0.f;
+    const float diagonal_part = instance && coefficient > 0 ? weight[0] / coefficient : 0.f;
     for_slices(threads, n, 1, n * row_pitch, [=](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
         float* e = similarity + i * row_pitch;
@@ -316,7 +329,8 @@ struct Call : LowLatency {
         const float negative = add_lanes((total[0] + total[1]) + (total[2] + total[3]));
         row_loss[i] = log1pf(negative / positive);
         row_factor[i] = coefficient / (float(n) * row_temperature) / (positive + negative);
-        e[i] = -negative;
+        // Label positives pull by partner - mean: the partner's part cancels here, before it is rounded.
+        e[i] = label_part * positive - diagonal_part * negative;
       }
     });
     double loss_sum = 0, label_sum = 0;
@@ -338,14 +352,14 @@ struct Call : LowLatency {
     for_slices(threads, n, 1, elements(), [=](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
         float* g = row_product + i * pitch;
-        const float *unit = student_rows + i * pitch, *partner = teacher_rows + i * pitch;
+        const float* unit = student_rows + i * pitch;
         const float* mean = sample ? class_means + class_index[i] * pitch : nullptr;
         const float factor = row_factor[i];
         for (int64_t c = num_classes; c < pitch; ++c) g[c] = 0;  // a library's product leaves the padding as it was
         Vector total = {};
         for (int64_t c = 0; c < pitch; c += kLanes) {
           Vector value = load(g + c) * factor;
-          if (sample) value += (load(partner + c) - load(mean + c)) * label;
+          if (sample) value -= load(mean + c) * label;
           store(g + c, value);
           total += value * load(unit + c);
         }
