@@ -210,8 +210,9 @@ class CMakeBuild(build_ext):
                 raise SystemExit(f"\nmcld_kernels: CUDA was asked for, but {error}\n") from None
             print(f"mcld_kernels: installing without the compiled module: {error}", file=sys.stderr)
             note.parent.mkdir(parents=True, exist_ok=True)
-            for stale in note.parent.glob("_C.*"):  # what an earlier build left no longer matches the sources
-                stale.unlink()
+            for stale in note.parent.glob("_C.*"):  # an earlier build's module no longer matches the sources
+                if stale.suffix != ".pyi":
+                    stale.unlink()
             note.write_text(f"{error}\n")
             self.extensions = []
             return

@@ -1,10 +1,10 @@
-"""Checks a CUDA build without a GPU: no kernel spills or uses a stack; the Hopper ones hold wgmma, not serialised;
-those that move rows store 16 bytes at once.
+"""Checks a CUDA build without a GPU: no kernel spills or uses a stack; Hopper kernels hold wgmma, not serialized;
+kernels that move rows store 16 bytes at once.
 
     python .ci/check_cuda.py build/cmake-cpython-311-cuda
 
-reads ``build.log`` of that folder (what ``ptxas -v`` said) and the module of an editable install, through cuobjdump and
-nvdisasm of Triton's wheel or of the PATH.
+reads ``build.log`` of that folder (the output of ``ptxas -v``) and the module of an editable install, through cuobjdump
+and nvdisasm of Triton's wheel or of the PATH.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ def tool(name: str) -> str:
     import triton
 
     folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    found = shutil.which(name, path=f"{folder}{os.pathsep}{os.environ['PATH']}")
-    if not found:
-        raise SystemExit(f"{name} was found neither in Triton's wheel nor on the PATH")
-    return found
+    path = shutil.which(name, path=f"{folder}{os.pathsep}{os.environ['PATH']}")
+    if not path:
+        raise SystemExit(f"{name} is neither in Triton's wheel nor on the PATH")
+    return path
 
 
 def ptxas_report(log: str) -> list[tuple[str, str, int]]:
@@ -51,23 +51,23 @@ def resource_report(module: Path) -> list[tuple[str, str, int]]:
     report, arch = [], "?"
     name = "?"
     for line in text.splitlines():
-        if found := re.search(r"arch = (sm_\w+)", line):
-            arch = found[1]
-        elif found := re.search(r"Function (\S+?):", line):
-            name = found[1]
-        if found := re.search(r"STACK:(\d+).*?LOCAL:(\d+)", line):
-            report.append((name, arch, int(found[1]) + int(found[2])))
+        if match := re.search(r"arch = (sm_\w+)", line):
+            arch = match[1]
+        elif match := re.search(r"Function (\S+?):", line):
+            name = match[1]
+        if match := re.search(r"STACK:(\d+).*?LOCAL:(\d+)", line):
+            report.append((name, arch, int(match[1]) + int(match[2])))
     return report
 
 
 # Kernels by rows that write 16 bytes at once: eight 16-bit elements or four of 32 bits, as the end of their names says.
 VECTOR_KERNELS = re.compile(
-    r"(normalise_rows|finish_rows)_kernelI\w*(Li8|fLi4)E|(rescale|scale_rows|combine|class_means)_kernel"
+    r"(normalize_rows|grad_epilogue_rows)_kernelI\w*(Li8|fLi4)E|(rescale|scale_rows|combine_splits|class_means)_kernel"
 )
 
 
 def instructions(module: Path) -> dict[str, collections.Counter[str]]:
-    """How often each sm_90a kernel holds what it is there for: wgmma (HGMMA) and stores of 16 bytes (STG.E.128)."""
+    """The numbers of wgmma (HGMMA) and of stores of 16 bytes (STG.E.128) in each sm_90a kernel."""
     environ = dict(os.environ, PATH=f"{Path(tool('nvdisasm')).parent}{os.pathsep}{os.environ['PATH']}")
     sass = subprocess.run(
         [tool("cuobjdump"), "-sass", "-arch", "sm_90a", str(module)],
@@ -76,10 +76,10 @@ def instructions(module: Path) -> dict[str, collections.Counter[str]]:
     counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     name = "?"
     for line in sass.splitlines():
-        if found := re.search(r"Function : (\S+)", line):
-            name = found[1]
-        elif found := re.search(r"HGMMA|STG\.E\.128", line):
-            counts[name][found[0]] += 1
+        if match := re.search(r"Function : (\S+)", line):
+            name = match[1]
+        elif match := re.search(r"HGMMA|STG\.E\.128", line):
+            counts[name][match[0]] += 1
         else:
             counts[name].update(())
     return counts
@@ -97,14 +97,14 @@ def main(folder: Path) -> int:
             f"{source}: {name} for {arch} has {size} bytes of stack and spills" for name, arch, size in report if size
         ]
     failures += sorted(set(re.findall(r"Potential Performance Loss: .*", log)))
-    found = instructions(module)
-    wanted = {
-        "HGMMA": [name for name in found if "hopper" in name],
-        "STG.E.128": list(filter(VECTOR_KERNELS.search, found)),
+    counts = instructions(module)
+    required = {
+        "HGMMA": [name for name in counts if "hopper" in name],
+        "STG.E.128": list(filter(VECTOR_KERNELS.search, counts)),
     }
-    for instruction, names in wanted.items():
-        print(f"{instruction}: {sum(found[name][instruction] for name in names)} in {len(names)} sm_90a kernels")
-        failures += [f"{name} holds no {instruction}" for name in names if not found[name][instruction]]
+    for instruction, names in required.items():
+        print(f"{instruction}: {sum(counts[name][instruction] for name in names)} in {len(names)} sm_90a kernels")
+        failures += [f"{name} holds no {instruction}" for name in names if not counts[name][instruction]]
     print(*failures, sep="\n")
     return bool(failures)
 

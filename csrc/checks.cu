@@ -33,6 +33,13 @@ void check(cudaError_t status, const char* call, const char* file, int line) {
   throw CudaError(message);
 }
 
+int driver_version() {
+  int version = 0;
+  // Without a driver the runtime succeeds and gives 0.
+  if (cudaDriverGetVersion(&version) != cudaSuccess) return 0;
+  return version;
+}
+
 DeviceGuard::DeviceGuard(int device) {
   int current = 0;
   MCLD_CHECK(cudaGetDevice(&current));
@@ -42,7 +49,7 @@ DeviceGuard::DeviceGuard(int device) {
 }
 
 DeviceGuard::~DeviceGuard() {
-  // A destructor must not throw, and there is nobody left to tell.
+  // A destructor must not throw.
   if (previous_ >= 0) (void)cudaSetDevice(previous_);
 }
 

@@ -1,8 +1,19 @@
 """Multi-perspective contrastive logit distillation (MCLD) at large batch: fused kernels and a PyTorch reference."""
 
 from . import backends, reference
+from .losses.kd import KDLoss, kd_loss
 from .losses.mcld import MCLDLoss, mcld_loss, mcld_terms
 from .options import MCLDTerms
 from .version import __version__
 
-__all__ = ["MCLDLoss", "MCLDTerms", "__version__", "backends", "mcld_loss", "mcld_terms", "reference"]
+__all__ = [
+    "KDLoss",
+    "MCLDLoss",
+    "MCLDTerms",
+    "__version__",
+    "backends",
+    "kd_loss",
+    "mcld_loss",
+    "mcld_terms",
+    "reference",
+]

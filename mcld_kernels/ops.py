@@ -11,11 +11,13 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils import _python_dispatch
 
 from . import backends
 from .infonce import grad_dtype
 from .kernels import KernelSet, LossInputs, LossOutputs
-from .options import acc_dtype
+from .options import acc_dtype, is_readable
 
 _LIBRARY = torch.library.Library("mcld_kernels", "DEF")
 _OPERATORS: dict[str, LossOperator] = {}
@@ -47,6 +49,7 @@ class LossOperator:
         num_terms: terms of the loss.
         compute: the loss from a kernel set and its inputs.
         flops: floating-point operations of a call, by batch, classes, options and whether a gradient is computed.
+        supported: the backends whose kernel sets ``compute`` can use.
     """
 
     def __init__(
@@ -56,8 +59,10 @@ class LossOperator:
         num_terms: int,
         compute: Callable[[KernelSet, LossInputs], LossOutputs],
         flops: Callable[[int, int, Any, bool], int],
+        supported: tuple[str, ...] = ("torch", "triton", "cuda"),
     ):
         self.name, self.num_terms, self._options_type, self._compute = name, num_terms, options_type, compute
+        self.supported = supported
         hints = typing.get_type_hints(options_type)
         fields = ", ".join(f"{_schema_type(hints[field])} {field}" for field in options_type._fields)
         _LIBRARY.define(
@@ -81,10 +86,10 @@ class LossOperator:
         backend: str,
     ) -> tuple[Tensor, Tensor]:
         """The loss () with its gradient, and the terms (num_terms,), for arguments that are already checked."""
-        enabled = torch.is_grad_enabled()
-        student_grad, teacher_grad = enabled and student.requires_grad, enabled and teacher.requires_grad
-        if student_grad or teacher_grad or (enabled and weight is not None and weight.requires_grad):
-            function = _TransformableLoss if torch._C._are_functorch_transforms_active() else _Loss
+        student_grad, teacher_grad, weight_grad = _needs_grad(student), _needs_grad(teacher), _needs_grad(weight)
+        if student_grad or teacher_grad or weight_grad:
+            is_transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+            function = _TransformableLoss if is_transformed else _Loss
             outputs = function.apply(
                 self.name, student, teacher, target, weight, options, backend, student_grad, teacher_grad
             )
@@ -97,6 +102,8 @@ class LossOperator:
         """Loss (), terms (num_terms,), gradients of the loss by student and teacher: (batch, classes), else (0,)."""
         # The dispatcher is needed by whoever traces or observes operators; a plain call saves its cost.
         if _is_observed(call.student):
+            if not torch.compiler.is_compiling():
+                self._tell_flop_counters()
             return self._operator(*call[1:5], *call.options, *call[6:])  # type: ignore[no-any-return]
         return self._run(call)
 
@@ -107,7 +114,7 @@ class LossOperator:
 
     def _run(self, call: _Call) -> Outputs:
         student, teacher = call.student, call.teacher
-        kernels = backends.kernel_set(call.backend, student, teacher, call.teacher_grad)
+        kernels = backends.kernel_set(call.backend, student, teacher, call.teacher_grad, self.supported)
         if student.shape[0] == 0:
             return self._like(call, torch.zeros)
         inputs = LossInputs(
@@ -133,6 +140,30 @@ class LossOperator:
         teacher_grad = teacher.new_empty(0) if outputs.teacher_grad is None else outputs.teacher_grad
         return outputs.loss, outputs.terms, student_grad, teacher_grad
 
+    def _tell_flop_counters(self) -> None:
+        """Give the flop formula to the counters that are running.
+
+        torch's registry would take it once for all, but importing it imports Triton, which takes longer than this package.
+        """
+        for mode in _python_dispatch._get_current_dispatch_mode_stack():
+            counter = getattr(mode, "counter", mode)
+            if isinstance(registry := getattr(counter, "flop_registry", None), dict):
+                registry.setdefault(self._operator.overloadpacket, self._count_flops)
+
+    def _count_flops(
+        self,
+        student: Any,
+        teacher: Any,
+        target: Any,
+        weight: Any,
+        *rest: Any,
+        out_val: Any = None,
+        **_: Any,
+    ) -> int:
+        """The formula, as torch's flop counters call it: with tensors or with their shapes."""
+        batch, classes = getattr(student, "shape", student)
+        return self._flops(batch, classes, self._options_type(*rest[:-3]), bool(rest[-2] or rest[-1]))
+
     def _fake(self, student: Tensor, teacher: Tensor, target: Any, weight: Any, *rest: Any) -> Outputs:
         return self._like(_Call(self.name, student, teacher, target, weight, None, *rest[-3:]), torch.empty)
 
@@ -147,9 +178,18 @@ class LossOperator:
         return loss, terms, student_grad, teacher_grad
 
 
+def _needs_grad(tensor: Tensor | None) -> bool:
+    """True where a derivative by the tensor may be asked for, in reverse or in forward mode."""
+    if tensor is None:
+        return False
+    if torch.is_grad_enabled() and tensor.requires_grad:
+        return True
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+
+
 def _are_classes(target: Tensor | None, num_classes: int, ignore_index: int) -> bool:
     """True where every label is known to be a class. Labels on a GPU are not read: that would synchronize."""
-    if target is None or target.device.type != "cpu" or 0 <= ignore_index < num_classes:
+    if target is None or 0 <= ignore_index < num_classes or not is_readable(target):
         return False
     low, high = torch.aminmax(target)
     return int(low) >= 0 and int(high) < num_classes
@@ -177,44 +217,57 @@ def _is_observed(tensor: Tensor) -> bool:
 class _NoSecondDerivative(torch.autograd.Function):
     """The identity of a gradient that depends on ``inputs``; its own derivative raises instead of being lost."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor, *inputs: Tensor | None) -> Tensor:
+    def forward(gradient: Tensor, *inputs: Tensor | None) -> Tensor:
         return gradient.view_as(gradient)
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
-        raise RuntimeError(
-            "the fast backends of mcld_kernels cannot be differentiated twice; backend='reference' can, at its own cost"
-        )
+        raise RuntimeError(_TWICE)
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Tensor | None) -> Any:
+        raise RuntimeError(_TWICE)
 
 
-def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients by student, teacher and weight."""
-    student_grad, teacher_grad, terms, student, teacher, weight = ctx.saved_tensors
+_TWICE = "the fast backends of mcld_kernels cannot be differentiated twice; backend='reference' can, at its own cost"
+
+
+def _save(ctx: Any, call: _Call, outputs: Outputs) -> tuple[Tensor | None, ...]:
+    """Save what the derivatives need; returns it."""
+    # The inputs that a second derivative would be taken by; a constant may be an inference tensor, which cannot be saved.
+    inputs = (x if x is not None and x.requires_grad else None for x in (call.student, call.teacher, call.weight))
+    # A copy, since whoever logs the terms may change them in place.
+    terms = outputs[1].clone() if call.weight is not None else None
+    ctx.dtypes = (
+        call.student.dtype if call.student_grad else None,
+        call.teacher.dtype if call.teacher_grad else None,
+        None if call.weight is None else call.weight.dtype,
+    )
+    saved = (outputs[2], outputs[3], terms, *inputs)
+    ctx.save_for_backward(*saved)
+    return saved
+
+
+def _backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+    """Gradients by the arguments of a call."""
+    *gradients, student, teacher, weight = ctx.saved_tensors
     results: list[Tensor | None] = []
-    for gradient, dtype in zip((student_grad, teacher_grad, terms), ctx.dtypes, strict=True):
-        if dtype is None:
+    for gradient, dtype, needed in zip(gradients, ctx.dtypes, (1, 2, 4), strict=True):
+        if dtype is None or not ctx.needs_input_grad[needed]:
             results.append(None)
             continue
         # Grad mode is on in backward where a graph of it was asked for (create_graph=True).
         if torch.is_grad_enabled():
             gradient = _NoSecondDerivative.apply(gradient, student, teacher, weight)
         results.append((gradient * upstream).to(dtype))
-    return tuple(results)
-
-
-def _save(ctx: Any, call: _Call, outputs: Outputs) -> None:
-    weight_grad = call.weight is not None and call.weight.requires_grad
-    # A copy, since whoever logs the terms may change them in place.
-    terms = outputs[1].clone() if weight_grad else None
-    # The inputs that a second derivative would be taken by; a constant may be an inference tensor, which cannot be saved.
-    inputs = (x if x is not None and x.requires_grad else None for x in (call.student, call.teacher, call.weight))
-    ctx.save_for_backward(outputs[2], outputs[3], terms, *inputs)
-    ctx.dtypes = (
-        call.student.dtype if call.student_grad else None,
-        call.teacher.dtype if call.teacher_grad else None,
-        call.weight.dtype if call.weight is not None and weight_grad else None,
-    )
+    return None, results[0], results[1], None, results[2], None, None, None, None
 
 
 class _Loss(torch.autograd.Function):
@@ -228,12 +281,11 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Any) -> tuple[Any, ...]:  # type: ignore[override]
-        student, teacher, weight = _backward(ctx, upstream)
-        return None, student, teacher, None, weight, None, None, None, None
+        return _backward(ctx, upstream)
 
 
 class _TransformableLoss(torch.autograd.Function):
-    """The same for torch.func: what backward needs is an output."""
+    """The same for torch.func and forward-mode AD: what the derivatives need are outputs."""
 
     @staticmethod
     def forward(*args: Any) -> Outputs:
@@ -242,10 +294,32 @@ class _TransformableLoss(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-        _save(ctx, _Call(*inputs), output)
+        ctx.save_for_forward(*_save(ctx, _Call(*inputs), output))
         ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:  # type: ignore[override]
-        student, teacher, weight = _backward(ctx, upstream)
-        return None, student, teacher, None, weight, None, None, None, None
+        return _backward(ctx, upstream)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Any, ...]:
+        *gradients, student, teacher, weight = ctx.saved_tensors
+        parts = [
+            (_NoSecondDerivative.apply(gradient, student, teacher, weight) * tangents[index]).sum()
+            for gradient, dtype, index in zip(gradients, ctx.dtypes, (1, 2, 4), strict=True)
+            if dtype is not None and tangents[index] is not None
+        ]
+        return sum(parts[1:], parts[0]), None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Outputs, tuple[int, ...]]:
+        """One call for each problem of the batch."""
+        results = []
+        for i in range(info.batch_size):
+            taken = (
+                arg.select(dim, i) if isinstance(arg, Tensor) and dim is not None else arg
+                for arg, dim in zip(args, in_dims, strict=True)
+            )
+            results.append(_TransformableLoss.apply(*taken))
+        loss, terms, student_grad, teacher_grad = (torch.stack(parts) for parts in zip(*results, strict=True))
+        return (loss, terms, student_grad, teacher_grad), (0, 0, 0, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
 from collections.abc import Sequence
@@ -60,6 +61,11 @@ class MCLDOptions(NamedTuple):
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     """The accumulator dtype, of sums and of the loss: fp64 for fp64 logits, fp32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Switch autocast off for the device; "meta" has none."""
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def float32_precision() -> str:
@@ -167,9 +173,10 @@ def check_logits(student: Tensor, teacher: Tensor) -> None:
 def _check_dense(name: str, tensor: Tensor) -> None:
     kind = type(tensor)
     if kind is Tensor or kind is nn.Parameter:
-        if tensor.layout == torch.strided:
+        if tensor.layout == torch.strided and not tensor.is_nested:
             return
-        raise TypeError(f"{name} must be a dense tensor; got layout {tensor.layout}: pass {name}.to_dense()")
+        if not tensor.is_nested:
+            raise TypeError(f"{name} must be a dense tensor; got layout {tensor.layout}: pass {name}.to_dense()")
     if kind.__name__ == "DTensor":
         raise TypeError(f"{name} must be a plain tensor; got a DTensor: pass {name}.full_tensor() or .to_local()")
     if kind.__name__ == "MaskedTensor" or tensor.is_nested or tensor.layout != torch.strided:
@@ -196,6 +203,15 @@ def check_temperatures(value: Any) -> tuple[float, float, float]:
         if not 0 < v < math.inf:
             raise ValueError(f"temperature must be positive and finite; got {value!r}")
     return float(values[0]), float(values[1]), float(values[2])
+
+
+def check_positive(name: str, value: Any) -> float:
+    """One positive, finite number."""
+    if not is_number(value):
+        raise TypeError(f"{name} must be a number; got {value!r}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite; got {value!r}")
+    return float(value)
 
 
 def _three_weights(value: Any) -> tuple[float, float, float]:
@@ -253,12 +269,13 @@ def check_eps(value: Any) -> float:
 
 
 def is_readable(tensor: Tensor) -> bool:
-    """True where values can be read: on the CPU, in eager mode, of a tensor that is neither fake nor transformed."""
+    """True where values can be read: on the CPU, in eager mode, of a tensor that is neither fake, traced nor transformed."""
     return (
         not torch.compiler.is_compiling()
         and type(tensor) in (Tensor, nn.Parameter)
         and tensor.device.type == "cpu"
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        and torch._C._len_torch_dispatch_stack() == 0
     )
 
 

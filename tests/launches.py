@@ -1,4 +1,4 @@
-"""Counting what a GPU would have to launch."""
+"""A counter of kernel launches and of torch operations that launch a kernel on a GPU."""
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -10,7 +10,7 @@ class Counted(TorchDispatchMode):
         super().__init__()
         self.launches: list[str] = []
         self.operations: list[str] = []
-        self.inside = False  # a launch: what its emulation does is its own
+        self.inside = False  # in a launch, whose emulation runs operations of its own
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__

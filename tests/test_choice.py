@@ -44,9 +44,9 @@ class TestChoice:
         with pytest.raises(backends.BackendUnavailable, match="teacher"):
             mcld_kernels.mcld_loss(student, teacher.requires_grad_(), labels(4, 3), backend=name)
         with torch.no_grad():  # nobody asks for it here
-            assert backends.unsupported_reason(name, student, teacher, False) is None or "gradient" not in backends.unsupported_reason(
+            assert backends.unsupported_reason(
                 name, student, teacher, False
-            )
+            ) is None or "gradient" not in backends.unsupported_reason(name, student, teacher, False)
 
     def test_auto_on_the_cpu_is_torch(self):
         student, teacher = logits("random", 4, 3, torch.float32)

@@ -1,9 +1,15 @@
 """The portable CUDA kernels, compiled for the host and run through the "cuda" backend, against the fp64 reference.
 
-What this proves: the kernels' arithmetic, indices, barriers and asynchronous copies, and the provider's chunks, splits
-and masks, at the error bar of every backend, without a data race between threads or blocks (csrc_host/races.h). What it
-cannot prove: speed and PTX. tests/test_cuda.py runs the same grid on a GPU.
+Covered: the kernels' arithmetic, indices, barriers and asynchronous copies, and the backend's chunks, splits and masks,
+at the error bar of every backend, without a data race between threads or blocks (csrc_host/races.h). Not covered: speed
+and PTX. tests/test_cuda.py runs the same grid on a GPU.
 """
+
+import ast
+import contextlib
+import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import cases
 import csrc_host
@@ -11,9 +17,13 @@ import pytest
 import torch
 
 import mcld_kernels
-from mcld_kernels import blocked, cuda, pipeline, reference
-from mcld_kernels.cuda import common, configs, latency
-from mcld_kernels.cuda.kernels import CudaKernels
+from mcld_kernels import backends
+from mcld_kernels.backends import cuda
+from mcld_kernels.backends import torch as torch_backend
+from mcld_kernels.backends.cuda import extension, low_latency, tuning
+from mcld_kernels.kernels import LossInputs
+from mcld_kernels.losses import mcld
+from mcld_kernels.reference import mcld as reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Odd, one row, one class, past one tile of 64 or 128 in each direction, rows of more than one slice of shared memory.
@@ -28,24 +38,26 @@ def module():
 
 
 @pytest.fixture(autouse=True)
-def emulated(module, monkeypatch):
-    monkeypatch.setattr(cuda, "emulated", module)
+def emulated(module):
+    with extension.use(module):
+        yield
 
 
-@pytest.fixture(params=["flash", "two products"])
-def path(request, monkeypatch):
-    monkeypatch.setattr(configs, "LATENCY_LARGEST", 0)
-    if request.param == "two products":
-        monkeypatch.setattr(configs, "FLASH_BYTES", 0)
-    return request.param
+PATHS = {"flash": {"low_latency_limit": 0}, "two products": {"low_latency_limit": 0, "flash_row_bytes": 0}}
+
+
+@pytest.fixture(params=PATHS)
+def path(request):
+    with backends.tuned(**PATHS[request.param]):
+        yield request.param
 
 
 @pytest.fixture
-def low_latency(monkeypatch):
-    """Fails the test where the five launches are not what ran."""
+def takes_low_latency(monkeypatch):
+    """Fails the test unless the low-latency path has run."""
     calls = []
-    plain = latency.evaluate
-    monkeypatch.setattr(latency, "evaluate", lambda *args, **kwargs: calls.append(1) or plain(*args, **kwargs))
+    evaluate = low_latency.evaluate
+    monkeypatch.setattr(low_latency, "evaluate", lambda *args, **kwargs: calls.append(1) or evaluate(*args, **kwargs))
     yield
     assert calls
 
@@ -79,53 +91,60 @@ def test_kinds_of_logits(path, kind, dtype, poison):
 @pytest.mark.parametrize("dtype", DTYPES, ids=cases.short)
 @pytest.mark.parametrize("direction", ["student", "teacher", "symmetric"])
 @pytest.mark.parametrize("temperature", [0.1, 0.02])
-def test_chunks_and_large_tiles(dtype, direction, temperature, monkeypatch, poison):
-    monkeypatch.setattr(configs, "LATENCY_LARGEST", 0)
-    monkeypatch.setattr(configs, "FLASH_BYTES", 0)
-    monkeypatch.setattr(configs, "ENOUGH_TILES", 0)  # tiles of 128 wherever they divide the operand
-    monkeypatch.setattr(blocked, "chunk_bytes", lambda device: 1)  # the least: 128 rows
-    check("random", 260, 130, dtype, direction=direction, temperature=temperature)
+def test_chunks_and_large_tiles(dtype, direction, temperature, poison):
+    # min_large_tiles: tiles of 128 wherever they divide the operand. chunk_bytes: chunks of 128 rows, the fewest.
+    with backends.tuned(**PATHS["two products"], min_large_tiles=0, chunk_bytes=1):
+        check("random", 260, 130, dtype, direction=direction, temperature=temperature)
 
 
-def test_fp16_weights_of_a_large_batch(path):
-    """Factors of an anchor are about 1 / (n m), which is below fp16's range long before the gradient is."""
+def test_fp16_coefficients_of_a_large_batch(path):
+    """Coefficients of an anchor are about 1 / (n m), which is below fp16's range long before the gradient is."""
     check("random", 1030, 20, torch.float16, direction="teacher", weight=(1e-3, 0.0, 0.0))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=cases.short)
 @pytest.mark.parametrize("temperature", [0.1, 0.02])
 @pytest.mark.parametrize("tile", [128, 64])
-def test_a_split_contraction(tile, temperature, dtype, monkeypatch, poison):
+def test_a_split_contraction(module, tile, temperature, dtype, poison):
     """Few tiles of long rows, in parts of unequal length: the category-wise term of a large batch."""
-    monkeypatch.setattr(configs, "LATENCY_LARGEST", 0)
-    monkeypatch.setattr(configs, "FLASH_BYTES", 0)
-    monkeypatch.setattr(configs, "LEAST_SPAN", 96)
-    monkeypatch.setattr(configs, "MOST_PARTS", {tile: 7})
-    assert configs.similarity_tile(128, 128, 768) == (tile, 7)
+    fields = {"min_split_depth": 96, "max_large_tile_splits": 7, "max_small_tile_splits": 7}
+    if tile == 128:
+        fields["min_large_tiles"] = 0
     options = {"mask_same_class": True, "direction": "symmetric", "ignored": 0.1}
-    check("random", 700, 20, dtype, temperature=temperature, weight=(0.0, 0.0, 1.0))
-    check("random", 20, 700, dtype, temperature=temperature, **options)
+    with backends.tuned(**PATHS["two products"], **fields):
+        kernels = default_kernels()
+        assert tuning.similarity_tile(kernels.tuning, module.constants, 128, 128, 768) == (tile, 7)
+        check("random", 700, 20, dtype, temperature=temperature, weight=(0.0, 0.0, 1.0))
+        check("random", 20, 700, dtype, temperature=temperature, **options)
 
 
-def test_splits_by_shape():
-    """Blocks enough for a large GPU, and no part of next to nothing; large work is not split."""
-    assert configs.similarity_tile(1024, 1024, 65536) == (128, 4)
-    assert configs.similarity_tile(128, 128, 65536) == (64, 32)
-    assert configs.similarity_tile(1024, 1024, 1024) == (128, 2)
-    assert configs.similarity_tile(128, 128, 640) == (64, 1)
-    assert configs.similarity_tile(4096, 4096, 1024) == (128, 1)
+def default_kernels():
+    logits = torch.zeros(1, 1)
+    return backends.kernel_set("cuda", logits, logits)
+
+
+def test_splits_by_shape(module):
+    """Blocks enough for a large GPU, and no part too short to pay; large work is not split."""
+    expected = {
+        (1024, 1024, 65536): (128, 4),
+        (128, 128, 65536): (64, 32),
+        (1024, 1024, 1024): (128, 2),
+        (128, 128, 640): (64, 1),
+        (4096, 4096, 1024): (128, 1),
+    }
+    for shape, choice in expected.items():
+        assert tuning.similarity_tile(default_kernels().tuning, module.constants, *shape) == choice
 
 
 @pytest.mark.parametrize("splits", [1, 2, 5])
 @pytest.mark.parametrize("temperature", [0.1, 0.02])
-def test_splits_of_flash(splits, temperature, monkeypatch, poison):
-    monkeypatch.setattr(configs, "LATENCY_LARGEST", 0)
-    monkeypatch.setattr(configs, "MOST_SPLITS", splits)
-    for direction in ("student", "teacher"):
-        check("random", 330, 20, torch.bfloat16, direction=direction, temperature=temperature)
+def test_splits_of_flash(splits, temperature, poison):
+    with backends.tuned(**PATHS["flash"], max_flash_splits=splits):
+        for direction in ("student", "teacher"):
+            check("random", 330, 20, torch.bfloat16, direction=direction, temperature=temperature)
 
 
-SMALL = {
+LOW_LATENCY_OPTIONS = {
     "all": {},
     "teacher": {"direction": "teacher"},
     "symmetric": {"direction": "symmetric"},
@@ -142,25 +161,25 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("options", SMALL.values(), ids=SMALL.keys())
+@pytest.mark.parametrize("options", LOW_LATENCY_OPTIONS.values(), ids=LOW_LATENCY_OPTIONS.keys())
 @pytest.mark.parametrize("dtype", DTYPES, ids=cases.short)
 @pytest.mark.parametrize(("batch", "classes"), [(7, 5), (65, 130)])
-def test_low_latency_options(low_latency, batch, classes, dtype, options, poison):
+def test_low_latency_options(takes_low_latency, batch, classes, dtype, options, poison):
     if dtype == torch.float16 and options.get("direction", "student") != "student":
-        options = options | {"weight": (0.0, 0.0, 1.0)}  # the row terms go another way: the next test
+        options = options | {"weight": (0.0, 0.0, 1.0)}  # the row terms take another path: the next test
     check("random", batch, classes, dtype, ignored=0.2, **options)
 
 
-def test_teacher_anchors_in_fp16_take_the_long_way(monkeypatch):
-    """Their factors have no range in fp16."""
-    monkeypatch.setattr(latency, "evaluate", None)
+def test_teacher_anchors_in_fp16_do_not_take_the_low_latency_path(monkeypatch):
+    """Their coefficients have no range in fp16."""
+    monkeypatch.setattr(low_latency, "evaluate", None)
     check("random", 65, 130, torch.float16, direction="teacher")
     check("random", 65, 130, torch.float16, direction="symmetric")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=cases.short)
 @pytest.mark.parametrize("kind", cases.KINDS[1:])
-def test_low_latency_kinds_of_logits(low_latency, kind, dtype, poison):
+def test_low_latency_kinds_of_logits(takes_low_latency, kind, dtype, poison):
     check(kind, 7, 5, dtype, weight=(0.0, 1.0, 0.0))
     check(kind, 67, 41, dtype, mask_same_class=True, present_only=True, ignored=0.1)
     if dtype != torch.float16:
@@ -169,7 +188,7 @@ def test_low_latency_kinds_of_logits(low_latency, kind, dtype, poison):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=cases.short)
-def test_low_latency_edges(low_latency, dtype, poison):
+def test_low_latency_edges(takes_low_latency, dtype, poison):
     check("random", 1, 7, dtype)
     check("random", 5, 1, dtype, ignored=1.0)
     if dtype != torch.float16:
@@ -186,15 +205,20 @@ def test_low_latency_edges(low_latency, dtype, poison):
     assert mcld_kernels.mcld_loss(student, teacher, target, backend="cuda").isnan()
 
 
-def test_low_latency_bad_labels_make_their_terms_nan(module, low_latency):
-    """As on a GPU, where no check of a label's value may synchronise: no read out of bounds, and NaN."""
+def test_low_latency_bad_labels_make_their_terms_nan(takes_low_latency):
+    """As on a GPU, where no check of a label's value may synchronize: no read out of bounds, and NaN."""
     student, teacher = cases.logits("random", 33, 21, torch.float32)
     target = cases.labels(33, 21)
     target[5] = 21
-    chosen, _ = cases.options_of()
-    result = cuda.forward(pipeline.Call(student, teacher, target, None, chosen, True, False))
-    assert result.terms.isnan().tolist() == [False, True, False]
-    assert result.loss.isnan()
+    outputs = mcld.compute(backends.kernel_set("cuda", student, teacher), inputs_of(student, teacher, target))
+    assert outputs.terms.isnan().tolist() == [False, True, False]
+    assert outputs.loss.isnan()
+
+
+def inputs_of(student, teacher, target, **fields):
+    options, _ = cases.options_of(**fields.pop("options", {}))
+    defaults = {"weight": None, "student_grad": True, "teacher_grad": False}
+    return LossInputs(student=student, teacher=teacher, target=target, options=options, **defaults | fields)
 
 
 def round_tf32(x):
@@ -239,16 +263,16 @@ def test_float32_matmul_precision(path, precision, rounding, direction, matmul_p
 
 
 def test_precisions_differ(matmul_precision):
-    """Each float32 matmul precision is a computation of its own: errors fall from bf16 to tf32 to fp32."""
+    """Errors fall from bf16 ("medium") to tf32 ("high") to fp32 ("highest")."""
     student, teacher = cases.logits("random", 67, 41, torch.float32)
     target = cases.labels(67, 41)
     want = cases.truth(student, teacher, target)
-    found = []
+    errors = []
     for precision in ("medium", "high", "highest"):
         matmul_precision(precision)
         got = cases.run("cuda", student, teacher, target)
-        found.append(float((got.student.double() - want.student).norm() / want.student.norm()))
-    assert found[0] > 3 * found[1] > 30 * found[2]
+        errors.append(float((got.student.double() - want.student).norm() / want.student.norm()))
+    assert errors[0] > 3 * errors[1] > 30 * errors[2]
 
 
 def test_mixed_dtypes(path):
@@ -279,7 +303,7 @@ def test_strides_and_alignment(path, dtype):
         got = cases.run("cuda", view(student), view(teacher), target)
         assert torch.equal(got.loss, want.loss)
         assert torch.equal(got.student, want.student)
-    # Column-major logits are normalised in another order of sums.
+    # Column-major logits are normalized in another order of sums.
     got = cases.run("cuda", student.T.contiguous().T, teacher.T.contiguous().T, target)
     torch.testing.assert_close(got.loss, want.loss, rtol=1e-3 if dtype != torch.float32 else 1e-6, atol=0)
     error = (got.student.double() - want.student.double()).norm()
@@ -313,30 +337,37 @@ def test_nan_and_inf_spread(path, bad, temperature):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=cases.short)
 @pytest.mark.parametrize("temperature", [0.1, 0.02])
-def test_anchors_against_more_candidates(path, module, dtype, temperature, poison):
-    """Rectangular, the positive at an offset: the rows of one rank against those of all."""
+def test_anchors_against_more_candidates(path, dtype, temperature, poison):
+    """Rectangular, the positive at an offset: the rows of one process against those of all."""
     generator = torch.Generator().manual_seed(3)
     student = torch.randn(70, 45, generator=generator).to(dtype)
     teacher = torch.randn(200, 45, generator=generator).to(dtype)
     labels = torch.randint(0, 45, (200,), generator=generator)
-    chosen, _ = cases.options_of(temperature=temperature, weight=(1.0, 0.5, 0.0))
-    extra = {"student_grad": True, "teacher_grad": True, "offset": 90, "teacher_target": labels}
-    call = pipeline.Call(student, teacher, labels[90:160], None, chosen, **extra)
-    got = pipeline.evaluate(CudaKernels(common.Launcher(module, student.device)), call)
-    exact = call._replace(student=student.double(), teacher=teacher.double())
-    want = pipeline.evaluate(blocked.TorchKernels(), exact)
+    fields = {
+        "options": {"temperature": temperature, "weight": (1.0, 0.5, 0.0)},
+        "teacher_grad": True,
+        "offset": 90,
+        "teacher_target": labels,
+    }
+
+    def outputs_of(backend, student, teacher):
+        inputs = inputs_of(student, teacher, labels[90:160], **fields)
+        return mcld.compute(backend.kernel_set(student, teacher, **PATHS[path] if backend is cuda else {}), inputs)
+
+    got = outputs_of(cuda, student, teacher)
+    want = outputs_of(torch_backend, student.double(), teacher.double())
     tolerance = {torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}[dtype]
-    for name in ("loss", "terms", "student", "teacher"):
+    for name in ("loss", "terms", "student_grad", "teacher_grad"):
         a, b = getattr(got, name).double(), getattr(want, name)
         assert float((a - b).norm()) <= tolerance * float(b.norm()), name
 
 
-def test_the_largest_rows_of_flash(poison, monkeypatch):
+def test_the_largest_rows_of_flash(poison):
     """256 classes in half precision, 128 in fp32: the accumulator of a whole row in registers."""
-    monkeypatch.setattr(configs, "LATENCY_LARGEST", 0)
-    for classes, dtype in ((250, torch.bfloat16), (250, torch.float16), (120, torch.float32)):
-        check("random", 70, classes, dtype)
-        check("random", 70, classes, dtype, temperature=0.02, direction="teacher")
+    with backends.tuned(**PATHS["flash"]):
+        for classes, dtype in ((250, torch.bfloat16), (250, torch.float16), (120, torch.float32)):
+            check("random", 70, classes, dtype)
+            check("random", 70, classes, dtype, temperature=0.02, direction="teacher")
 
 
 def test_loss_alone(path, poison):
@@ -352,20 +383,118 @@ def test_loss_alone(path, poison):
 
 def test_the_bindings_name_a_wrong_argument(module):
     with pytest.raises(TypeError, match="missing argument x"):
-        module.normalise_rows(device=0, stream=0)
-    fields = dict.fromkeys(("parts", "maxima", "row_maxima", "out", "rows", "padded_rows", "pitch", "splits"), 0)
+        module.normalize_rows(device=0, stream=0)
+    names = "products", "split_maxima", "row_maxima", "out", "rows", "padded_rows", "pitch", "splits"
     with pytest.raises(TypeError, match="unknown arguments.*spare"):
-        module.combine(**fields, device=0, stream=0, spare=1)
+        module.combine_splits(**dict.fromkeys(names, 0), device=0, stream=0, spare=1)
 
 
-def test_reasons(monkeypatch):
+@pytest.mark.parametrize(("count", "raises"), [(0, True), (1, False), (8, False), (9, True)])
+def test_a_list_of_the_bindings_has_a_length(module, count, raises):
+    """reduce_terms takes 1 to 8 weights."""
+    per_anchor, loss, terms = torch.zeros(1, 1), torch.empty(()), torch.empty(9)
+    expected = pytest.raises(ValueError, match="term_weight takes 1 to 8") if raises else contextlib.nullcontext()
+    with expected:
+        module.reduce_terms(
+            per_anchor=per_anchor.data_ptr(), width=1, parts=[0], term_weight=[1.0] * count, weight=0,
+            loss=loss.data_ptr(), terms=terms.data_ptr(), device=0, stream=0,
+        )  # fmt: skip
+
+
+def test_the_stub_has_every_binding(module):
+    """mcld_kernels/_C.pyi against the module: launchers with their keyword arguments, constants, lists' structures."""
+    stub = ast.parse((Path(mcld_kernels.__file__).parent / "_C.pyi").read_text())
+    functions = {
+        node.name: [a.arg for a in node.args.kwonlyargs] for node in stub.body if isinstance(node, ast.FunctionDef)
+    }
+    structures = {
+        node.name: [item.target.id for item in node.body if isinstance(item, ast.AnnAssign)]
+        for node in stub.body
+        if isinstance(node, ast.ClassDef)
+    }
+    assert not functions.pop("info") and not functions.pop("driver_version")
+    bound = {}
+    for name in dir(module):
+        arguments = re.search(r"Keyword arguments: (.*)", getattr(module, name).__doc__ or "")
+        if arguments:
+            bound[name] = arguments[1].split(", ")
+    assert bound == functions
+    assert list(module.info()) == structures["Info"]
+    assert list(module.constants) == structures["Constants"]
+    for name in ("types", "precisions"):
+        assert list(module.constants[name]) == structures[name.capitalize()]
+
+
+def test_reasons(module):
     logits = torch.zeros(2, 3)
-    assert cuda.reason(logits, logits) is None
-    assert "fp64" in cuda.reason(logits, logits.double())
-    monkeypatch.setattr(cuda, "emulated", None)
+    assert cuda.unavailable_reason() is None
+    assert cuda.unsupported_reason(logits, logits) is None
+    assert "fp64" in cuda.unsupported_reason(logits, logits.double())
+    info = {**module.info(), "portable": False}
+    with extension.use(SimpleNamespace(info=lambda: info)):
+        assert "no portable kernels" in cuda.unavailable_reason()
     if not torch.cuda.is_available():
-        assert cuda.unavailable() is not None
-        assert cuda.reason(logits, logits) == cuda.unavailable()
+        with extension.use(compiled_for("90a-real", None)):
+            assert "no CUDA device" in cuda.unavailable_reason()
+            assert cuda.unsupported_reason(logits, logits) == cuda.unavailable_reason()
+
+
+def compiled_for(architectures, driver, toolkit="13.0.88"):
+    """A module compiled for a GPU, on a machine whose driver runs CUDA ``driver`` at most."""
+    info = {"cuda": toolkit, "architectures": architectures.split(";"), "portable": True}
+    return SimpleNamespace(info=lambda: info, driver_version=lambda: driver)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A function that makes a GPU of a compute capability seem to be there; it returns logits that seem to be on it."""
+
+    def seems(*capability):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        return SimpleNamespace(dtype=torch.float32, device=torch.device("cuda", 0))
+
+    return seems
+
+
+@pytest.mark.parametrize("driver", [(12, 4), (11, 8)])
+def test_a_driver_older_than_the_toolkits_major_version_is_a_reason(gpu, driver):
+    """It fails at the first launch with cudaErrorInsufficientDriver."""
+    logits = gpu(9, 0)
+    with extension.use(compiled_for("90a-real", driver)):
+        for reason in (cuda.unavailable_reason(), cuda.unsupported_reason(logits, logits)):
+            assert f"CUDA {driver[0]}.{driver[1]} at most" in reason and "built with CUDA 13.0" in reason
+
+
+def test_an_old_driver_lets_auto_fall_back(gpu, monkeypatch):
+    logits = gpu(9, 0)
+    logits.is_cuda, logits.requires_grad = True, False
+    monkeypatch.setattr(backends, "preference", lambda student, teacher: ("cuda",))
+    with extension.use(compiled_for("90a-real", (12, 4))):
+        assert backends.choose("auto", logits, logits, False) == "torch"
+    with extension.use(compiled_for("90a-real", (13, 0))):
+        assert backends.choose("auto", logits, logits, False) == "cuda"
+
+
+def test_a_driver_of_the_toolkits_major_version_runs_code_but_compiles_no_newer_ptx(gpu):
+    logits = gpu(9, 0)
+    with extension.use(compiled_for("90a-real", (13, 0), "13.1.5")):
+        assert cuda.unsupported_reason(logits, logits) is None
+    with extension.use(compiled_for("80", (13, 0), "13.1.5")):
+        assert "compile PTX of CUDA 13.1" in cuda.unsupported_reason(logits, logits)
+    for driver in ((13, 1), (13, 2), (14, 0), None):
+        with extension.use(compiled_for("80", driver, "13.1.5")):
+            assert cuda.unsupported_reason(logits, logits) is None
+
+
+def test_a_device_without_code_is_a_reason(gpu):
+    logits = gpu(7, 5)
+    with extension.use(compiled_for("80-real;90a-real", (13, 0))):
+        assert "compute capability 8.0 or above" in cuda.unsupported_reason(logits, logits)
+        logits = gpu(12, 0)
+        assert "MCLD_CUDA_ARCHS=12.0" in cuda.unsupported_reason(logits, logits)
+        logits.device = torch.device("cpu")
+        assert "CUDA tensors" in cuda.unsupported_reason(logits, logits)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""Rows by vectors: the kernels that normalise and finish rows take 16 bytes a lane where addresses allow it.
+"""Rows by vectors: l2_normalize and grad_epilogue access 16 bytes a lane where addresses allow it.
 
-Run in host emulation, where a misaligned vector access is an error and each access is counted, so that a test knows
-which of the paths ran: 16 or 8 bytes or single elements, a row held in registers or read twice.
+Run in host emulation, where a misaligned vector access is an error and each access is counted, so that a test sees
+which path ran: 16 or 8 bytes or single elements, a row held in registers or read twice.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mcld_kernels import cuda
-from mcld_kernels.cuda import configs
+from mcld_kernels.backends.cuda import extension
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 TYPE = {FP32: 0, FP16: 1, BF16: 2}
@@ -29,6 +28,12 @@ def module():
     if csrc_host.compiler() is None:
         pytest.skip("no C++ compiler: the kernels cannot be compiled for the host")
     return csrc_host.load()
+
+
+@pytest.fixture
+def emulated(module):
+    with extension.use(module):
+        yield
 
 
 def padded(size: int, unit: int) -> int:
@@ -105,7 +110,7 @@ class Accesses:
         assert {size: now - self._before[size] for size, now in self._now().items()} == self._expected
 
 
-def rows_to_normalise(n: int, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rows_to_normalize(n: int, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Logits (n, d) of which some rows are special, and norms (n,): inf for one below eps, NaN for one not finite."""
     generator = torch.Generator().manual_seed(d)
     x = (torch.randn(n, d, generator=generator) * torch.linspace(0.5, 40, n)[:, None]).to(dtype)
@@ -127,16 +132,16 @@ def rows_to_normalise(n: int, d: int, dtype: torch.dtype) -> tuple[Tensor, Tenso
     [(FP32, FP32), (BF16, BF16), (FP16, FP16), (FP32, BF16), (BF16, FP32), (FP16, FP32), (FP16, BF16)],
     ids=lambda dtype: cases.short(dtype),
 )
-def test_normalise(module, logits, operand, d, view):
+def test_normalize(module, logits, operand, d, view):
     n, pitch = 9, pitch_of(d)
-    x, norms = rows_to_normalise(n, d, logits)
+    x, norms = rows_to_normalize(n, d, logits)
     _, x = VIEWS[view](x)
     out = torch.full((128, pitch), torch.nan, dtype=operand)
-    inverse = torch.full((n,), 5.0)
+    inv_norm = torch.full((n,), 5.0)
     accesses = Accesses(module)
-    module.normalise_rows(
+    module.normalize_rows(
         x=x.data_ptr(), row_stride=x.stride(0), column_stride=x.stride(1), out=out.data_ptr(),
-        inverse=inverse.data_ptr(), work=0, n=n, d=d, padded_rows=128, pitch=pitch, splits=0, eps=1e-12,
+        inv_norm=inv_norm.data_ptr(), square_sums=0, n=n, d=d, padded_rows=128, pitch=pitch, splits=0, eps=1e-12,
         type=TYPE[logits], precision=PRECISION[operand], device=0, stream=0,
     )  # fmt: skip
     width = width_of(x, operand)
@@ -144,7 +149,7 @@ def test_normalise(module, logits, operand, d, view):
     accesses.expect(128 * pitch // width, width, operand)
     accesses.check()
 
-    torch.testing.assert_close(inverse.double(), 1 / norms, rtol=1e-6, atol=0, equal_nan=True)
+    torch.testing.assert_close(inv_norm.double(), 1 / norms, rtol=1e-6, atol=0, equal_nan=True)
     want = torch.where(norms.isinf(), 0.0, 1.0)[:, None] * x.double() / norms[:, None]
     want[norms.isnan()] = torch.nan
     rounding = max(torch.finfo(operand).eps / 2, 1e-6)
@@ -168,57 +173,59 @@ def unit_rows(n: int, d: int, dtype: torch.dtype, generator: torch.Generator) ->
     [(FP32, FP32), (BF16, BF16), (BF16, FP32), (FP16, FP32), (FP32, BF16)],
     ids=lambda dtype: cases.short(dtype),
 )
-def test_finish(module, operand, gradient, d, view, add):
-    n, others, ranks, shift, pitch = 9, 7, 3, -1, pitch_of(d)
+def test_grad_epilogue(module, operand, gradient, d, view, add):
+    n, others, num_classes, offset, pitch = 9, 7, 3, -1, pitch_of(d)
     generator = torch.Generator().manual_seed(d)
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator)
 
     unit, partner = unit_rows(n, d, operand, generator), unit_rows(others, d, operand, generator)
-    product, means = torch.zeros(n, pitch), torch.zeros(ranks, pitch)
-    product[:, :d], means[:, :d] = normal(n, d), normal(ranks, d)
-    s, u, z, inverse = normal(n), normal(n), normal(n), normal(n).abs()
-    rank = torch.tensor([0, 1, -1, 2, 2, -1, 0, 1, 1])
-    z[rank < 0] = 0
-    unit[1], inverse[1] = 0, 0  # a row without direction
+    product, means = torch.zeros(n, pitch), torch.zeros(num_classes, pitch)
+    product[:, :d], means[:, :d] = normal(n, d), normal(num_classes, d)
+    product_coef, partner_coef, class_mean_coef, inv_norm = normal(n), normal(n), normal(n), normal(n).abs()
+    class_index = torch.tensor([0, 1, -1, 2, 2, -1, 0, 1, 1])
+    class_mean_coef[class_index < 0] = 0
+    unit[1], inv_norm[1] = 0, 0  # a row without direction
     product[3, d // 2] = torch.inf
-    inverse[4] = torch.nan
+    inv_norm[4] = torch.nan
     make = transposed if view == "transposed" else VIEWS[view]
     base, out = make(normal(n, d).to(gradient))
     before, base_before = out.double(), base.clone()
-    dots = torch.full((n,), torch.nan) if view == "transposed" else None
+    projection = torch.full((n,), torch.nan) if view == "transposed" else None
     accesses = Accesses(module)
-    module.finish(
+    module.grad_epilogue(
         out=out.data_ptr(), row_stride=out.stride(0), column_stride=out.stride(1), unit=unit.data_ptr(),
-        partner=partner.data_ptr(), means=means.data_ptr(), inverse=inverse.data_ptr(), product=product.data_ptr(),
-        s=s.data_ptr(), u=u.data_ptr(), z=z.data_ptr(), rank=rank.data_ptr(),
-        dots=0 if dots is None else dots.data_ptr(), rows=n, d=d, pitch=pitch, product_pitch=pitch, shift=shift,
-        partner_rows=others, add=add, type=TYPE[gradient], precision=PRECISION[operand], device=0, stream=0,
+        partner=partner.data_ptr(), class_means=means.data_ptr(), inv_norm=inv_norm.data_ptr(),
+        product=product.data_ptr(), product_coef=product_coef.data_ptr(), partner_coef=partner_coef.data_ptr(),
+        class_mean_coef=class_mean_coef.data_ptr(), class_index=class_index.data_ptr(),
+        projection=0 if projection is None else projection.data_ptr(), rows=n, d=d, pitch=pitch, product_pitch=pitch,
+        offset=offset, partner_rows=others, accumulate=add, type=TYPE[gradient],
+        precision=PRECISION[operand], device=0, stream=0,
     )  # fmt: skip
 
     rows = torch.arange(n)
-    paired = (rows + shift >= 0) & (rows + shift < others)
+    paired = (rows + offset >= 0) & (rows + offset < others)
     # Of the transposed gradient the operands alone are taken by vectors, for the dot products, also where d is odd.
-    width = width_of(out, operand) if dots is None else 16 // operand.itemsize
-    steps = -(-d // width) * (1 if d <= SHORT_ROW or dots is not None else 2)
+    width = width_of(out, operand) if projection is None else 16 // operand.itemsize
+    steps = -(-d // width) * (1 if d <= SHORT_ROW or projection is not None else 2)
     accesses.expect(steps * n, width, FP32)
     accesses.expect(steps * (n + int(paired.sum())), width, operand)
-    accesses.expect(steps * int((rank >= 0).sum()), width, FP32)
-    if dots is None:
+    accesses.expect(steps * int((class_index >= 0).sum()), width, FP32)
+    if projection is None:
         accesses.expect(d // width * n * (2 if add else 1), width, gradient)
     accesses.check()
 
     x, p, m = unit[:n, :d].double(), torch.zeros(n, d).double(), torch.zeros(n, d).double()
-    p[paired] = partner[(rows + shift)[paired], :d].double()
-    m[rank >= 0] = means[rank[rank >= 0], :d].double()
-    g = s[:, None] * product[:, :d].double() - u[:, None] * p + z[:, None] * (p - m)
+    p[paired] = partner[(rows + offset)[paired], :d].double()
+    m[class_index >= 0] = means[class_index[class_index >= 0], :d].double()
+    g = product_coef[:, None] * product[:, :d].double() - partner_coef[:, None] * p + class_mean_coef[:, None] * (p - m)
     along = (g * x).sum(1) / x.square().sum(1).clamp(min=1e-30)
     along[1] = 0
-    want = (g - along[:, None] * x) * inverse[:, None].double() + (before if add else 0)
+    want = (g - along[:, None] * x) * inv_norm[:, None].double() + (before if add else 0)
     want[3] = torch.nan
     error = (out.double() - want).norm(dim=1)
-    bound = max(torch.finfo(gradient).eps, 1e-6) * (g.norm(dim=1) * inverse + want.norm(dim=1))
+    bound = max(torch.finfo(gradient).eps, 1e-6) * (g.norm(dim=1) * inv_norm + want.norm(dim=1))
     regular = ~torch.isin(rows, torch.tensor([3, 4]))
     assert (error <= bound)[regular].all()
     assert not out[3].isfinite().any()
@@ -231,10 +238,8 @@ def test_finish(module, operand, gradient, d, view, add):
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=cases.short)
 @pytest.mark.parametrize(("batch", "classes"), [(24, 40), (9, 1000)])
-def test_low_latency(module, batch, classes, dtype, monkeypatch, poison):
+def test_low_latency(module, emulated, batch, classes, dtype, poison):
     """The five launches take rows by vectors too, and where they cannot the error is the same."""
-    monkeypatch.setattr(cuda, "emulated", module)
-    monkeypatch.setattr(configs, "LATENCY_LARGEST", 1024)
     weight = (1.0, 0.7, 0.4 if classes < 100 else 0.0)
     cases.check("cuda", "cpu", "random", batch, classes, dtype, draws=1, ignored=0.2, weight=weight)
     student, teacher = cases.logits("random", batch, classes, dtype)
@@ -253,10 +258,10 @@ def test_low_latency(module, batch, classes, dtype, monkeypatch, poison):
 
 
 def test_a_misaligned_vector_access_is_an_error(module):
-    """As on a GPU, where it is a fault: what a launcher must not let through, the emulation does not."""
+    """On a GPU it is a fault."""
     x, factor = torch.ones(129, 64), torch.ones(128)
-    for side in ("a", "out"):
-        pointers = {"a": x.data_ptr(), "out": torch.empty(129, 64).data_ptr()}
+    for side in ("x", "out"):
+        pointers = {"x": x.data_ptr(), "out": torch.empty(129, 64).data_ptr()}
         pointers[side] += 4
         with pytest.raises(RuntimeError, match="misaligned access of 16 bytes"):
             module.scale_rows(
@@ -266,8 +271,21 @@ def test_a_misaligned_vector_access_is_an_error(module):
 
 
 def test_pairs_of_types_that_no_kernel_is_for(module):
-    normalise = dict.fromkeys(
-        ("x", "row_stride", "column_stride", "out", "inverse", "work", "n", "d", "padded_rows", "pitch", "splits"), 0
+    fields = dict.fromkeys(
+        (
+            "x",
+            "row_stride",
+            "column_stride",
+            "out",
+            "inv_norm",
+            "square_sums",
+            "n",
+            "d",
+            "padded_rows",
+            "pitch",
+            "splits",
+        ),
+        0,
     )
     with pytest.raises(ValueError, match="fp16"):
-        module.normalise_rows(**normalise, eps=0.0, type=TYPE[BF16], precision=PRECISION[FP16], device=0, stream=0)
+        module.normalize_rows(**fields, eps=0.0, type=TYPE[BF16], precision=PRECISION[FP16], device=0, stream=0)

@@ -1,8 +1,8 @@
-"""The checks that stand in for compute-sanitizer where there is no GPU: that they find mistakes, and the memory check.
+"""Negative controls of the emulation's race and synchronization checks, and the memory check of the kernels.
 
-Races and synchronisation are checked in every test that runs the emulated kernels (tests/test_csrc_host.py,
-tests/test_hopper.py); here, that the check reports kernels with one mistake each and passes them without it. Memory is
-checked in processes of their own, under AddressSanitizer and UndefinedBehaviorSanitizer: some of those same tests.
+Races and synchronization are checked in every test that runs the emulated kernels (tests/test_csrc_host.py,
+tests/test_hopper.py); here the check must report kernels with one mistake each and pass them without it. Memory is
+checked in processes of their own, under AddressSanitizer and UndefinedBehaviorSanitizer: a selection of those tests.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ RACES = {
     "stage_loaded_before_it_is_free": "by a TMA load .* is not ordered with the read by wgmma",
     "stage_freed_before_wgmma_is_done": "by a TMA load .* is not ordered with the read by wgmma",
 }
-SYNCHRONISATION = {
+SYNCHRONIZATION = {
     "barrier_not_all_reach": "deadlock",
     "lanes_missing_from_a_shuffle": "deadlock",
     "lanes_in_different_operations": "different operations",
@@ -75,7 +75,8 @@ KERNELS = {
     " or (test_options and two and (masked-teacher or cold-symmetric))"
     " or (test_chunks_and_large_tiles and symmetric) or (test_a_split_contraction and 64)"
     " or (test_float32_matmul_precision and two)",
-    "steps": "test_labels_are_described or test_factors or test_totals or test_finish or test_normalise",
+    "steps": "test_labels_are_indexed or test_loss_epilogue or test_reduce_terms or test_grad_epilogue"
+    " or test_normalize",
     "low latency": "test_low_latency_edges or test_low_latency_bad_labels or (test_low_latency_options and 7-5)"
     " or test_precisions_differ or test_mixed_dtypes or test_strides_and_alignment"
     " or test_anchors_against_more_candidates",
@@ -106,8 +107,8 @@ def under_check():
     return run
 
 
-@pytest.mark.parametrize(("name", "report"), {**RACES, **SYNCHRONISATION}.items(), ids=[*RACES, *SYNCHRONISATION])
-def test_races_and_synchronisation_are_reported(name, report):
+@pytest.mark.parametrize(("name", "report"), {**RACES, **SYNCHRONIZATION}.items(), ids=[*RACES, *SYNCHRONIZATION])
+def test_races_and_synchronization_are_reported(name, report):
     library = str(csrc_host.build(controls=True))
     assert controls.run(library, name, False) is None
     found = controls.run(library, name, True)
@@ -127,7 +128,7 @@ def test_memory_errors_are_reported(name, report, under_check):
 
 def test_every_control_is_tested():
     named = re.findall(r"MCLD_ENTRY\w*\((\w+)\)[,}]", csrc_host.CONTROLS[0].read_text().split("kEntries")[1])
-    assert sorted(named) == sorted([*RACES, *SYNCHRONISATION, *MEMORY])
+    assert sorted(named) == sorted([*RACES, *SYNCHRONIZATION, *MEMORY])
 
 
 @pytest.mark.parametrize("selection", KERNELS.values(), ids=KERNELS)

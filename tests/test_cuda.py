@@ -1,6 +1,6 @@
-"""The "cuda" backend on a GPU: the grid of tests/test_csrc_host.py on hardware, and what only hardware shows.
+"""The "cuda" backend on a GPU: the grid of tests/test_csrc_host.py on hardware, and tests that need hardware.
 
-Launches on the current stream and device, graph capture, no synchronisation, large tiles and large offsets.
+Launches on the current stream and device, graph capture, no synchronization, large tiles and large offsets.
 """
 
 import cases
@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import mcld_kernels
-from mcld_kernels import backends, blocked, cuda
-from mcld_kernels.cuda import configs
+from mcld_kernels import backends
+from mcld_kernels.backends import cuda
 
 pytestmark = pytest.mark.gpu
 
@@ -19,21 +19,26 @@ SHAPES = ((1, 7), (5, 1), (65, 130), (131, 37), (257, 1000), (1031, 101), (2050,
 
 @pytest.fixture(autouse=True)
 def available():
-    why = cuda.unavailable()
-    if why is not None:
-        pytest.skip(f"backend 'cuda' cannot run: {why}")
+    reason = cuda.unavailable_reason()
+    if reason is not None:
+        pytest.skip(f"backend 'cuda' cannot run: {reason}")
     logits = torch.zeros(2, 3, device="cuda")
-    if cuda.reason(logits, logits) is not None:
-        pytest.skip(cuda.reason(logits, logits))
+    reason = cuda.unsupported_reason(logits, logits)
+    if reason is not None:
+        pytest.skip(reason)
 
 
-@pytest.fixture(params=["low latency", "flash", "two products"])
-def path(request, monkeypatch):
-    if request.param != "low latency":
-        monkeypatch.setattr(configs, "LATENCY_LARGEST", 0)
-    if request.param == "two products":
-        monkeypatch.setattr(configs, "FLASH_BYTES", 0)
-    return request.param
+PATHS = {
+    "low latency": {},
+    "flash": {"low_latency_limit": 0},
+    "two products": {"low_latency_limit": 0, "flash_row_bytes": 0},
+}
+
+
+@pytest.fixture(params=PATHS)
+def path(request):
+    with backends.tuned(**PATHS[request.param]):
+        yield request.param
 
 
 def logits(batch, classes, dtype=torch.bfloat16):
@@ -56,7 +61,7 @@ def test_kinds_of_logits(path, kind, dtype, poison):
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
-def test_float32_matmul_precision(path, precision, matmul_precision, monkeypatch):
+def test_float32_matmul_precision(path, precision, matmul_precision):
     """Eager's own products follow the same setting on a GPU; at "medium" they may take tf32, where ours take bf16."""
     matmul_precision(precision)
     student, teacher, target = logits(1031, 300, torch.float32)
@@ -68,9 +73,9 @@ def test_float32_matmul_precision(path, precision, matmul_precision, monkeypatch
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=cases.short)
 @pytest.mark.parametrize("direction", ["student", "teacher", "symmetric"])
-def test_large_tiles_in_chunks(dtype, direction, monkeypatch, poison):
-    monkeypatch.setattr(blocked, "chunk_bytes", lambda device: 8 << 20)
-    cases.check("cuda", "cuda", "random", 3001, 1003, dtype, draws=1, direction=direction)
+def test_large_tiles_in_chunks(dtype, direction, poison):
+    with backends.tuned(chunk_bytes=8 << 20):
+        cases.check("cuda", "cuda", "random", 3001, 1003, dtype, draws=1, direction=direction)
 
 
 def test_repeats_bitwise(path):
@@ -104,7 +109,7 @@ def test_graph_capture_replays_on_new_logits(path):
     assert torch.equal(static.grad, want.student)
 
 
-def test_no_synchronisation_and_the_current_stream(path):
+def test_no_synchronization_and_the_current_stream(path):
     student, teacher, target = logits(300, 130)
     want = cases.run("cuda", student, teacher, target)
     side = torch.cuda.Stream()

@@ -379,3 +379,93 @@ def run_with(student, teacher, backend):
     student = student.clone().requires_grad_()
     mcld_kernels.mcld_loss(student, teacher, labels(*student.shape), backend=backend).backward()
     return student.grad
+
+
+class TestTheReference:
+    """What the oracle owes beside its equations."""
+
+    OPTIONS = {"mask_same_class": True, "present_only": True, "direction": "symmetric"}
+
+    def test_the_default_dtype_changes_nothing(self):
+        student, teacher = logits("random", 9, 7, torch.float32)
+        want = reference.mcld_loss(student, teacher, labels(9, 7), **self.OPTIONS)
+        torch.set_default_dtype(torch.float64)
+        try:
+            got = reference.mcld_loss(student, teacher, labels(9, 7), **self.OPTIONS)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert got.dtype == torch.float32 and torch.equal(got, want)
+
+    @pytest.mark.parametrize("backend", ["reference", "torch"])
+    def test_meta_tensors(self, backend):
+        student, teacher = torch.empty(6, 4, device="meta", requires_grad=True), torch.empty(6, 4, device="meta")
+        target = torch.empty(6, dtype=torch.int64, device="meta")
+        loss = mcld_kernels.mcld_loss(student, teacher, target, backend=backend, **self.OPTIONS)
+        loss.backward()
+        assert loss.shape == () and loss.dtype == torch.float32 and student.grad.shape == (6, 4)
+
+    @pytest.mark.parametrize("backend", ["reference", "torch"])
+    def test_a_nan_row_that_is_no_anchor_still_shows_in_the_loss(self, backend):
+        student, teacher = logits("random", 9, 7, torch.float32)
+        target = labels(9, 7)
+        student[2], target[2] = math.nan, -100
+        got = run(backend, student, teacher, target, weight=(0.0, 1.0, 0.0))
+        assert torch.isnan(got.loss) and torch.isnan(got.student).any()
+
+
+class TestUnusualTensors:
+    """Each is refused by name, and with what to pass instead."""
+
+    @pytest.mark.parametrize("backend", ["reference", "torch"])
+    @pytest.mark.parametrize("name", ["student", "teacher", "target"])
+    def test_sparse(self, name, backend):
+        student, teacher = logits("random", 4, 3, torch.float32)
+        tensors = {"student": student, "teacher": teacher, "target": labels(4, 3)}
+        tensors[name] = tensors[name].to_sparse()
+        with pytest.raises(TypeError, match=rf"{name} must be a dense tensor; got layout torch.sparse_coo"):
+            mcld_kernels.mcld_loss(**tensors, backend=backend)
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_nested_and_masked(self):
+        student, teacher = logits("random", 4, 3, torch.float32)
+        nested = torch.nested.nested_tensor([torch.zeros(3), torch.zeros(2)])
+        with pytest.raises(TypeError, match="student must be a dense tensor .*got a nested tensor"):
+            mcld_kernels.mcld_loss(nested, teacher, labels(4, 3))
+        masked = torch.masked.masked_tensor(student, student > 0)
+        with pytest.raises(TypeError, match="student must be a dense tensor .*got a MaskedTensor"):
+            mcld_kernels.mcld_loss(masked, teacher, labels(4, 3))
+
+    def test_dtensor(self, tmp_path):
+        import torch.distributed as dist
+        from torch.distributed.tensor import DeviceMesh, distribute_tensor
+
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+        try:
+            student, teacher = logits("random", 4, 3, torch.float32)
+            sharded = distribute_tensor(student, DeviceMesh("cpu", [0]))
+            with pytest.raises(TypeError, match=r"student must be a plain tensor; got a DTensor: pass student.full_"):
+                mcld_kernels.mcld_loss(sharded, teacher, labels(4, 3))
+        finally:
+            dist.destroy_process_group()
+
+
+class TestScalars:
+    @pytest.mark.parametrize("value", [2**63, -(2**63) - 1])
+    def test_an_ignore_index_beyond_int64(self, value):
+        student, teacher = logits("random", 4, 3, torch.float32)
+        with pytest.raises(ValueError, match=f"ignore_index must fit int64, the dtype of target; got {value}"):
+            mcld_kernels.mcld_loss(student, teacher, labels(4, 3), ignore_index=value)
+
+    def test_integers_of_numpy_and_one_weight(self):
+        numpy = pytest.importorskip("numpy")
+        student, teacher = logits("random", 9, 7, torch.float32)
+        target = labels(9, 7, ignored=0.3)
+        want = mcld_kernels.mcld_loss(student, teacher, target, weight=(2.0, 2.0, 2.0), temperature=0.5)
+        options = {"ignore_index": numpy.int64(-100), "weight": numpy.float64(2.0), "temperature": numpy.float64(0.5)}
+        assert torch.equal(mcld_kernels.mcld_loss(student, teacher, target, **options), want)
+        assert torch.equal(mcld_kernels.mcld_loss(student, teacher, target, weight=2, temperature=0.5), want)
+
+    def test_a_tensor_of_weights_without_labels_is_told_how_to_remove_a_term(self):
+        student, teacher = logits("random", 4, 3, torch.float32)
+        with pytest.raises(ValueError, match="a tensor computes all three terms, whatever its values"):
+            mcld_kernels.mcld_loss(student, teacher, weight=torch.tensor([1.0, 0.0, 1.0]))

@@ -1,8 +1,8 @@
 """The Hopper kernels in host emulation, called as backend "cuda" calls them, and the rule by which it takes them.
 
 The emulation reads tiles through the wgmma descriptors and swizzles that the kernels make, delivers TMA loads and runs
-wgmma as late as a GPU may, and stops at a deadlock (tests/csrc_host/emulation_sm90.h). It cannot show speed, nor
-whether it understands the instructions as the hardware does: the test marked gpu is for that.
+wgmma as late as a GPU may, and stops at a deadlock (tests/csrc_host/emulation_sm90.h). Its model of the instructions is
+checked on hardware by the test marked gpu.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import csrc_host
 import pytest
 import torch
 
-from mcld_kernels import compiled, cuda
-from mcld_kernels.cuda import hopper
+from mcld_kernels import backends
+from mcld_kernels.backends.cuda import extension, hopper, tuning
 
 TEMPERATURE = 0.2
 PRECISION = {torch.bfloat16: 0, torch.float16: 1}
@@ -69,7 +69,7 @@ def exponentials(a, k, n, m, offset, scale, shift):
     return e
 
 
-def constants(dtype: torch.dtype) -> tuple[float, float]:
+def scale_and_shift(dtype: torch.dtype) -> tuple[float, float]:
     scale = math.log2(math.e) / TEMPERATURE
     return scale, scale - (3 if dtype == torch.float16 else 0)
 
@@ -79,13 +79,14 @@ def check_similarity(module, shape, dtype, device="cpu", stream=0):
     n, m, d, offset = shape
     a, k = operand(n, d, dtype, device), operand(m, d, dtype, device)
     rows, columns = padded(n, 128), padded(m, 128)
-    scale, shift = constants(dtype)
+    scale, shift = scale_and_shift(dtype)
     e = torch.full((rows, columns), torch.nan, dtype=dtype, device=device)
     sums = torch.full((padded(columns, 256) // 256, rows), torch.nan, device=device)
     module.hopper_similarity(
-        a=a.data_ptr(), k=k.data_ptr(), e=e.data_ptr(), row_sums=sums.data_ptr(), row_maxima=0, column_sums=0,
-        same_a=0, same_k=0, parts=0, splits=1, rows=n, m=m, pitch=a.shape[1], pitch_e=columns, padded_rows=rows,
-        diagonal=offset, scale=scale, shift=shift, precision=PRECISION[dtype], device=0, stream=stream,
+        anchors=a.data_ptr(), candidates=k.data_ptr(), exponentials=e.data_ptr(), row_sums=sums.data_ptr(),
+        row_maxima=0, column_sums=0, anchor_keys=0, candidate_keys=0, split_products=0, splits=1, rows=n, m=m,
+        pitch=a.shape[1], exp_pitch=columns, padded_rows=rows, offset=offset, scale_log2=scale, shift=shift,
+        precision=PRECISION[dtype], device=0, stream=stream,
     )  # fmt: skip
     want = torch.zeros(rows, columns, dtype=torch.double, device=device)
     want[:n, :m] = exponentials(a, k, n, m, offset, scale, shift)
@@ -101,13 +102,14 @@ def check_flash(module, shape, dtype, device="cpu", stream=0):
     n, m, d, offset, splits = shape
     a, k = operand(n, d, dtype, device), operand(m, d, dtype, device)
     rows, pitch = padded(n, 128), a.shape[1]
-    scale, shift = constants(dtype)
+    scale, shift = scale_and_shift(dtype)
     out = torch.full((splits, rows, pitch), torch.nan, device=device)
     sums = torch.full((splits, rows), torch.nan, device=device)
     module.hopper_flash(
-        a=a.data_ptr(), k=k.data_ptr(), out=out.data_ptr(), sums=sums.data_ptr(), maxima=0, column_factor=0,
-        column_shift=0, same_a=0, same_k=0, n=n, m=m, pitch=pitch, padded_rows=rows, diagonal=offset, splits=splits,
-        scale=scale, shift=shift, precision=PRECISION[dtype], device=0, stream=stream,
+        anchors=a.data_ptr(), candidates=k.data_ptr(), product=out.data_ptr(), row_sums=sums.data_ptr(), row_maxima=0,
+        candidate_factor=0, candidate_shift=0, anchor_keys=0, candidate_keys=0, n=n, m=m, pitch=pitch,
+        padded_rows=rows, offset=offset, splits=splits, scale_log2=scale, shift=shift, precision=PRECISION[dtype],
+        device=0, stream=stream,
     )  # fmt: skip
     e = exponentials(a, k, n, m, offset, scale, shift)
     total = e.sum(1)
@@ -138,12 +140,12 @@ def test_similarity_takes_every_tile_once(emulated):
 def test_sums_alone(emulated):
     """Without E, as when the student needs no gradient."""
     a, k = operand(130, 40, torch.bfloat16, "cpu"), operand(300, 40, torch.bfloat16, "cpu")
-    scale, shift = constants(torch.bfloat16)
+    scale, shift = scale_and_shift(torch.bfloat16)
     sums = torch.full((2, 256), torch.nan)
     emulated.hopper_similarity(
-        a=a.data_ptr(), k=k.data_ptr(), e=0, row_sums=sums.data_ptr(), row_maxima=0, column_sums=0, same_a=0, same_k=0,
-        rows=130, m=300, pitch=64, pitch_e=384, padded_rows=256, parts=0, splits=1, diagonal=0, scale=scale,
-        shift=shift, precision=0, device=0, stream=0,
+        anchors=a.data_ptr(), candidates=k.data_ptr(), exponentials=0, row_sums=sums.data_ptr(), row_maxima=0,
+        column_sums=0, anchor_keys=0, candidate_keys=0, rows=130, m=300, pitch=64, exp_pitch=384, padded_rows=256,
+        split_products=0, splits=1, offset=0, scale_log2=scale, shift=shift, precision=0, device=0, stream=0,
     )  # fmt: skip
     total = exponentials(a, k, 130, 300, 0, scale, shift).sum(1)
     assert ((sums.double().sum(0)[:130] - total).abs() <= total * FP32).all()
@@ -151,13 +153,12 @@ def test_sums_alone(emulated):
 
 @pytest.mark.parametrize("dtype", PRECISION, ids=str)
 @pytest.mark.parametrize(("kernel", "classes"), [("hopper_flash", 100), ("hopper_similarity", 300)])
-@pytest.mark.parametrize("asked", ["1", "0", None], ids=["asked for", "refused", "unmeasured"])
-def test_the_backend_takes_them_and_stays_right(emulated, monkeypatch, poison, asked, kernel, classes, dtype):
+@pytest.mark.parametrize("setting", ["1", "0", None], ids=["on", "off", "unmeasured"])
+def test_the_backend_takes_them_and_stays_right(emulated, monkeypatch, poison, setting, kernel, classes, dtype):
     """The whole loss and gradient, with the kernels taken at the small shapes that an emulation can do."""
     monkeypatch.delenv("MCLD_HOPPER", raising=False)
-    if asked is not None:
-        monkeypatch.setenv("MCLD_HOPPER", asked)
-    monkeypatch.setattr(hopper, "LEAST_TILES", {"similarity": 1, "flash": 1})
+    if setting is not None:
+        monkeypatch.setenv("MCLD_HOPPER", setting)
     called = set()
 
     class Spy:
@@ -165,10 +166,10 @@ def test_the_backend_takes_them_and_stays_right(emulated, monkeypatch, poison, a
             called.add(name)
             return getattr(emulated, name)
 
-    monkeypatch.setattr(cuda, "emulated", Spy())
-    monkeypatch.setattr("mcld_kernels.cuda.configs.LATENCY_LARGEST", 0)
-    cases.check("cuda", "cpu", "random", 150, classes, dtype, draws=1, temperature=0.2)
-    assert (kernel in called) == (asked == "1")
+    fields = {"low_latency_limit": 0, "min_hopper_similarity_tiles": 1, "min_hopper_flash_tiles": 1}
+    with extension.use(Spy()), backends.tuned(**fields):
+        cases.check("cuda", "cpu", "random", 150, classes, dtype, draws=1, temperature=0.2)
+    assert (kernel in called) == (setting == "1")
 
 
 @pytest.mark.gpu
@@ -177,7 +178,7 @@ def test_the_backend_takes_them_and_stays_right(emulated, monkeypatch, poison, a
 )
 @pytest.mark.parametrize("dtype", PRECISION, ids=str)
 def test_on_hopper(dtype):
-    module, reason = compiled.load()
+    module, reason = extension.load()
     if not hasattr(module, "hopper_similarity"):
         pytest.skip(reason or "the compiled module holds no Hopper kernels")
     where = {"device": "cuda", "stream": torch.cuda.current_stream().cuda_stream}
@@ -191,25 +192,35 @@ def test_on_hopper(dtype):
 def test_taken_only_where_they_can_run(monkeypatch):
     module, without = SimpleNamespace(hopper_similarity=None), SimpleNamespace()
     cpu, bf16 = torch.device("cpu"), torch.bfloat16
-    assert hopper.refused(module, cpu, bf16) is None
-    assert "90a" in hopper.refused(without, cpu, bf16)
-    assert "16-bit" in hopper.refused(module, cpu, torch.float32)
+    assert hopper.unsupported_reason(module, cpu, bf16) is None
+    assert "90a" in hopper.unsupported_reason(without, cpu, bf16)
+    assert "16-bit" in hopper.unsupported_reason(module, cpu, torch.float32)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
-    assert "9.0" in hopper.refused(module, torch.device("cuda"), bf16)
+    assert "9.0" in hopper.unsupported_reason(module, torch.device("cuda"), bf16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert hopper.refused(module, torch.device("cuda"), bf16) is None
+    assert hopper.unsupported_reason(module, torch.device("cuda"), bf16) is None
 
 
-def test_small_work_stays_with_the_portable_kernels():
-    assert hopper.takes_similarity(4096, 4096) and not hopper.takes_similarity(1024, 1024)
-    assert hopper.flash_splits(256, 256, 128) == 0
-    assert hopper.flash_splits(4096, 4096, 320) == 0, "no kernel for this pitch"
+@pytest.fixture
+def chosen(emulated):
+    """The tuning and constants of a kernel set."""
+    logits = torch.zeros(1, 1)
+    with extension.use(emulated):
+        return backends.kernel_set("cuda", logits, logits).tuning, emulated.constants
+
+
+def test_small_work_stays_with_the_portable_kernels(chosen):
+    assert tuning.takes_hopper_similarity(*chosen, 4096, 4096)
+    assert not tuning.takes_hopper_similarity(*chosen, 1024, 1024)
+    assert tuning.hopper_flash_splits(*chosen, 256, 256, 128) == 0
+    assert tuning.hopper_flash_splits(*chosen, 4096, 4096, 320) == 0, "no kernel for this pitch"
 
 
 @pytest.mark.parametrize("shape", [(4096, 4096, 128), (100, 200_000, 64), (65536, 300, 256)], ids=str)
-def test_splits_leave_no_part_without_candidates(shape):
+def test_splits_leave_no_part_without_candidates(chosen, shape):
     anchors, candidates, pitch = shape
-    splits = hopper.flash_splits(anchors, candidates, pitch)
-    tiles = math.ceil(candidates / hopper.FLASH_COLUMNS[pitch])
+    fields, constants = chosen
+    splits = tuning.hopper_flash_splits(fields, constants, anchors, candidates, pitch)
+    tiles = math.ceil(candidates / constants["hopper_flash_columns"][pitch])
     assert 1 <= splits <= tiles
-    assert splits == 1 or splits * math.ceil(anchors / hopper.FLASH_ROWS) <= hopper.BLOCKS
+    assert splits == 1 or splits * math.ceil(anchors / constants["hopper_flash_rows"]) <= fields.hopper_blocks

@@ -1,6 +1,6 @@
-"""The interpreted Triton kernels against the fp64 reference: both algorithms for the row products, options and dtypes.
+"""The interpreted Triton kernels against the fp64 reference: both paths of a contrast, options and dtypes.
 
-The flash kernel takes short rows and the two products long ones; a small limit sends small inputs through those too.
+The flash kernel takes short rows and the two-product path long ones; a small limit sends short rows there too.
 """
 
 import sys
@@ -9,16 +9,21 @@ import pytest
 import torch
 from cases import check, labels, logits, options_of, run, short, truth
 from test_backends import OPTIONS, with_bf16_products
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="triton is not installed: its kernels are not tested")
 
 import triton_interpreter
 
 import mcld_kernels
-from mcld_kernels import arguments, backends, blocked, pipeline, reference
-from mcld_kernels import triton as backend
-from mcld_kernels.triton import configs, matmul, similarity, tuning
-from mcld_kernels.triton.kernels import TritonKernels
+from mcld_kernels import backends, reference
+from mcld_kernels.backends import triton as backend
+from mcld_kernels.backends.triton import autotune, similarity
+from mcld_kernels.backends.triton.configs import Configs, Launch, TritonTuning
+from mcld_kernels.backends.triton.product import product_kernel
+from mcld_kernels.kernels import ContrastArgs, GradCoefficients, LossInputs, has_fixed_shift
+from mcld_kernels.losses import mcld
+from mcld_kernels.options import DIRECTIONS
 
 pytestmark = [
     pytest.mark.skipif(
@@ -29,7 +34,7 @@ pytestmark = [
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Each exercises code that no other does.
-CHOSEN = ("teacher", "mask-symmetric", "0.01-symmetric")
+SELECTED = ("teacher", "mask-symmetric", "0.01-symmetric")
 
 
 @pytest.fixture
@@ -39,27 +44,35 @@ def faithful():
 
 
 @pytest.fixture(params=["flash", "products"])
-def algorithm(request, monkeypatch):
-    """Which algorithm takes the row products."""
-    if request.param == "products":
-        monkeypatch.setattr(configs, "FLASH_DEPTH", dict.fromkeys(configs.FLASH_DEPTH, 16))
-    return request.param
+def path(request):
+    """Which path a contrast of short rows takes."""
+    with backends.tuned(**({"flash_pitch": 16} if request.param == "products" else {})):
+        yield request.param
 
 
 @pytest.fixture
-def small_tiles(monkeypatch):
-    """Small inputs take several tiles in every direction."""
-    monkeypatch.setattr(configs, "INTERPRETED", configs.Launch(64, 64, 64))
-    monkeypatch.setattr(configs, "_WHOLE_ROW", 64)
-    monkeypatch.setattr(configs, "_LEAST_SPAN", 64)  # and the first product is split in two
+def small_tiles():
+    """Small inputs take several tiles in every direction, and the first product is split in two."""
+    with backends.tuned(blocks=Launch(64, 64, 64), whole_row=64, min_span=64):
+        yield
 
 
-def evaluate(kernels, student, teacher, target, **options):
-    """`pipeline.evaluate` with the student's gradient; ``offset`` and ``teacher_target`` go to it."""
-    rectangular = {name: options.pop(name) for name in ("offset", "teacher_target") if name in options}
-    chosen, weight = options_of(**{"temperature": 0.3, "weight": (1.0, 0.7, 0.0), **options})
-    call = pipeline.Call(student, teacher, target, weight, chosen, True, False, **rectangular)
-    return pipeline.evaluate(kernels, call)
+def compute(backend_name, student, teacher, target, *, offset=0, teacher_target=None, teacher_grad=False, **options):
+    """A call behind the checks of arguments, with the student's gradient: (loss, terms, student_grad, teacher_grad)."""
+    options, weight = options_of(**{"temperature": 0.3, "weight": (1.0, 0.7, 0.0), **options})
+    inputs = LossInputs(
+        student=student,
+        teacher=teacher,
+        target=target,
+        weight=weight,
+        options=options,
+        student_grad=True,
+        teacher_grad=teacher_grad,
+        offset=offset,
+        teacher_target=teacher_target,
+    )
+    outputs = mcld.compute(backends.kernel_set(backend_name, student, teacher), inputs)
+    return outputs.loss, outputs.terms, outputs.student_grad, outputs.teacher_grad
 
 
 def same(got, want, rtol):
@@ -72,12 +85,12 @@ def same(got, want, rtol):
 class TestAgainstTheTruth:
     @pytest.mark.parametrize("dtype", DTYPES, ids=short)
     @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-    def test_options(self, options, dtype, algorithm):
+    def test_options(self, options, dtype, path):
         check("triton", "cpu", "random", 61, 23, dtype, draws=2, **options)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=short)
-    @pytest.mark.parametrize("name", CHOSEN)
-    def test_several_tiles_and_chunks(self, name, dtype, algorithm, small_tiles, small_chunks):
+    @pytest.mark.parametrize("name", SELECTED)
+    def test_several_tiles_and_chunks(self, name, dtype, path, small_tiles, small_chunks):
         small_chunks(rows=128, columns=256, itemsize=1)  # chunks of 128 rows, the least there is
         check("triton", "cpu", "random", 149, 70, dtype, draws=1, **OPTIONS[name])
 
@@ -89,7 +102,7 @@ class TestAgainstTheTruth:
     @pytest.mark.parametrize("dtype", DTYPES[1:], ids=short)
     @pytest.mark.parametrize("name", ["default", "teacher", "ignored", "0.005-mask"])
     @pytest.mark.parametrize("kind", ["converged", "collinear", "large", "zeros"])
-    def test_kinds(self, kind, name, dtype, algorithm):
+    def test_kinds(self, kind, name, dtype, path):
         check("triton", "cpu", kind, 47, 35, dtype, draws=2, **OPTIONS[name])
 
     @pytest.mark.parametrize("batch", [1500, 2500])  # up to 2048 the first product is not split
@@ -100,25 +113,24 @@ class TestAgainstTheTruth:
         check("triton", "cpu", "random", 5, 2500, torch.float32, draws=1, weight=(1.0, 1.0, 0.0))
 
     @pytest.mark.parametrize("name", ["default", "mask-symmetric", "teacher"])
-    def test_bf16_products_of_fp32(self, name, algorithm, matmul_precision, monkeypatch):
+    def test_bf16_products_of_fp32(self, name, path, matmul_precision, monkeypatch):
         matmul_precision("medium")
         monkeypatch.setattr(reference.mcld, "similarities", with_bf16_products)
         check("triton", "cpu", "random", 61, 23, torch.float32, **OPTIONS[name])
 
     @pytest.mark.parametrize("name", ["default", "mask-symmetric", "teacher"])
     @pytest.mark.parametrize("kind", ["random", "converged"])
-    def test_tf32_products_of_fp32(self, kind, name, algorithm, matmul_precision, monkeypatch):
+    def test_tf32_products_of_fp32(self, kind, name, path, matmul_precision, monkeypatch):
         matmul_precision("high")
         monkeypatch.setattr(reference.mcld, "similarities", with_tf32_products)
         check("triton", "cpu", kind, 61, 23, torch.float32, **OPTIONS[name])
 
     @pytest.mark.parametrize("name", ["default", "symmetric"])
     def test_products_of_torch(self, name, monkeypatch):
-        """The second product through torch.mm, as on a GPU."""
-        monkeypatch.setattr(configs, "FLASH_DEPTH", dict.fromkeys(configs.FLASH_DEPTH, 16))
-        monkeypatch.setattr(configs, "library_product", lambda dtype, precision, device: True)
-        monkeypatch.setattr(matmul.matmul_kernel, "run", None)
-        check("triton", "cpu", "random", 149, 70, torch.float32, **OPTIONS[name])
+        """The second product by the library's GEMM, as on a GPU."""
+        monkeypatch.setattr(product_kernel, "run", None)
+        with backends.tuned(flash_pitch=16, library_product=True):
+            check("triton", "cpu", "random", 149, 70, torch.float32, **OPTIONS[name])
 
 
 class Tf32Product(torch.autograd.Function):
@@ -166,15 +178,15 @@ def test_tf32x3_is_as_accurate_as_fp32():
 
 class TestResult:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=short)
-    @pytest.mark.parametrize("direction", arguments.DIRECTIONS)
-    def test_repeats_bitwise(self, direction, dtype, algorithm, small_tiles):
+    @pytest.mark.parametrize("direction", DIRECTIONS)
+    def test_repeats_bitwise(self, direction, dtype, path, small_tiles):
         student, teacher = logits("random", 150, 33, dtype)
         options = {"direction": direction, "mask_same_class": True, "present_only": True}
         first, second = (run("triton", student, teacher, labels(150, 33), **options) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first[:3], second[:3], strict=True))
 
     @pytest.mark.parametrize("direction", ["student", "teacher"])
-    def test_fp16_holds_small_exponentials(self, direction, algorithm):
+    def test_fp16_holds_small_exponentials(self, direction, path):
         """All cosines are near -0.9, where exp((cosine - 1) / temperature) is below fp16's range."""
         generator = torch.Generator().manual_seed(0)
         towards = torch.randn(1, 30, generator=generator)
@@ -184,46 +196,55 @@ class TestResult:
         got, want = run("triton", student, teacher, **options), truth(student, teacher, **options)
         assert float((got.student.double() - want.student).norm() / want.student.norm()) < 2e-3
 
-    def test_chunks_do_not_change_it(self, monkeypatch, small_chunks):
+    @pytest.mark.parametrize("teacher_grad", [False, True], ids=["frozen", "mutual"])
+    @pytest.mark.parametrize("direction", ["student", "teacher"])
+    def test_chunks_do_not_change_it(self, direction, teacher_grad, monkeypatch):
         student, teacher = logits("random", 300, 20, torch.float64)
-        kernels = TritonKernels(flash_depth=16)
-        options = {"direction": "teacher", "temperature": 0.01}
-        whole = evaluate(kernels, student, teacher, labels(300, 20), **options)
-        small_chunks(rows=128, columns=384, itemsize=8)
-        chunks = []
-        chunk_run = similarity._Chunk.run
-        monkeypatch.setattr(
-            similarity._Chunk, "run", lambda self, rows, *args: (chunks.append(rows), chunk_run(self, rows, *args))
-        )
-        same(evaluate(kernels, student, teacher, labels(300, 20), **options), whole, 1e-12)
-        assert chunks == [slice(0, 128), slice(128, 256), slice(256, 300)]
+        options = {"direction": direction, "temperature": 0.01, "teacher_grad": teacher_grad}
+        rows = []
+        chunks = similarity.TwoProductContrast.chunks
 
-    @pytest.mark.parametrize("direction", arguments.DIRECTIONS)
-    def test_agrees_with_the_blocked_kernels(self, direction, algorithm, small_tiles):
+        def recorded(contrast):
+            for sums in chunks(contrast):
+                rows.append(sums.rows)
+                yield sums
+
+        monkeypatch.setattr(similarity.TwoProductContrast, "chunks", recorded)
+        with backends.tuned(flash_pitch=16):
+            whole = compute("triton", student, teacher, labels(300, 20), **options)
+            assert rows == [slice(0, 300)]
+            rows.clear()
+            with backends.tuned(chunk_bytes=128 * 384 * 8):
+                same(compute("triton", student, teacher, labels(300, 20), **options), whole, 1e-12)
+        assert rows == [slice(0, 128), slice(128, 256), slice(256, 300)]
+
+    @pytest.mark.parametrize("teacher_grad", [False, True], ids=["frozen", "mutual"])
+    @pytest.mark.parametrize("direction", DIRECTIONS)
+    def test_agrees_with_the_torch_kernels(self, direction, teacher_grad, path, small_tiles):
         student, teacher = logits("random", 70, 40, torch.float64)
-        target = labels(70, 40, ignored=0.2)
         options = {"direction": direction, "weight": (1.0, 0.7, 0.4), "mask_same_class": True, "present_only": True}
-        want = evaluate(blocked.TorchKernels(), student, teacher, target, **options)
-        same(evaluate(TritonKernels(), student, teacher, target, **options), want, 1e-12)
+        arguments = student, teacher, labels(70, 40, ignored=0.2)
+        want = compute("torch", *arguments, teacher_grad=teacher_grad, **options)
+        same(compute("triton", *arguments, teacher_grad=teacher_grad, **options), want, 1e-12)
 
     @pytest.mark.parametrize("mask", [False, True], ids=["all", "masked"])
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=short)
     @pytest.mark.parametrize("sizes", [(40, 90, 0), (40, 90, 33), (30, 130, 100), (1, 6, 5)], ids=str)
-    def test_more_candidates_than_anchors(self, sizes, dtype, mask, algorithm, small_tiles):
+    def test_more_candidates_than_anchors(self, sizes, dtype, mask, path, small_tiles):
         n, m, offset = sizes
         student, teacher = logits("random", m, 13, dtype)
         target = labels(m, 13, ignored=0.2)
         options = {"offset": offset, "teacher_target": target, "mask_same_class": mask, "temperature": (0.3, 0.4, 0.3)}
         tensors = student[:n], teacher, target[offset : offset + n]
-        want = evaluate(blocked.TorchKernels(), *tensors[:2], tensors[2], **options)
-        same(evaluate(TritonKernels(), *tensors, **options), want, 1e-12 if dtype == torch.float64 else 4e-3)
+        want = compute("torch", *tensors, **options)
+        same(compute("triton", *tensors, **options), want, 1e-12 if dtype == torch.float64 else 4e-3)
 
     @pytest.mark.parametrize("part", ["student", "teacher"])
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
     @pytest.mark.parametrize("temperature", [0.1, 0.01])
     @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
-    def test_nan_shows(self, part, value, dtype, temperature, algorithm):
+    def test_nan_shows(self, part, value, dtype, temperature, path):
         tensors = dict(zip(("student", "teacher"), logits("random", 40, 20, dtype)))
         tensors[part][33, 7] = value
         for weight in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)):
@@ -231,7 +252,7 @@ class TestResult:
             assert got.loss.isnan()
 
     @pytest.mark.parametrize("layout", ["transposed", "strided", "misaligned", "expanded"])
-    def test_memory_layouts(self, layout, algorithm):
+    def test_memory_layouts(self, layout, path):
         student, teacher = logits("random", 45, 26, torch.float32)
         want = run("triton", student, teacher, labels(45, 26))
         before = student.clone(), teacher.clone()
@@ -253,7 +274,7 @@ class TestResult:
         assert torch.equal(student, before[0]) and torch.equal(teacher, before[1])
 
     @pytest.mark.parametrize("pair", [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)], ids=str)
-    def test_mixed_dtypes(self, pair, algorithm):
+    def test_mixed_dtypes(self, pair, path):
         student, teacher = logits("random", 21, 17, torch.float64)
         student, teacher = student.to(pair[0]), teacher.to(pair[1])
         got = run("triton", student, teacher, labels(21, 17))
@@ -265,7 +286,7 @@ class TestResult:
         )
 
     @pytest.mark.parametrize("direction", ["student", "teacher"])
-    def test_gradcheck(self, direction, algorithm):
+    def test_gradcheck(self, direction, path):
         student, teacher = logits("converged", 3, 2)
         teacher[1] = 0
         options = {"direction": direction, "mask_same_class": True, "temperature": (0.5, 0.7, 0.4)}
@@ -276,29 +297,114 @@ class TestResult:
         assert torch.autograd.gradcheck(loss, student.requires_grad_(), rtol=1e-5, atol=1e-7)
 
 
+class TestContrast:
+    """The object that a contrast returns, by itself."""
+
+    @staticmethod
+    def begin(dtype=torch.float64, n=150, m=200, offset=20, temperature=0.3, **needed):
+        kernels = backends.kernel_set("triton", torch.zeros(1, 1), torch.zeros(1, 1))
+        x, y = logits("random", m, 20, dtype)
+        anchors, candidates = (kernels.l2_normalize(rows, dtype, 1e-12) for rows in (x[:n], y))
+        args = ContrastArgs(anchors=anchors, candidates=candidates, temperature=temperature, offset=offset, **needed)
+        return args, kernels.contrast(args)
+
+    @staticmethod
+    def negatives(args):
+        """a_ij of the negatives; -inf for the positives."""
+        anchors, candidates = (unit.rows[: unit.n, : unit.d] for unit in (args.anchors, args.candidates))
+        a = anchors @ candidates.T / args.temperature
+        a.diagonal(args.offset).fill_(-torch.inf)
+        return a
+
+    def test_without_a_gradient_one_chunk_has_all_rows_and_no_product(self, path, small_chunks):
+        small_chunks(rows=128, columns=256, itemsize=8)
+        args, contrast = self.begin()
+        a = self.negatives(args)
+        (sums,) = contrast.chunks()
+        assert sums.rows == slice(0, 150) and sums.product is None
+        torch.testing.assert_close(sums.neg_lse, a.logsumexp(1), rtol=1e-12, atol=0)
+        assert contrast.sums().candidate_product is None and contrast.sums().reverse is None
+
+    def test_without_a_gradient_no_exponential_is_written(self, small_chunks):
+        class Sizes(TorchDispatchMode):
+            largest = 0
+
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                result = function(*args, **(kwargs or {}))
+                # The interpreter copies storages as bytes.
+                if isinstance(result, torch.Tensor) and result.is_floating_point():
+                    self.largest = max(self.largest, result.numel())
+                return result
+
+        with backends.tuned(flash_pitch=16), Sizes() as sizes:
+            _, contrast = self.begin(n=1000, m=1000, offset=0)
+            list(contrast.chunks())
+        assert sizes.largest < 1000 * 1000
+
+    @pytest.mark.parametrize("temperature", [0.3, 0.01], ids=["fixed", "online"])
+    def test_with_a_gradient_the_chunks_cover_all_rows(self, temperature, path, small_chunks):
+        small_chunks(rows=128, columns=256, itemsize=8)
+        args, contrast = self.begin(anchor_grad=True, candidate_grad=True, temperature=temperature)
+        a = self.negatives(args)
+        partner = torch.rand(150, dtype=torch.float64)
+        rows = []
+        for sums in contrast.chunks():
+            rows.append(sums.rows)
+            product = sums.inv_neg_sum[:, None] * sums.product[:, :20]
+            want = a[sums.rows].softmax(1) @ args.candidates.rows[:200, :20]
+            torch.testing.assert_close(product, want, rtol=1e-10, atol=1e-12)
+            part = partner[sums.rows]
+            contrast.add_candidates(sums, GradCoefficients(partner=part, product=part, class_mean=None))
+        assert rows == ([slice(0, 150)] if path == "flash" else [slice(0, 128), slice(128, 150)])
+        want = (a.softmax(1) * partner[:, None]).T @ args.anchors.rows[:150, :20]
+        torch.testing.assert_close(contrast.sums().candidate_product[:, :20], want, rtol=1e-10, atol=1e-12)
+
+    @pytest.mark.parametrize("candidate_grad", [False, True])
+    def test_reverse(self, candidate_grad, path, small_chunks):
+        small_chunks(rows=128, columns=256, itemsize=8)
+        args, contrast = self.begin(candidate_grad=candidate_grad, reverse=True)
+        a = self.negatives(args)
+        for sums in contrast.chunks():
+            if candidate_grad:
+                coefficients = GradCoefficients(partner=sums.neg_lse, product=sums.neg_lse, class_mean=None)
+                contrast.add_candidates(sums, coefficients)
+        reverse = contrast.sums().reverse
+        assert reverse.rows == slice(0, 200) and (reverse.product is not None) == candidate_grad
+        torch.testing.assert_close(reverse.neg_lse, a.T.logsumexp(1), rtol=1e-12, atol=0)
+        if candidate_grad:
+            product = reverse.inv_neg_sum[:, None] * reverse.product[:, :20]
+            torch.testing.assert_close(product, a.T.softmax(1) @ args.anchors.rows[:150, :20], rtol=1e-10, atol=1e-12)
+
+    @pytest.mark.parametrize("limit, dtype", [(80, torch.float32), (80, torch.bfloat16), (20, torch.float16)], ids=str)
+    def test_both_sides_of_the_fixed_shift(self, limit, dtype, path):
+        for temperature, fixed in ((2 / limit, True), (1.999 / limit, False)):
+            assert has_fixed_shift(dtype, temperature) == fixed
+            check("triton", "cpu", "collinear", 33, 20, dtype, draws=2, temperature=temperature)
+
+
 class TestReasons:
     def test_bf16_needs_a_patched_interpreter(self, faithful):
         x = torch.zeros(2, 2, dtype=torch.bfloat16)
-        assert backends.reason("triton", x, x, False) is None
+        assert backends.unsupported_reason("triton", x, x, False) is None
         create_dot = triton_interpreter.InterpreterBuilder.create_dot
         try:
             triton_interpreter.InterpreterBuilder.create_dot = create_dot.__wrapped__
-            assert "bf16" in backends.reason("triton", x, x, False)
+            assert "bf16" in backends.unsupported_reason("triton", x, x, False)
         finally:
             triton_interpreter.InterpreterBuilder.create_dot = create_dot
 
     def test_cpu_tensors_without_the_interpreter(self, monkeypatch):
         monkeypatch.setattr(backend, "interpreted", lambda: False)
-        assert "CUDA" in backends.reason("triton", torch.zeros(2, 2), torch.zeros(2, 2), False)
+        assert "CUDA" in backends.unsupported_reason("triton", torch.zeros(2, 2), torch.zeros(2, 2), False)
 
     def test_no_triton(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "triton", None)
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-        assert backends.unavailable("triton") == "triton is not installed"
+        assert backends.unavailable_reason("triton") == "triton is not installed"
 
     def test_an_old_triton(self, monkeypatch):
         monkeypatch.setattr("triton.__version__", "3.2.0")
-        assert "3.2.0" in backends.unavailable("triton")
+        assert "3.2.0" in backends.unavailable_reason("triton")
 
     @pytest.mark.parametrize("setting, want", [("tf32", "high"), ("ieee", "highest")])
     def test_newer_precision_settings(self, setting, want, monkeypatch):
@@ -316,42 +422,48 @@ class TestReasons:
         finally:
             torch.backends.cuda.matmul.fp32_precision = before
 
-    def test_chunk_budget(self, monkeypatch):
-        assert configs.chunk_rows(4096, 2 * 4096, 1 << 20, 128) == 128
-        assert configs.chunk_rows(4096, 2 * 4096, 1 << 30, 128) == 4096
-        assert configs.chunk_rows(4096, 2 * 4096, 1, 128) == 128
+    def test_chunk_budget(self):
+        for budget, rows in ((1 << 20, 128), (1 << 30, 4096), (1, 128)):
+            assert Configs(TritonTuning(chunk_bytes=budget)).chunk_rows(4096, 2 * 4096) == rows
 
 
-class TestTuning:
+class TestAutotuning:
     """Timing needs a GPU; which launch is taken does not."""
 
-    launches = configs.Launch(64, 64, 64, warps=8), configs.Launch(32, 32, 32), configs.Launch(64, 32, 32)
+    launches = Launch(32, 32, 32), Launch(64, 32, 32)
 
     @pytest.fixture
     def bench(self, monkeypatch):
         """do_bench that launches once and gives the second launch the least time and the third none."""
-        seen = []
+        calls = []
 
         def do_bench(trial, **options):
             trial()
-            seen.append(len(seen))
-            if seen[-1] % 3 == 2:
-                raise tuning.OutOfResources(1, 0, "shared memory")
-            return 1.0 - seen[-1] % 3
+            calls.append(len(calls))
+            if calls[-1] % 3 == 2:
+                raise autotune.OutOfResources(1, 0, "shared memory")
+            return 1.0 - calls[-1] % 3
 
         monkeypatch.setattr("triton.testing.do_bench", do_bench)
-        monkeypatch.setattr(tuning, "_chosen", {})
-        monkeypatch.setattr(configs, "FLASH_ALTERNATIVES", self.launches[1:])
-        monkeypatch.setattr(configs, "PRODUCT_ALTERNATIVES", self.launches[1:])
-        monkeypatch.setattr(configs, "_of", lambda table, device, *key: self.launches[0])
-        return seen
+        autotune.fastest.clear()
+        # The tables' launches, not the interpreter's, which are never timed.
+        tuned = {"blocks": None, "flash_alternatives": self.launches, "product_alternatives": self.launches}
+        with backends.tuned(**tuned):
+            yield calls
+        autotune.fastest.clear()
 
-    def test_it_is_off(self, bench, algorithm):
+    def test_it_is_off(self, bench, path):
         check("triton", "cpu", "random", 70, 40, torch.float32, draws=1)
         assert not bench
 
-    def test_the_fastest_is_kept(self, bench, algorithm, monkeypatch):
+    def test_the_interpreter_times_nothing(self, bench, path, monkeypatch):
+        monkeypatch.setenv("MCLD_AUTOTUNE", "1")
+        with backends.tuned(blocks=Launch(128, 128, 128)):
+            check("triton", "cpu", "random", 70, 40, torch.float32, draws=1)
+        assert not bench
+
+    def test_the_fastest_is_kept(self, bench, path, monkeypatch):
         monkeypatch.setenv("MCLD_AUTOTUNE", "1")
         check("triton", "cpu", "random", 70, 40, torch.float32, draws=2)
-        assert len(bench) == 3 * len(tuning._chosen) > 0
-        assert set(tuning._chosen.values()) == {self.launches[1]}
+        assert len(bench) == 3 * len(autotune.fastest) > 0
+        assert set(autotune.fastest.values()) == {self.launches[0]}

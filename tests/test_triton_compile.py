@@ -1,7 +1,8 @@
-"""Every Triton kernel, as the backend would launch it, compiled for three architectures without a GPU.
+"""Every Triton kernel, as the backend launches it, compiled for three architectures without a GPU.
 
-The program `triton_compiler.py` does the compiling; here its reports are held to what a fast kernel needs: no spills,
-shared memory that the architecture has, and tensor cores where there is a product.
+The program `triton_compiler.py` does the compiling. Its reports must show no spills, shared memory that the
+architecture has, and tensor cores where there is a product. MCLD_TRITON_PYTHONS may list Python interpreters (separated
+as in PATH) that import other versions of Triton: their reports must show the same.
 """
 
 import json
@@ -14,77 +15,89 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed: its kernels are not compiled")
 
-from mcld_kernels.triton import configs
+from mcld_kernels.backends.triton import configs
 
+PYTHONS = [sys.executable, *filter(None, os.environ.get("MCLD_TRITON_PYTHONS", "").split(os.pathsep))]
 COMPILER = Path(__file__).with_name("triton_compiler.py")
 # Shared memory of a block, in bytes. Generation 8 of the tables also serves GPUs with 99 KB (sm_86, sm_89, sm_120).
 SHARED = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 KERNELS = {
-    "describe_kernel",
-    "scan_kernel",
-    "normalise_rows_kernel",
+    "index_labels_kernel",
+    "class_order_kernel",
+    "l2_normalize_rows_kernel",
     "column_squares_kernel",
-    "normalise_columns_kernel",
+    "l2_normalize_columns_kernel",
     "class_means_kernel",
-    "positives_kernel",
-    "factors_kernel",
-    "totals_kernel",
+    "positive_cosines_kernel",
+    "loss_epilogue_kernel",
+    "reduce_terms_kernel",
     "flash_kernel",
-    "exponentials_kernel",
+    "similarity_kernel",
     "row_sums_kernel",
-    "scale_kernel",
-    "matmul_kernel",
-    "finish_kernel",
-    "finish_dots_kernel",
-    "finish_tiles_kernel",
+    "scale_rows_kernel",
+    "product_kernel",
+    "grad_epilogue_kernel",
+    "grad_dots_kernel",
+    "grad_tiles_kernel",
 }
 
 
-def compile_all(architecture, cache):
+def compile_all(python, architecture, cache):
     """Reports of the kernels of every case."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(cache)
     environment["PYTHONPATH"] = os.pathsep.join([str(COMPILER.parents[1]), environment.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, str(COMPILER), str(architecture)], env=environment, capture_output=True, text=True
-    )
+    done = subprocess.run([python, str(COMPILER), str(architecture)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def table_rows(architecture):
-    """Launches of the flash kernel's table that hold for an architecture, by kind of operand and depth."""
+def table_rows(table, architecture):
+    """Launches of a table of the flash kernel that hold for an architecture, by kind of operand and pitch."""
     rows = {}
-    for generation in {80: (8,), 90: (9,), 100: (9, 10)}[architecture]:  # the row of a later one counts
-        rows |= {key[1:]: launch for key, launch in configs.FLASH.items() if key[0] == generation}
+    for name in {80: ("sm_80",), 90: ("sm_90",), 100: ("sm_90", "sm_100")}[architecture]:  # the later row counts
+        rows |= {key[1:]: launch for key, launch in table.items() if key[0] == name}
     return rows
+
+
+def launched(reports):
+    """(pitch, launch) of reports of the flash kernel."""
+    return {
+        (
+            int(r["d"]),
+            configs.Launch(int(r["block_m"]), int(r["block_n"]), warps=r["num_warps"], stages=r["num_stages"]),
+        )
+        for r in reports
+    }
 
 
 # One test an architecture: a worker of its own can take each.
 @pytest.mark.parametrize("architecture", sorted(SHARED), ids="sm_{}".format)
-def test_compiled_kernels(architecture, tmp_path):
-    reports = compile_all(architecture, tmp_path)
+@pytest.mark.parametrize("python", PYTHONS)
+def test_compiled_kernels(python, architecture, tmp_path):
+    reports = compile_all(python, architecture, tmp_path)
     products = [r for r in reports if r["has_dot"]]
     flash = [r for r in reports if r["kernel"] == "flash_kernel"]
 
-    # Nothing is left out: every kernel, every row of the table, every way of the flash kernel.
+    # Nothing is left out: every kernel, every row of the tables, every exponent of the flash kernel.
     assert {r["kernel"] for r in reports} == KERNELS
-    launches = {(int(r["d"]), int(r["block_m"]), int(r["block_n"]), r["num_warps"], r["num_stages"]) for r in flash}
-    for (_, depth), launch in table_rows(architecture).items():
-        assert (depth, launch.block_m, launch.block_n, launch.warps, launch.stages) in launches
+    assert {(pitch, row) for (_, pitch), row in table_rows(configs.FLASH, architecture).items()} <= launched(flash)
+    online = [r for r in flash if r["exponent"] == "online"]
+    rows = table_rows(configs.FLASH_ONLINE, architecture)
+    assert {(pitch, row) for (_, pitch), row in rows.items()} <= launched(online)
     for operand in (("*bf16", "ieee"), ("*fp32", "tf32"), ("*fp32", "tf32x3")):
         for exponent in ("fixed", "online", "known"):
             assert any((r["dtype"], r["precision"], r["exponent"]) == (*operand, exponent) for r in flash)
 
-    found = {
+    faults = {
         "spills": [r for r in reports if r["stack"] or r["local"] or r["spills"]],
         "needs more shared memory than there is": [r for r in reports if r["shared"] > SHARED[architecture]],
         "has a product without tensor cores": [
             r for r in products if TENSOR_CORES[architecture] not in r["tensor_cores"]
         ],
     }
-    wrong = [f"{what}: {described(r)}" for what, kernels in found.items() for r in kernels]
+    wrong = [f"{fault}: {described(r)}" for fault, kernels in faults.items() for r in kernels]
     assert not wrong, "\n".join(wrong)
 
 

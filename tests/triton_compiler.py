@@ -1,10 +1,10 @@
-"""Compiles, without a GPU, every kernel that the "triton" backend launches. A program of its own: an interpreted kernel
+"""Compile, without a GPU, every kernel that the "triton" backend launches. A program of its own: an interpreted kernel
 does not compile, so it must run without TRITON_INTERPRET.
 
     python triton_compiler.py ARCHITECTURE CASE...     (80, 90 or 100; the names of CASES)
 
-The backend itself runs, on meta tensors; a launch is not carried out but compiled, with the types, constants and
-alignment that it has. So what is compiled is what would be launched. Prints one JSON object a distinct kernel.
+The backend itself runs, on meta tensors; a launch is compiled instead, with the types, constants and alignment that it
+has. Prints one JSON object for each distinct kernel.
 """
 
 from __future__ import annotations
@@ -23,45 +23,49 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
-from mcld_kernels import arguments, pipeline
-from mcld_kernels.triton import configs
-from mcld_kernels.triton.kernels import TritonKernels
+from mcld_kernels.backends.triton.configs import TritonTuning
+from mcld_kernels.backends.triton.kernels import TritonKernels
+from mcld_kernels.kernels import LossInputs
+from mcld_kernels.losses import mcld
+from mcld_kernels.options import mcld_options
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
-# (batch, classes, dtype, options): long and short rows, whole and ragged sizes. Options: of `arguments.options`, and
-# "precision", the float32 matmul precision; "misaligned", logits that begin off a 16-byte boundary; "shift", rows of a
-# larger teacher that come before the partners.
+# (batch, classes, dtype, options): long and short rows, whole and ragged sizes. Options: of `mcld_loss`, and
+# "precision", the float32 matmul precision; "misaligned", logits that begin off a 16-byte boundary; "offset", rows of a
+# larger teacher that come before the partners; "student_grad".
 EVERYTHING = {"direction": "symmetric", "mask_same_class": True, "present_only": True}
-ROWS = {"weight": (1.0, 0.0, 0.0)}
-COLD = {"temperature": 0.01}  # needs the online maximum
+# Needs the online maximum; the instance-wise term has mask keys, the sample-wise one has none.
+ONLINE = {"weight": (1.0, 1.0, 0.0), "temperature": 0.01, "mask_same_class": True}
 CASES: dict[str, tuple[int, int, torch.dtype, dict[str, Any]]] = {
     "bf16": (4096, 1000, torch.bfloat16, {}),
     "bf16-all": (4096, 1000, torch.bfloat16, EVERYTHING),
-    "bf16-online": (4096, 1000, torch.bfloat16, {**ROWS, **COLD, "direction": "teacher"}),
+    "bf16-online": (4096, 1000, torch.bfloat16, {**ONLINE, "direction": "teacher"}),
     "bf16-ragged": (1031, 379, torch.bfloat16, {"misaligned": True}),
     "bf16-10": (1031, 10, torch.bfloat16, EVERYTHING),
     "bf16-48": (1031, 48, torch.bfloat16, EVERYTHING),
     "bf16-100": (4096, 100, torch.bfloat16, EVERYTHING),
     "bf16-200": (1031, 200, torch.bfloat16, EVERYTHING),
-    "bf16-10-online": (1031, 10, torch.bfloat16, {**ROWS, **COLD}),
-    "bf16-48-online": (1031, 48, torch.bfloat16, {**ROWS, **COLD}),
-    "bf16-100-online": (1031, 100, torch.bfloat16, {**ROWS, **COLD}),
-    "bf16-200-online": (1031, 200, torch.bfloat16, {**ROWS, **COLD, "mask_same_class": True}),
+    "bf16-10-online": (1031, 10, torch.bfloat16, ONLINE),
+    "bf16-48-online": (1031, 48, torch.bfloat16, ONLINE),
+    "bf16-100-online": (1031, 100, torch.bfloat16, ONLINE),
+    "bf16-200-online": (1031, 200, torch.bfloat16, ONLINE),
     "bf16-one": (1, 1, torch.bfloat16, {}),
-    "bf16-shift": (1024, 100, torch.bfloat16, {**ROWS, "weight": (1.0, 1.0, 0.0), "shift": 512}),
+    "bf16-offset": (1024, 100, torch.bfloat16, {"weight": (1.0, 1.0, 0.0), "offset": 512}),
+    "bf16-loss": (4096, 1000, torch.bfloat16, {**EVERYTHING, "student_grad": False}),
+    "bf16-100-loss": (4096, 100, torch.bfloat16, {**EVERYTHING, "student_grad": False}),
     "fp16": (4096, 1000, torch.float16, {"direction": "teacher"}),
     "fp16-100": (1031, 100, torch.float16, {"direction": "teacher", "temperature": 0.05}),
     "fp32": (4096, 1000, torch.float32, {}),
     "fp32-all": (1031, 1001, torch.float32, EVERYTHING),
     "fp32-10": (1031, 10, torch.float32, EVERYTHING),
     "fp32-48": (1031, 48, torch.float32, EVERYTHING),
-    "fp32-48-online": (1031, 48, torch.float32, {**ROWS, **COLD}),
+    "fp32-48-online": (1031, 48, torch.float32, ONLINE),
     "tf32": (4096, 1000, torch.float32, {"precision": "high"}),
     "tf32-10": (1031, 10, torch.float32, {"precision": "high", **EVERYTHING}),
     "tf32-48": (1031, 48, torch.float32, {"precision": "high", **EVERYTHING}),
     "tf32-100": (1031, 100, torch.float32, {"precision": "high", **EVERYTHING}),
-    "tf32-100-online": (1031, 100, torch.float32, {**ROWS, "precision": "high", **COLD}),
+    "tf32-100-online": (1031, 100, torch.float32, {"precision": "high", **ONLINE}),
 }
 
 
@@ -96,11 +100,17 @@ class Compiler:
         self.seen.add(key)
         source = ASTSource(kernel, signature, constants, attributes)
         compiled = triton.compile(source, target=GPUTarget("cuda", self.architecture, 32), options=options)
-        report = {"case": self.case, "kernel": kernel.__name__, "architecture": self.architecture, **options}
+        report = {
+            "triton": triton.__version__,
+            "case": self.case,
+            "kernel": kernel.__name__,
+            "architecture": self.architecture,
+            **options,
+        }
         report |= {
             name.lower(): getattr(value, "name", None) or str(value)
             for name, value in bound.arguments.items()
-            if name.isupper() and name != "STAT"
+            if name.isupper() and name != "ACC"
         }
         report["dtype"] = next(kind for kind in signature.values() if kind.startswith("*"))
         report["shared"] = compiled.metadata.shared
@@ -120,34 +130,42 @@ def inspect(cubin: bytes, has_dot: bool) -> dict[str, Any]:
     return {**figures, "has_dot": has_dot, "tensor_cores": cores, "spills": sorted(opcodes & {"LDL", "STL"})}
 
 
-def run(case: str) -> None:
+def run(case: str, tuning: TritonTuning) -> None:
     batch, classes, dtype, options = CASES[case]
     options = dict(options)
     torch.set_float32_matmul_precision(options.pop("precision", "highest"))
     skipped = 1 if options.pop("misaligned", False) else 0
-    shift = options.pop("shift", 0)
-    storage = torch.empty(2, (batch + shift) * classes + skipped, dtype=dtype, device="meta")
+    offset, student_grad = options.pop("offset", 0), options.pop("student_grad", True)
+    storage = torch.empty(2, (batch + offset) * classes + skipped, dtype=dtype, device="meta")
     teacher, student = (part[skipped:].view(-1, classes) for part in storage)
-    labels = torch.zeros(batch + shift, dtype=torch.int64, device="meta")
+    labels = torch.zeros(batch + offset, dtype=torch.int64, device="meta")
     defaults = {
         "temperature": 0.1, "weight": (1.0, 1.0, 1.0), "direction": "student", "mask_same_class": False,
         "present_only": False, "ignore_index": -100, "eps": 1e-12,
     }  # fmt: skip
-    chosen, weight = arguments.options(**{**defaults, **options})
-    call = pipeline.Call(
-        student[:batch], teacher, labels[:batch], weight, chosen, student_grad=True, teacher_grad=False, offset=shift,
-        teacher_target=labels if shift else None,
-    )  # fmt: skip
-    pipeline.evaluate(TritonKernels(library=False), call)
+    checked, weight = mcld_options(**{**defaults, **options})
+    inputs = LossInputs(
+        student=student[:batch],
+        teacher=teacher,
+        target=labels[:batch],
+        weight=weight,
+        options=checked,
+        student_grad=student_grad,
+        teacher_grad=False,
+        offset=offset,
+        teacher_target=labels if offset else None,
+    )
+    mcld.compute(TritonKernels(tuning), inputs)
 
 
 def main() -> None:
     compiler = Compiler(int(sys.argv[1]))
-    configs.architecture = lambda device: compiler.architecture // 10
+    # No product is the library's: on a GPU it takes some, and these kernels must be good as well.
+    tuning = TritonTuning(chunk_bytes=128 << 20, architecture=f"sm_{compiler.architecture}", library_product=False)
     JITFunction.run = lambda kernel, *args, **kwargs: compiler.launch(kernel, *args, **kwargs)
     for case in sys.argv[2:] or CASES:
         compiler.case = case
-        run(case)
+        run(case, tuning)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""What Triton's interpreter does not do by itself: bf16 products, rounding to bf16, and the products tensor cores take
-of fp32.
+"""bf16 products, rounding to bf16 and tensor-core products of fp32 operands for Triton's interpreter.
 
 The interpreter multiplies the bits of bf16 numbers as integers, truncates where a GPU rounds, and computes every fp32
 product in fp32 whatever its precision. `faithful` is for tests only.
@@ -29,7 +28,7 @@ def bf16(value: np.ndarray) -> np.ndarray:
 
 
 def tf32(value: np.ndarray) -> np.ndarray:
-    """What a tensor core reads of an fp32 operand: the upper 19 bits."""
+    """The upper 19 bits of an fp32 operand, which are all that a tensor core reads."""
     bits = np.ascontiguousarray(value).view(np.uint32)
     return np.where(np.isfinite(value), (bits & 0xFFFFE000).view(np.float32), value)
 
@@ -63,8 +62,8 @@ def faithful():
 
     @wraps(create_dot)
     def dot(self, a, b, d, input_precision, max_num_imprecise_acc):
-        lifted = tl.bfloat16 in (a.dtype.scalar, b.dtype.scalar)
-        product = multiply(widen(a), widen(b), None if lifted else input_precision, d.data.dtype)
+        is_bf16 = tl.bfloat16 in (a.dtype.scalar, b.dtype.scalar)
+        product = multiply(widen(a), widen(b), None if is_bf16 else input_precision, d.data.dtype)
         return TensorHandle(product + d.data, d.dtype.scalar)
 
     @wraps(cast_impl)
@@ -73,7 +72,7 @@ def faithful():
             return TensorHandle(bf16(src.data), tl.bfloat16)
         return cast_impl(self, src, dst_type)
 
-    dot.lifts_bf16 = True
+    dot.multiplies_bf16 = True
     InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = dot, cast
     try:
         yield

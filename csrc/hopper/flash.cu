@@ -2,7 +2,6 @@
 
 #include <stdexcept>
 
-#include "hopper.h"
 #include "tensor_map.h"
 
 namespace mcld::hopper {
@@ -12,9 +11,9 @@ template <Precision kPrecision, int kPanels> void launch_flash(const Flash& p, c
   using Block = FlashBlock<kPrecision, kPanels>;
   FlashParameters q;
   q.p = p;
-  // The maps end at the last anchor and the last candidate: what the boxes hold beyond is zeros.
-  q.a = tensor_map(p.a, kPrecision, p.n, p.pitch, Block::kRows);
-  q.k = tensor_map(p.k, kPrecision, p.m, p.pitch, Block::kColumns);
+  // The maps end at the last anchor and the last candidate: the boxes are zeros beyond.
+  q.anchors = tensor_map(p.anchors, kPrecision, p.n, p.pitch, Block::kRows);
+  q.candidates = tensor_map(p.candidates, kPrecision, p.m, p.pitch, Block::kColumns);
   q.tiles = tiles_of(p.m, Block::kColumns);
   if (p.splits > q.tiles) throw std::invalid_argument("hopper flash: more splits than tiles of candidates");
   const dim3 grid(unsigned(tiles_of(p.n, Block::kRows)), unsigned(p.splits));
@@ -33,18 +32,18 @@ template <Precision kPrecision> void by_pitch(const Flash& p, cudaStream_t strea
 
 }  // namespace
 
-const char* flash_refuses(const Flash& p, Precision precision) {
+const char* flash_unsupported(const Flash& p, Precision precision) {
   if (precision != Precision::bf16 && precision != Precision::fp16) return "operands must have 16 bits";
-  if (p.maxima) return "the shift must be fixed";
-  if (!p.out) return "sums alone are the similarity kernel's work";
-  if (p.column_factor || p.column_shift) return "candidates are not weighted";
-  if (p.same_a || p.same_k) return "labels are not masked";
-  if (p.pitch % kPanel || p.pitch < kPanel || p.pitch > 4 * kPanel) return "the pitch must be 64, 128, 192 or 256";
+  if (p.row_maxima) return "the shift must be fixed";
+  if (!p.product) return "sums without the product are for the similarity kernel";
+  if (p.candidate_factor || p.candidate_shift) return "candidates are not weighted";
+  if (p.anchor_keys || p.candidate_keys) return "labels are not masked";
+  if (p.pitch % kPanel || p.pitch < kPanel || p.pitch > kFlashPanels * kPanel) return "the pitch must be 64, 128, 192 or 256";
   return nullptr;
 }
 
 void flash(const Flash& p, Precision precision, cudaStream_t stream) {
-  if (const char* reason = flash_refuses(p, precision)) throw std::invalid_argument(std::string("hopper flash: ") + reason);
+  if (const char* reason = flash_unsupported(p, precision)) throw std::invalid_argument(std::string("hopper flash: ") + reason);
   precision == Precision::bf16 ? by_pitch<Precision::bf16>(p, stream) : by_pitch<Precision::fp16>(p, stream);
 }
 

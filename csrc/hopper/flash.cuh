@@ -1,30 +1,28 @@
-// Flash on Hopper for a contraction of at most 256: sums over the negatives of E and of E K, with E = exp2(scale A K^T - shift)
-// in registers only.
+// Flash on Hopper for a contraction of at most 256: sums over the negatives of E and of E K, with
+// E = exp2(scale_log2 A K^T - shift) in registers only.
 //
 // Keys and values are the same matrix, so one shared tile of candidates serves both products: along its rows for the
 // similarities, across them for E K. With a fixed shift nothing is ever rescaled, and sums over splits of the candidates
 // simply add. One warpgroup loads (TMA, a ring of stages), two hold 64 anchors each: their similarities with the next tile
-// are under way while the product with the current one is. Exponentials are written to run beside that; nvcc 13.0 moves three
-// quarters of them and more behind the product's end, which is the first thing to time on a GPU.
+// are under way while the product with the current one is. The exponentials are written beside that product; nvcc 13.0 moves
+// three quarters of them behind its end.
 #pragma once
 
 #include "layout.cuh"
-#include "portable/launchers.h"
+#include "launchers.h"
 #include "ptx.cuh"
 
 namespace mcld::hopper {
 
 struct FlashParameters {
-  TensorMap a, k;  // boxes of kPanel columns by kRows, kColumns rows
+  TensorMap anchors, candidates;  // boxes of kPanel columns by kRows, kColumns rows
   Flash p;
   int64_t tiles;  // of candidates
 };
 
-// kPanels: the pitch in panels of 64, 1 to 4.
+// kPanels: the pitch in panels, 1 to hopper::kFlashPanels.
 template <Precision kPrecision, int kPanels> struct FlashBlock {
-  static constexpr int kRows = 128;
-  // The registers of a row: 64 kPanels sums, kColumns similarities and half as many exponentials, under 240.
-  static constexpr int kColumns = kPanels <= 2 ? 128 : 64;
+  static constexpr int kRows = kFlashRows, kColumns = flash_columns(kPanels);
   static constexpr int kConsumers = 2, kThreads = 128 * (1 + kConsumers);
   static constexpr int kLoaderRegisters = 24, kConsumerRegisters = 240;
   static_assert(registers_fit(kLoaderRegisters, kConsumerRegisters, kConsumers));
@@ -76,13 +74,13 @@ template <Precision kPrecision, int kPanels> struct FlashBlock {
   MCLD_DEVICE static void load(const FlashParameters& p, Ring ring, int64_t begin, int64_t end) {
     barrier_arrive_expecting(ring.anchors(), kABytes);
     for (int panel = 0; panel < kPanels; ++panel) {
-      tma_load(ring.a(panel), p.a, ring.anchors(), panel * kPanel, block_index() * kRows);
+      tma_load(ring.a(panel), p.anchors, ring.anchors(), panel * kPanel, block_index() * kRows);
     }
     for (int64_t tile = begin; tile < end; ++tile, ring.advance()) {
       barrier_wait(ring.empty(ring.stage), ring.phase ^ 1);
       barrier_arrive_expecting(ring.full(ring.stage), kStageBytes);
       for (int panel = 0; panel < kPanels; ++panel) {
-        tma_load(ring.k(ring.stage, panel), p.k, ring.full(ring.stage), panel * kPanel, int(tile * kColumns));
+        tma_load(ring.k(ring.stage, panel), p.candidates, ring.full(ring.stage), panel * kPanel, int(tile * kColumns));
       }
     }
   }
@@ -163,13 +161,13 @@ template <Precision kPrecision, int kPanels> struct FlashBlock {
     int positive[2];  // tile column of the positive, if it is here
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int64_t of = row[h] + p.diagonal - first_column;
+      const int64_t of = row[h] + p.offset - first_column;
       positive[h] = of >= 0 && of < kColumns ? int(of) : -1;
     }
 #pragma unroll
     for (int i = 0; i < kValues; ++i) {
       const int h = i / 2 % 2, column = fragment_column(thread_index() % 128, i / 4) + i % 2;
-      const float e = exp2_fast(values[i] * p.scale - p.shift);
+      const float e = exp2_fast(values[i] * p.scale_log2 - p.shift);
       values[i] = column >= limit || column == positive[h] ? 0.0f : e;
       total[h] += values[i];
     }
@@ -190,12 +188,12 @@ template <Precision kPrecision, int kPanels> struct FlashBlock {
       total[h] += shuffle_xor(total[h], 1);
       total[h] += shuffle_xor(total[h], 2);
       if (row[h] >= p.padded_rows) continue;
-      if (thread % 4 == 0) p.sums[at] = total[h];
+      if (thread % 4 == 0) p.row_sums[at] = total[h];
 #pragma unroll
       for (int panel = 0; panel < kPanels; ++panel)
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
-          float* out = p.out + at * p.pitch + panel * kPanel + fragment_column(thread, j);
+          float* out = p.product + at * p.pitch + panel * kPanel + fragment_column(thread, j);
           *reinterpret_cast<float2*>(out) = float2{sums[panel][4 * j + 2 * h], sums[panel][4 * j + 2 * h + 1]};
         }
     }

@@ -1,8 +1,10 @@
-// Where things lie: the shared tiles that TMA writes and wgmma reads, and the order in which blocks take tiles. Pure
-// arithmetic, the same on a GPU and on a CPU.
+// Layouts of the shared tiles that TMA writes and wgmma reads, and the order in which blocks take tiles. Pure arithmetic, the
+// same on a GPU and on a CPU.
 #pragma once
 
 #include <cstdint>
+
+#include "constants.h"
 
 namespace mcld::hopper {
 
@@ -12,11 +14,9 @@ namespace mcld::hopper {
 #define MCLD_EVERYWHERE inline
 #endif
 
-// A panel is a shared tile 64 elements (128 bytes) wide with any number of rows: what one TMA box with 128-byte swizzle
-// writes. Chunk c (16 bytes) of row r lies at 128 r + 16 (c ^ r % 8), so that 8 rows of a column meet 8 different banks.
+// A panel is a shared tile kPanel elements (128 bytes) wide with any number of rows: one TMA box with 128-byte swizzle. Chunk c (16 bytes) of row r lies at 128 r + 16 (c ^ r % 8), so that 8 rows of a column meet 8 different banks.
 // Panels start at multiples of 1024 bytes, the period of the swizzle.
-constexpr int kPanel = 64;
-constexpr int kPanelRowBytes = 128;
+constexpr int kPanelRowBytes = 2 * kPanel;
 constexpr int kPeriodBytes = 1024;
 constexpr int kDepth = 16;  // elements of the contraction in one wgmma
 
@@ -38,8 +38,8 @@ MCLD_EVERYWHERE uint64_t across_rows(uint32_t panel, int step) { return descript
 MCLD_EVERYWHERE int fragment_row(int thread, int h) { return thread / 32 * 16 + thread % 32 / 4 + 8 * h; }
 MCLD_EVERYWHERE int fragment_column(int thread, int j) { return 8 * j + 2 * (thread % 4); }
 
-// Whether the registers fit: at entry all threads of a block have the same share of 65536, in eights, and what the consumers
-// take over is what the loading warpgroup gives back. With more, setmaxnreg.inc would wait for ever.
+// True if the registers fit: at entry all threads of a block have the same share of 65536, in eights, and the consumers take
+// over what the loading warpgroup gives back. With more, setmaxnreg.inc would wait for ever.
 constexpr bool registers_fit(int loader, int consumer, int consumers) {
   const int warpgroups = 1 + consumers, entry = 65536 / (128 * warpgroups) / 8 * 8;
   return loader <= entry && entry <= consumer && loader + consumers * consumer <= warpgroups * entry;

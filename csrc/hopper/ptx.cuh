@@ -1,6 +1,5 @@
-// Hopper's own instructions, one function each: mbarriers, TMA loads, wgmma, the register budget of a warpgroup. The kernels
-// beside this file use these and portable/platform.cuh, nothing else; tests/csrc_host/emulation_sm90.h defines the same
-// names on a CPU.
+// Hopper's instructions, one function each: mbarriers, TMA loads, wgmma, the register budget of a warpgroup. The kernels of
+// this folder use these and portable/platform.cuh only; tests/csrc_host/emulation_sm90.h defines the same names on a CPU.
 //
 // Shared-memory addresses are 32-bit offsets in the shared window, as the instructions take them.
 #pragma once

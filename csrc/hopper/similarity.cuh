@@ -1,19 +1,19 @@
-// Product 1 on Hopper: E = exp2(scale A K^T - shift) without the positives, in half precision, and its row sums. The
-// similarities themselves are never written.
+// Product 1 on Hopper: E = exp2(scale_log2 A K^T - shift) without the positives, in half precision, and its row sums. The
+// similarities are not written.
 //
 // A persistent block of three warpgroups: one loads (TMA, a ring of stages, running ahead across tiles), two multiply
-// (wgmma, 64 rows by 256 columns each) and take the exponentials from their accumulators. Meaning and layout of the
-// arguments are those of the portable kernel, portable/launchers.h, less what `similarity_refuses` names.
+// (wgmma, 64 rows by 256 columns each) and take the exponentials from their accumulators. The arguments are those of the
+// portable kernel (launchers.h), within the limits of `similarity_unsupported`.
 #pragma once
 
 #include "layout.cuh"
-#include "portable/launchers.h"
+#include "launchers.h"
 #include "ptx.cuh"
 
 namespace mcld::hopper {
 
 struct SimilarityParameters {
-  TensorMap a, k;  // boxes of kPanel columns by kRows, kColumns rows
+  TensorMap anchors, candidates;  // boxes of kPanel columns by kRows, kColumns rows
   Similarity p;
   int64_t tile_rows, tile_columns;
   int slices;
@@ -21,7 +21,7 @@ struct SimilarityParameters {
 
 template <Precision kPrecision> struct SimilarityBlock {
   using T = Operand<kPrecision>;
-  static constexpr int kRows = 128, kColumns = 256;
+  static constexpr int kRows = kSimilarityRows, kColumns = kSimilarityColumns;
   static constexpr int kConsumers = 2, kThreads = 128 * (1 + kConsumers);
   static constexpr int kLoaderRegisters = 40, kConsumerRegisters = 232;
   static_assert(registers_fit(kLoaderRegisters, kConsumerRegisters, kConsumers));
@@ -72,8 +72,8 @@ template <Precision kPrecision> struct SimilarityBlock {
       for (int slice = 0; slice < p.slices; ++slice, ring.advance()) {
         barrier_wait(ring.empty(ring.stage), ring.phase ^ 1);
         barrier_arrive_expecting(ring.full(ring.stage), kStageBytes);
-        tma_load(ring.a(), p.a, ring.full(ring.stage), slice * kPanel, int(row * kRows));
-        tma_load(ring.k(), p.k, ring.full(ring.stage), slice * kPanel, int(column * kColumns));
+        tma_load(ring.a(), p.anchors, ring.full(ring.stage), slice * kPanel, int(row * kRows));
+        tma_load(ring.k(), p.candidates, ring.full(ring.stage), slice * kPanel, int(column * kColumns));
       }
     }
   }
@@ -84,7 +84,7 @@ template <Precision kPrecision> struct SimilarityBlock {
       multiply(p.slices, ring, consumer, sums);
       int64_t row, column;
       tile_in_bands(index, p.tile_rows, p.tile_columns, row, column);
-      finish(p.p, sums, row * kRows + consumer * 64, column);
+      epilogue(p.p, sums, row * kRows + consumer * 64, column);
     }
   }
 
@@ -112,17 +112,17 @@ template <Precision kPrecision> struct SimilarityBlock {
     pin(sums);
   }
 
-  MCLD_DEVICE static void finish(const Similarity& p, float (&sums)[kColumns / 2], int64_t first_row, int64_t tile_column) {
+  MCLD_DEVICE static void epilogue(const Similarity& p, float (&sums)[kColumns / 2], int64_t first_row, int64_t tile_column) {
     const int thread = thread_index() % 128, lane = thread % 4;
     const int64_t first_column = tile_column * kColumns;
     const int columns = int(p.m - first_column < kColumns ? p.m - first_column : kColumns);
-    const int stored = int(p.pitch_e - first_column < kColumns ? p.pitch_e - first_column : kColumns);
+    const int stored = int(p.exp_pitch - first_column < kColumns ? p.exp_pitch - first_column : kColumns);
     const int64_t row[2] = {first_row + fragment_row(thread, 0), first_row + fragment_row(thread, 1)};
     float total[2] = {0, 0};
     int positive[2], limit[2];  // tile columns: the positive's, if it is here, and the first that does not count
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int64_t of = row[h] + p.diagonal - first_column;
+      const int64_t of = row[h] + p.offset - first_column;
       positive[h] = of >= 0 && of < kColumns ? int(of) : -1;
       limit[h] = row[h] < p.rows ? columns : 0;
     }
@@ -137,20 +137,20 @@ template <Precision kPrecision> struct SimilarityBlock {
 #pragma unroll
           for (int c = 0; c < 2; ++c) {
             const int column = fragment_column(thread, group + j) + c;
-            const float x = exp2_fast(sums[4 * (group + j) + 2 * h + c] * p.scale - p.shift);
+            const float x = exp2_fast(sums[4 * (group + j) + 2 * h + c] * p.scale_log2 - p.shift);
             e[c] = column >= limit[h] || column == positive[h] ? 0.0f : x;
           }
           total[h] += e[0] + e[1];
           packed[h][j] = pack<T>(e[0], e[1]);
         }
-      if (p.e) {
+      if (p.exponentials) {
         // A thread's pairs lie in four groups of 8 columns; exchanged, it holds one group whole, 16 bytes of its row.
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           transpose_quad(packed[h], lane);
           const int column = 8 * (group + lane);
           if (column < stored) {
-            T* out = static_cast<T*>(p.e) + row[h] * p.pitch_e + first_column + column;
+            T* out = static_cast<T*>(p.exponentials) + row[h] * p.exp_pitch + first_column + column;
             *reinterpret_cast<uint4*>(out) = uint4{packed[h][0], packed[h][1], packed[h][2], packed[h][3]};
           }
         }

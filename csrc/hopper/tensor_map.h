@@ -1,7 +1,7 @@
-// What a launch needs to know of the device and its driver.
+// TMA maps of operands, and the number of multiprocessors.
 #pragma once
 
-#include "portable/launchers.h"
+#include "launchers.h"
 #include "ptx.cuh"
 
 namespace mcld::hopper {

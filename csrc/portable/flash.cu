@@ -9,7 +9,7 @@ namespace {
 template <Precision kPrecision, int kRowBytes> void start(const Flash& p, cudaStream_t stream) {
   using Kernel = FlashTile<kPrecision, kRowBytes>;
   const dim3 grid(unsigned(tiles_of(p.n, Kernel::kRows)), unsigned(p.splits));
-  if (p.maxima) {
+  if (p.row_maxima) {
     launch(flash_kernel<kPrecision, kRowBytes, true>, "launch of flash", grid, Kernel::kThreads, Kernel::kSharedBytes, stream, p);
   } else {
     launch(flash_kernel<kPrecision, kRowBytes, false>, "launch of flash", grid, Kernel::kThreads, Kernel::kSharedBytes, stream, p);
@@ -27,8 +27,8 @@ void flash(const Flash& p, Precision precision, cudaStream_t stream) {
       start<kPrecision, 64 * kElement>(p, stream);
     } else if (row_bytes == 128 * kElement) {
       start<kPrecision, 128 * kElement>(p, stream);
-    } else if (row_bytes == 512 && kElement == 2) {
-      start<kPrecision, 512>(p, stream);
+    } else if (row_bytes == kFlashRowBytes && kElement == 2) {
+      start<kPrecision, kFlashRowBytes>(p, stream);
     } else {
       throw std::invalid_argument("flash: no kernel for rows of " + std::to_string(row_bytes) + " bytes");
     }

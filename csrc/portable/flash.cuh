@@ -1,7 +1,7 @@
-// Flash: similarities, exponentials and their product with the candidates in one pass over the candidates; neither E nor a
-// similarity leaves the chip. K = V, so one shared tile serves both products, and the sums stay in registers. With the fixed
-// shift nothing is ever rescaled; with the online maximum sums are rescaled by exact powers of two. The candidates may be
-// split over blocks, whose partial sums are added afterwards in order.
+// Flash: similarities, exponentials and their product with the candidates in one pass over the candidates. Neither similarities
+// nor exponentials are written to memory. K = V, so one shared tile serves both products, and the sums stay in registers. A
+// fixed shift needs no rescaling; with the online maximum, sums are rescaled by exact powers of two. Candidates may be split
+// over blocks, whose sums combine_splits adds in order.
 #pragma once
 
 #include "tile.cuh"
@@ -11,7 +11,7 @@ namespace mcld {
 // 64 anchors, 16 to each of 4 warps, against tiles of 64 candidates, or 32 where the rows of 512 bytes need the registers.
 template <Precision kPrecision, int kRowBytes> struct FlashTile {
   using T = Operand<kPrecision>;
-  static constexpr int kRows = 64, kColumns = kRowBytes == 512 ? 32 : 64, kWarps = 4, kThreads = kWarps * kWarp;
+  static constexpr int kRows = kFlashRows, kColumns = kRowBytes == 512 ? 32 : 64, kWarps = 4, kThreads = kWarps * kWarp;
   static constexpr int kWidth = kRowBytes / int(sizeof(T));
   static constexpr int kAnchorBytes = kRows * kRowBytes, kTileBytes = kColumns * kRowBytes;
   static constexpr int kSharedBytes = kAnchorBytes + 2 * kTileBytes;
@@ -23,8 +23,8 @@ template <Precision kPrecision, int kRowBytes> struct FlashTile {
     const int64_t tiles = (p.m + kColumns - 1) / kColumns;
     const int64_t first = tiles * split / p.splits, last = tiles * (split + 1) / p.splits;
     const int64_t first_row = row_tile * kRows;
-    load<kRows>(anchors, static_cast<const T*>(p.a), p.pitch, first_row);
-    if (first < last) load<kColumns>(candidates, static_cast<const T*>(p.k), p.pitch, first * kColumns);
+    load<kRows>(anchors, static_cast<const T*>(p.anchors), p.pitch, first_row);
+    if (first < last) load<kColumns>(candidates, static_cast<const T*>(p.candidates), p.pitch, first * kColumns);
     commit_async();
 
     float sums[kD][4];  // of E K
@@ -32,15 +32,15 @@ template <Precision kPrecision, int kRowBytes> struct FlashTile {
     float total[2] = {0, 0}, maximum[2] = {-infinity(), -infinity()};
     for (int64_t tile = first; tile < last; ++tile) {
       wait_async<0>();
-      sync_block();  // the tile is there for all, and nobody reads the one that is filled next
+      sync_block();  // the tile is visible to all threads, and the one that is filled next has no reader
       char* const here = candidates + (tile - first) % 2 * kTileBytes;
       if (tile + 1 < last) {
-        load<kColumns>(candidates + (tile + 1 - first) % 2 * kTileBytes, static_cast<const T*>(p.k), p.pitch, (tile + 1) * kColumns);
+        load<kColumns>(candidates + (tile + 1 - first) % 2 * kTileBytes, static_cast<const T*>(p.candidates), p.pitch, (tile + 1) * kColumns);
       }
       commit_async();
       float e[kN][4];
       similarities(e, anchors, here);
-      drop_and_scale(p, e, first_row, tile * kColumns);
+      mask_and_scale(p, e, first_row, tile * kColumns);
       float shift[2] = {p.shift, p.shift};
       if constexpr (kOnline) raise(e, sums, total, maximum, shift);
       exponentials(p, e, shift, tile * kColumns);
@@ -49,7 +49,7 @@ template <Precision kPrecision, int kRowBytes> struct FlashTile {
         total[0] += e[nt][0] + e[nt][1];
         total[1] += e[nt][2] + e[nt][3];
       }
-      if (p.out) add_product(sums, e, here);
+      if (p.product) add_product(sums, e, here);
     }
     wait_async<0>();
     write(p, sums, total, maximum, first_row, split, kOnline);
@@ -116,23 +116,23 @@ template <Precision kPrecision, int kRowBytes> struct FlashTile {
     }
   }
 
-  // Exponents, -inf where dropped. Only tiles on an edge, on the diagonal or under a mask look at their indices.
-  MCLD_DEVICE static void drop_and_scale(const Flash& p, float (&e)[kN][4], int64_t first_row, int64_t first_column) {
+  // Exponents, -inf for pairs that are not negatives. Only tiles at an edge, with positives or under a mask test their indices.
+  MCLD_DEVICE static void mask_and_scale(const Flash& p, float (&e)[kN][4], int64_t first_row, int64_t first_column) {
 #pragma unroll
     for (int nt = 0; nt < kN; ++nt)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) e[nt][i] *= p.scale;
-    const int64_t diagonal = first_row + p.diagonal - first_column;
-    const bool meets = diagonal > -kRows && diagonal < kColumns;
-    if (!meets && !p.same_a && first_column + kColumns <= p.m) return;
-    const int at = meets ? int(diagonal) : 2 * kColumns;
+      for (int i = 0; i < 4; ++i) e[nt][i] *= p.scale_log2;
+    const int64_t positive = first_row + p.offset - first_column;  // tile column of tile row 0's positive
+    const bool meets = positive > -kRows && positive < kColumns;
+    if (!meets && !p.anchor_keys && first_column + kColumns <= p.m) return;
+    const int at = meets ? int(positive) : 2 * kColumns;
     const int columns = first_column + kColumns <= p.m ? kColumns : int(p.m - first_column);
-    int64_t label[2] = {0, 0};
-    if (p.same_a) {
+    int64_t key[2] = {0, 0};
+    if (p.anchor_keys) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int64_t index = first_row + row() + half * 8;
-        if (index < p.n) label[half] = p.same_a[index];
+        if (index < p.n) key[half] = p.anchor_keys[index];
       }
     }
 #pragma unroll
@@ -141,16 +141,16 @@ template <Precision kPrecision, int kRowBytes> struct FlashTile {
       for (int j = 0; j < 2; ++j) {
         const int column = nt * 8 + lane() % 4 * 2 + j;
         const bool inside = column < columns;
-        const int64_t other = p.same_a && inside ? p.same_k[first_column + column] : 0;
+        const int64_t other = p.anchor_keys && inside ? p.candidate_keys[first_column + column] : 0;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const bool same = p.same_a && label[half] == other;
-          if (!inside || same || column == row() + half * 8 + at) e[nt][half * 2 + j] = -infinity();
+          const bool equal = p.anchor_keys && key[half] == other;
+          if (!inside || equal || column == row() + half * 8 + at) e[nt][half * 2 + j] = -infinity();
         }
       }
   }
 
-  // Raises the running maxima, which are integers, and brings the sums to them.
+  // Raises the running maxima, which are integers, and rescales the sums to them.
   MCLD_DEVICE static void raise(const float (&e)[kN][4], float (&sums)[kD][4], float (&total)[2], float (&maximum)[2],
                                 float (&shift)[2]) {
 #pragma unroll
@@ -174,15 +174,15 @@ template <Precision kPrecision, int kRowBytes> struct FlashTile {
   }
 
   MCLD_DEVICE static void exponentials(const Flash& p, float (&e)[kN][4], const float (&shift)[2], int64_t first_column) {
-    if (p.column_factor) {
+    if (p.candidate_factor) {
 #pragma unroll
       for (int nt = 0; nt < kN; ++nt)
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           const int64_t column = first_column + nt * 8 + lane() % 4 * 2 + j;
-          const float factor = column < p.m ? p.column_factor[column] : 0;
+          const float factor = column < p.m ? p.candidate_factor[column] : 0;
           float own = p.shift;
-          if (p.column_shift) own = column < p.m && p.column_shift[column] > -infinity() ? p.column_shift[column] : 0;
+          if (p.candidate_shift) own = column < p.m && p.candidate_shift[column] > -infinity() ? p.candidate_shift[column] : 0;
           e[nt][j] = exp2f(e[nt][j] - own) * factor;
           e[nt][j + 2] = exp2f(e[nt][j + 2] - own) * factor;
         }
@@ -232,11 +232,11 @@ template <Precision kPrecision, int kRowBytes> struct FlashTile {
       total[half] += shuffle_xor(total[half], 2);
       const int64_t at = split * p.padded_rows + first_row + row() + half * 8;
       if (lane() % 4 == 0) {
-        p.sums[at] = total[half];
-        if (online) p.maxima[at] = maximum[half];
+        p.row_sums[at] = total[half];
+        if (online) p.row_maxima[at] = maximum[half];
       }
-      if (!p.out) continue;
-      float* out = p.out + at * p.pitch + lane() % 4 * 2;
+      if (!p.product) continue;
+      float* out = p.product + at * p.pitch + lane() % 4 * 2;
 #pragma unroll
       for (int dt = 0; dt < kD; ++dt) {
         *reinterpret_cast<float2*>(out + dt * 8) = make_float2(sums[dt][half * 2], sums[dt][half * 2 + 1]);

@@ -2,12 +2,13 @@
 
 namespace mcld {
 
-void describe(const Describe& p, cudaStream_t stream) {
-  launch(describe_kernel, "launch of describe", dim3(1), kDescribeThreads, 2 * int(sizeof(DescribeSum::Storage)), stream, p);
+void index_labels(const IndexLabels& p, cudaStream_t stream) {
+  launch(index_labels_kernel, "launch of index_labels", dim3(1), kIndexThreads, 2 * int(sizeof(IndexSum::Storage)), stream, p);
 }
 
-void order(const Order& p, cudaStream_t stream) {
-  launch(order_kernel, "launch of order", dim3(unsigned(tiles_of(p.ranks, kOrderWarps))), kOrderThreads, 0, stream, p);
+void sort_labels(const SortLabels& p, cudaStream_t stream) {
+  const dim3 grid(unsigned(tiles_of(p.num_classes_present, kSortWarps)));
+  launch(sort_labels_kernel, "launch of sort_labels", grid, kSortThreads, 0, stream, p);
 }
 
 }  // namespace mcld

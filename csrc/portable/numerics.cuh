@@ -16,25 +16,25 @@ template <Precision kPrecision> using Operand = typename OperandOf<kPrecision>::
 
 constexpr float kLog2E = 1.44269504088896340736f;
 constexpr float kLn2 = 0.69314718055994530942f;
-constexpr float kHalfLift = 15;  // what moves exponentials of a fixed shift into fp16's range, as mcld_kernels/cuda/common.py has it
 constexpr int kWarp = 32;
 
 MCLD_DEVICE float infinity() { return as_float(0x7f800000u); }
 MCLD_DEVICE float not_a_number() { return as_float(0x7fc00000u); }
 
-// x = log_off - positive / temperature: the loss is log(1 + exp(x)), its derivative 1 / (1 + exp(-x)).
-MCLD_DEVICE float contrast_loss(float x) { return fmaxf(x, 0) + log1pf(expf(-fabsf(x))); }
-MCLD_DEVICE float contrast_pull(float x) { return 1 / (1 + expf(-x)); }
+// x = neg_lse - positive / temperature: the loss is log(1 + exp(x)), its derivative 1 / (1 + exp(-x)) is 1 minus the
+// probability of the positive.
+MCLD_DEVICE float softplus(float x) { return fmaxf(x, 0) + log1pf(expf(-fabsf(x))); }
+MCLD_DEVICE float sigmoid(float x) { return 1 / (1 + expf(-x)); }
 
-// A label as the kernels take it. A bad one is clamped, so that nothing is read out of bounds; NaN shows it in its terms.
+// A label that is out of range is clamped, so that nothing is read out of bounds; the poison makes its terms NaN.
 struct Label {
   bool ignored, bad;
-  int64_t kind;
+  int64_t class_id;
 
-  static MCLD_DEVICE Label of(int64_t label, int64_t classes, int64_t ignore_index) {
-    const int64_t kind = label < 0 ? 0 : label >= classes ? classes - 1 : label;
+  static MCLD_DEVICE Label of(int64_t label, int64_t num_classes, int64_t ignore_index) {
+    const int64_t class_id = label < 0 ? 0 : label >= num_classes ? num_classes - 1 : label;
     const bool ignored = label == ignore_index;
-    return {ignored, !ignored && label != kind, kind};
+    return {ignored, !ignored && label != class_id, class_id};
   }
 };
 

@@ -1,6 +1,6 @@
-// Everything in which a compile for a GPU differs from the host emulation of tests/csrc_host. The kernels use what stands
-// here, in sums.cuh and in plain C++, nothing else: thread and block indices, barriers, shuffles, asynchronous copies,
-// ldmatrix, mma, the 16-bit types and the launch. tests/csrc_host/emulation.h defines the same names on a CPU.
+// The differences between a compile for a GPU and the host emulation of tests/csrc_host: thread and block indices, barriers,
+// shuffles, asynchronous copies, ldmatrix, mma, the 16-bit types and the launch. The kernels use these, sums.cuh and plain C++
+// only. tests/csrc_host/emulation.h defines the same names on a CPU.
 #pragma once
 
 #include <cstdint>
@@ -37,8 +37,8 @@ MCLD_DEVICE char* shared_memory() {
   return dynamic_shared;
 }
 
-// The same value, of which the compiler knows nothing: what is computed from it stays where it is used, instead of filling
-// registers from outside the loop.
+// The same value, opaque to the compiler: computations on it stay where they are used instead of being hoisted out of a loop
+// into registers.
 MCLD_DEVICE int opaque(int x) {
   asm volatile("" : "+r"(x));
   return x;
@@ -60,7 +60,7 @@ template <> MCLD_DEVICE fp16 from_float<fp16>(float x) { return __float2half_rn(
 
 // A vector in global memory, by accesses of alignof(V) bytes, of which the address must be a multiple; the emulation checks that.
 template <class V> MCLD_DEVICE V read_vector(const void* p) { return *static_cast<const V*>(p); }
-// By hand where it matters: nvcc takes some of the assignments apart, into 4 bytes at a time.
+// As PTX for 8 and 16 bytes: nvcc splits some of the assignments into stores of 4 bytes.
 template <class V> MCLD_DEVICE void write_vector(void* p, const V& v) {
   const size_t address = __cvta_generic_to_global(p);
   if constexpr (alignof(V) == 16) {

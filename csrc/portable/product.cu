@@ -15,10 +15,10 @@ template <Precision kPrecision, int kTile, bool kTransposed> void start(const Pr
 void product(const Product& p, Precision precision, int tile, cudaStream_t stream) {
   with_precision(precision, [&](auto tag) {
     constexpr Precision kPrecision = decltype(tag)::value;
-    if (tile == 128) {
-      p.transposed ? start<kPrecision, 128, true>(p, stream) : start<kPrecision, 128, false>(p, stream);
+    if (tile == kLargeTile) {
+      p.transposed ? start<kPrecision, kLargeTile, true>(p, stream) : start<kPrecision, kLargeTile, false>(p, stream);
     } else {
-      p.transposed ? start<kPrecision, 64, true>(p, stream) : start<kPrecision, 64, false>(p, stream);
+      p.transposed ? start<kPrecision, kSmallTile, true>(p, stream) : start<kPrecision, kSmallTile, false>(p, stream);
     }
   });
 }

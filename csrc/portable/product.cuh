@@ -1,5 +1,4 @@
-// Product 2: E K, or E^T K, in fp32 sums of operands. A plain product through the tile core; sums over chunks of anchors are
-// added to what earlier chunks wrote, in the order of the launches.
+// Product 2: E K, or E^T K, a GEMM with fp32 sums. Chunks of anchors accumulate in the order of their launches.
 #pragma once
 
 #include "tile.cuh"
@@ -17,8 +16,8 @@ template <Precision kPrecision, int kTile, bool kTransposed> struct ProductTile 
     tile_at(index, p.rows / kTile, p.pitch / kTile, tile_row, tile_column);
     const int64_t first_row = tile_row * kTile, first_column = tile_column * kTile;
     Core core;
-    core.run(shared_memory(), static_cast<const T*>(p.e) + first_row * (kTransposed ? 1 : p.pitch_e), p.pitch_e,
-             static_cast<const T*>(p.k) + first_column, p.pitch, p.contraction / Core::kSlice);
+    core.run(shared_memory(), static_cast<const T*>(p.exponentials) + first_row * (kTransposed ? 1 : p.exp_pitch), p.exp_pitch,
+             static_cast<const T*>(p.operand) + first_column, p.pitch, p.contraction / Core::kSlice);
     const float alpha = p.alpha ? *p.alpha : 1;
 #pragma unroll
     for (int mt = 0; mt < Core::kM; ++mt)
@@ -28,7 +27,7 @@ template <Precision kPrecision, int kTile, bool kTransposed> struct ProductTile 
 #pragma unroll
         for (int nt = 0; nt < Core::kN; ++nt) {
           float2* at = reinterpret_cast<float2*>(out + Core::column(nt, 0));
-          const float2 before = p.add ? *at : make_float2(0, 0);
+          const float2 before = p.accumulate ? *at : make_float2(0, 0);
           *at = make_float2(before.x + alpha * core.sums[mt][nt][half * 2], before.y + alpha * core.sums[mt][nt][half * 2 + 1]);
         }
       }

@@ -5,7 +5,7 @@ namespace {
 
 template <Precision kPrecision, int kTile> void start(const Similarity& p, cudaStream_t stream) {
   using Kernel = SimilarityTile<kPrecision, kTile>;
-  const unsigned tiles = unsigned(p.padded_rows / kTile * (p.pitch_e / kTile));
+  const unsigned tiles = unsigned(p.padded_rows / kTile * (p.exp_pitch / kTile));
   if (p.splits > 1) {
     launch(similarity_part_kernel<kPrecision, kTile>, "launch of similarity_part", dim3(tiles, unsigned(p.splits)),
            Kernel::kThreads, Kernel::kSharedBytes, stream, p);
@@ -19,7 +19,7 @@ template <Precision kPrecision, int kTile> void start(const Similarity& p, cudaS
 void similarity(const Similarity& p, Precision precision, int tile, cudaStream_t stream) {
   with_precision(precision, [&](auto tag) {
     constexpr Precision kPrecision = decltype(tag)::value;
-    tile == 128 ? start<kPrecision, 128>(p, stream) : start<kPrecision, 64>(p, stream);
+    tile == kLargeTile ? start<kPrecision, kLargeTile>(p, stream) : start<kPrecision, kSmallTile>(p, stream);
   });
 }
 

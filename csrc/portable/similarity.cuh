@@ -1,6 +1,6 @@
 // Product 1: similarities of a chunk of anchors with all candidates, fused with temperature, shift, positive and label mask,
-// exponential, rounding to the operand type and the partial sums by row and by column. Only E is written, never a similarity
-// (but for few tiles of long rows, whose parts of the contraction go through a workspace).
+// exponential, rounding to the operand type and the partial sums by row and by column. Only the exponentials E are written;
+// similarities reach memory only where the contraction is split.
 //
 // The exponent is in base 2: E = exp2(x - shift), x = A_i . K_j log2(e) / temperature. With a fixed shift E needs nothing
 // more. With the online maximum a tile's row is shifted by its own maximum rounded up to an integer, so that `rescale`
@@ -15,19 +15,19 @@ template <Precision kPrecision, int kTile> struct SimilarityTile {
   using T = Operand<kPrecision>;
   using Core = Tile<kPrecision, kTile, Major::contraction, Major::contraction>;
   static constexpr int kThreads = Core::kThreads, kBlocks = Core::kBlocks;
-  // After the product: E on its way out, then sums and maxima by warp, then the labels.
+  // Shared memory of the epilogue: E, sums and maxima by warp, keys.
   static constexpr int kStagingPitch = kTile * int(sizeof(T)) + 16;
   static constexpr int kSumsAt = kTile * kStagingPitch;
   static constexpr int kMaximaAt = kSumsAt + Core::kWarpsN * kTile * 4;
   static constexpr int kColumnsAt = kMaximaAt + Core::kWarpsN * kTile * 4;
-  static constexpr int kLabelsAt = kColumnsAt + Core::kWarpsM * kTile * 4;
-  static constexpr int kEpilogueBytes = kLabelsAt + 2 * kTile * 4;
+  static constexpr int kKeysAt = kColumnsAt + Core::kWarpsM * kTile * 4;
+  static constexpr int kEpilogueBytes = kKeysAt + 2 * kTile * 4;
   static constexpr int kSharedBytes = Core::kSharedBytes > kEpilogueBytes ? Core::kSharedBytes : kEpilogueBytes;
 
   MCLD_DEVICE static void run(const Similarity& p, int64_t index) {
     char* shared = shared_memory();
     int64_t tile_row, tile_column;
-    tile_at(index, p.padded_rows / kTile, p.pitch_e / kTile, tile_row, tile_column);
+    tile_at(index, p.padded_rows / kTile, p.exp_pitch / kTile, tile_row, tile_column);
     const int64_t first_row = tile_row * kTile, first_column = tile_column * kTile;
     Core core;
     if (p.splits > 1) {
@@ -37,8 +37,8 @@ template <Precision kPrecision, int kTile> struct SimilarityTile {
       multiply(p, core, first_row, first_column, 0, p.pitch / Core::kSlice);
     }
 
-    load_labels(p, shared, first_row, first_column);
-    drop_and_scale(p, shared, core, first_row, first_column);
+    load_keys(p, shared, first_row, first_column);
+    mask_and_scale(p, shared, core, first_row, first_column);
     float shift[Core::kM][2];
     if (p.row_maxima) {
       row_maxima(shared, core, shift);
@@ -50,14 +50,14 @@ template <Precision kPrecision, int kTile> struct SimilarityTile {
     stage(shared, core);
     partial_sums(p, shared, core);
     sync_block();
-    if (p.e) write(p, shared, first_row, first_column);
+    if (p.exponentials) write(p, shared, first_row, first_column);
     write_sums(p, shared, tile_row, tile_column);
   }
 
-  // The sums over one part of the contraction: with few tiles, of long rows, the parts keep more multiprocessors busy.
+  // Split-k: the sums over one part of the contraction, for few tiles of long rows.
   MCLD_DEVICE static void run_part(const Similarity& p, int64_t index, int split) {
     int64_t tile_row, tile_column;
-    tile_at(index, p.padded_rows / kTile, p.pitch_e / kTile, tile_row, tile_column);
+    tile_at(index, p.padded_rows / kTile, p.exp_pitch / kTile, tile_row, tile_column);
     const int64_t slices = p.pitch / Core::kSlice;
     Core core;
     multiply(p, core, tile_row * kTile, tile_column * kTile, slices * split / p.splits, slices * (split + 1) / p.splits);
@@ -66,33 +66,33 @@ template <Precision kPrecision, int kTile> struct SimilarityTile {
 
  private:
   MCLD_DEVICE static float* part_of(const Similarity& p, int64_t index, int split) {
-    return p.parts + split * p.padded_rows * p.pitch_e + index * Core::kElements;
+    return p.split_products + split * p.padded_rows * p.exp_pitch + index * Core::kElements;
   }
 
   MCLD_DEVICE static void multiply(const Similarity& p, Core& core, int64_t first_row, int64_t first_column, int64_t first,
                                    int64_t last) {
     const int64_t skipped = first * Core::kSlice;
-    core.run(shared_memory(), static_cast<const T*>(p.a) + first_row * p.pitch + skipped, p.pitch,
-             static_cast<const T*>(p.k) + first_column * p.pitch + skipped, p.pitch, last - first);
+    core.run(shared_memory(), static_cast<const T*>(p.anchors) + first_row * p.pitch + skipped, p.pitch,
+             static_cast<const T*>(p.candidates) + first_column * p.pitch + skipped, p.pitch, last - first);
   }
 
-  // Labels fit 32 bits: they are class numbers, or -1 - row where the label is ignored.
-  MCLD_DEVICE static void load_labels(const Similarity& p, char* shared, int64_t first_row, int64_t first_column) {
-    if (!p.same_a) return;
-    int* labels = reinterpret_cast<int*>(shared + kLabelsAt);
+  // Keys fit 32 bits: they are classes, or -1 - row where the label is ignored.
+  MCLD_DEVICE static void load_keys(const Similarity& p, char* shared, int64_t first_row, int64_t first_column) {
+    if (!p.anchor_keys) return;
+    int* keys = reinterpret_cast<int*>(shared + kKeysAt);
     for (int i = thread_index(); i < kTile; i += kThreads) {
-      labels[i] = first_row + i < p.rows ? int(p.same_a[first_row + i]) : 0;
-      labels[kTile + i] = first_column + i < p.m ? int(p.same_k[first_column + i]) : 0;
+      keys[i] = first_row + i < p.rows ? int(p.anchor_keys[first_row + i]) : 0;
+      keys[kTile + i] = first_column + i < p.m ? int(p.candidate_keys[first_column + i]) : 0;
     }
     sync_block();
   }
 
-  // sums become exponents; what is dropped becomes -inf.
-  MCLD_DEVICE static void drop_and_scale(const Similarity& p, const char* shared, Core& core, int64_t first_row,
+  // Sums to exponents, -inf for pairs that are not negatives.
+  MCLD_DEVICE static void mask_and_scale(const Similarity& p, const char* shared, Core& core, int64_t first_row,
                                          int64_t first_column) {
-    const int* labels = reinterpret_cast<const int*>(shared + kLabelsAt);
+    const int* keys = reinterpret_cast<const int*>(shared + kKeysAt);
     const int rows = clamp(p.rows - first_row), columns = clamp(p.m - first_column);
-    const int diagonal = band(first_row + p.diagonal - first_column);  // tile column of the positive of tile row 0
+    const int positive = clamped_offset(first_row + p.offset - first_column);  // tile column of tile row 0's positive
 #pragma unroll
     for (int mt = 0; mt < Core::kM; ++mt)
 #pragma unroll
@@ -100,18 +100,16 @@ template <Precision kPrecision, int kTile> struct SimilarityTile {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int row = Core::row(mt, i), column = Core::column(nt, i);
-          bool drop = row >= rows || column >= columns || column == row + diagonal;
-          if (p.same_a) drop = drop || labels[row] == labels[kTile + column];
-          core.sums[mt][nt][i] = drop ? -infinity() : core.sums[mt][nt][i] * p.scale;
+          bool masked = row >= rows || column >= columns || column == row + positive;
+          if (p.anchor_keys) masked = masked || keys[row] == keys[kTile + column];
+          core.sums[mt][nt][i] = masked ? -infinity() : core.sums[mt][nt][i] * p.scale_log2;
         }
   }
-  // Diagonals that miss the tile are all one.
-  MCLD_DEVICE static int band(int64_t diagonal) {
-    return diagonal < -kTile || diagonal > kTile ? kTile : int(diagonal);
-  }
+  // Positives outside the tile all map to one column past it.
+  MCLD_DEVICE static int clamped_offset(int64_t offset) { return offset < -kTile || offset > kTile ? kTile : int(offset); }
   MCLD_DEVICE static int clamp(int64_t size) { return size < 0 ? 0 : size > kTile ? kTile : int(size); }
 
-  // The shift of each row: the tile's maximum, rounded up; 0 where all is dropped, so that exp2(-inf - shift) is 0.
+  // The shift of each row: the tile's maximum, rounded up; 0 without a negative, so that exp2(-inf - shift) is 0.
   MCLD_DEVICE static void row_maxima(char* shared, const Core& core, float (&shift)[Core::kM][2]) {
     float* maxima = reinterpret_cast<float*>(shared + kMaximaAt);
     const int lane = thread_index() % kWarp, warp_column = thread_index() / kWarp / Core::kWarpsM;
@@ -197,11 +195,11 @@ template <Precision kPrecision, int kTile> struct SimilarityTile {
 
   MCLD_DEVICE static void write(const Similarity& p, const char* shared, int64_t first_row, int64_t first_column) {
     constexpr int kVector = 16 / sizeof(T), kChunks = kTile / kVector;
-    T* e = static_cast<T*>(p.e) + first_row * p.pitch_e + first_column;
+    T* e = static_cast<T*>(p.exponentials) + first_row * p.exp_pitch + first_column;
 #pragma unroll 4
     for (int i = thread_index(); i < kTile * kChunks; i += kThreads) {
       const int row = i / kChunks, chunk = i % kChunks;
-      *reinterpret_cast<uint4*>(e + row * p.pitch_e + chunk * kVector) =
+      *reinterpret_cast<uint4*>(e + row * p.exp_pitch + chunk * kVector) =
           *reinterpret_cast<const uint4*>(shared + row * kStagingPitch + chunk * 16);
     }
   }
@@ -224,7 +222,7 @@ template <Precision kPrecision, int kTile> struct SimilarityTile {
         float column = 0;
 #pragma unroll
         for (int warp = 0; warp < Core::kWarpsM; ++warp) column += by_column[warp * kTile + i];
-        p.column_sums[tile_row * p.pitch_e + tile_column * kTile + i] = column;
+        p.column_sums[tile_row * p.exp_pitch + tile_column * kTile + i] = column;
       }
     }
   }

@@ -1,5 +1,5 @@
-// Sums over a warp and over a block, by CUB: its order of additions is fixed, so a sum repeats bitwise. Apart from platform.cuh,
-// because CUB's headers take longer to compile than most kernels here. The sums of the 4 lanes that share a row of an mma
+// Sums over a warp and over a block, by CUB: its order of additions is fixed, so a sum repeats bitwise. Separate from
+// platform.cuh, because CUB's headers take longer to compile than most kernels here. The sums of the 4 lanes that share a row of an mma
 // fragment (similarity.cuh, flash.cuh) stay on shuffles, which leave them in all four at once.
 #pragma once
 

@@ -1,5 +1,5 @@
-// The matrix product of one tile, on tensor cores: operands stream through a ring of shared-memory stages by asynchronous
-// copies, accumulators stay in registers. Product 1, product 2 and its transpose are this loop with another memory order.
+// The mainloop of one tile, on tensor cores: operands stream through a ring of shared-memory stages by asynchronous copies,
+// accumulators stay in registers. Product 1, product 2 and its transpose differ in the memory order of their operands.
 //
 // Shared tiles are rows of 16-byte chunks, chunk c of row r stored at c ^ f(r): every fragment load then touches all banks.
 #pragma once
@@ -8,7 +8,7 @@
 
 namespace mcld {
 
-// Which way an operand's tile lies in memory: rows along the contraction, or along the result's rows or columns.
+// The memory order of an operand's tile: rows along the contraction, or along the result's rows or columns.
 enum class Major { contraction, result };
 
 constexpr int kStages = 3;
@@ -179,7 +179,7 @@ template <Precision kPrecision, int kTile, Major kLeft, Major kRight> struct Til
     int reading = 0, writing = kStages - 1;
     for (int64_t slice = 0; slice < slices; ++slice) {
       wait_async<kStages - 2>();
-      sync_block();  // the slice is there for all, and nobody reads the stage that is filled next
+      sync_block();  // the slice is visible to all threads, and the stage that is filled next has no reader
       if (slice + kStages - 1 < slices) fill(shared + writing * kStageBytes, a, pitch_a, b, pitch_b, slice + kStages - 1);
       commit_async();
       multiply(shared + reading * kStageBytes);

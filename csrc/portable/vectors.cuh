@@ -31,7 +31,7 @@ template <class T, int kWidth> MCLD_DEVICE void store(T* p, const float (&x)[kWi
   }
 }
 
-// Whether rows that lie `stride` elements apart can be taken by vectors of `width` elements.
+// True if rows that lie `stride` elements apart can be read by vectors of `width` elements.
 template <class T> bool takes_vectors(const void* rows, int64_t stride, int width) {
   const size_t bytes = std::min(width * sizeof(T), size_t(16));
   return reinterpret_cast<uintptr_t>(rows) % bytes == 0 && stride * int64_t(sizeof(T)) % int64_t(bytes) == 0;

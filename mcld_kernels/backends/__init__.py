@@ -61,15 +61,22 @@ def check_name(name: str) -> None:
         raise ValueError(f"backend must be one of 'auto', {', '.join(map(repr, NAMES))}; got {name!r}")
 
 
-def choose(name: str, student: Tensor, teacher: Tensor, teacher_grad: bool) -> str:
-    """The backend to run: ``name`` itself or, for "auto", the fastest that can. Raises BackendUnavailable."""
+def choose(name: str, student: Tensor, teacher: Tensor, teacher_grad: bool, supported: tuple[str, ...] = NAMES) -> str:
+    """The backend to run: ``name`` itself or, for "auto", the fastest that can. Raises BackendUnavailable.
+
+    ``supported``: the backends that have the kernels of the loss.
+    """
     if name == "auto":
         # On the CPU only "torch" is fast: the interpreter and the host build of the kernels are there to test them.
         if student.is_cuda:
             for candidate in preference(student, teacher):
-                if unsupported_reason(candidate, student, teacher, teacher_grad) is None:
+                if candidate in supported and unsupported_reason(candidate, student, teacher, teacher_grad) is None:
                     return candidate
         return "torch"
+    if name not in supported:
+        raise BackendUnavailable(
+            f"backend {name!r} cannot run: it has no kernels for this loss; use {' or '.join(map(repr, supported))}"
+        )
     reason = unsupported_reason(name, student, teacher, teacher_grad)
     if reason is not None:
         raise BackendUnavailable(f"backend {name!r} cannot run: {reason}")
@@ -85,9 +92,11 @@ def preference(student: Tensor, teacher: Tensor) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*(timings.order(student, teacher) or ()), "triton", "cuda")))
 
 
-def kernel_set(name: str, student: Tensor, teacher: Tensor, teacher_grad: bool = False) -> KernelSet:
+def kernel_set(
+    name: str, student: Tensor, teacher: Tensor, teacher_grad: bool = False, supported: tuple[str, ...] = NAMES
+) -> KernelSet:
     """The kernels of backend ``name`` ("auto": the fastest) for these logits. Raises BackendUnavailable."""
-    module = _module(choose(name, student, teacher, teacher_grad))
+    module = _module(choose(name, student, teacher, teacher_grad, supported))
     return module.kernel_set(student, teacher, **_overrides(module))  # type: ignore[no-any-return]
 
 

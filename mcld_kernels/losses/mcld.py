@@ -7,6 +7,7 @@ is InfoNCE (`infonce`); row terms share one contrast where their temperatures ag
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,12 +24,17 @@ from ..options import (
     Direction,
     MCLDOptions,
     MCLDTerms,
+    check_flag,
     check_mcld_inputs,
+    check_temperatures,
+    check_weight_tensor,
     is_number,
+    is_readable,
     mcld_options,
 )
 
 INSTANCE, SAMPLE, CATEGORY = range(3)
+_RAMP_ONE = 1 << 52  # the ramp as an integer: exact for every float64 in [0, 1] of that resolution
 
 
 def mcld_loss(
@@ -177,13 +183,22 @@ def evaluate(
 
 
 class MCLDLoss(nn.Module):
-    """:func:`mcld_kernels.mcld_loss` with its options kept.
+    """:func:`mcld_kernels.mcld_loss` with its options kept, and a warm-up of the category-wise term.
+
+    The weight of the category-wise term is multiplied by a ramp from 0 to 1: by epochs (``warmup``), by training steps
+    (``warmup_steps``), or by both, of which :meth:`set_epoch` takes precedence once it has been called.
 
     Args:
         temperature, weight, direction, mask_same_class, present_only, ignore_index, eps, backend, process_group: as for
             :func:`mcld_kernels.mcld_loss`. ``weight`` as a tensor becomes a buffer, or a parameter if it is one.
-        warmup: epochs over which the category-wise term comes in: its weight is multiplied by ``min(epoch / warmup,
-            1)``. 0 means no warm-up. Tell the module the epoch with :meth:`set_epoch`.
+            ``temperature`` can be assigned later, for a schedule.
+        warmup: epochs until the ramp is 1: ``min(epoch / warmup, 1)``, with the epoch from :meth:`set_epoch`, counted
+            from 0, fractions welcome. 0: no ramp by epochs.
+        warmup_steps: training steps until the ramp is 1: ``min(step / warmup_steps, 1)``. The module counts its calls
+            in training mode with gradients enabled; the count is in the state_dict. 0: no ramp by steps.
+        uncertainty_weighting: learn the weights as Kendall, Gal and Cipolla (arXiv 1705.07115) do: with a parameter
+            ``log_variance`` (3,), the loss is ``sum(exp(-log_variance) x weight x term + log_variance / 2)`` over the
+            active terms. A plain parameter as ``weight`` has the term as its gradient, so an optimizer drives it to 0.
 
     Shapes:
         student, teacher: (batch, classes); target: (batch,) int64; output: ().
@@ -198,7 +213,8 @@ class MCLDLoss(nn.Module):
                 loss = F.cross_entropy(student, target) + criterion(student, teacher(images), target)
     """
 
-    ramp: Tensor
+    epoch_ramp: Tensor
+    steps: Tensor
     weight: Tensor | None
 
     def __init__(
@@ -214,10 +230,14 @@ class MCLDLoss(nn.Module):
         backend: Backend = "auto",
         process_group: Any = None,
         warmup: float = 0,
+        warmup_steps: int = 0,
+        uncertainty_weighting: bool = False,
     ):
         super().__init__()
-        if not is_number(warmup) or not math.isfinite(warmup) or warmup < 0:
+        if not is_number(warmup) or not 0 <= warmup < math.inf:
             raise ValueError(f"warmup must be a finite number of epochs >= 0; got {warmup!r}")
+        if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int) or warmup_steps < 0:
+            raise ValueError(f"warmup_steps must be a whole number of training steps >= 0; got {warmup_steps!r}")
         backends.check_name(backend)
         self.options, tensor = mcld_options(
             temperature=temperature,
@@ -229,33 +249,119 @@ class MCLDLoss(nn.Module):
             eps=eps,
             process_group=process_group,
         )
-        self.backend, self.warmup = backend, float(warmup)
+        self.uncertainty_weighting = check_flag("uncertainty_weighting", uncertainty_weighting)
+        if uncertainty_weighting and tensor is None:
+            # The gradient by a tensor of weights does not know of weights beside it.
+            tensor = torch.tensor(self.options.term_weight)
+            self.options = self.options._replace(term_weight=tuple(map(float, self.options.active)))
+        self.backend, self.warmup, self.warmup_steps = backend, float(warmup), warmup_steps
         if isinstance(tensor, nn.Parameter):
             self.weight = tensor
         else:
             self.register_buffer("weight", tensor)
-        # The ramp is a tensor, so that a new epoch changes data and not the compiled program.
-        self.register_buffer("ramp", torch.tensor([1.0, 1.0, 0.0 if warmup else 1.0]), persistent=False)
+        self._weight_values = tuple(tensor.tolist()) if tensor is not None and is_readable(tensor) else None
+        if uncertainty_weighting:
+            self.log_variance = nn.Parameter(torch.zeros(3))
+        # What forward reads does not change with every epoch: a compiled program is guarded by it.
+        self._epoch, self._has_epoch, self._has_warned = 0.0, False, False
+        # Tensors, so that a new epoch changes data and not the compiled program; integers, since half() rounds floats.
+        self.register_buffer("epoch_ramp", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64), persistent=warmup_steps > 0)
+
+    @property
+    def temperature(self) -> tuple[float, float, float]:
+        """Temperatures of the three terms. Assign one number or three."""
+        return self.options.temperature
+
+    @temperature.setter
+    def temperature(self, value: float | Sequence[float]) -> None:
+        self.options = self.options._replace(temperature=check_temperatures(value))
+
+    @property
+    def effective_weight(self) -> Tensor:
+        """The weights of the three terms in the next training step, ramp included: (3,), detached."""
+        weight = self._weight()
+        base = torch.tensor(self.options.term_weight, device=self.steps.device)
+        return base if weight is None else (weight.detach() * base.to(weight))
 
     def set_epoch(self, epoch: float) -> None:
-        """Set the epoch, counted from 0, fractions allowed, for the warm-up of the category-wise term."""
-        if not is_number(epoch) or not math.isfinite(epoch) or epoch < 0:
-            raise ValueError(f"epoch must be a finite number >= 0; got {epoch!r}")
-        if self.warmup:
-            self.ramp[2].fill_(min(float(epoch) / self.warmup, 1.0))
+        """Set the epoch for the warm-up: a finite number >= 0, counted from 0; fractions of an epoch are welcome."""
+        if torch.compiler.is_compiling():
+            # As a factor of a tensor the epoch stays a variable of the program; a comparison would fix its value.
+            ramp = torch.ones((), dtype=torch.float64, device=self.epoch_ramp.device) * epoch / (self.warmup or 1.0)
+            self.epoch_ramp.copy_(ramp.clamp(0, 1) * _RAMP_ONE)
+        else:
+            if not is_number(epoch) or not 0 <= epoch < math.inf:
+                raise ValueError(f"epoch must be a finite number >= 0; got {epoch!r}")
+            self._epoch = float(epoch)
+            self.epoch_ramp.fill_(int(min(epoch / (self.warmup or 1.0), 1.0) * _RAMP_ONE))
+        self._has_epoch = True
+
+    def reset_parameters(self) -> None:
+        """Set buffers and parameters to their initial values, as after ``to_empty`` of a module made on "meta"."""
+        with torch.no_grad():
+            self.steps.zero_()
+            self.epoch_ramp.zero_()
+            if self._has_epoch:
+                self.set_epoch(self._epoch)
+            if self.weight is not None and self._weight_values is not None:
+                self.weight.copy_(torch.tensor(self._weight_values))
+            if self.uncertainty_weighting:
+                self.log_variance.zero_()
 
     def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
         return self.terms(student, teacher, target).loss
 
     def terms(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> MCLDTerms:
         """The loss and its three terms, as :func:`mcld_kernels.mcld_terms`; the category term is before the warm-up."""
-        weight = self.weight
-        if self.warmup:
-            # A loss is easily left behind when a model moves; its three numbers follow the logits once.
-            if isinstance(student, Tensor) and self.ramp.device != student.device:
-                self.ramp = self.ramp.to(student.device)
-            weight = self.ramp if weight is None else weight * self.ramp.to(weight.dtype)
-        return evaluate(student, teacher, target, weight, self.options, self.backend)
+        if isinstance(student, Tensor) and self.steps.device != student.device:
+            # A loss is easily left behind when a model moves; its counters follow the logits once.
+            self.steps, self.epoch_ramp = self.steps.to(student.device), self.epoch_ramp.to(student.device)
+        if self.weight is not None:
+            check_weight_tensor(self.weight)
+        is_training = self.training and torch.is_grad_enabled()
+        if is_training and self.warmup and not self.warmup_steps and not self._has_epoch:
+            self._warn_of_missing_epoch()
+        result = evaluate(student, teacher, target, self._weight(), self.options, self.backend)
+        if self.uncertainty_weighting:
+            active = torch.tensor(self.options.active, device=self.log_variance.device)
+            result = result._replace(loss=result.loss + (self.log_variance * active).sum().to(result.loss) / 2)
+        if is_training and self.warmup_steps:
+            self.steps.add_(1)
+        return result
+
+    def _ramp(self) -> Tensor | None:
+        """The factor of the category-wise term, (); None without a warm-up."""
+        if self.warmup and (self._has_epoch or not self.warmup_steps):
+            return (
+                self.epoch_ramp.to(torch.float64 if self.epoch_ramp.device.type == "cpu" else torch.float32) / _RAMP_ONE
+            )
+        if self.warmup_steps:
+            return (self.steps / self.warmup_steps).clamp(max=1)
+        return None
+
+    def _weight(self) -> Tensor | None:
+        """The factors of the options' weights, (3,); None where these alone count."""
+        weight, ramp = self.weight, self._ramp()
+        if self.uncertainty_weighting:
+            learned = (-self.log_variance).exp()
+            weight = learned if weight is None else weight * learned
+        if ramp is None:
+            return weight
+        dtype = ramp.dtype if weight is None else weight.dtype
+        ones = torch.ones((), dtype=dtype, device=ramp.device)
+        ramps = torch.stack((ones, ones, ramp.to(dtype)))
+        return ramps if weight is None else weight * ramps
+
+    def _warn_of_missing_epoch(self) -> None:
+        if self._has_warned or torch.compiler.is_compiling():
+            return
+        self._has_warned = True
+        warnings.warn(
+            f"MCLDLoss(warmup={self.warmup:g}) has been called in training and set_epoch() has not: the category-wise "
+            "term has weight 0 until it is. Call set_epoch(epoch), counted from 0, or count steps by warmup_steps=.",
+            stacklevel=4,
+        )
 
     def extra_repr(self) -> str:
         shown = self.options._asdict()
@@ -264,7 +370,12 @@ class MCLDLoss(nn.Module):
         if len(set(shown["temperature"])) == 1:
             shown["temperature"] = shown["temperature"][0]
         parts = [f"{name}={value!r}" for name, value in shown.items()]
-        return ", ".join([*parts, f"warmup={self.warmup:g}", f"backend={self.backend!r}"])
+        parts.append(f"warmup={self.warmup:g}")
+        if self.warmup_steps:
+            parts.append(f"warmup_steps={self.warmup_steps}")
+        if self.uncertainty_weighting:
+            parts.append("uncertainty_weighting=True")
+        return ", ".join([*parts, f"backend={self.backend!r}"])
 
 
 def compute(kernels: KernelSet, inputs: LossInputs) -> LossOutputs:

@@ -10,9 +10,9 @@ sample-wise:   A = rn(S), K = rn(T), positive_i = mean of a_ij over the teacher 
 category-wise: A = cn(S)^T, K = cn(T)^T, positive_k = a_kk.
 
 A reconstruction of Multi-perspective Contrastive Logit Distillation (Wang and Zhou, arXiv 2411.10693) from its
-published description. Every matrix is materialised and the gradient is autograd's, of any order. Run it on fp64 logits
-for the truth; on fp16 or bf16 logits it is what eager PyTorch gives at that dtype (operands and products in it, all
-statistics in fp32).
+published description. Every matrix is materialized and the gradient is autograd's, of any order. Run it on fp64 logits
+for the truth; on fp16 or bf16 logits it is what eager PyTorch gives at that dtype (operands and products in it, sums
+in fp32).
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..options import Direction, MCLDOptions, MCLDTerms, acc_dtype, check_mcld_inputs, mcld_options
+from ..options import Direction, MCLDOptions, MCLDTerms, acc_dtype, check_mcld_inputs, mcld_options, no_autocast
 
 
 class _Labels:
-    """The labels of a batch, and which of them count."""
+    """The labels of a batch, and the rows and classes that count."""
 
-    def __init__(self, target: Tensor | None, ignore_index: int, classes: int):
+    def __init__(self, target: Tensor | None, ignore_index: int, num_classes: int, acc: torch.dtype):
         if target is not None:
             self.valid = target != ignore_index  # (B,)
-            bad = self.valid & ((target < 0) | (target >= classes))
+            bad = self.valid & ((target < 0) | (target >= num_classes))
             # On the CPU a bad label has already raised; elsewhere it turns the mean over the anchors into NaN.
-            self.poison = torch.where(bad.any(), torch.nan, 1.0)
+            self.poison = torch.ones((), dtype=acc, device=target.device).masked_fill(bad.any(), torch.nan)
             self.same = (target[:, None] == target[None, :]) & self.valid[:, None]  # (B, B)
-            kinds = torch.arange(classes, device=target.device)
-            self.present = ((target[:, None] == kinds) & self.valid[:, None]).any(0)  # (C,) which classes occur
+            class_id = torch.arange(num_classes, device=target.device)
+            self.present = ((target[:, None] == class_id) & self.valid[:, None]).any(0)  # (C,) the class occurs
 
 
 def unit_rows(x: Tensor, eps: float) -> Tensor:
@@ -63,8 +63,8 @@ def _both(direction: str, a: Tensor, of: Any) -> Tensor:
 
 
 def _mean(values: Tensor, counted: Tensor) -> Tensor:
-    """Mean of ``values`` (n,) over the anchors that count; 0 where none does."""
-    return torch.where(counted, values, 0.0).sum() / counted.sum().clamp(min=1)
+    """Mean of ``values`` (n,) over the anchors that count; 0 where none does, NaN where any value is."""
+    return (values * counted).sum() / counted.sum().clamp(min=1)
 
 
 def instance(s: Tensor, t: Tensor, labels: _Labels, dtype: torch.dtype, options: MCLDOptions) -> Tensor:
@@ -83,10 +83,10 @@ def sample(s: Tensor, t: Tensor, labels: _Labels, dtype: torch.dtype, options: M
     """Sample-wise: the positives of row i are all rows of the other side with its label, averaged."""
     a = similarities(unit_rows(s, options.eps), unit_rows(t, options.eps), dtype, options.temperature[1])  # (B, B)
     same = labels.same.to(a.dtype)
-    share = same / same.sum(1, keepdim=True).clamp(min=1)  # (B, B), rows sum to 1
+    positives = same / same.sum(1, keepdim=True).clamp(min=1)  # (B, B), rows sum to 1
 
     def of(m: Tensor) -> Tensor:
-        return _mean(m.logsumexp(1) - (m * share).sum(1), labels.valid)
+        return _mean(m.logsumexp(1) - (m * positives).sum(1), labels.valid)
 
     return _both(options.direction, a, of) * labels.poison
 
@@ -106,12 +106,12 @@ def evaluate(
     """The loss and its terms for arguments that are already checked."""
     dtype = torch.promote_types(student.dtype, teacher.dtype)
     acc = acc_dtype(dtype)
-    with torch.autocast(student.device.type, enabled=False):
+    with no_autocast(student.device):
         s, t = student.to(acc), teacher.to(acc)
         zero = s[:0].sum() + t[:0].sum()  # differentiable, also where no term is computed
         terms = [zero, zero, zero]
         if student.shape[0] > 0:
-            labels = _Labels(target, options.ignore_index, student.shape[1])
+            labels = _Labels(target, options.ignore_index, student.shape[1], acc)
             if options.active[0]:
                 terms[0] = instance(s, t, labels, dtype, options)
             if options.active[1]:
@@ -122,7 +122,7 @@ def evaluate(
         for i, term in enumerate(terms):
             if options.active[i]:
                 loss = loss + options.term_weight[i] * (term if weight is None else weight[i].to(acc) * term)
-    return MCLDTerms(loss, *(term.detach() for term in terms))
+    return MCLDTerms(loss, *(term.detach().clone() for term in terms))
 
 
 def mcld_loss(

@@ -6,6 +6,7 @@ Its kernels fail at a data race (races.h). With MCLD_TEST_CHECK=memory, in a pro
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import hashlib
 import importlib.util
@@ -35,7 +36,7 @@ CHECKS: dict[str, tuple[list[str], list[str], list[str]]] = {
 }
 REPORTED = 66  # exit status of a process that the memory check ended
 EMULATOR = [HERE / name for name in ("emulation.cpp", "emulation_sm90.cpp", "races.cpp")]
-BINDINGS = [*KERNELS.glob("*.cpp"), HERE / "module.cpp"]
+BINDINGS = [CSRC / "bindings.cpp"]
 CONTROLS = [HERE / "controls.cu"]
 
 
@@ -45,7 +46,7 @@ def compiler() -> str | None:
 
 
 def memory_environment() -> dict[str, str]:
-    """What a process needs beside the parent's variables to run the memory check.
+    """The variables that a process needs beside its parent's to run the memory check.
 
     Raises RuntimeError where the compiler has no sanitizers.
     """
@@ -69,7 +70,7 @@ def memory_environment() -> dict[str, str]:
 
 
 def memory_command() -> list[str]:
-    """What precedes the command of such a process. Raises RuntimeError where none can be started.
+    """The words before the command of such a process. Raises RuntimeError where none can be started.
 
     AddressSanitizer of older compilers may find its shadow memory taken where the system places mappings with more than
     28 random bits.
@@ -84,7 +85,7 @@ def memory_command() -> list[str]:
 
 
 def memory_command_line() -> str:
-    """Both, for a shell: what is put before the command."""
+    """Both, for a shell, to put before the command."""
     variables = (f"{name}={value}" for name, value in memory_environment().items())
     return shlex.join([*memory_command(), "env", *variables])
 
@@ -103,7 +104,7 @@ def _build(cache: Path, check: str, controls: bool) -> Path:
     import pybind11
 
     includes = [f"-I{path}" for path in (HERE, KERNELS, CSRC, sysconfig.get_path("include"), pybind11.get_include())]
-    headers = sorted(path for folder in (KERNELS, HOPPER, HERE) for path in folder.glob("*.*h"))
+    headers = sorted(path for folder in (CSRC, KERNELS, HOPPER, HERE) for path in folder.glob("*.*h"))
     common = b"".join(path.read_bytes() for path in headers) + repr((includes, compiler(), sys.version)).encode()
     of_emulator, of_kernels, of_linker = CHECKS[check]
 
@@ -135,10 +136,15 @@ def _build(cache: Path, check: str, controls: bool) -> Path:
 
 
 def load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("mcld_emulated", build(os.environ.get("MCLD_TEST_CHECK", "races")))
+    """The bindings of mcld_kernels._C over kernels compiled for the host, and ``vector_accesses(bytes)``: the vector
+    accesses of so many bytes, 8 or 16, that the kernels have made."""
+    path = build(os.environ.get("MCLD_TEST_CHECK", "races"))
+    spec = importlib.util.spec_from_file_location("mcld_emulated", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    module.vector_accesses = ctypes.CDLL(str(path)).vector_accesses  # type: ignore[attr-defined]
+    module.vector_accesses.restype = ctypes.c_int64
     return module
 
 

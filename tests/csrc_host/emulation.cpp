@@ -1,6 +1,8 @@
 // Fibers, barriers, asynchronous copies and the meaning of the warp's matrix operations. See emulation.h.
 #include "emulation.h"
 
+#include "checks.h"
+
 #include <csetjmp>
 #include <cstdlib>
 #include <dlfcn.h>
@@ -14,6 +16,14 @@
 
 #include "memory.h"
 #include "races.h"
+
+namespace mcld {
+
+DeviceGuard::DeviceGuard(int) {}
+DeviceGuard::~DeviceGuard() {}
+int driver_version() { return 0; }
+
+}  // namespace mcld
 
 namespace mcld::emulation {
 
@@ -349,3 +359,8 @@ void run(dim3 grid, int threads, int shared_bytes, const char* name, void (*kern
 }
 
 }  // namespace mcld::emulation
+
+// The vector accesses of so many bytes, 8 or 16, that the kernels have made.
+extern "C" __attribute__((visibility("default"))) int64_t vector_accesses(int bytes) {
+  return mcld::emulation::vector_accesses[bytes];
+}

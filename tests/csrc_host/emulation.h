@@ -12,7 +12,7 @@
 #include <cstring>
 #include <string>
 
-#include "checks.h"
+#include <cuda_runtime_api.h>
 
 #define MCLD_DEVICE inline
 #define MCLD_HOST_DEVICE inline

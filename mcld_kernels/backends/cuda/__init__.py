@@ -1,7 +1,7 @@
-"""The "cuda" backend: the compiled module's kernels (csrc/) behind `pipeline.Kernels`.
+"""The "cuda" backend: the compiled module's kernels (csrc/) as a `KernelSet`.
 
-**No GPU has run these kernels yet.** They compile for sm_80, sm_90a, sm_100a and sm_120 without spills, and every test
-run executes the portable ones on the CPU, compiled for the host (tests/csrc_host), against the fp64 reference.
+The kernels compile for sm_80, sm_90a, sm_100a and sm_120 without spills, and every test run executes them on the CPU,
+compiled for the host (tests/csrc_host), against the fp64 reference.
 
 float32 logits follow the float32 matmul precision: "highest" is accurate to fp32 (three tf32 products), "high" is tf32,
 "medium" takes bf16 operands. fp64 has no kernels here.
@@ -9,69 +9,81 @@ float32 logits follow the float32 matmul precision: "highest" is accurate to fp3
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import compiled, measured
-from ..pipeline import Call, Result, evaluate
-from . import latency
-from .common import Launcher
+from .. import timings
+from ..chunks import chunk_bytes
+from . import extension
 from .kernels import CudaKernels
+from .launcher import Launcher
+from .tuning import CudaTuning
 
-LEAST_CAPABILITY = (8, 0)
-
-# The kernels compiled for the host; tests set it, and CPU tensors are then taken.
-emulated: ModuleType | None = None
+TUNING = CudaTuning
+MIN_CAPABILITY = (8, 0)
 
 
-def unavailable() -> str | None:
-    """Why the backend cannot run on this machine, whatever the logits; None if it can."""
-    if emulated is not None:
-        return None
-    without = compiled.without_cuda()
-    if without is not None:
-        return without
-    module, _ = compiled.load()
-    if module is not None and not module.info()["portable"]:
+def unavailable_reason() -> str | None:
+    """The reason why the backend cannot run on this machine, whatever the logits; None if it can."""
+    reason = extension.cuda_unavailable_reason()
+    if reason is not None:
+        return reason
+    module = _module()
+    if not module.info()["portable"]:
         return "the compiled module holds no portable kernels: install the package again"
+    if _is_host_build(module):
+        return None
     if not torch.cuda.is_available():
         return "there is no CUDA device"
+    toolkit, driver = _toolkit(module), module.driver_version()
+    # A driver runs the code of every toolkit of its own major version (CUDA's minor version compatibility).
+    if driver is not None and driver[0] < toolkit[0]:
+        return (
+            f"the compiled module was built with CUDA {_dotted(toolkit)}, and the driver runs CUDA {_dotted(driver)} "
+            f"at most: update the driver, or install the package again with a toolkit of CUDA {driver[0]}"
+        )
     return None
 
 
-def reason(student: Tensor, teacher: Tensor) -> str | None:
-    """Why the backend cannot run with these logits; None if it can."""
-    why = unavailable()
-    if why is not None:
-        return why
+def unsupported_reason(student: Tensor, teacher: Tensor) -> str | None:
+    """The reason why the backend cannot run with these logits; None if it can."""
+    reason = unavailable_reason()
+    if reason is not None:
+        return reason
     if torch.float64 in (student.dtype, teacher.dtype):
         return "it has no fp64 kernels: use backend 'torch' or 'reference', or float32 logits"
-    if emulated is not None:
+    module = _module()
+    if _is_host_build(module):
         return None if student.device.type == "cpu" else "the kernels are compiled for the host: it takes CPU tensors"
     if student.device.type != "cuda":
         return f"it takes CUDA tensors, and these are on {student.device}"
-    capability = torch.cuda.get_device_capability(student.device)
-    if capability < LEAST_CAPABILITY:
-        return (
-            f"it needs compute capability {_dotted(LEAST_CAPABILITY)} or above, "
-            f"and {student.device} has {_dotted(capability)}"
-        )
-    module, _ = compiled.load()
-    assert module is not None
-    architectures = module.info()["architectures"]
-    if not any(runs_on(architecture, capability) for architecture in architectures):
-        return (
-            f"the compiled module is for {', '.join(architectures)}, and {student.device} has compute capability "
-            f"{_dotted(capability)}: install the package again with MCLD_CUDA_ARCHS={_dotted(capability)}"
-        )
-    return None
+    return _device_reason(module, student.device)
 
 
-def runs_on(architecture: str, capability: tuple[int, int]) -> bool:
-    """Whether code for ``architecture``, as CMake writes it ("80-real", "90a", "120"), runs on a compute capability."""
+def kernel_set(student: Tensor, teacher: Tensor, **overrides: Any) -> CudaKernels:
+    """The kernel set for these logits; ``overrides`` are fields of `CudaTuning`."""
+    module = _module()
+    tuning = CudaTuning(
+        chunk_bytes=chunk_bytes(student.device),
+        hopper=timings.takes_hopper(student, teacher),
+        low_latency_limit=module.constants["low_latency_limit"],
+        flash_row_bytes=module.constants["flash_row_bytes"],
+    )
+    if overrides:
+        tuning = dataclasses.replace(tuning, **overrides)
+    return CudaKernels(Launcher(module, student.device), tuning)
+
+
+def runs_on(architecture: str, capability: tuple[int, int], *, jit: bool = True) -> bool:
+    """True if code for ``architecture``, as CMake writes it ("80-real", "90a", "120"), runs on a compute capability.
+
+    jit: the driver can compile PTX of the toolkit.
+    """
     match = re.fullmatch(r"(\d+)(\d)([af]?)(-real|-virtual)?", architecture)
     if match is None:
         return False
@@ -79,18 +91,44 @@ def runs_on(architecture: str, capability: tuple[int, int]) -> bool:
     if special == "a":
         return capability == (major, minor)
     binary = kind != "-virtual" and capability[0] == major and capability[1] >= minor
-    # What is not "-real" also holds PTX, which the driver compiles for any later device.
-    return binary or (kind != "-real" and not special and capability >= (major, minor))
+    # All but "-real" also hold PTX, which the driver compiles for any later device.
+    return binary or (jit and kind != "-real" and not special and capability >= (major, minor))
 
 
-def _dotted(capability: tuple[int, int]) -> str:
-    return ".".join(map(str, capability))
+def _device_reason(module: ModuleType, device: torch.device) -> str | None:
+    """The reason why the module's code does not run on a CUDA device; None if it does."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        return f"it needs compute capability {_dotted(MIN_CAPABILITY)} or above, and {device} has {_dotted(capability)}"
+    architectures, toolkit, driver = module.info()["architectures"], _toolkit(module), module.driver_version()
+    jit = driver is None or driver >= toolkit
+    if any(runs_on(architecture, capability, jit=jit) for architecture in architectures):
+        return None
+    held = f"the compiled module is for {', '.join(architectures)}, and {device} has compute capability"
+    remedy = f"install the package again with MCLD_CUDA_ARCHS={_dotted(capability)}"
+    if any(runs_on(architecture, capability) for architecture in architectures):
+        return (
+            f"{held} {_dotted(capability)}, for which the driver must compile PTX of CUDA {_dotted(toolkit)}; it runs "
+            f"CUDA {_dotted(driver)} at most: update the driver, or {remedy}"
+        )
+    return f"{held} {_dotted(capability)}: {remedy}"
 
 
-def forward(call: Call) -> Result:
-    module = emulated or compiled.load()[0]
-    assert module is not None, "reason() says why"
-    launch = Launcher(module, call.student.device)
-    kernels = CudaKernels(launch, hopper=measured.takes_hopper(call.student, call.teacher))
-    operand = kernels.operand_dtype(call.dtype)
-    return latency.evaluate(launch, call, operand) if latency.takes(call, operand) else evaluate(kernels, call)
+def _module() -> ModuleType:
+    module, reason = extension.load()
+    assert module is not None, reason
+    return module
+
+
+def _is_host_build(module: ModuleType) -> bool:
+    return module.info()["architectures"] == ["host"]
+
+
+def _toolkit(module: ModuleType) -> tuple[int, int]:
+    """The CUDA version, (major, minor), that the module was compiled with."""
+    major, minor = module.info()["cuda"].split(".")[:2]
+    return int(major), int(minor)
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))

@@ -2,106 +2,119 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from ..pipeline import Contrast, Negatives, Problem, Unit
-from . import configs, hopper
-from .common import FP16_GAIN, LOG2E, Launcher, fixed_shift, floats, has_fixed_shift, padded_rows, precision_of
-from .products import statistics
+from ...kernels import ContrastArgs, ContrastSums, GradCoefficients, NegativeSums, UnitRows, has_fixed_shift
+from . import hopper, tuning
+from .launcher import LOG2E, Launcher
+from .products import FP16_PEAK, reduce_tiles
+from .tuning import CudaTuning
 
 
-class _Pass(NamedTuple):
-    """Rows q against columns k: the anchors against the candidates, or the other way round."""
+class FlashContrast:
+    """A contrast of one chunk; the gradient by the candidates is a second pass with the sides exchanged."""
 
-    q: Unit
-    k: Unit
-    temperature: float
-    offset: int  # what is dropped of row i is column i + offset
-    same: tuple[Tensor, Tensor] | None
+    def __init__(self, launch: Launcher, tuning: CudaTuning, args: ContrastArgs):
+        self.launch, self.tuning, self.args = launch, tuning, args
+        self.dtype = args.anchors.rows.dtype
+        self.fixed = has_fixed_shift(self.dtype, args.temperature)
+        self._row_maxima: Tensor | None = None  # (n,), without a fixed shift
+        self._candidate_product: Tensor | None = None
 
+    def chunks(self) -> Iterator[NegativeSums]:
+        args, launch, n = self.args, self.launch, self.args.anchors.n
+        kernel, splits = self._kernel()
+        maxima = None if self.fixed else launch.empty(splits, launch.padded_rows(n))
+        products, sums = self._run(
+            kernel, args.anchors, args.candidates, args.offset, args.mask, splits, needs_product=args.anchor_grad,
+            row_maxima=maxima,
+        )  # fmt: skip
+        neg_lse, inv_neg_sum = launch.empty(n), launch.empty(n)
+        self._row_maxima = None if self.fixed else launch.empty(n)
+        reduce_tiles(
+            launch, sums, neg_lse, inv_neg_sum, shift=launch.fixed_shift(self.dtype, args.temperature),
+            tile_maxima=maxima, row_maxima=self._row_maxima,
+        )  # fmt: skip
+        product = None if products is None else self._combine(products, n, maxima, self._row_maxima)
+        yield NegativeSums(rows=slice(0, n), neg_lse=neg_lse, inv_neg_sum=inv_neg_sum, product=product)
 
-def contrast(launch: Launcher, problem: Problem, on_hopper: bool) -> Contrast:
-    """As `pipeline.Kernels.contrast`, without the reverse."""
-    a, temperature = problem.a, problem.temperature
-    dtype = a.matrix.dtype
-    fixed = has_fixed_shift(dtype, temperature)
-    forward = _Pass(a, problem.k, temperature, problem.offset, problem.same)
-    parts, sums, maxima = _run(launch, forward, problem.sink is not None, online=not fixed, on_hopper=on_hopper)
-    log_off, scale = floats(sums, a.n), floats(sums, a.n)
-    row_maxima = None if fixed else floats(sums, a.n)
-    statistics(launch, sums, maxima, row_maxima, log_off, scale, fixed_shift(dtype, temperature))
-    if problem.sink is not None:
-        assert parts is not None
-        problem.sink(Negatives(slice(0, a.n), log_off, _combine(launch, parts, a.n, maxima, row_maxima), scale))
-    if not problem.candidate:
-        return Contrast(log_off, scale)
-    share = problem.factors(slice(0, a.n), log_off, scale).u * temperature
-    return Contrast(log_off, scale, _candidates(launch, problem, share, scale, row_maxima))
+    def add_candidates(self, chunk: NegativeSums, coefficients: GradCoefficients) -> None:
+        args, launch = self.args, self.launch
+        # partner_i p_ij = product_i exp(a_ij)
+        factor, gain = coefficients.product, None
+        if self.dtype == torch.float16:
+            # The largest partner_i p_ij becomes FP16_PEAK at most; the product is divided again in fp32.
+            gain = FP16_PEAK / coefficients.partner.amax().clamp(min=1e-30)
+            factor = factor * gain
+        mask = None if args.mask is None else (args.mask[1], args.mask[0])
+        splits = tuning.flash_splits(self.tuning, launch.constants, args.candidates.n, args.anchors.n)
+        products, _ = self._run(
+            "flash", args.candidates, args.anchors, -args.offset, mask, splits, needs_product=True,
+            candidate_factor=factor, candidate_shift=self._row_maxima,
+        )  # fmt: skip
+        assert products is not None
+        product = self._combine(products, args.candidates.n)
+        self._candidate_product = product if gain is None else product.div_(gain)
 
+    def sums(self) -> ContrastSums:
+        return ContrastSums(candidate_product=self._candidate_product)
 
-def _candidates(launch: Launcher, problem: Problem, share: Tensor, scale: Tensor, row_maxima: Tensor | None) -> Tensor:
-    """sum_i share_i p_ij A_i for every candidate, p_ij = scale_i exp(a_ij): a second pass, the sides changed."""
-    a, k = problem.a, problem.k
-    gain = None
-    if a.matrix.dtype == torch.float16:
-        # share p, which fp16 is to hold, is at most the largest share; the product is divided again in fp32.
-        gain = FP16_GAIN / share.amax().clamp(min=1e-30)
-        share = share * gain
-    back = _Pass(k, a, problem.temperature, -problem.offset, problem.turned())
-    parts, _, _ = _run(launch, back, True, factor=share * scale, column_shift=row_maxima)
-    assert parts is not None
-    product = _combine(launch, parts, k.n)
-    return product if gain is None else product.div_(gain)
+    def _kernel(self) -> tuple[str, int]:
+        """The kernel of the first pass, and the parts into which it splits the candidates."""
+        args, launch = self.args, self.launch
+        n, m, constants = args.anchors.n, args.candidates.n, launch.constants
+        if self.tuning.hopper and self.fixed and args.anchor_grad and args.mask is None:
+            if hopper.unsupported_reason(launch.module, launch.device, self.dtype) is None:
+                pitch = args.anchors.rows.shape[1]
+                splits = tuning.hopper_flash_splits(self.tuning, constants, n, m, pitch)
+                if splits:
+                    return "hopper_flash", splits
+        return "flash", tuning.flash_splits(self.tuning, constants, n, m)
 
+    def _run(
+        self,
+        kernel: str,
+        anchors: UnitRows,
+        candidates: UnitRows,
+        offset: int,
+        mask: tuple[Tensor, Tensor] | None,
+        splits: int,
+        *,
+        needs_product: bool,
+        row_maxima: Tensor | None = None,
+        candidate_factor: Tensor | None = None,
+        candidate_shift: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor]:
+        """Products (splits, n, d), if needed, and sums (splits, n); n and d padded."""
+        launch, temperature = self.launch, self.args.temperature
+        pitch, padded = anchors.rows.shape[1], launch.padded_rows(anchors.n)
+        products = launch.empty(splits, padded, pitch) if needs_product else None
+        sums = launch.empty(splits, padded)
+        anchor_keys, candidate_keys = (None, None) if mask is None else mask
+        launch(
+            kernel,
+            anchors=anchors.rows, candidates=candidates.rows, product=products, row_sums=sums, row_maxima=row_maxima,
+            candidate_factor=candidate_factor, candidate_shift=candidate_shift, anchor_keys=anchor_keys,
+            candidate_keys=candidate_keys, n=anchors.n, m=candidates.n, pitch=pitch, padded_rows=padded, offset=offset,
+            splits=splits, scale_log2=LOG2E / temperature, shift=launch.fixed_shift(self.dtype, temperature),
+            precision=launch.precision(self.dtype),
+        )  # fmt: skip
+        return products, sums
 
-def _run(
-    launch: Launcher,
-    what: _Pass,
-    wanted: bool,
-    *,
-    online: bool = False,
-    factor: Tensor | None = None,
-    column_shift: Tensor | None = None,
-    on_hopper: bool = False,
-) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """Partial products (splits, n, d) if ``wanted``, sums (splits, n); maxima if ``online``; n and d padded.
-
-    factor, column_shift: (m,) what a column's exponentials are multiplied with, and their own shift.
-    """
-    q, k, temperature, offset, same = what
-    dtype, pitch, padded = q.matrix.dtype, q.matrix.shape[1], padded_rows(q.n)
-    kernel, splits = "flash", configs.flash_splits(q.n, k.n)
-    plain = wanted and not online and factor is None and column_shift is None and same is None
-    if on_hopper and plain and hopper.refused(launch.module, launch.device, dtype) is None:
-        taken = hopper.flash_splits(q.n, k.n, pitch)
-        kernel, splits = ("hopper_flash", taken) if taken else (kernel, splits)
-    parts = floats(q.matrix, splits, padded, pitch) if wanted else None
-    sums = floats(q.matrix, splits, padded)
-    maxima = torch.empty_like(sums) if online else None
-    launch(
-        kernel,
-        a=q.matrix, k=k.matrix, out=parts, sums=sums, maxima=maxima, column_factor=factor, column_shift=column_shift,
-        same_a=None if same is None else same[0], same_k=None if same is None else same[1], n=q.n, m=k.n, pitch=pitch,
-        padded_rows=padded, diagonal=offset, splits=splits, scale=LOG2E / temperature,
-        shift=fixed_shift(dtype, temperature), precision=precision_of(dtype),
-    )  # fmt: skip
-    return parts, sums, maxima
-
-
-def _combine(
-    launch: Launcher, parts: Tensor, rows: int, maxima: Tensor | None = None, row_maxima: Tensor | None = None
-) -> Tensor:
-    """The splits' products, added in order: (rows, pitch)."""
-    splits, padded, pitch = parts.shape
-    if splits == 1:
-        return parts[0, :rows]
-    product = floats(parts, rows, pitch)
-    launch(
-        "combine",
-        parts=parts, maxima=maxima, row_maxima=row_maxima, out=product, rows=rows, padded_rows=padded, pitch=pitch,
-        splits=splits,
-    )  # fmt: skip
-    return product
+    def _combine(
+        self, products: Tensor, rows: int, split_maxima: Tensor | None = None, row_maxima: Tensor | None = None
+    ) -> Tensor:
+        """The products of the splits, added in order: (rows, pitch)."""
+        splits, padded, pitch = products.shape
+        if splits == 1:
+            return products[0, :rows]
+        product = self.launch.empty(rows, pitch)
+        self.launch(
+            "combine_splits",
+            products=products, split_maxima=split_maxima, row_maxima=row_maxima, out=product, rows=rows,
+            padded_rows=padded, pitch=pitch, splits=splits,
+        )  # fmt: skip
+        return product

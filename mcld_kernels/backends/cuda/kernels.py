@@ -1,151 +1,187 @@
-"""`pipeline.Kernels` by a module of launchers: ``mcld_kernels._C``, or the same kernels compiled for the host."""
+"""The kernel set of a module of launchers: ``mcld_kernels._C``, or the same kernels compiled for the host."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import torch
 from torch import Tensor
 
-from .. import labels as labelling
-from ..arguments import float32_precision
-from ..labels import Labels
-from ..pipeline import Anchors, Contrast, Factors, Finish, Problem, Unit
-from . import configs, flash, products
-from .common import TYPES, Launcher, floats, has_fixed_shift, padded_rows, pitch_of, pointer, precision_of
+from ... import labels as labelling
+from ...kernels import (
+    AnchorTerms,
+    Contrast,
+    ContrastArgs,
+    GradCoefficients,
+    GradEpilogueArgs,
+    KernelSet,
+    LossInputs,
+    LossOutputs,
+    NegativeSums,
+    UnitRows,
+)
+from ...labels import Labels
+from ...options import float32_precision
+from . import low_latency
+from .flash import FlashContrast
+from .launcher import Launcher, pointer
+from .products import TwoProductContrast
+from .tuning import CudaTuning
 
 
-class CudaKernels:
-    """The kernels of this package.
+class CudaKernels(KernelSet):
+    """The portable kernels, and the Hopper kernels where the tuning takes them and they can run."""
 
-    hopper: whether to take the Hopper kernels where they can do it; library: whether torch.mm takes product 2, None for
-    the choice of `configs`.
-    """
+    tuning: CudaTuning
 
-    def __init__(self, launch: Launcher, *, hopper: bool = False, library: bool | None = None):
-        self.launch, self.hopper, self.library = launch, hopper, library
+    def __init__(self, launch: Launcher, tuning: CudaTuning):
+        super().__init__(tuning)
+        self.launch = launch
 
     def operand_dtype(self, dtype: torch.dtype) -> torch.dtype:
         if dtype == torch.float32 and float32_precision() == "medium":
             return torch.bfloat16
         return dtype
 
-    def can_reverse(self, dtype: torch.dtype, temperature: float) -> bool:
-        # Sums by column need one shift for all rows, which in fp16 leaves the weighted anchors no range.
-        return dtype != torch.float16 and has_fixed_shift(dtype, temperature)
+    def contrast(self, args: ContrastArgs) -> Contrast:
+        if args.mask is not None:
+            args = dataclasses.replace(args, mask=(args.mask[0].contiguous(), args.mask[1].contiguous()))
+        operand = args.candidates.rows
+        if not args.reverse and operand.shape[1] * operand.itemsize <= self.tuning.flash_row_bytes:
+            return FlashContrast(self.launch, self.tuning, args)
+        return TwoProductContrast(self.launch, self.tuning, args)
 
-    def normalise(self, x: Tensor, dtype: torch.dtype, eps: float) -> Unit:
-        n, d = x.shape
-        matrix = torch.empty(padded_rows(n), pitch_of(d), dtype=dtype, device=x.device)
-        inverse = floats(x, n)
-        columns = x.stride(0) < x.stride(1) and n > 1
-        splits = max(1, min(64, d // 256)) if columns else 0
-        self.launch(
-            "normalise_columns" if columns else "normalise_rows",
-            x=x.data_ptr(), row_stride=x.stride(0), column_stride=x.stride(1), out=matrix, inverse=inverse,
-            work=floats(x, splits, n) if columns else None, n=n, d=d, padded_rows=matrix.shape[0],
-            pitch=matrix.shape[1], splits=splits, eps=eps, type=TYPES[x.dtype], precision=precision_of(dtype),
+    def mcld_low_latency(self, inputs: LossInputs) -> LossOutputs | None:
+        operand_dtype = self.operand_dtype(inputs.dtype)
+        if not low_latency.is_supported(inputs, operand_dtype, self.tuning.low_latency_limit):
+            return None
+        return low_latency.evaluate(self.launch, inputs, operand_dtype)
+
+    def l2_normalize(self, x: Tensor, operand_dtype: torch.dtype, eps: float) -> UnitRows:
+        launch, (n, d) = self.launch, x.shape
+        rows = torch.empty(launch.padded_rows(n), launch.pitch(d), dtype=operand_dtype, device=x.device)
+        inv_norm = launch.empty(n)
+        by_columns = x.stride(0) < x.stride(1) and n > 1
+        splits = max(1, min(64, d // 256)) if by_columns else 0
+        launch(
+            "normalize_columns" if by_columns else "normalize_rows",
+            x=x.data_ptr(), row_stride=x.stride(0), column_stride=x.stride(1), out=rows, inv_norm=inv_norm,
+            square_sums=launch.empty(splits, n) if by_columns else None, n=n, d=d, padded_rows=rows.shape[0],
+            pitch=rows.shape[1], splits=splits, eps=eps, type=launch.type(x.dtype),
+            precision=launch.precision(operand_dtype),
         )  # fmt: skip
-        return Unit(matrix, inverse, n, d)
+        return UnitRows(rows=rows, inv_norm=inv_norm, n=n, d=d)
 
-    def describe(
-        self, sides: tuple[Tensor, ...], ignore_index: int, classes: int, dtype: torch.dtype
+    def index_labels(
+        self, sides: tuple[Tensor, ...], ignore_index: int, num_classes: int, dtype: torch.dtype
     ) -> tuple[Labels, ...]:
         n = sides[0].shape[0]
-        if len(sides) > 1 or classes >= n:
-            return labelling.describe(sides, ignore_index, classes, dtype)  # ranks are not classes there: a sort
+        if len(sides) > 1 or num_classes >= n:
+            # A class index is not the class there, and takes a comparison sort.
+            return labelling.index_labels(sides, ignore_index, num_classes, dtype)
         target = sides[0].contiguous()
-        same, rank = torch.empty_like(target), torch.empty_like(target)
+        key, class_index = torch.empty_like(target), torch.empty_like(target)
         valid = torch.empty_like(target, dtype=torch.bool)
-        poison, share = floats(target), floats(target)
+        poison, mean_factor = self.launch.empty(), self.launch.empty()
         self.launch(
-            "describe",
-            target=target, n=n, classes=classes, ignore_index=ignore_index, same=same, rank=rank, valid=valid,
-            poison=poison, share=share,
+            "index_labels",
+            target=target, n=n, num_classes=num_classes, ignore_index=ignore_index, key=key, class_index=class_index,
+            valid=valid, poison=poison, mean_factor=mean_factor,
         )  # fmt: skip
-        labels = Labels(same, valid, rank, rank, poison, classes + 1, classes)
-        counts, starts, order = (rank.new_empty(size) for size in (classes + 1, classes + 2, n))
-        self.launch("order", rank=rank, n=n, ranks=classes + 1, counts=counts, starts=starts, order=order)
-        return (labelling.ready(labels, share=share, counts=counts, starts=starts, order=order),)
-
-    def factors(self, anchors: Anchors, rows: slice, log_off: Tensor, scale: Tensor) -> Factors:
-        u, s = torch.empty_like(log_off), torch.empty_like(log_off)
-        z = torch.empty_like(log_off) if any(share.term == 1 for share in anchors.shares) else None
-        shares = [
-            {
-                "factor": pointer(share.factor),
-                "counted": pointer(None if share.counted is None else share.counted[rows]),
-                "weight": pointer(share.weight),
-                "constant": share.constant,
-                "scale": share.scale,
-                "by_label": share.term == 1,
-            }
-            for share in anchors.shares
-        ]
+        present = num_classes + 1
+        labels = Labels(
+            key=key,
+            valid=valid,
+            class_index=class_index,
+            class_id=class_index,
+            poison=poison,
+            num_classes_present=present,
+            num_classes=num_classes,
+        )
+        counts, starts, order = (target.new_empty(size) for size in (present, present + 1, n))
         self.launch(
-            "factors",
-            log_off=log_off, scale=scale, positive=anchors.positive[rows], by_label=anchors.by_label[rows], u=u, s=s,
-            z=z, values=anchors.values[0, rows], rows=log_off.shape[0], pitch=anchors.values.stride(0),
-            inverse_temperature=1 / anchors.temperature, shares=shares,
+            "sort_labels",
+            class_index=class_index, n=n, num_classes_present=present, counts=counts, starts=starts, order=order,
         )  # fmt: skip
-        return Factors(u, s, z)
+        return (labelling.with_tables(labels, counts=counts, order=order, starts=starts, mean_factor=mean_factor),)
 
-    def totals(
-        self, values: Tensor, terms: tuple[int, ...], scale: tuple[float, ...], weight: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        loss, found = floats(values), floats(values, 3)
-        self.launch(
-            "totals",
-            values=values, width=values.shape[1], part=terms, scale=scale, weight=weight, loss=loss, terms=found,
-        )  # fmt: skip
-        return loss, found
-
-    def class_means(self, unit: Unit, labels: Labels, counts: Tensor) -> Tensor:
-        pitch = unit.matrix.shape[1]
-        means = floats(unit.matrix, counts.shape[0], pitch)
+    def class_means(self, unit: UnitRows, labels: Labels, counts: Tensor) -> Tensor:
+        pitch = unit.rows.shape[1]
+        means = self.launch.empty(counts.shape[0], pitch)
         self.launch(
             "class_means",
-            unit=unit.matrix, order=labels.order, starts=labels.starts, counts=counts, out=means,
-            ranks=counts.shape[0], pitch=pitch, precision=precision_of(unit.matrix.dtype),
+            unit=unit.rows, order=labels.order, starts=labels.starts, counts=counts, out=means,
+            num_classes_present=counts.shape[0], pitch=pitch, precision=self.launch.precision(unit.rows.dtype),
         )  # fmt: skip
         return means
 
-    def positives(
-        self, a: Unit, k: Unit, offset: int, means: Tensor | None, rank: Tensor | None
+    def positive_cosines(
+        self, anchors: UnitRows, candidates: UnitRows, offset: int, means: Tensor | None, class_index: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        positive = floats(a.matrix, a.n)
-        by_label = positive if means is None else floats(a.matrix, a.n)
+        positive = self.launch.empty(anchors.n)
+        label_positive = positive if means is None else self.launch.empty(anchors.n)
         self.launch(
-            "positives",
-            a=a.matrix, k=k.matrix, means=means, rank=None if means is None or rank is None else rank.contiguous(),
-            positive=positive, by_label=by_label, n=a.n, m=k.n, offset=offset, pitch=a.matrix.shape[1],
-            precision=precision_of(a.matrix.dtype),
+            "positive_cosines",
+            anchors=anchors.rows, candidates=candidates.rows, class_means=means,
+            class_index=None if means is None or class_index is None else class_index.contiguous(),
+            positive=positive, label_positive=label_positive, n=anchors.n, m=candidates.n, offset=offset,
+            pitch=anchors.rows.shape[1], precision=self.launch.precision(anchors.rows.dtype),
         )  # fmt: skip
-        return positive, by_label
+        return positive, label_positive
 
-    def contrast(self, problem: Problem) -> Contrast:
-        if problem.same is not None:
-            problem = problem._replace(same=(problem.same[0].contiguous(), problem.same[1].contiguous()))
-        matrix = problem.k.matrix
-        if not problem.reverse and matrix.shape[1] * matrix.itemsize <= configs.FLASH_BYTES:
-            return flash.contrast(self.launch, problem, self.hopper)
-        library = self.library
-        if library is None:
-            library = configs.by_library(matrix.dtype, float32_precision(), matrix.device)
-        return products.contrast(self.launch, problem, self.hopper, library)
+    def loss_epilogue(self, terms: AnchorTerms, sums: NegativeSums) -> GradCoefficients:
+        rows, like = sums.rows, sums.neg_lse
+        partner, product = torch.empty_like(like), torch.empty_like(like)
+        by_label = any(weight.positives == "label" for weight in terms.weights)
+        class_mean = torch.empty_like(like) if by_label else None
+        weights = [
+            {
+                "factor": pointer(weight.factor),
+                "counted": pointer(None if weight.counted is None else weight.counted[rows]),
+                "weight": pointer(weight.weight),
+                "constant": weight.constant,
+                "term_weight": weight.term_weight,
+                "label_positives": weight.positives == "label",
+            }
+            for weight in terms.weights
+        ]
+        self.launch(
+            "loss_epilogue",
+            neg_lse=like, inv_neg_sum=sums.inv_neg_sum, positive=terms.positive[rows],
+            label_positive=terms.label_positive[rows], partner_coef=partner, product_coef=product,
+            class_mean_coef=class_mean, per_anchor=terms.per_anchor[0, rows], rows=like.shape[0],
+            pitch=terms.per_anchor.stride(0), inv_temperature=1 / terms.temperature, weights=weights,
+        )  # fmt: skip
+        return GradCoefficients(partner=partner, product=product, class_mean=class_mean)
 
-    def finish(self, step: Finish) -> None:
-        out, unit, rows, product, s, u, z, partner, shift, means, rank, accumulate = step
+    def reduce_terms(
+        self, per_anchor: Tensor, terms: tuple[int, ...], term_weight: tuple[float, ...], weight: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        loss, values = self.launch.empty(), self.launch.empty(len(term_weight))
+        self.launch(
+            "reduce_terms",
+            per_anchor=per_anchor, width=per_anchor.shape[1], parts=terms, term_weight=term_weight, weight=weight,
+            loss=loss, terms=values,
+        )  # fmt: skip
+        return loss, values
+
+    def grad_epilogue(self, args: GradEpilogueArgs) -> None:
+        launch, unit, rows, coefficients = self.launch, args.unit, args.rows, args.coefficients
+        product, class_mean = args.product, coefficients.class_mean
         assert product.stride(1) == 1
-        gradient = out[rows]
+        gradient = args.out[rows]
         count = gradient.shape[0]
         transposed = gradient.stride(0) < gradient.stride(1) and count > 1
-        self.launch(
-            "finish",
+        class_means, class_index = (None, None) if class_mean is None else (args.class_means, args.class_index)
+        launch(
+            "grad_epilogue",
             out=gradient.data_ptr(), row_stride=gradient.stride(0), column_stride=gradient.stride(1),
-            unit=unit.matrix[rows], partner=partner.matrix, means=None if z is None else means,
-            inverse=unit.inverse[rows], product=product.data_ptr(), s=s.contiguous(), u=u.contiguous(),
-            z=None if z is None else z.contiguous(),
-            rank=None if rank is None or z is None else rank[rows].contiguous(),
-            dots=floats(product, count) if transposed else None, rows=count, d=unit.d, pitch=unit.matrix.shape[1],
-            product_pitch=product.stride(0), shift=rows.start + shift, partner_rows=partner.n, add=accumulate,
-            type=TYPES[gradient.dtype], precision=precision_of(unit.matrix.dtype),
+            unit=unit.rows[rows], partner=args.partner.rows, class_means=class_means,
+            inv_norm=unit.inv_norm[rows], product=product.data_ptr(), product_coef=coefficients.product.contiguous(),
+            partner_coef=coefficients.partner.contiguous(),
+            class_mean_coef=None if class_mean is None else class_mean.contiguous(),
+            class_index=None if class_index is None else class_index[rows].contiguous(),
+            projection=launch.empty(count) if transposed else None, rows=count, d=unit.d, pitch=unit.rows.shape[1],
+            product_pitch=product.stride(0), offset=rows.start + args.offset, partner_rows=args.partner.n,
+            accumulate=args.accumulate, type=launch.type(gradient.dtype), precision=launch.precision(unit.rows.dtype),
         )  # fmt: skip

@@ -1,8 +1,7 @@
 """The low-latency path of the "cuda" backend: five launches for loss and gradient, where launches take the time.
 
-It holds for at most 1024 rows and classes and temperatures at which one shift does for all rows. Teacher anchors, alone
-or with the student's, take a sixth launch, and have no range in fp16; everything else goes through `pipeline`.
-csrc/portable/small.cuh has the steps. No GPU has run it yet.
+Teacher anchors, alone or with the student's, take a sixth launch, and have no range in fp16. The steps are in
+csrc/portable/low_latency.cuh.
 """
 
 from __future__ import annotations
@@ -12,145 +11,147 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import Options
-from ..pipeline import Call, Result, gradient_dtype
-from . import common, configs
-from .common import Launcher
+from ...infonce import grad_dtype
+from ...kernels import LossInputs, LossOutputs, has_fixed_shift
+from ...options import MCLDOptions
+from .launcher import Launcher
 
 
-def takes(call: Call, operand: torch.dtype) -> bool:
-    """Whether the path can do what is asked."""
-    chosen = call.chosen
-    fixed = all(
-        common.has_fixed_shift(operand, temperature)
-        for temperature, active in zip(chosen.temperature, chosen.active, strict=True)
-        if active
-    )
+def is_supported(inputs: LossInputs, operand_dtype: torch.dtype, limit: int) -> bool:
+    """True if the path can compute these inputs: at most ``limit`` rows and classes, one shift for all rows."""
+    options: MCLDOptions = inputs.options
     return (
-        not call.teacher_grad
-        and max(call.student.shape) <= configs.LATENCY_LARGEST
-        and call.student.shape == call.teacher.shape
-        and call.student.dtype == call.teacher.dtype
-        and any(chosen.active)
-        and not (_by_teacher(chosen) and operand == torch.float16)
-        and fixed
+        not inputs.teacher_grad
+        and max(inputs.student.shape) <= limit
+        and inputs.student.shape == inputs.teacher.shape
+        and inputs.student.dtype == inputs.teacher.dtype
+        and any(options.active)
+        and not (_has_teacher_anchors(options) and operand_dtype == torch.float16)
+        and all(
+            has_fixed_shift(operand_dtype, temperature)
+            for temperature, active in zip(options.temperature, options.active, strict=True)
+            if active
+        )
     )
 
 
-def _by_teacher(chosen: Options) -> bool:
-    """Whether teacher rows are anchors."""
-    return chosen.direction != "student" and (chosen.active[0] or chosen.active[1])
-
-
-def evaluate(launch: Launcher, call: Call, operand: torch.dtype) -> Result:
-    """As `pipeline.evaluate`. operand: the dtype of the products' operands."""
-    student, teacher, target, weight, chosen, student_grad = call[:6]
-    batch, classes = student.shape
-    make = _Maker(student, operand)
-    labelled = target is not None and any(chosen.label_terms)
-    matrices = [_matrix(make, batch, classes)] if chosen.active[0] or chosen.active[1] else []
-    groups = _groups(chosen)
-    problems = [_problem(make, matrices[0], group, chosen, student_grad) for group in groups]
-    if chosen.active[2]:
-        matrices.append(_matrix(make, classes, batch))
-        problems.append(_problem(make, matrices[-1], (2,), chosen, student_grad))
-    result_dtype = gradient_dtype(student.dtype)
-    gradient = torch.empty(batch, classes, dtype=result_dtype, device=student.device) if student_grad else None
-    loss, terms = make.floats(), make.floats(3)
+def evaluate(launch: Launcher, inputs: LossInputs, operand_dtype: torch.dtype) -> LossOutputs:
+    """Loss, terms and the gradient by the student."""
+    student, teacher, weight = inputs.student, inputs.teacher, inputs.weight
+    options: MCLDOptions = inputs.options
+    batch, num_classes = student.shape
+    workspace = _Workspace(launch, operand_dtype)
+    matrices = _matrices(workspace, batch, num_classes, options, inputs.student_grad)
+    labelled = inputs.target is not None and any(options.label_terms)
+    target = inputs.target.contiguous() if inputs.target is not None and labelled else None
     weight = None if weight is None else weight.to(torch.float32).contiguous()
-    target = target.contiguous() if target is not None and labelled else None
+    gradient_dtype = grad_dtype(student.dtype)
+    gradient = None
+    if inputs.student_grad:
+        gradient = torch.empty(batch, num_classes, dtype=gradient_dtype, device=student.device)
+    loss, terms = launch.empty(), launch.empty(3)
     launch(
-        "small",
-        student=student.data_ptr(),
-        teacher=teacher.data_ptr(),
-        student_strides=student.stride(),
-        teacher_strides=teacher.stride(),
-        target=0 if target is None else target.data_ptr(),
-        ignore_index=chosen.ignore_index,
-        weights=0 if weight is None else weight.data_ptr(),
-        scale=chosen.scale,
-        batch=batch,
-        classes=classes,
-        eps=chosen.eps,
-        present_only=chosen.present_only and chosen.active[2],
-        any_mask=chosen.mask_same_class,
-        problems=problems,
-        same=make.pointer(torch.empty(batch, dtype=torch.int64, device=student.device)) if labelled else 0,
-        facts=make.pointer(make.floats(2)) if labelled else 0,
-        counts=make.pointer(make.floats(classes)) if labelled else 0,
-        means=make.workspace(classes, common.pitch_of(classes)) if chosen.active[1] else 0,
-        loss=loss.data_ptr(),
-        terms=terms.data_ptr(),
-        gradient=0 if gradient is None else gradient.data_ptr(),
-        type=common.TYPES[student.dtype],
-        gradient_type=common.TYPES[result_dtype],
-        precision=common.precision_of(operand),
-    )
-    return Result(loss, terms, gradient, None)
+        "low_latency",
+        student=student.data_ptr(), teacher=teacher.data_ptr(), student_strides=student.stride(),
+        teacher_strides=teacher.stride(), target=target, ignore_index=options.ignore_index, weight=weight,
+        term_weight=options.term_weight, batch=batch, num_classes=num_classes, eps=options.eps,
+        present_only=options.present_only and options.active[2], mask_same_class=options.mask_same_class,
+        matrices=matrices, key=workspace.int64(batch) if labelled else 0,
+        num_valid=workspace.float32() if labelled else 0, poison=workspace.float32() if labelled else 0,
+        counts=workspace.float32(num_classes) if labelled else 0,
+        class_means=workspace.float32(num_classes, launch.pitch(num_classes)) if options.active[1] else 0,
+        loss=loss, terms=terms, gradient=gradient, type=launch.type(student.dtype),
+        gradient_type=launch.type(gradient_dtype), precision=launch.precision(operand_dtype),
+    )  # fmt: skip
+    return LossOutputs(loss=loss, terms=terms, student_grad=gradient, teacher_grad=None)
 
 
-class _Maker:
-    """Makes workspaces, and holds them until the launches are on the stream."""
+class _Workspace:
+    """Makes workspaces and gives their addresses; holds them until the launches are on the stream."""
 
-    def __init__(self, like: Tensor, operand: torch.dtype):
-        self._device, self._operand = like.device, operand
-        self._held: list[Tensor] = []
+    def __init__(self, launch: Launcher, operand_dtype: torch.dtype):
+        self.launch, self._operand_dtype = launch, operand_dtype
+        self._tensors: list[Tensor] = []
 
-    def floats(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=self._device)
+    def float32(self, *shape: int) -> int:
+        return self._make(shape, torch.float32)
 
-    def pointer(self, tensor: Tensor) -> int:
-        self._held.append(tensor)
-        return tensor.data_ptr()
-
-    def workspace(self, *shape: int) -> int:
-        return self.pointer(self.floats(*shape))
+    def int64(self, *shape: int) -> int:
+        return self._make(shape, torch.int64)
 
     def operand(self, *shape: int) -> int:
-        return self.pointer(torch.empty(shape, dtype=self._operand, device=self._device))
+        return self._make(shape, self._operand_dtype)
+
+    def _make(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+        self._tensors.append(torch.empty(shape, dtype=dtype, device=self.launch.device))
+        return self._tensors[-1].data_ptr()
 
 
-def _matrix(make: _Maker, n: int, d: int) -> dict[str, Any]:
-    """The operands of one side pair, which problems of two temperatures share."""
-    padded, pitch = common.padded_rows(n), common.pitch_of(d)
+def _has_teacher_anchors(options: MCLDOptions) -> bool:
+    return options.direction != "student" and (options.active[0] or options.active[1])
+
+
+def _matrices(
+    workspace: _Workspace, batch: int, num_classes: int, options: MCLDOptions, needs_grad: bool
+) -> list[dict[str, Any]]:
+    """The similarity matrices of rows (by temperature and mask) and of columns, as the fields of `LowLatencyMatrix`."""
+    matrices = []
+    groups = _row_terms_by_matrix(options)
+    if groups:
+        operands = _operands(workspace, batch, num_classes)
+        matrices += [_matrix(workspace, operands, group, options, needs_grad) for group in groups]
+    if options.active[2]:
+        matrices.append(_matrix(workspace, _operands(workspace, num_classes, batch), (2,), options, needs_grad))
+    return matrices
+
+
+def _row_terms_by_matrix(options: MCLDOptions) -> list[tuple[int, ...]]:
+    """The row terms, grouped by the similarity matrix that they share."""
+    instance, sample, _ = options.active
+    if instance and sample and not options.mask_same_class and options.temperature[0] == options.temperature[1]:
+        return [(0, 1)]
+    return [(term,) for term, active in enumerate((instance, sample)) if active]
+
+
+def _operands(workspace: _Workspace, n: int, d: int) -> dict[str, int]:
+    """The operands of both sides, which matrices of two temperatures share."""
+    padded, pitch = workspace.launch.padded_rows(n), workspace.launch.pitch(d)
     return {
-        "a": make.operand(padded, pitch),
-        "k": make.operand(padded, pitch),
-        "inverse_a": make.workspace(n),
-        "inverse_k": make.workspace(n),
+        "student": workspace.operand(padded, pitch),
+        "teacher": workspace.operand(padded, pitch),
+        "student_inv_norm": workspace.float32(n),
+        "teacher_inv_norm": workspace.float32(n),
         "n": n,
         "d": d,
         "pitch": pitch,
     }
 
 
-def _groups(chosen: Options) -> list[tuple[int, ...]]:
-    """The row terms by the similarity matrix that they share."""
-    instance, sample, _ = chosen.active
-    if instance and sample and not chosen.mask_same_class and chosen.temperature[0] == chosen.temperature[1]:
-        return [(0, 1)]
-    return [(term,) for term, active in enumerate((instance, sample)) if active]
-
-
-def _problem(
-    make: _Maker, matrix: dict[str, Any], group: tuple[int, ...], chosen: Options, wanted: bool
+def _matrix(
+    workspace: _Workspace, operands: dict[str, int], group: tuple[int, ...], options: MCLDOptions, needs_grad: bool
 ) -> dict[str, Any]:
-    n, padded = matrix["n"], common.padded_rows(matrix["n"])
+    n, pitch = operands["n"], operands["pitch"]
+    padded = workspace.launch.padded_rows(n)
+    tiles = padded // workspace.launch.constants["low_latency_tile"]
     columns = group == (2,)
-    by_student, by_teacher = columns or chosen.direction != "teacher", not columns and _by_teacher(chosen)
+    student_anchors = columns or options.direction != "teacher"
+    teacher_anchors = not columns and _has_teacher_anchors(options)
     return {
-        **matrix,
-        "e": make.operand(padded, padded) if wanted else 0,
-        "row_sums": make.workspace(padded // 64, padded),
-        "column_sums": make.workspace(padded // 64, padded) if by_teacher else 0,
-        "product": make.workspace(padded, matrix["pitch"]) if wanted and by_student else 0,
-        "weighted": make.operand(padded, matrix["pitch"]) if wanted and by_teacher else 0,
-        "back": make.workspace(padded, matrix["pitch"]) if wanted and by_teacher else 0,
-        **{name: make.workspace(n) for name in ("s", "u", "z", "dots")},
-        "values": make.workspace(3, n),
-        "inverse_temperature": 1 / chosen.temperature[group[0]],
+        **operands,
+        "exponentials": workspace.operand(padded, padded) if needs_grad else 0,
+        "row_sums": workspace.float32(tiles, padded),
+        "column_sums": workspace.float32(tiles, padded) if teacher_anchors else 0,
+        "product": workspace.float32(padded, pitch) if needs_grad and student_anchors else 0,
+        "weighted_teacher": workspace.operand(padded, pitch) if needs_grad and teacher_anchors else 0,
+        "weighted_product": workspace.float32(padded, pitch) if needs_grad and teacher_anchors else 0,
+        "product_coef": workspace.float32(n),
+        "partner_coef": workspace.float32(n),
+        "class_mean_coef": workspace.float32(n),
+        "projection": workspace.float32(n),
+        "per_anchor": workspace.float32(3, n),
+        "inv_temperature": 1 / options.temperature[group[0]],
         "terms": [term in group for term in range(3)],
-        "masked": group == (0,) and chosen.mask_same_class,
+        "masked": group == (0,) and options.mask_same_class,
         "columns": columns,
-        "by_student": by_student,
+        "student_anchors": student_anchors,
     }

@@ -1,170 +1,219 @@
-"""The two-product path, for long rows: E = exp(similarities) of a chunk of anchors by one product, its sum with the
-candidates (or of its columns with the anchors) by a second.
+"""The two-product path, for long rows: the exponentials E of a chunk of anchors by one product, and by a second their
+product with the candidates, or of their transpose with the anchors.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import blocked, library
-from ..pipeline import Contrast, Negatives, Problem
-from . import configs, hopper
-from .common import FP16_GAIN, LOG2E, ROWS, Launcher, fixed_shift, floats, has_fixed_shift, padded_rows, precision_of
+from ...kernels import ContrastArgs, ContrastSums, GradCoefficients, NegativeSums, has_fixed_shift, slices
+from .. import gemm
+from . import hopper, tuning
+from .launcher import LOG2E, Launcher
+from .tuning import CudaTuning
+
+FP16_PEAK = 1024.0  # the largest weighted probability, or coefficient of an anchor, becomes this in fp16
 
 
-class _Sums(NamedTuple):
-    """What product 1 leaves beside E, by tile; None for what was not asked for."""
+@dataclass(slots=True, kw_only=True)
+class _TileSums:
+    """The sums of product 1 by tile."""
 
     rows: Tensor  # (tiles of columns, padded rows)
-    maxima: Tensor | None  # the same
-    columns: Tensor | None  # (tiles of rows, columns)
+    maxima: Tensor | None  # the same shape; None with a fixed shift
+    columns: Tensor | None  # (tiles of rows, columns), for the reverse direction
     tile: int  # rows of a tile
 
 
-def contrast(launch: Launcher, problem: Problem, on_hopper: bool, by_library: bool) -> Contrast:
-    """As `pipeline.Kernels.contrast`. on_hopper, by_library: take the Hopper kernel, torch.mm, where they can."""
-    a, k, temperature, _, _, factors, sink, candidate, reverse = problem
-    dtype, pitch = a.matrix.dtype, a.matrix.shape[1]
-    columns = padded_rows(k.n)  # of E
-    fixed = has_fixed_shift(dtype, temperature) and not (candidate and dtype == torch.float16)
-    shift = fixed_shift(dtype, temperature)
-    by_library = by_library and library.has_product(dtype, torch.float32)
-    step = blocked.chunk_bytes(a.matrix.device) // (columns * a.matrix.itemsize)
-    step = max(ROWS, min(step // ROWS * ROWS, padded_rows(a.n)))
-    e = a.matrix.new_empty(step, columns) if sink is not None or candidate else None
-    log_off, scales = floats(a.matrix, a.n), floats(a.matrix, a.n)
-    by_candidate = floats(a.matrix, columns, pitch) if candidate else None
-    reversed_product = floats(a.matrix, columns, pitch) if reverse and candidate else None
-    reverse_off, reverse_log, reverse_scale = (floats(a.matrix, k.n) if reverse else None for _ in range(3))
-    for start in range(0, a.n, step):
-        rows = slice(start, min(start + step, a.n))
-        count, padded = rows.stop - start, padded_rows(rows.stop - start)
-        anchors = a.matrix[start : start + padded]
-        chunk = None if e is None else e[:padded]
-        sums = _similarities(launch, problem, rows, chunk, fixed, on_hopper)
-        scale = scales[rows]
-        row_maxima = None if fixed else floats(sums.rows, count)
-        statistics(launch, sums.rows, sums.maxima, row_maxima, log_off[rows], scale, shift)
-        if reverse_off is not None:
-            assert sums.columns is not None and reverse_log is not None and reverse_scale is not None
-            add = start > 0
-            statistics(launch, sums.columns, None, None, reverse_log, reverse_scale, shift, reverse_off, add)
-        if chunk is None:
-            continue
-        if sums.maxima is not None:
-            launch(
-                "rescale",
-                e=chunk, maxima=sums.maxima, row_maxima=row_maxima, rows=count, padded_rows=padded, pitch_e=columns,
-                tile=sums.tile, precision=precision_of(dtype),
+class TwoProductContrast:
+    """A contrast by chunks of anchors, of which one E (rows, m) is held at a time."""
+
+    def __init__(self, launch: Launcher, tuning: CudaTuning, args: ContrastArgs):
+        self.launch, self.tuning, self.args = launch, tuning, args
+        operand, m = args.anchors.rows, args.candidates.n
+        self.dtype, self.pitch = operand.dtype, operand.shape[1]
+        self.columns = launch.padded_rows(m)  # of E
+        # In fp16 a fixed shift leaves the anchors weighted by their coefficients no range.
+        self.fixed = has_fixed_shift(self.dtype, args.temperature) and not (
+            args.candidate_grad and self.dtype == torch.float16
+        )
+        self.shift = launch.fixed_shift(self.dtype, args.temperature)
+        self._exponentials: Tensor | None = None  # (padded rows of the chunk, columns), operand dtype
+        grad = args.candidate_grad
+        self._candidate_product = launch.empty(self.columns, self.pitch) if grad else None
+        self._reverse_product = launch.empty(self.columns, self.pitch) if grad and args.reverse else None
+        self._reverse: NegativeSums | None = None
+        self._reverse_total = launch.empty(m) if args.reverse else None
+        if args.reverse:
+            product = None if self._reverse_product is None else self._reverse_product[:m]
+            self._reverse = NegativeSums(
+                rows=slice(0, m), neg_lse=launch.empty(m), inv_neg_sum=launch.empty(m), product=product
+            )
+
+    def chunks(self) -> Iterator[NegativeSums]:
+        args, launch = self.args, self.launch
+        n = args.anchors.n
+        multiple = launch.constants["row_padding"]
+        step = self.tuning.chunk_bytes // (self.columns * args.anchors.rows.itemsize) // multiple * multiple
+        step = max(multiple, min(step, launch.padded_rows(n)))
+        needs_exponentials = args.anchor_grad or args.candidate_grad
+        buffer = args.anchors.rows.new_empty(step, self.columns) if needs_exponentials else None
+        neg_lse, inv_neg_sum = launch.empty(n), launch.empty(n)
+        for rows in slices(n, step):
+            padded = launch.padded_rows(rows.stop - rows.start)
+            self._exponentials = None if buffer is None else buffer[:padded]
+            sums = self._similarities(rows, padded)
+            row_maxima = None if self.fixed else launch.empty(rows.stop - rows.start)
+            reduce_tiles(
+                launch, sums.rows, neg_lse[rows], inv_neg_sum[rows], shift=self.shift, tile_maxima=sums.maxima,
+                row_maxima=row_maxima,
             )  # fmt: skip
-        if sink is not None:
-            product = floats(sums.rows, padded, pitch)
-            _product(launch, chunk, k.matrix, product, transposed=False, add=False, by_library=by_library)
-            sink(Negatives(rows, log_off[rows], product[:count], scale))
-        if by_candidate is not None:
-            weighted, alpha = _weighted(launch, anchors, factors(rows, log_off[rows], scale).s * temperature)
-            # Only the own kernel takes a factor.
-            _product(
-                launch, chunk, weighted, by_candidate, transposed=True, add=start > 0, alpha=alpha,
-                by_library=by_library and alpha is None,
-            )  # fmt: skip
-        if reversed_product is not None:
-            _product(launch, chunk, anchors, reversed_product, transposed=True, add=start > 0, by_library=by_library)
-    if by_candidate is not None:
-        by_candidate = by_candidate[: k.n]
-    if reverse_log is None or reverse_scale is None:
-        return Contrast(log_off, scales, by_candidate)
-    back = reverse_log[:0] if reversed_product is None else reversed_product[: k.n]
-    return Contrast(log_off, scales, by_candidate, Negatives(slice(0, k.n), reverse_log, back, reverse_scale))
+            if sums.maxima is not None and self._exponentials is not None:
+                launch(
+                    "rescale",
+                    exponentials=self._exponentials, tile_maxima=sums.maxima, row_maxima=row_maxima,
+                    rows=rows.stop - rows.start, padded_rows=padded, exp_pitch=self.columns, tile=sums.tile,
+                    precision=launch.precision(self.dtype),
+                )  # fmt: skip
+            self._add_reverse(rows, padded, sums)
+            yield NegativeSums(
+                rows=rows,
+                neg_lse=neg_lse[rows],
+                inv_neg_sum=inv_neg_sum[rows],
+                product=self._product_with_candidates(rows, padded) if args.anchor_grad else None,
+            )
+
+    def add_candidates(self, chunk: NegativeSums, coefficients: GradCoefficients) -> None:
+        assert self._candidate_product is not None
+        padded = self.launch.padded_rows(chunk.rows.stop - chunk.rows.start)
+        # partner_i p_ij A_i = exp(a_ij) (product_i A_i)
+        factor, alpha = coefficients.product, None
+        if self.dtype == torch.float16:
+            # Coefficients of 1 / (n m) are below fp16's range: they are taken relative to the chunk's largest.
+            alpha = factor.amax().clamp(min=1e-30) / FP16_PEAK
+            factor = factor / alpha
+        anchors = self.args.anchors.rows[chunk.rows.start : chunk.rows.start + padded]
+        weighted = torch.empty_like(anchors)
+        self.launch(
+            "scale_rows",
+            x=anchors, out=weighted, factor=factor, rows=factor.shape[0], padded_rows=padded, pitch=self.pitch,
+            precision=self.launch.precision(self.dtype),
+        )  # fmt: skip
+        self._product(weighted, self._candidate_product, transposed=True, accumulate=chunk.rows.start > 0, alpha=alpha)
+
+    def sums(self) -> ContrastSums:
+        product = self._candidate_product
+        return ContrastSums(
+            candidate_product=None if product is None else product[: self.args.candidates.n], reverse=self._reverse
+        )
+
+    def _similarities(self, rows: slice, padded: int) -> _TileSums:
+        """Product 1 for the anchors `rows`: their exponentials and sums."""
+        args, launch = self.args, self.launch
+        count, constants = rows.stop - rows.start, launch.constants
+        kernel, splits = "similarity", 1
+        choice: dict[str, int] = {}
+        if self._takes_hopper(count):
+            kernel = "hopper_similarity"
+            tile_rows, tile_columns = constants["hopper_similarity_rows"], constants["hopper_similarity_columns"]
+        else:
+            tile_rows, splits = tuning.similarity_tile(self.tuning, constants, padded, self.columns, self.pitch)
+            tile_columns = choice["tile"] = tile_rows
+        sums = launch.empty(-(-self.columns // tile_columns), padded)
+        maxima = None if self.fixed else torch.empty_like(sums)
+        column_sums = launch.empty(padded // tile_rows, self.columns) if args.reverse else None
+        anchor_keys, candidate_keys = (None, None) if args.mask is None else (args.mask[0][rows], args.mask[1])
+        launch(
+            kernel,
+            anchors=args.anchors.rows[rows.start : rows.start + padded], candidates=args.candidates.rows,
+            exponentials=self._exponentials, row_sums=sums, row_maxima=maxima, column_sums=column_sums,
+            split_products=launch.empty(splits, padded, self.columns) if splits > 1 else None, splits=splits,
+            anchor_keys=anchor_keys, candidate_keys=candidate_keys, rows=count, m=args.candidates.n, pitch=self.pitch,
+            exp_pitch=self.columns, padded_rows=padded, offset=rows.start + args.offset,
+            scale_log2=LOG2E / args.temperature, shift=self.shift, precision=launch.precision(self.dtype), **choice,
+        )  # fmt: skip
+        return _TileSums(rows=sums, maxima=maxima, columns=column_sums, tile=tile_rows)
+
+    def _takes_hopper(self, count: int) -> bool:
+        launch = self.launch
+        return (
+            self.tuning.hopper
+            and self.fixed
+            and not self.args.reverse
+            and self.args.mask is None
+            and tuning.takes_hopper_similarity(self.tuning, launch.constants, count, self.columns)
+            and hopper.unsupported_reason(launch.module, launch.device, self.dtype) is None
+        )
+
+    def _product_with_candidates(self, rows: slice, padded: int) -> Tensor:
+        """sum_j exp(a_ij) K_j over the negatives: (rows, pitch)."""
+        product = self.launch.empty(padded, self.pitch)
+        self._product(self.args.candidates.rows, product, transposed=False, accumulate=False)
+        return product[: rows.stop - rows.start]
+
+    def _add_reverse(self, rows: slice, padded: int, sums: _TileSums) -> None:
+        """Add a chunk to the sums with the candidates as anchors."""
+        if self._reverse is None:
+            return
+        assert sums.columns is not None
+        accumulate = rows.start > 0
+        reduce_tiles(
+            self.launch, sums.columns, self._reverse.neg_lse, self._reverse.inv_neg_sum, shift=self.shift,
+            total=self._reverse_total, accumulate=accumulate,
+        )  # fmt: skip
+        if self._reverse_product is not None:
+            anchors = self.args.anchors.rows[rows.start : rows.start + padded]
+            self._product(anchors, self._reverse_product, transposed=True, accumulate=accumulate)
+
+    def _product(
+        self, operand: Tensor, out: Tensor, *, transposed: bool, accumulate: bool, alpha: Tensor | None = None
+    ) -> None:
+        """out (+)= alpha E operand, or alpha E^T operand."""
+        e, launch = self._exponentials, self.launch
+        assert e is not None
+        left = e.T if transposed else e
+        rows, contraction = left.shape
+        # Only the portable kernel has a factor.
+        if (
+            alpha is None
+            and tuning.takes_library_product(self.tuning, self.dtype, launch.device)
+            and gemm.has_gemm(self.dtype, torch.float32)
+        ):
+            gemm.gemm(left, operand[:contraction], out, accumulate)
+            return
+        launch(
+            "product",
+            exponentials=e, operand=operand, out=out, alpha=alpha, rows=rows, contraction=contraction,
+            exp_pitch=self.columns, pitch=self.pitch, transposed=transposed, accumulate=accumulate,
+            precision=launch.precision(self.dtype),
+            tile=tuning.product_tile(self.tuning, launch.constants, rows, self.pitch),
+        )  # fmt: skip
 
 
-def _similarities(
-    launch: Launcher, problem: Problem, rows: slice, e: Tensor | None, fixed: bool, on_hopper: bool
-) -> _Sums:
-    """Product 1 for the anchors `rows`: E (padded rows, columns) if given, and its sums."""
-    a, k, temperature, offset, same = problem[:5]
-    dtype, pitch = a.matrix.dtype, a.matrix.shape[1]
-    count, padded, columns = rows.stop - rows.start, padded_rows(rows.stop - rows.start), padded_rows(k.n)
-    name, extra = "similarity", dict[str, Any]()
-    tile_rows = tile_columns = splits = 1
-    simple = fixed and not problem.reverse and same is None
-    if on_hopper and simple and hopper.takes_similarity(count, columns):
-        if hopper.refused(launch.module, launch.device, dtype) is None:
-            name, tile_rows, tile_columns = "hopper_similarity", hopper.SIMILARITY_ROWS, hopper.SIMILARITY_COLUMNS
-    if name == "similarity":
-        tile_rows, splits = configs.similarity_tile(padded, columns, pitch)
-        tile_columns = extra["tile"] = tile_rows
-    sums = floats(a.matrix, -(-columns // tile_columns), padded)
-    maxima = None if fixed else torch.empty_like(sums)
-    column_sums = floats(sums, padded // tile_rows, columns) if problem.reverse else None
-    launch(
-        name,
-        a=a.matrix[rows.start : rows.start + padded], k=k.matrix, e=e, row_sums=sums, row_maxima=maxima,
-        column_sums=column_sums, parts=floats(sums, splits, padded, columns) if splits > 1 else None, splits=splits,
-        same_a=None if same is None else same[0][rows], same_k=None if same is None else same[1], rows=count, m=k.n,
-        pitch=pitch, pitch_e=columns, padded_rows=padded, diagonal=rows.start + offset, scale=LOG2E / temperature,
-        shift=fixed_shift(dtype, temperature), precision=precision_of(dtype), **extra,
-    )  # fmt: skip
-    return _Sums(sums, maxima, column_sums, tile_rows)
-
-
-def _weighted(launch: Launcher, a: Tensor, factor: Tensor) -> tuple[Tensor, Tensor | None]:
-    """factor_i A_i in the operand dtype and, for fp16, what the products of it are to be multiplied by."""
-    alpha = None
-    if a.dtype == torch.float16:
-        # Factors of 1 / (n m) are below fp16's range: there they are relative to the chunk's largest.
-        alpha = factor.amax().clamp(min=1e-30) / FP16_GAIN
-        factor = factor / alpha
-    weighted = torch.empty_like(a)
-    launch(
-        "scale_rows",
-        a=a, out=weighted, factor=factor, rows=factor.shape[0], padded_rows=a.shape[0], pitch=a.shape[1],
-        precision=precision_of(a.dtype),
-    )  # fmt: skip
-    return weighted, alpha
-
-
-def _product(
+def reduce_tiles(
     launch: Launcher,
-    e: Tensor,
-    k: Tensor,
-    out: Tensor,
+    tile_sums: Tensor,
+    neg_lse: Tensor,
+    inv_neg_sum: Tensor,
     *,
-    transposed: bool,
-    add: bool,
-    by_library: bool,
-    alpha: Tensor | None = None,
-) -> None:
-    """out (+)= alpha E K, or alpha E^T K: e (rows, columns), k (columns or rows, pitch), all sizes padded."""
-    left = e.T if transposed else e
-    rows, contraction = left.shape
-    if by_library:
-        library.product(left, k[:contraction], out, add)
-        return
-    launch(
-        "product",
-        e=e, k=k, out=out, alpha=alpha, rows=rows, contraction=contraction, pitch_e=e.shape[1], pitch=k.shape[1],
-        transposed=transposed, add=add, precision=precision_of(e.dtype), tile=configs.tile(rows, k.shape[1]),
-    )  # fmt: skip
-
-
-def statistics(
-    launch: Launcher,
-    sums: Tensor,
-    maxima: Tensor | None,
-    row_maxima: Tensor | None,
-    log_off: Tensor,
-    scale: Tensor,
     shift: float,
-    total: Tensor | None = None,
-    add: bool = False,
+    tile_maxima: Tensor | None = None,
+    row_maxima: Tensor | None = None,
+    **running: Any,
 ) -> None:
-    """Sums by tile (tiles, pitch) into log_off and scale = 1 / sum (rows,); total: running sums over chunks."""
+    """Sums by tile (tiles, pitch) into neg_lse and inv_neg_sum (rows,).
+
+    tile_maxima, row_maxima: the shifts of tiles and, to be written, of rows, without a fixed shift. running: ``total``
+    (rows,), a sum over chunks, and ``accumulate``, False for the first chunk.
+    """
     launch(
-        "statistics",
-        sums=sums, maxima=maxima, row_maxima=row_maxima, total=total, log_off=log_off, scale=scale,
-        rows=log_off.shape[0], pitch=sums.shape[1], tiles=sums.shape[0], add=add, shift=shift,
+        "row_sums",
+        tile_sums=tile_sums, tile_maxima=tile_maxima, row_maxima=row_maxima, neg_lse=neg_lse, inv_neg_sum=inv_neg_sum,
+        rows=neg_lse.shape[0], pitch=tile_sums.shape[1], tiles=tile_sums.shape[0], shift=shift,
+        **{"total": None, "accumulate": False, **running},
     )  # fmt: skip

@@ -1,34 +1,42 @@
 """The "triton" backend: fused kernels for CUDA devices of compute capability 8.0 and above, and for the interpreter.
 
-Nothing here imports triton before a call needs it.
+This module imports triton only inside the functions that need it.
 """
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import importlib.util
 import os
 import re
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..arguments import float32_precision
-from ..pipeline import Call, Result, evaluate
+from ...options import float32_precision
+from ..chunks import chunk_bytes
+from .configs import INTERPRETER, TritonTuning, architecture
 
-OLDEST = (3, 6)  # the oldest Triton that the kernels are tested with
-LEAST_CAPABILITY = (8, 0)
+if TYPE_CHECKING:
+    from .kernels import TritonKernels
+
+TUNING = TritonTuning
+
+MIN_VERSION = (3, 6)  # of Triton
+MIN_CAPABILITY = (8, 0)
 
 
-def unavailable() -> str | None:
-    """Why the kernels cannot run on this machine, whatever the logits; None if they can."""
+def unavailable_reason() -> str | None:
+    """The reason why the kernels cannot run on this machine, whatever the logits; None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     import triton
 
     version = re.match(r"(\d+)\.(\d+)", triton.__version__)
-    if version is None or tuple(map(int, version.groups())) < OLDEST:
-        return f"triton {triton.__version__} is older than {'.'.join(map(str, OLDEST))}"
+    if version is None or tuple(map(int, version.groups())) < MIN_VERSION:
+        return f"triton {triton.__version__} is older than {'.'.join(map(str, MIN_VERSION))}"
     if interpreted():
         return None
     if torch.version.cuda is None or not torch.cuda.is_available():
@@ -38,30 +46,52 @@ def unavailable() -> str | None:
     return None
 
 
-def reason(student: Tensor, teacher: Tensor) -> str | None:
-    """Why the kernels cannot run for these logits; None if they can."""
-    why = unavailable()
-    if why is not None:
-        return why
+def unsupported_reason(student: Tensor, teacher: Tensor) -> str | None:
+    """The reason why the kernels cannot run for these logits; None if they can."""
+    reason = unavailable_reason()
+    if reason is not None:
+        return reason
     dtype = torch.promote_types(student.dtype, teacher.dtype)
     if interpreted():
         medium = dtype == torch.float32 and float32_precision() == "medium"
-        if (dtype == torch.bfloat16 or medium) and not _lifts_bf16():
+        if (dtype == torch.bfloat16 or medium) and not _interprets_bf16():
             return "Triton's interpreter computes bf16 products wrongly"
         return None
     if student.device.type != "cuda":
         return f"it takes CUDA tensors, and these are on {student.device} (TRITON_INTERPRET=1 lifts that)"
     capability = torch.cuda.get_device_capability(student.device)
-    if capability < LEAST_CAPABILITY:
-        least, has = (".".join(map(str, pair)) for pair in (LEAST_CAPABILITY, capability))
+    if capability < MIN_CAPABILITY:
+        least, has = (".".join(map(str, pair)) for pair in (MIN_CAPABILITY, capability))
         return f"it needs compute capability {least} or above, and {student.device} has {has}"
     if dtype == torch.float64:
         return "it takes fp64 only in the interpreter"
     return None
 
 
+def kernel_set(student: Tensor, teacher: Tensor, **tuning_overrides: Any) -> TritonKernels:
+    """The kernels for these logits. ``tuning_overrides``: fields of `TritonTuning`."""
+    kernels = _kernel_set(student.device, chunk_bytes(student.device), os.environ.get("MCLD_AUTOTUNE", "0") == "1")
+    if tuning_overrides:
+        return type(kernels)(dataclasses.replace(kernels.configs.tuning, **tuning_overrides))
+    return kernels
+
+
+@lru_cache
+def _kernel_set(device: torch.device, chunk_bytes: int, autotune: bool) -> TritonKernels:
+    from .kernels import TritonKernels
+
+    on_gpu = device.type == "cuda"
+    tuning = TritonTuning(
+        chunk_bytes=chunk_bytes,
+        architecture=architecture(device) if on_gpu else "sm_80",
+        blocks=None if on_gpu else INTERPRETER,
+        autotune=autotune,
+    )
+    return TritonKernels(tuning)
+
+
 def interpreted() -> bool:
-    """Whether the kernels run, or would once imported, in Triton's interpreter."""
+    """True if the kernels run, or would once imported, in Triton's interpreter."""
     import sys
 
     kernels = sys.modules.get(f"{__name__}.flash")
@@ -70,16 +100,8 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 
 
-def _lifts_bf16() -> bool:
-    """Whether a test has taught the interpreter bf16."""
+def _interprets_bf16() -> bool:
+    """True if a test has taught the interpreter bf16."""
     from triton.runtime.interpreter import InterpreterBuilder
 
-    return getattr(InterpreterBuilder.create_dot, "lifts_bf16", False)
-
-
-def forward(call: Call) -> Result:
-    from .kernels import TritonKernels
-
-    device = call.student.device
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        return evaluate(TritonKernels(), call)
+    return getattr(InterpreterBuilder.create_dot, "multiplies_bf16", False)

@@ -1,29 +1,30 @@
-"""Launch configurations: block sizes, warps and pipeline stages by architecture, kernel, operand and depth.
+"""Launch configurations: block sizes, warps and pipeline stages by architecture, kernel, operand and pitch.
 
-The figures were chosen from compile reports (registers, no spills, shared memory, tensor-core instructions) for
-sm_80, sm_90 and sm_100 with Triton 3.6.0 and 3.7.1. None of them has been measured on a GPU yet. The tables hold for
-every launch, so a cold start tunes nothing; MCLD_AUTOTUNE=1 times the alternatives of the two large kernels instead
-(never in the interpreter).
+Chosen from compile reports (registers, no spills, shared memory, tensor-core instructions) for sm_80, sm_90 and sm_100
+with Triton 3.6.0, 3.7.1 and 3.9.0; tests/test_triton_compile.py repeats the reports. The tables hold for every launch,
+so a cold start times nothing; MCLD_AUTOTUNE=1 times the alternatives of the kernels with products instead.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
+from torch import Tensor
 
-# Deepest row, after padding, that the flash kernel takes, by kind of operand: its tiles and accumulator are that wide.
-FLASH_DEPTH = {"half": 256, "tf32": 128, "tf32x3": 64, "fp64": 256}
+from ...kernels import Tuning
+from ...options import float32_precision
+from ..gemm import has_gemm
 
-# The longest row that `finish` holds in registers, and the least part of a longer one that a program sums.
-_WHOLE_ROW = 2048
-_LEAST_SPAN = 512
-_MOST_SPLITS = 64
+# Unit rows are padded to a multiple of ROWS and, past the pitches of the flash kernel, PITCH columns: every tile of a
+# contraction divides them, so no load of an operand needs a mask.
+ROWS = 128
+PITCH = 128
 
-# Fewer tiles than this leave multiprocessors idle; an H200 has 132.
-_FEW_TILES = 128
+# The longest padded row that the flash kernel takes, by kind of operand: its tiles and accumulator are that wide.
+FLASH_PITCH = {"half": 256, "tf32": 128, "tf32x3": 64, "fp64": 256}
 
 
 class Launch(NamedTuple):
@@ -34,52 +35,52 @@ class Launch(NamedTuple):
     stages: int = 2
 
 
-@lru_cache
-def architecture(device: torch.device) -> int:
-    """Major compute capability: 8 (Ampere, Ada), 9 (Hopper), 10 and above (Blackwell); 0 for the interpreter."""
-    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+_FALLBACK = {"sm_100": "sm_90"}  # whose rows hold where an architecture has none
 
-
-# (generation, kind of operand, depth): tiles of the flash kernel. Generation 9 is Hopper, 10 is data-centre Blackwell
-# where it differs from 9, and 8 is all others, within the 99 KB of shared memory of the smaller ones. Kinds: "half",
-# "tf32", "tf32x3".
+# (architecture, kind of operand, pitch): blocks of the flash kernel. "sm_80" serves every architecture without rows of
+# its own, so it keeps to the 99 KB of shared memory of sm_86, sm_89 and sm_120.
 FLASH = {
-    (8, "half", 32): Launch(128, 64, warps=8, stages=3),
-    (8, "half", 64): Launch(128, 64, warps=8, stages=3),
-    (8, "half", 128): Launch(128, 64, warps=8, stages=3),
-    (8, "half", 256): Launch(64, 32, warps=4, stages=2),
-    (9, "half", 32): Launch(128, 64, warps=8, stages=3),
-    (9, "half", 64): Launch(128, 64, warps=8, stages=3),
-    (9, "half", 128): Launch(128, 128, warps=8, stages=2),
-    (9, "half", 256): Launch(128, 64, warps=8, stages=2),
-    (10, "half", 32): Launch(128, 32, warps=4, stages=3),
-    (10, "half", 128): Launch(128, 64, warps=8, stages=2),
-    (10, "half", 256): Launch(128, 32, warps=8, stages=2),
-    (8, "tf32", 32): Launch(64, 64, warps=4, stages=2),
-    (8, "tf32", 64): Launch(64, 32, warps=4, stages=2),
-    (8, "tf32", 128): Launch(64, 32, warps=4, stages=2),
-    (9, "tf32", 32): Launch(64, 64, warps=4, stages=2),
-    (9, "tf32", 64): Launch(64, 64, warps=4, stages=2),
-    (9, "tf32", 128): Launch(64, 32, warps=8, stages=2),
-    (10, "tf32", 128): Launch(64, 32, warps=4, stages=2),
-    (8, "tf32x3", 32): Launch(64, 32, warps=4, stages=2),
-    (8, "tf32x3", 64): Launch(64, 16, warps=4, stages=2),
-    (9, "tf32x3", 32): Launch(64, 32, warps=4, stages=2),
-    (9, "tf32x3", 64): Launch(64, 32, warps=4, stages=2),
-    (10, "tf32x3", 64): Launch(64, 16, warps=4, stages=2),
+    ("sm_80", "half", 32): Launch(128, 64, warps=8, stages=3),
+    ("sm_80", "half", 64): Launch(128, 64, warps=8, stages=3),
+    ("sm_80", "half", 128): Launch(128, 64, warps=8, stages=3),
+    ("sm_80", "half", 256): Launch(64, 32, warps=4, stages=2),
+    ("sm_90", "half", 32): Launch(128, 64, warps=8, stages=3),
+    ("sm_90", "half", 64): Launch(128, 64, warps=8, stages=3),
+    ("sm_90", "half", 128): Launch(128, 128, warps=8, stages=2),
+    ("sm_90", "half", 256): Launch(128, 64, warps=8, stages=2),
+    ("sm_100", "half", 32): Launch(128, 32, warps=4, stages=3),
+    ("sm_100", "half", 128): Launch(128, 64, warps=8, stages=2),
+    ("sm_100", "half", 256): Launch(128, 32, warps=8, stages=2),
+    ("sm_80", "tf32", 32): Launch(64, 64, warps=4, stages=2),
+    ("sm_80", "tf32", 64): Launch(64, 32, warps=4, stages=2),
+    ("sm_80", "tf32", 128): Launch(64, 32, warps=4, stages=2),
+    ("sm_90", "tf32", 32): Launch(64, 64, warps=4, stages=2),
+    ("sm_90", "tf32", 64): Launch(64, 64, warps=4, stages=2),
+    ("sm_90", "tf32", 128): Launch(64, 32, warps=8, stages=2),
+    ("sm_100", "tf32", 128): Launch(64, 32, warps=4, stages=2),
+    ("sm_80", "tf32x3", 32): Launch(64, 32, warps=4, stages=2),
+    ("sm_80", "tf32x3", 64): Launch(64, 16, warps=4, stages=2),
+    ("sm_90", "tf32x3", 32): Launch(64, 32, warps=4, stages=2),
+    ("sm_90", "tf32x3", 64): Launch(64, 32, warps=4, stages=2),
+    ("sm_100", "tf32x3", 64): Launch(64, 16, warps=4, stages=2),
 }
 
-# (generation, kind of operand): tiles of the first and the second product of long rows.
+# Rows of their own where an online maximum takes more registers than a fixed shift.
+FLASH_ONLINE = {
+    ("sm_80", "tf32", 128): Launch(128, 32, warps=8, stages=2),
+}
+
+# (architecture, kind of operand): blocks of either product of the two-product path.
 PRODUCT = {
-    (8, "half"): Launch(128, 128, 32, warps=8, stages=4),
-    (9, "half"): Launch(128, 128, 64, warps=8, stages=4),
-    (8, "tf32"): Launch(128, 128, 32, warps=8, stages=3),
-    (9, "tf32"): Launch(128, 128, 32, warps=8, stages=3),
-    (8, "tf32x3"): Launch(128, 64, 32, warps=8, stages=3),
-    (9, "tf32x3"): Launch(128, 64, 32, warps=8, stages=3),
+    ("sm_80", "half"): Launch(128, 128, 32, warps=8, stages=4),
+    ("sm_90", "half"): Launch(128, 128, 64, warps=8, stages=4),
+    ("sm_80", "tf32"): Launch(128, 128, 32, warps=8, stages=3),
+    ("sm_90", "tf32"): Launch(128, 128, 32, warps=8, stages=3),
+    ("sm_80", "tf32x3"): Launch(128, 64, 32, warps=8, stages=3),
+    ("sm_90", "tf32x3"): Launch(128, 64, 32, warps=8, stages=3),
 }
 
-# What MCLD_AUTOTUNE=1 times besides the tables' rows; what does not fit a GPU is left out there.
+# What autotuning times besides the tables' rows; what does not fit a GPU is left out there.
 FLASH_ALTERNATIVES = (
     Launch(128, 128, warps=8, stages=3),
     Launch(128, 64, warps=8, stages=3),
@@ -95,113 +96,145 @@ PRODUCT_ALTERNATIVES = (
     Launch(64, 128, 64, warps=4, stages=4),
 )
 
-# Kernels along vectors of a batch: block_n entries at a time, of which "scan" compares each with block_m ranks.
+# Kernels along vectors of a batch: block_n entries at a time; "class_order" compares each with block_m classes.
 VECTORS = {
-    "describe": Launch(1, 2048, warps=8),
-    "scan": Launch(4, 1024, warps=8),
-    "factors": Launch(1, 128, warps=4),
-    "totals": Launch(1, 4096, warps=16),
+    "index_labels": Launch(1, 2048, warps=8),
+    "class_order": Launch(4, 1024, warps=8),
+    "loss_epilogue": Launch(1, 128, warps=4),
+    "reduce_terms": Launch(1, 4096, warps=16),
 }
 
-# The scan compares every row with every rank; past so many pairs a sort is less work.
-_MOST_COMPARED = 1 << 26
-
-# CPU tensors: the interpreter's time goes by the operation, not by the element.
-INTERPRETED = Launch(128, 128, 128)
+# The interpreter's time goes by the operation, not by the element.
+INTERPRETER = Launch(128, 128, 128)
 
 
-def _kind(dtype: torch.dtype, precision: str) -> str:
-    if dtype == torch.float64:
-        return "fp64"
-    return precision if dtype == torch.float32 else "half"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TritonTuning(Tuning):
+    """Constants of the Triton kernels. None: as the tables say."""
+
+    architecture: str = "sm_80"  # whose rows of the tables hold
+    blocks: Launch | None = None  # of every kernel, in place of the tables
+    flash_pitch: int | None = None  # the longest padded row that the flash kernel takes, a power of two
+    library_product: bool | None = None  # the library's GEMM computes the second product of the two-product path
+    whole_row: int = 2048  # the longest row that grad_epilogue holds in registers
+    min_span: int = 512  # the least part of a longer row, or of a split contraction, that a program sums
+    max_splits: int = 64  # the most parts of a longer row
+    min_tiles: int = 128  # fewer tiles leave multiprocessors idle (an H200 has 132): the contraction is split
+    max_compared: int = 1 << 26  # rows x classes that are compared to order the rows by class; past it a sort is less
+    autotune: bool = False
+    flash_alternatives: tuple[Launch, ...] = FLASH_ALTERNATIVES
+    product_alternatives: tuple[Launch, ...] = PRODUCT_ALTERNATIVES
 
 
-def _of(table: dict[Any, Launch], device: torch.device, *key: Any) -> Launch:
-    """The table's row for the device's generation."""
-    major = architecture(device)
-    if major == 0:
-        return INTERPRETED
-    generation = major if major in (9, 10, 11) else 8
-    return table[(10, *key) if generation > 9 and (10, *key) in table else (min(generation, 9), *key)]
+def _power_of_2(value: int) -> int:
+    """The least power of two that is at least ``value``."""
+    return 1 << (value - 1).bit_length()
 
 
-def flash_depth(dtype: torch.dtype, precision: str) -> int:
-    return FLASH_DEPTH[_kind(dtype, precision)]
+@lru_cache
+def architecture(device: torch.device) -> str:
+    """The architecture of a CUDA device, as the tables name it."""
+    major = torch.cuda.get_device_capability(device)[0]
+    return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_80")
 
 
-def flash(device: torch.device, dtype: torch.dtype, precision: str, depth: int, exponent: str) -> Launch:
-    launch = _of(FLASH, device, _kind(dtype, precision), depth)
-    if exponent == "known" and launch != INTERPRETED:
-        # Two more numbers a column: with 128 columns some versions of the compiler spill.
-        return launch._replace(block_n=min(launch.block_n, 64))
-    return launch
+class Configs:
+    """The launch configurations of one kernel set: the tables' rows for its architecture, unless its tuning differs."""
 
+    def __init__(self, tuning: TritonTuning):
+        self.tuning = tuning
 
-def product(device: torch.device, dtype: torch.dtype, precision: str) -> Launch:
-    """Tiles of either product of long rows."""
-    return _of(PRODUCT, device, _kind(dtype, precision))
+    def precision(self, operand_dtype: torch.dtype) -> str:
+        """input_precision of a dot; for fp32 operands it follows torch's float32 matmul precision."""
+        if operand_dtype == torch.float32:
+            return "tf32x3" if float32_precision() == "highest" else "tf32"
+        return "ieee"
 
+    def flash_pitch(self, operand_dtype: torch.dtype) -> int:
+        """The longest padded row that the flash kernel takes."""
+        pitch = self.tuning.flash_pitch
+        return FLASH_PITCH[self._kind(operand_dtype)] if pitch is None else pitch
 
-def library_product(dtype: torch.dtype, precision: str, device: torch.device) -> bool:
-    """Whether torch.mm is the choice for the second product: on a GPU, unless fp32 must be as accurate as IEEE's."""
-    return device.type == "cuda" and precision != "tf32x3"
+    def pitch(self, d: int, operand_dtype: torch.dtype) -> int:
+        """Columns of padded unit rows: a power of two for the flash kernel, which takes a row as one tile."""
+        power = max(32, _power_of_2(d))
+        return power if power <= self.flash_pitch(operand_dtype) else -(-d // PITCH) * PITCH
 
+    def flash(self, operand_dtype: torch.dtype, pitch: int, exponent: str) -> Launch:
+        if self.tuning.blocks is not None:
+            return self.tuning.blocks
+        kind = self._kind(operand_dtype)
+        launch = self._row(FLASH, kind, pitch)
+        if exponent == "online":
+            return FLASH_ONLINE.get((self.tuning.architecture, kind, pitch), launch)
+        if exponent == "known":
+            # Two more numbers a column: with 128 columns some versions of the compiler spill.
+            return launch._replace(block_n=min(launch.block_n, 64))
+        return launch
 
-def rows(device: torch.device, depth: int) -> Launch:
-    """Kernels that pass along rows that are contiguous."""
-    if architecture(device) == 0:
-        return INTERPRETED
-    return Launch(8, 128, warps=4) if depth <= 256 else Launch(4, 512, warps=4)
+    def product(self, operand_dtype: torch.dtype) -> Launch:
+        """Blocks of either product of the two-product path."""
+        return self.tuning.blocks or self._row(PRODUCT, self._kind(operand_dtype))
 
+    def library_product(self, operand: Tensor, acc_dtype: torch.dtype) -> bool:
+        """True if the library's GEMM computes the second product: on a GPU, unless fp32 must be as accurate as IEEE."""
+        choice = self.tuning.library_product
+        if choice is None:
+            choice = operand.is_cuda and self.precision(operand.dtype) != "tf32x3"
+        return choice and has_gemm(operand.dtype, acc_dtype)
 
-def columns(device: torch.device) -> Launch:
-    """Kernels that read or write through a transposed view: neighbours in memory are rows."""
-    return INTERPRETED if architecture(device) == 0 else Launch(64, 32, warps=4)
+    def rows(self, pitch: int) -> Launch:
+        """Kernels that pass along contiguous rows."""
+        return self.tuning.blocks or (Launch(8, 128, warps=4) if pitch <= 256 else Launch(4, 512, warps=4))
 
+    def columns(self) -> Launch:
+        """Kernels that read or write through a transposed view: neighbours in memory are rows."""
+        return self.tuning.blocks or Launch(64, 32, warps=4)
 
-def classes(device: torch.device, depth: int) -> Launch:
-    if architecture(device) == 0:
-        return Launch(INTERPRETED.block_m, triton.next_power_of_2(depth))
-    return Launch(16, 128, warps=4)
+    def class_means(self, pitch: int) -> Launch:
+        blocks = self.tuning.blocks
+        return Launch(16, 128, warps=4) if blocks is None else Launch(blocks.block_m, _power_of_2(pitch))
 
+    def row_sums(self) -> Launch:
+        """block_m rows by block_n tiles."""
+        return self.tuning.blocks or Launch(32, 32, warps=4)
 
-def sums(device: torch.device) -> Launch:
-    """block_m rows by block_n tiles."""
-    return INTERPRETED if architecture(device) == 0 else Launch(32, 32, warps=4)
+    def vectors(self, kernel: str) -> Launch:
+        return self.tuning.blocks or VECTORS[kernel]
 
+    def compares(self, n: int, num_classes: int) -> bool:
+        """True if rows are ordered by class by comparing them with every class, False if they are sorted."""
+        return n * num_classes <= self.tuning.max_compared
 
-def vectors(device: torch.device, kernel: str) -> Launch:
-    return INTERPRETED if architecture(device) == 0 else VECTORS[kernel]
+    def fits_whole_row(self, d: int) -> bool:
+        return d <= self.tuning.whole_row
 
+    def whole_rows(self, d: int) -> Launch:
+        """Blocks that hold whole rows: block_n >= d."""
+        columns, blocks = max(32, _power_of_2(d)), self.tuning.blocks
+        if blocks is not None:
+            return Launch(blocks.block_m, columns)
+        return Launch(max(1, 1024 // columns), columns, warps=4 if columns <= 1024 else 8)
 
-def scans(n: int, ranks: int) -> bool:
-    """Whether rows are put in the order of their ranks by a scan and not by a sort."""
-    return n * ranks <= _MOST_COMPARED
+    def span(self, d: int, block: int) -> int:
+        """Columns that a program sums, a multiple of ``block``. By the shape alone, so that a run repeats bitwise."""
+        least = max(self.tuning.min_span, -(-d // self.tuning.max_splits))
+        return -(-least // block) * block
 
+    def splits(self, tiles: int, contraction: int) -> int:
+        """Parts into which a contraction is split: 1 unless its tiles leave most of a GPU idle."""
+        few = self.tuning.min_tiles
+        return 1 if tiles >= few else max(1, min(2 * few // tiles, contraction // (2 * self.tuning.min_span)))
 
-def fits_a_row(d: int) -> bool:
-    return d <= _WHOLE_ROW
+    def chunk_rows(self, rows: int, row_bytes: int) -> int:
+        """Rows of a chunk of exponentials within the budget: a multiple of ROWS, at least one and at most ``rows``."""
+        return min(rows, max(1, self.tuning.chunk_bytes // (row_bytes * ROWS)) * ROWS)
 
+    def _kind(self, operand_dtype: torch.dtype) -> str:
+        if operand_dtype == torch.float64:
+            return "fp64"
+        return self.precision(operand_dtype) if operand_dtype == torch.float32 else "half"
 
-def whole_rows(device: torch.device, d: int) -> Launch:
-    """Rows of a tile that holds them whole: block_n >= d."""
-    block = max(32, triton.next_power_of_2(d))
-    if architecture(device) == 0:
-        return Launch(INTERPRETED.block_m, block)
-    return Launch(max(1, 1024 // block), block, warps=4 if block <= 1024 else 8)
-
-
-def span(d: int, block: int) -> int:
-    """Columns that a program sums, a multiple of ``block``. By the shape alone, so that a run repeats bitwise."""
-    least = max(_LEAST_SPAN, -(-d // _MOST_SPLITS))
-    return -(-least // block) * block
-
-
-def splits(tiles: int, depth: int) -> int:
-    """Parts into which the depth of the first product is split: 1 unless its tiles leave most of a GPU idle."""
-    return 1 if tiles >= _FEW_TILES else max(1, min(2 * _FEW_TILES // tiles, depth // (2 * _LEAST_SPAN)))
-
-
-def chunk_rows(rows: int, row_bytes: int, budget: int, multiple: int) -> int:
-    """Rows of exponentials within ``budget`` bytes: a multiple of ``multiple``, at least one and at most ``rows``."""
-    return min(rows, max(1, budget // (row_bytes * multiple)) * multiple)
+    def _row(self, table: dict[Any, Launch], *key: Any) -> Launch:
+        own, fallback = ((name, *key) for name in (self.tuning.architecture, _FALLBACK.get(self.tuning.architecture)))
+        return table[own if own in table else fallback]

@@ -1,9 +1,9 @@
-"""The last step of a gradient: g = s G - u P + z (P - M), its way back through the normalisation, and the cast.
+"""The gradient by rows of logits from the product of a contrast: `GradEpilogueArgs` has the formula.
 
-Fused: the four reads, the projection g - (g . x) x, the division by the norm, the cast and the addition to what
-another term left. Neither g nor the gathered partners and class means are ever materialised. Where a row fits one
-tile it is one kernel. Longer rows, and gradients written through a transposed view (the category-wise term's), go in
-tiles of two dimensions: one kernel sums g . x in parts, a second adds the parts in a fixed order and writes.
+Fused: the four reads, the projection, the division by the norm, the cast and the addition to the gradient of another
+term. Neither g nor the gathered partners and class means are ever written. Where a row fits one tile it is one kernel.
+Longer rows, and gradients written through a transposed view (the category-wise term's), go in tiles of two dimensions:
+one kernel sums g . x and x . x in parts, a second adds the parts in a fixed order and writes.
 """
 
 from __future__ import annotations
@@ -12,196 +12,218 @@ import torch
 import triton
 import triton.language as tl
 
-from ..pipeline import Finish
-from . import configs
+from ...kernels import GradEpilogueArgs
 from .common import tl_dtype
+from .configs import Configs
 
 
 @triton.jit
-def _gradient(product, unit, partner, means, rows, columns, inside, paired, first, shift, s, u, z, classes,
-              depth, product_depth, LABELS: tl.constexpr, STAT: tl.constexpr):  # fmt: skip
-    """g and x of a tile, (BLOCK_R, BLOCK_D) each. ``rows`` count from the slice's first row."""
+def _gradient(product, unit, partner, means, rows, columns, inside, paired, first, offset, product_c, partner_c,
+              mean_c, classes, pitch, product_pitch, CLASS_MEANS: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+    """g and x of a tile, (BLOCK_R, BLOCK_D) each. ``rows`` count from the chunk's first row."""
     long = rows.to(tl.int64)[:, None]
-    g = tl.load(product + long * product_depth + columns[None, :], mask=inside, other=0.0) * s[:, None]
-    x = tl.load(unit + (long + first) * depth + columns[None, :], mask=inside, other=0.0).to(STAT)
+    g = tl.load(product + long * product_pitch + columns[None, :], mask=inside, other=0.0) * product_c[:, None]
+    x = tl.load(unit + (long + first) * pitch + columns[None, :], mask=inside, other=0.0).to(ACC)
     p = tl.load(
-        partner + (long + first + shift) * depth + columns[None, :], mask=inside & paired[:, None], other=0.0
-    ).to(STAT)
-    if LABELS:
-        m = tl.load(means + classes[:, None] * depth + columns[None, :], mask=inside, other=0.0).to(STAT)
-        g += (z - u)[:, None] * p - z[:, None] * m
+        partner + (long + first + offset) * pitch + columns[None, :], mask=inside & paired[:, None], other=0.0
+    ).to(ACC)
+    if CLASS_MEANS:
+        m = tl.load(means + classes[:, None] * pitch + columns[None, :], mask=inside, other=0.0).to(ACC)
+        g += (mean_c - partner_c)[:, None] * p - mean_c[:, None] * m
     else:
-        g -= u[:, None] * p
+        g -= partner_c[:, None] * p
     return g, x
 
 
 @triton.jit
-def _per_row(s, u, z, rank, rows, n, first, shift, partners, LABELS: tl.constexpr):
+def _per_row(product_coef, partner_coef, class_mean_coef, class_index, rows, n, first, offset, partners,
+             CLASS_MEANS: tl.constexpr):  # fmt: skip
+    """Coefficients and class of each row, and True where it has a partner."""
     valid = rows < n
-    s_row = tl.load(s + rows, mask=valid, other=0.0)
-    u_row = tl.load(u + rows, mask=valid, other=0.0)
-    if LABELS:
-        z_row = tl.load(z + rows, mask=valid, other=0.0)
-        classes = tl.load(rank + first + rows, mask=valid, other=0)
+    product_c = tl.load(product_coef + rows, mask=valid, other=0.0)
+    partner_c = tl.load(partner_coef + rows, mask=valid, other=0.0)
+    if CLASS_MEANS:
+        mean_c = tl.load(class_mean_coef + rows, mask=valid, other=0.0)
+        classes = tl.load(class_index + first + rows, mask=valid, other=0)
     else:
-        z_row = u_row
+        mean_c = partner_c
         classes = rows
-    place = rows + first + shift
-    return s_row, u_row, z_row, classes, valid & (place >= 0) & (place < partners)
+    place = rows + first + offset
+    return product_c, partner_c, mean_c, classes, valid & (place >= 0) & (place < partners)
 
 
 @triton.jit
-def _write(out, g, x, c, inverse, rows, columns, inside, first, stride_n, stride_d, ADD: tl.constexpr):
-    g = (g - c[:, None] * x) * inverse[:, None]
+def _write(out, g, x, gx, xx, inv_norm, rows, columns, inside, first, stride_n, stride_d, ACCUMULATE: tl.constexpr):
+    # The projection divides by x . x: a rounded operand has |x| != 1.
+    c = gx / tl.where(xx == 0.0, 1.0, xx)
+    g = (g - c[:, None] * x) * inv_norm[:, None]
     place = out + (rows.to(tl.int64)[:, None] + first) * stride_n + columns.to(tl.int64)[None, :] * stride_d
-    if ADD:
+    if ACCUMULATE:
         g += tl.load(place, mask=inside, other=0.0).to(g.dtype)
     tl.store(place, g.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["n", "d", "first", "shift", "partners"])
-def finish_kernel(
+@triton.jit(do_not_specialize=["n", "d", "first", "offset", "partners"])
+def grad_epilogue_kernel(
     out,  # any strides; (n of all rows, d)
-    unit,  # (padded, depth)
-    inverse,  # (n of all rows,)
-    product,  # (n, product_depth)
-    s,
-    u,
-    z,  # (n,)
-    partner,  # (padded, depth)
-    means,  # (ranks, depth)
-    rank,  # (n of all rows,)
-    n,  # rows of the slice
+    unit,  # (padded, pitch)
+    inv_norm,  # (n of all rows,)
+    product,  # (n, product_pitch)
+    product_coef,  # (n,)
+    partner_coef,  # (n,)
+    class_mean_coef,  # (n,)
+    partner,  # (padded, pitch)
+    means,  # (classes, pitch)
+    class_index,  # (n of all rows,)
+    n,  # rows of the chunk
     d,
     first,
-    shift,
+    offset,
     partners,
     stride_n,
     stride_d,
-    depth,
-    product_depth,
+    pitch,
+    product_pitch,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    LABELS: tl.constexpr,
-    ADD: tl.constexpr,
-    STAT: tl.constexpr,
+    CLASS_MEANS: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    ACC: tl.constexpr,
 ):
     """Rows that fit one tile: BLOCK_D >= d."""
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     columns = tl.arange(0, BLOCK_D)
     inside = (rows < n)[:, None] & (columns < d)[None, :]
-    s_row, u_row, z_row, classes, paired = _per_row(s, u, z, rank, rows, n, first, shift, partners, LABELS)
-    g, x = _gradient(product, unit, partner, means, rows, columns, inside, paired, first, shift, s_row, u_row, z_row,
-                     classes, depth, product_depth, LABELS, STAT)  # fmt: skip
-    norm = tl.load(inverse + first + rows, mask=rows < n, other=0.0)
-    _write(out, g, x, tl.sum(g * x, 1), norm, rows, columns, inside, first, stride_n, stride_d, ADD)
+    product_c, partner_c, mean_c, classes, paired = _per_row(
+        product_coef, partner_coef, class_mean_coef, class_index, rows, n, first, offset, partners, CLASS_MEANS
+    )
+    g, x = _gradient(product, unit, partner, means, rows, columns, inside, paired, first, offset, product_c, partner_c,
+                     mean_c, classes, pitch, product_pitch, CLASS_MEANS, ACC)  # fmt: skip
+    norm = tl.load(inv_norm + first + rows, mask=rows < n, other=0.0)
+    gx, xx = tl.sum(g * x, 1), tl.sum(x * x, 1)
+    _write(out, g, x, gx, xx, norm, rows, columns, inside, first, stride_n, stride_d, ACCUMULATE)
 
 
-@triton.jit(do_not_specialize=["n", "d", "first", "shift", "partners"])
-def finish_dots_kernel(
-    partial,  # (splits, n)
+@triton.jit(do_not_specialize=["n", "d", "first", "offset", "partners", "splits"])
+def grad_dots_kernel(
+    partial,  # (2, splits, n)
     unit,
     product,
-    s,
-    u,
-    z,
+    product_coef,
+    partner_coef,
+    class_mean_coef,
     partner,
     means,
-    rank,
+    class_index,
     n,
     d,
     first,
-    shift,
+    offset,
     partners,
-    depth,
-    product_depth,
+    pitch,
+    product_pitch,
+    splits,
     span,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    LABELS: tl.constexpr,
-    STAT: tl.constexpr,
+    CLASS_MEANS: tl.constexpr,
+    ACC: tl.constexpr,
 ):
-    """partial[split, row] = g . x over the split's columns."""
+    """partial[0, split, row] = g . x and partial[1, split, row] = x . x over the split's columns."""
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     split = tl.program_id(1)
-    s_row, u_row, z_row, classes, paired = _per_row(s, u, z, rank, rows, n, first, shift, partners, LABELS)
-    total = tl.zeros((BLOCK_R, BLOCK_D), STAT)
+    product_c, partner_c, mean_c, classes, paired = _per_row(
+        product_coef, partner_coef, class_mean_coef, class_index, rows, n, first, offset, partners, CLASS_MEANS
+    )
+    gx = tl.zeros((BLOCK_R, BLOCK_D), ACC)
+    xx = tl.zeros((BLOCK_R, BLOCK_D), ACC)
     for start in range(split * span, tl.minimum(split * span + span, d), BLOCK_D):
         columns = start + tl.arange(0, BLOCK_D)
         inside = (rows < n)[:, None] & (columns < d)[None, :]
-        g, x = _gradient(product, unit, partner, means, rows, columns, inside, paired, first, shift, s_row, u_row,
-                         z_row, classes, depth, product_depth, LABELS, STAT)  # fmt: skip
-        total += g * x
-    tl.store(partial + split.to(tl.int64) * n + rows, tl.sum(total, 1), mask=rows < n)
+        g, x = _gradient(product, unit, partner, means, rows, columns, inside, paired, first, offset, product_c,
+                         partner_c, mean_c, classes, pitch, product_pitch, CLASS_MEANS, ACC)  # fmt: skip
+        gx += g * x
+        xx += x * x
+    place = partial + split.to(tl.int64) * n + rows
+    tl.store(place, tl.sum(gx, 1), mask=rows < n)
+    tl.store(place + tl.cast(splits, tl.int64) * n, tl.sum(xx, 1), mask=rows < n)
 
 
-@triton.jit(do_not_specialize=["n", "d", "first", "shift", "partners", "splits"])
-def finish_tiles_kernel(
+@triton.jit(do_not_specialize=["n", "d", "first", "offset", "partners", "splits"])
+def grad_tiles_kernel(
     out,
     partial,
     unit,
-    inverse,
+    inv_norm,
     product,
-    s,
-    u,
-    z,
+    product_coef,
+    partner_coef,
+    class_mean_coef,
     partner,
     means,
-    rank,
+    class_index,
     n,
     d,
     first,
-    shift,
+    offset,
     partners,
     stride_n,
     stride_d,
-    depth,
-    product_depth,
+    pitch,
+    product_pitch,
     splits,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    LABELS: tl.constexpr,
-    ADD: tl.constexpr,
-    STAT: tl.constexpr,
+    CLASS_MEANS: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    ACC: tl.constexpr,
 ):
     rows = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    c = tl.zeros((BLOCK_R,), STAT)
+    gx = tl.zeros((BLOCK_R,), ACC)
+    xx = tl.zeros((BLOCK_R,), ACC)
     for split in range(splits):
-        c += tl.load(partial + tl.cast(split, tl.int64) * n + rows, mask=rows < n, other=0.0)
+        place = partial + tl.cast(split, tl.int64) * n + rows
+        gx += tl.load(place, mask=rows < n, other=0.0)
+        xx += tl.load(place + tl.cast(splits, tl.int64) * n, mask=rows < n, other=0.0)
     inside = (rows < n)[:, None] & (columns < d)[None, :]
-    s_row, u_row, z_row, classes, paired = _per_row(s, u, z, rank, rows, n, first, shift, partners, LABELS)
-    g, x = _gradient(product, unit, partner, means, rows, columns, inside, paired, first, shift, s_row, u_row, z_row,
-                     classes, depth, product_depth, LABELS, STAT)  # fmt: skip
-    norm = tl.load(inverse + first + rows, mask=rows < n, other=0.0)
-    _write(out, g, x, c, norm, rows, columns, inside, first, stride_n, stride_d, ADD)
+    product_c, partner_c, mean_c, classes, paired = _per_row(
+        product_coef, partner_coef, class_mean_coef, class_index, rows, n, first, offset, partners, CLASS_MEANS
+    )
+    g, x = _gradient(product, unit, partner, means, rows, columns, inside, paired, first, offset, product_c, partner_c,
+                     mean_c, classes, pitch, product_pitch, CLASS_MEANS, ACC)  # fmt: skip
+    norm = tl.load(inv_norm + first + rows, mask=rows < n, other=0.0)
+    _write(out, g, x, gx, xx, norm, rows, columns, inside, first, stride_n, stride_d, ACCUMULATE)
 
 
-def finish(step: Finish) -> None:
-    """As `pipeline.Kernels.finish`."""
-    out, unit, rows, product, s, u, z, partner, shift, means, rank, accumulate = step
-    n, d, depth, device = rows.stop - rows.start, unit.d, unit.matrix.shape[1], unit.matrix.device
-    operands = unit.matrix, unit.inverse, product, s.contiguous(), u.contiguous(), None if z is None else z.contiguous()
-    gathered = partner.matrix, means, rank
-    sizes = n, d, rows.start, shift, partner.n
-    strides = *out.stride(), depth, product.stride(0)
-    flags = {"LABELS": z is not None, "STAT": tl_dtype(product.dtype)}
+def grad_epilogue(args: GradEpilogueArgs, configs: Configs) -> None:
+    """As `KernelSet.grad_epilogue`."""
+    out, unit, product, c = args.out, args.unit, args.product, args.coefficients
+    n, d, pitch = args.rows.stop - args.rows.start, unit.d, unit.rows.shape[1]
+    class_mean = None if c.class_mean is None else c.class_mean.contiguous()
+    operands = product, c.product.contiguous(), c.partner.contiguous(), class_mean
+    gathered = args.partner.rows, args.class_means, args.class_index
+    sizes = n, d, args.rows.start, args.offset, args.partner.n
+    pitches = pitch, product.stride(0)
+    flags = {"CLASS_MEANS": class_mean is not None, "ACC": tl_dtype(product.dtype)}
     transposed = out.stride(0) == 1 and out.stride(1) != 1
-    if configs.fits_a_row(d) and not transposed:
-        launch = configs.whole_rows(device, d)
-        finish_kernel[(triton.cdiv(n, launch.block_m),)](
-            out, *operands, *gathered, *sizes, *strides,
-            BLOCK_R=launch.block_m, BLOCK_D=launch.block_n, ADD=accumulate, num_warps=launch.warps, **flags,
+    if configs.fits_whole_row(d) and not transposed:
+        launch = configs.whole_rows(d)
+        grad_epilogue_kernel[(triton.cdiv(n, launch.block_m),)](
+            out, unit.rows, unit.inv_norm, *operands, *gathered, *sizes, *out.stride(), *pitches,
+            BLOCK_R=launch.block_m, BLOCK_D=launch.block_n, ACCUMULATE=args.accumulate, num_warps=launch.warps,
+            **flags,
         )  # fmt: skip
         return
-    launch = configs.columns(device) if transposed else configs.rows(device, depth)
+    launch = configs.columns() if transposed else configs.rows(pitch)
     span = configs.span(d, launch.block_n)
     splits = triton.cdiv(d, span)
-    partial = torch.empty(splits, n, dtype=product.dtype, device=device)
+    partial = torch.empty(2, splits, n, dtype=product.dtype, device=product.device)
     blocks = {"BLOCK_R": launch.block_m, "BLOCK_D": launch.block_n, "num_warps": launch.warps}
-    finish_dots_kernel[(triton.cdiv(n, launch.block_m), splits)](
-        partial, operands[0], *operands[2:], *gathered, *sizes, depth, product.stride(0), span, **blocks, **flags
+    grad_dots_kernel[(triton.cdiv(n, launch.block_m), splits)](
+        partial, unit.rows, *operands, *gathered, *sizes, *pitches, splits, span, **blocks, **flags
     )
-    finish_tiles_kernel[(triton.cdiv(d, launch.block_n), triton.cdiv(n, launch.block_m))](
-        out, partial, *operands, *gathered, *sizes, *strides, splits, ADD=accumulate, **blocks, **flags
-    )
+    grad_tiles_kernel[(triton.cdiv(d, launch.block_n), triton.cdiv(n, launch.block_m))](
+        out, partial, unit.rows, unit.inv_norm, *operands, *gathered, *sizes, *out.stride(), *pitches, splits,
+        ACCUMULATE=args.accumulate, **blocks, **flags,
+    )  # fmt: skip

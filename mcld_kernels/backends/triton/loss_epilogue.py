@@ -1,7 +1,7 @@
-"""What an anchor adds to the terms and to the gradient, once the sum over its negatives is known.
+"""Each anchor's part of the loss and of the gradient, once the sum over its negatives is known.
 
-Fused: the loss and its derivative, the shares of one or two terms, the mean over the anchors that count, and the
-factors of the gradient's last step. One row a lane; nothing but the results is written.
+Fused: the loss and its derivative, the weights of one or two terms, the mean over the anchors that count, and the
+coefficients of the gradient. One anchor a lane; only the results are written.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..pipeline import Anchors, Factors, Share
-from . import configs
+from ...kernels import AnchorTerms, GradCoefficients, NegativeSums, TermWeight
+from .configs import Configs
 
 
 @triton.jit
@@ -27,99 +27,105 @@ def _softplus(x):
 
 
 @triton.jit
-def _share(
-    values, loss, gap, rows, absolute, inside, factor, counted, weight, constant, slope, LABELS: tl.constexpr
+def _add_term(
+    per_anchor, loss, pull, rows, absolute, inside, factor, counted, weight, constant, grad_constant,
+    BY_LABEL: tl.constexpr,
 ):  # fmt: skip
-    """Write the share's values; returns weight / temperature, (BLOCK,)."""
+    """Write each anchor's part of the term; returns the term's weight in the gradient, (BLOCK,)."""
     part = tl.full(loss.shape, 1.0, loss.dtype)
     # Products, not selections: a poison shows in the rows that do not count, too.
     if factor is not None:
         part = part * tl.load(factor)
     if counted is not None:
         part = part * tl.load(counted + absolute, mask=inside, other=0).to(loss.dtype)
-    value = loss + gap if LABELS else loss
-    tl.store(values + absolute, value * (part * constant), mask=inside)
-    part = part * slope
+    value = loss + pull if BY_LABEL else loss
+    tl.store(per_anchor + absolute, value * (part * constant), mask=inside)
+    part = part * grad_constant
     if weight is not None:
         part = part * tl.load(weight)
     return part
 
 
-# Weights of terms and rows of `values` lie at any multiple of an entry.
+# Weights of terms and rows of `per_anchor` lie at any multiple of an entry.
 @triton.jit(
     do_not_specialize=["n", "first", "stride"],
-    do_not_specialize_on_alignment=["values", "weight_0", "weight_1"],
+    do_not_specialize_on_alignment=["per_anchor", "weight_0", "weight_1"],
 )
-def factors_kernel(
+def loss_epilogue_kernel(
     positive,  # (n of all rows,)
-    by_label,  # (n of all rows,)
-    log_off,  # (n,)
-    scale,  # (n,)
-    values,  # (shares, >= n of all rows)
-    u,  # (n,)
-    s,  # (n,)
-    z,  # (n,) if one of the shares reads labels
+    label_positive,  # (n of all rows,)
+    neg_lse,  # (n,)
+    inv_neg_sum,  # (n,)
+    per_anchor,  # (terms, >= n of all rows)
+    partner_coef,  # (n,)
+    product_coef,  # (n,)
+    class_mean_coef,  # (n,) if a term has label positives
     factor_0,  # () or None, and so below
     counted_0,  # (n of all rows,)
     weight_0,  # ()
     constant_0,
-    slope_0,  # constant x scale / temperature
+    grad_constant_0,  # constant x term_weight / temperature
     factor_1,
     counted_1,
     weight_1,
     constant_1,
-    slope_1,
-    n,  # rows of the slice
+    grad_constant_1,
+    n,  # rows of the chunk
     first,
-    stride,  # of the rows of values
-    inverse_temperature,
-    LABELS_0: tl.constexpr,  # whether the share's positives are those of the label
-    LABELS_1: tl.constexpr,
-    SHARES: tl.constexpr,
+    stride,  # of the rows of per_anchor
+    inv_temperature,
+    BY_LABEL_0: tl.constexpr,  # the term has label positives
+    BY_LABEL_1: tl.constexpr,
+    TERMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     absolute = first + rows
     inside = rows < n
     cosine = tl.load(positive + absolute, mask=inside, other=0.0)
-    loss, q = _softplus(tl.load(log_off + rows, mask=inside, other=0.0) - cosine * inverse_temperature)
-    gap = loss
-    if LABELS_0 or LABELS_1:
-        gap = (cosine - tl.load(by_label + absolute, mask=inside, other=0.0)) * inverse_temperature
-    weight = _share(
-        values, loss, gap, rows, absolute, inside, factor_0, counted_0, weight_0, constant_0, slope_0, LABELS_0
-    )
+    # The loss, and 1 - probability of the positive.
+    loss, q = _softplus(tl.load(neg_lse + rows, mask=inside, other=0.0) - cosine * inv_temperature)
+    pull = loss
+    if BY_LABEL_0 or BY_LABEL_1:
+        pull = (cosine - tl.load(label_positive + absolute, mask=inside, other=0.0)) * inv_temperature
+    weight = _add_term(
+        per_anchor, loss, pull, rows, absolute, inside, factor_0, counted_0, weight_0, constant_0, grad_constant_0,
+        BY_LABEL_0,
+    )  # fmt: skip
     total = weight
-    if LABELS_0:
-        tl.store(z + rows, weight, mask=inside)
-    if SHARES == 2:
-        weight = _share(
-            values + stride, loss, gap, rows, absolute, inside, factor_1, counted_1, weight_1, constant_1, slope_1,
-            LABELS_1,
+    if BY_LABEL_0:
+        tl.store(class_mean_coef + rows, weight, mask=inside)
+    if TERMS == 2:
+        weight = _add_term(
+            per_anchor + stride, loss, pull, rows, absolute, inside, factor_1, counted_1, weight_1, constant_1,
+            grad_constant_1, BY_LABEL_1,
         )  # fmt: skip
         total += weight
-        if LABELS_1:
-            tl.store(z + rows, weight, mask=inside)
+        if BY_LABEL_1:
+            tl.store(class_mean_coef + rows, weight, mask=inside)
     q = q * total
-    tl.store(u + rows, q, mask=inside)
-    tl.store(s + rows, q * tl.load(scale + rows, mask=inside, other=0.0), mask=inside)
+    tl.store(partner_coef + rows, q, mask=inside)
+    tl.store(product_coef + rows, q * tl.load(inv_neg_sum + rows, mask=inside, other=0.0), mask=inside)
 
 
-def factors(anchors: Anchors, rows: slice, log_off: Tensor, scale: Tensor) -> Factors:
-    """As `pipeline.Kernels.factors`."""
-    n, inverse = rows.stop - rows.start, 1 / anchors.temperature
-    labels = [share.term == 1 for share in anchors.shares]
-    u, s = torch.empty_like(log_off), torch.empty_like(log_off)
-    z = torch.empty_like(log_off) if any(labels) else None
+def loss_epilogue(terms: AnchorTerms, sums: NegativeSums, configs: Configs) -> GradCoefficients:
+    """As `KernelSet.loss_epilogue`."""
+    n, inv_temperature = sums.rows.stop - sums.rows.start, 1 / terms.temperature
+    by_label = [weight.positives == "label" for weight in terms.weights]
+    partner, product = torch.empty_like(sums.neg_lse), torch.empty_like(sums.neg_lse)
+    class_mean = torch.empty_like(sums.neg_lse) if any(by_label) else None
 
-    def arguments(share: Share) -> tuple[Tensor | float | None, ...]:
-        return share.factor, share.counted, share.weight, share.constant, share.constant * share.scale * inverse
+    def arguments(weight: TermWeight) -> tuple[Tensor | float | None, ...]:
+        grad_constant = weight.constant * weight.term_weight * inv_temperature
+        return weight.factor, weight.counted, weight.weight, weight.constant, grad_constant
 
-    second = arguments(anchors.shares[1]) if len(labels) == 2 else (None, None, None, 0.0, 0.0)
-    launch = configs.vectors(log_off.device, "factors")
-    factors_kernel[(triton.cdiv(n, launch.block_n),)](
-        anchors.positive, anchors.by_label, log_off, scale, anchors.values, u, s, z,
-        *arguments(anchors.shares[0]), *second, n, rows.start, anchors.values.stride(0), inverse,
-        LABELS_0=labels[0], LABELS_1=labels[-1], SHARES=len(labels), BLOCK=launch.block_n, num_warps=launch.warps,
+    second = arguments(terms.weights[1]) if len(by_label) == 2 else (None, None, None, 0.0, 0.0)
+    launch = configs.vectors("loss_epilogue")
+    loss_epilogue_kernel[(triton.cdiv(n, launch.block_n),)](
+        terms.positive, terms.label_positive, sums.neg_lse, sums.inv_neg_sum, terms.per_anchor,
+        partner, product, class_mean, *arguments(terms.weights[0]), *second,
+        n, sums.rows.start, terms.per_anchor.stride(0), inv_temperature,
+        BY_LABEL_0=by_label[0], BY_LABEL_1=by_label[-1], TERMS=len(by_label), BLOCK=launch.block_n,
+        num_warps=launch.warps,
     )  # fmt: skip
-    return Factors(u, s, z)
+    return GradCoefficients(partner=partner, product=product, class_mean=class_mean)

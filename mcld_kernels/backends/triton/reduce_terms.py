@@ -1,53 +1,54 @@
-"""The terms and the loss from what every anchor adds to them: all sums in one program, in a fixed order."""
+"""The terms and the loss from each anchor's part of them: all sums in one program, in a fixed order."""
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs
 from .common import tl_dtype
+from .configs import Configs
+
+MAX_TERMS = 3  # that the kernel has accumulators for
 
 
 @triton.jit
-def _weighted(total, factor, weight, stride):
+def _weighted(total, term_weight, weight, stride):
     if weight is not None:
-        factor = tl.load(weight + stride) * factor
-    return total * factor
+        term_weight = tl.load(weight + stride) * term_weight
+    return total * term_weight
 
 
 # The alignment of width and stride lets the loads be wide.
 @triton.jit(do_not_specialize=["weight_stride"])
-def totals_kernel(
-    values,  # (parts, width)
-    weight,  # (3,) or None
+def reduce_terms_kernel(
+    per_anchor,  # (rows, width)
+    weight,  # (terms,) or None
     loss,  # ()
     terms,  # (3,)
     width,
     stride,
     weight_stride,
-    scale_0,
-    scale_1,
-    scale_2,
-    PARTS: tl.constexpr,
-    TERMS: tl.constexpr,  # the parts' terms, two bits each
-    ACTIVE: tl.constexpr,  # the terms that have a part, one bit each
+    term_weight_0,
+    term_weight_1,
+    term_weight_2,
+    ROWS: tl.constexpr,
+    TERMS: tl.constexpr,  # the term of each row, two bits each
+    ACTIVE: tl.constexpr,  # the terms that have a row, one bit each
     BLOCK: tl.constexpr,
-    STAT: tl.constexpr,
+    ACC: tl.constexpr,
 ):
-    first = tl.zeros((BLOCK,), STAT)
-    second = tl.zeros((BLOCK,), STAT)
-    third = tl.zeros((BLOCK,), STAT)
+    first = tl.zeros((BLOCK,), ACC)
+    second = tl.zeros((BLOCK,), ACC)
+    third = tl.zeros((BLOCK,), ACC)
     for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        for part in tl.static_range(PARTS):
-            row = values + tl.cast(part, tl.int64) * stride
-            value = tl.load(row + columns, mask=columns < width, other=0.0)
-            if (TERMS >> (2 * part)) & 3 == 0:
+        for row in tl.static_range(ROWS):
+            source = per_anchor + tl.cast(row, tl.int64) * stride
+            value = tl.load(source + columns, mask=columns < width, other=0.0)
+            if (TERMS >> (2 * row)) & 3 == 0:
                 first += value
-            elif (TERMS >> (2 * part)) & 3 == 1:
+            elif (TERMS >> (2 * row)) & 3 == 1:
                 second += value
             else:
                 third += value
@@ -55,27 +56,27 @@ def totals_kernel(
     tl.store(terms, total_0)
     tl.store(terms + 1, total_1)
     tl.store(terms + 2, total_2)
-    found = tl.zeros((), STAT)
+    total = tl.zeros((), ACC)
     if ACTIVE & 1:
-        found += _weighted(total_0, scale_0, weight, 0)
+        total += _weighted(total_0, term_weight_0, weight, 0)
     if ACTIVE & 2:
-        found += _weighted(total_1, scale_1, weight, weight_stride)
+        total += _weighted(total_1, term_weight_1, weight, weight_stride)
     if ACTIVE & 4:
-        found += _weighted(total_2, scale_2, weight, 2 * weight_stride)
-    tl.store(loss, found)
+        total += _weighted(total_2, term_weight_2, weight, 2 * weight_stride)
+    tl.store(loss, total)
 
 
-def totals(
-    values: Tensor, terms: tuple[int, ...], scale: tuple[float, ...], weight: Tensor | None
+def reduce_terms(
+    per_anchor: Tensor, terms: tuple[int, ...], term_weight: tuple[float, ...], weight: Tensor | None, configs: Configs
 ) -> tuple[Tensor, Tensor]:
-    """As `pipeline.Kernels.totals`."""
-    loss, found = torch.empty((), dtype=values.dtype, device=values.device), values.new_empty(3)
-    launch = configs.vectors(values.device, "totals")
-    totals_kernel[(1,)](
-        values, weight, loss, found, values.shape[1], values.stride(0), 0 if weight is None else weight.stride(0),
-        *scale,
-        PARTS=len(terms), TERMS=sum(term << 2 * part for part, term in enumerate(terms)),
-        ACTIVE=sum(1 << term for term in set(terms)), BLOCK=launch.block_n, STAT=tl_dtype(values.dtype),
+    """As `KernelSet.reduce_terms`, for at most MAX_TERMS terms."""
+    loss, values = per_anchor.new_empty(()), per_anchor.new_empty(MAX_TERMS)
+    launch = configs.vectors("reduce_terms")
+    reduce_terms_kernel[(1,)](
+        per_anchor, weight, loss, values, per_anchor.shape[1], per_anchor.stride(0),
+        0 if weight is None else weight.stride(0), *term_weight, *(0.0,) * (MAX_TERMS - len(term_weight)),
+        ROWS=len(terms), TERMS=sum(term << 2 * row for row, term in enumerate(terms)),
+        ACTIVE=sum(1 << term for term in set(terms)), BLOCK=launch.block_n, ACC=tl_dtype(per_anchor.dtype),
         num_warps=launch.warps,
     )  # fmt: skip
-    return loss, found
+    return loss, values[: len(term_weight)]

@@ -1,0 +1,80 @@
+"""Calls into the compiled module, and the padding and precision of operands that all kernels share."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from ...options import float32_precision
+
+if TYPE_CHECKING:
+    from mcld_kernels._C import Constants
+
+LOG2E = 1.4426950408889634
+_TYPE_NAMES: dict[torch.dtype, Literal["float32", "float16", "bfloat16"]] = {
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+}
+
+
+class Launcher:
+    """Calls a module's launchers on the device, and on the stream that is current when it is made."""
+
+    def __init__(self, module: ModuleType, device: torch.device):
+        self.module, self.device = module, device
+        self.constants: Constants = module.constants
+        self._place = {"device": 0, "stream": 0}
+        if device.type == "cuda":
+            # Under graph capture the current stream is the one that is captured.
+            stream = torch.cuda.current_stream(device)
+            self._place = {"device": stream.device_index, "stream": stream.cuda_stream}
+
+    def __call__(self, name: str, **fields: Any) -> None:
+        """Launch ``name`` with the fields of its structure (csrc/launchers.h), tensors by their addresses."""
+        for key, value in fields.items():
+            if value is None or isinstance(value, Tensor):
+                fields[key] = pointer(value)
+        getattr(self.module, name)(**fields, **self._place)
+
+    def padded_rows(self, n: int) -> int:
+        """The rows of an operand with n rows."""
+        multiple = self.constants["row_padding"]
+        return (n + multiple - 1) // multiple * multiple
+
+    def pitch(self, d: int) -> int:
+        """The pitch of an operand with d columns."""
+        if d <= self.constants["narrow_pitch"]:
+            return self.constants["narrow_pitch"]
+        multiple = self.constants["pitch_multiple"]
+        return (d + multiple - 1) // multiple * multiple
+
+    def type(self, dtype: torch.dtype) -> int:
+        """The enumerator of `Type` for logits or a gradient."""
+        return self.constants["types"][_TYPE_NAMES[dtype]]
+
+    def precision(self, operand_dtype: torch.dtype) -> int:
+        """The enumerator of `Precision` for operands of a dtype."""
+        precisions = self.constants["precisions"]
+        if operand_dtype == torch.float32:
+            return precisions["tf32x3" if float32_precision() == "highest" else "tf32"]
+        return precisions["fp16" if operand_dtype == torch.float16 else "bf16"]
+
+    def fixed_shift(self, operand_dtype: torch.dtype, temperature: float) -> float:
+        """The largest exponent, in powers of two, less the lift that fp16 needs."""
+        return LOG2E / temperature - (self.constants["fp16_lift"] if operand_dtype == torch.float16 else 0)
+
+    def empty(self, *shape: int) -> Tensor:
+        """An uninitialized fp32 tensor."""
+        return torch.empty(shape, dtype=torch.float32, device=self.device)
+
+
+def pointer(tensor: Tensor | None) -> int:
+    """The address of a contiguous tensor; 0 for None."""
+    if tensor is None:
+        return 0
+    assert tensor.is_contiguous()
+    return tensor.data_ptr()

@@ -1,0 +1,99 @@
+"""The choice of kernel, tile and split by shape. The thresholds are reasoned, not measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from ...kernels import Tuning
+from ...options import float32_precision
+
+if TYPE_CHECKING:
+    from mcld_kernels._C import Constants
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CudaTuning(Tuning):
+    """Constants of the choice. A large GPU has 132 multiprocessors (H100, H200); a portable one holds two blocks."""
+
+    hopper: bool  # take the Hopper kernels where they can run
+    library_product: bool | None = None  # take the library's GEMM for product 2; None: `takes_library_product`
+    low_latency_limit: int  # rows and classes up to which the low-latency path is taken; the kernels' own at most
+    flash_row_bytes: int  # rows of operands up to which flash is taken; the kernels' own at most
+
+    blocks: int = 264  # wanted where candidates, or a contraction, can be split
+    max_flash_splits: int = 16
+    min_large_tiles: int = 128  # large tiles are taken where there are as many
+    min_split_depth: int = 512  # of a split contraction: less does not pay for writing and adding its sums
+    max_large_tile_splits: int = 8
+    max_small_tile_splits: int = 32
+
+    hopper_blocks: int = 132  # of flash, whose shared memory leaves room for one block a multiprocessor
+    # Below as many tiles most multiprocessors are idle, and the portable kernels' smaller tiles do better.
+    min_hopper_similarity_tiles: int = 132
+    min_hopper_flash_tiles: int = 132
+
+
+def flash_splits(tuning: CudaTuning, constants: Constants, anchors: int, candidates: int) -> int:
+    """The parts into which portable flash splits the candidates."""
+    rows = constants["flash_rows"]
+    return max(1, min(tuning.max_flash_splits, tuning.blocks // _ceil_div(anchors, rows), _ceil_div(candidates, rows)))
+
+
+def product_tile(tuning: CudaTuning, constants: Constants, rows: int, columns: int) -> int:
+    """The tile of product 2 for padded sizes."""
+    large = constants["large_tile"]
+    enough = columns % large == 0 and rows // large * (columns // large) >= tuning.min_large_tiles
+    return large if enough else constants["small_tile"]
+
+
+def similarity_tile(tuning: CudaTuning, constants: Constants, rows: int, columns: int, depth: int) -> tuple[int, int]:
+    """The tile of product 1 for padded sizes, and the parts into which its contraction ``depth`` is split.
+
+    Few anchors and candidates with a long contraction are the category-wise term of a large batch: 64 tiles of 128, or
+    one. Large tiles read less; but one block adds all parts of a tile, so a large one has few parts.
+    """
+    sizes = (
+        (constants["large_tile"], tuning.max_large_tile_splits),
+        (constants["small_tile"], tuning.max_small_tile_splits),
+    )
+    for tile, max_splits in sizes:
+        tiles = rows // tile * (columns // tile)
+        splits = max(1, min(max_splits, tuning.blocks // tiles, depth // tuning.min_split_depth))
+        if tiles * splits >= tuning.min_large_tiles:
+            return tile, splits
+    return tile, splits
+
+
+def takes_library_product(tuning: CudaTuning, operand_dtype: torch.dtype, device: torch.device) -> bool:
+    """True if product 2 is the library's GEMM: on a GPU, unless fp32 must be as accurate as IEEE's.
+
+    Vendor kernels use wgmma and its successors, the portable ones mma.sync; for accurate fp32 they use no tensor cores.
+    """
+    if tuning.library_product is not None:
+        return tuning.library_product
+    return device.type == "cuda" and (operand_dtype != torch.float32 or float32_precision() != "highest")
+
+
+def takes_hopper_similarity(tuning: CudaTuning, constants: Constants, anchors: int, candidates: int) -> bool:
+    """True if product 1 of this shape has enough tiles for the Hopper kernel."""
+    rows = _ceil_div(anchors, constants["hopper_similarity_rows"])
+    columns = _ceil_div(candidates, constants["hopper_similarity_columns"])
+    return rows * columns >= tuning.min_hopper_similarity_tiles
+
+
+def hopper_flash_splits(tuning: CudaTuning, constants: Constants, anchors: int, candidates: int, pitch: int) -> int:
+    """The parts into which Hopper flash splits the candidates, one wave of blocks in all; 0: it is not taken."""
+    tile = constants["hopper_flash_columns"].get(pitch)
+    if tile is None:
+        return 0
+    rows, columns = _ceil_div(anchors, constants["hopper_flash_rows"]), _ceil_div(candidates, tile)
+    if rows * columns < tuning.min_hopper_flash_tiles:
+        return 0
+    return max(1, min(tuning.hopper_blocks // rows, columns))
+
+
+def _ceil_div(size: int, tile: int) -> int:
+    return (size + tile - 1) // tile
