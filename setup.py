@@ -1,15 +1,17 @@
-"""Build of the compiled module ``mcld_kernels._C``: finds the tools, then CMake and ninja do the work (CMakeLists.txt).
+"""Build of ``mcld_kernels``: pure Python, and on request the compiled modules ``mcld_kernels._C`` and ``_cpu``.
 
-Everything else about the package stands in pyproject.toml. The outcome is one of three:
-  * a module with the CUDA kernels, when an nvcc is found;
-  * a module without them, whose ``info()`` says why, when there is none or ``MCLD_BUILD_CUDA=0``;
-  * no module, when not even a C++ compiler works; ``mcld_kernels/_C_missing.txt`` then holds the reason and the remedy.
-``MCLD_BUILD_CUDA=1`` asks for the first outcome and makes any other an error. No GPU is looked for at any point.
+Everything else about the package stands in pyproject.toml. An install does one of three things, by its command alone:
+  * by default it compiles nothing and is the same on every machine: a wheel for any Python and platform;
+  * with ``MCLD_BUILD_CPU=1`` it compiles the CPU kernels ``mcld_kernels._cpu`` (csrc/cpu, by CMake and ninja);
+  * with ``MCLD_BUILD_CUDA=1`` it compiles the CUDA kernels (CMakeLists.txt) and the CPU's.
+A build that was asked for is there, or the install fails and says why. Without an nvcc on the machine, pip fetches one
+from PyPI for the third.
 
 Environment variables read here:
-  MCLD_BUILD_CUDA       1, 0 or auto (default; 1 where MCLD_CUDA_ARCHS is set)
+  MCLD_BUILD_CPU        1 or 0 (default; 1 where the CUDA kernels are compiled)
+  MCLD_BUILD_CUDA       1 or 0 (default; 1 where MCLD_CUDA_ARCHS is set)
   MCLD_CUDA_ARCHS       architectures as CMake writes them ("80-real;90a-real") or as torch does ("8.0;9.0a+PTX");
-                        otherwise TORCH_CUDA_ARCH_LIST, then CUDAARCHS, then DEFAULT_ARCHS
+                        otherwise TORCH_CUDA_ARCH_LIST, CUDAARCHS, those of the machine's GPUs, DEFAULT_ARCHS
   CUDACXX, CUDA_HOME, CUDA_PATH   where nvcc is; otherwise PATH, then the nvidia-cuda-nvcc wheel
   CXX                   the C++ compiler
   CMAKE_ARGS            further arguments for CMake; they come last, so they win
@@ -18,6 +20,7 @@ Environment variables read here:
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -26,60 +29,87 @@ import site
 import subprocess
 import sys
 import sysconfig
+import textwrap
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_ARCHS = "80-real;90a-real;100a-real;120"
 OLDEST_ARCH = 80  # mma.sync on bf16 and cp.async begin here
+VARIANTS = {90: "90a", 100: "100a"}  # the variants of an architecture that hold wgmma and tcgen05
+BUILD_TOOLS = ["pybind11>=2.13", "cmake>=3.26", "ninja>=1.11"]
 NVCC_WHEELS = [f"nvidia-{part}==13.0.*" for part in ("cuda-nvcc", "cuda-crt", "nvvm", "cuda-runtime", "cuda-cccl")]
 NO_NVCC = (
-    "no nvcc was found when the module was built (CUDACXX, CUDA_HOME, CUDA_PATH, PATH, the nvidia-cuda-nvcc wheel). "
-    "Put a CUDA toolkit's bin folder on the PATH, or "
-    "set MCLD_BUILD_CUDA=1 for pip to fetch the compiler from PyPI, and install again."
+    "no nvcc was found (CUDACXX, CUDA_HOME, CUDA_PATH, PATH, the nvidia-cuda-nvcc wheel). Put a CUDA toolkit's bin "
+    "folder on the PATH. Or take PyPI's: pip fetches it without --no-build-isolation, or by hand:\n"
+    f"  pip install {shlex.join(NVCC_WHEELS)}"
 )
 NO_CXX = (
     "no C++ compiler was found (CXX, c++, g++, clang++). "
-    "Install one (Debian: apt install g++ python3-dev) and install again."
+    "Install one (Debian, Ubuntu: apt install g++ python3-dev) and try again."
 )
+BUILD_RECORD = "_build.json"  # beside the package: the commit it was built from, and of the module's compiler
 
 
 class BuildError(Exception):
     """Something this build needs is missing or wrong; the message says what to do."""
 
 
-def cuda_mode(environ=os.environ) -> str:
-    """``"on"``, ``"off"`` or ``"auto"``, from MCLD_BUILD_CUDA and MCLD_CUDA_ARCHS."""
-    value = environ.get("MCLD_BUILD_CUDA", "auto").strip().lower() or "auto"
-    modes = {"1": "on", "on": "on", "true": "on", "0": "off", "off": "off", "false": "off", "auto": "auto"}
-    if value not in modes:
+def cuda_requested(environ=os.environ) -> bool:
+    """The choice made by MCLD_BUILD_CUDA or, where that is unset, by MCLD_CUDA_ARCHS."""
+    # Architectures are named by those who want them compiled.
+    return is_on("MCLD_BUILD_CUDA", "CUDA", bool(environ.get("MCLD_CUDA_ARCHS")), environ)
+
+
+def cpu_requested(environ=os.environ) -> bool:
+    """True where MCLD_BUILD_CPU asks for the CPU kernels; a build with CUDA has them too."""
+    return is_on("MCLD_BUILD_CPU", "CPU", False, environ) or cuda_requested(environ)
+
+
+def is_on(variable: str, device: str, default: bool, environ) -> bool:
+    """The value of a variable that is 1 or 0."""
+    value = environ.get(variable, "").strip().lower()
+    if not value:
+        return default
+    choices = {"1": True, "on": True, "true": True, "0": False, "off": False, "false": False}
+    if value not in choices:
         raise BuildError(
-            f"MCLD_BUILD_CUDA is {value!r}; it takes 1 (CUDA or an error), 0 (no CUDA) or auto (CUDA if nvcc is there)"
+            f"{variable} is {value!r}; it takes 1 (compile the {device} kernels, or fail) "
+            "or 0 (the default: install without them)"
         )
-    # Whoever names architectures wants them compiled.
-    return "on" if modes[value] == "auto" and environ.get("MCLD_CUDA_ARCHS") else modes[value]
+    return choices[value]
 
 
 def find_nvcc(environ=os.environ) -> Path | None:
-    """The nvcc to use, or None. A variable that names a toolkit without nvcc is an error: it is not searched past."""
+    """The nvcc to use, or None. A CUDA_HOME without nvcc is an error only where the PATH has none either."""
+    search_path = environ.get("PATH", "")
     if environ.get("CUDACXX"):
-        found = shutil.which(environ["CUDACXX"], path=environ.get("PATH", ""))
-        if not found:
-            raise BuildError(f"CUDACXX={environ['CUDACXX']} is not an executable. Correct it or unset it.")
-        return Path(found)
+        nvcc = shutil.which(environ["CUDACXX"], path=search_path)
+        if not nvcc:
+            raise BuildError(f"CUDACXX={environ['CUDACXX']} is not an executable. Correct it, or `unset CUDACXX`.")
+        return Path(nvcc)
+    stale = []
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if environ.get(variable):
             nvcc = Path(environ[variable]) / "bin" / "nvcc"
-            if not nvcc.exists():
-                raise BuildError(
-                    f"{variable}={environ[variable]} holds no bin/nvcc. Point it at a CUDA toolkit or unset it."
-                )
-            return nvcc
-    found = shutil.which("nvcc", path=environ.get("PATH", ""))
-    return Path(found) if found else find_wheel_nvcc()
+            if nvcc.exists():
+                return nvcc
+            stale.append(variable)
+    on_path = shutil.which("nvcc", path=search_path)
+    if on_path:
+        return Path(on_path)
+    if stale:
+        values = " and ".join(f"{variable}={environ[variable]}" for variable in stale)
+        raise BuildError(
+            f"{values} holds no bin/nvcc, and there is none on the PATH. Point it at a CUDA toolkit, "
+            f"or `unset {' '.join(stale)}` for pip to fetch the compiler from PyPI."
+        )
+    return find_wheel_nvcc()
 
 
 def find_wheel_nvcc() -> Path | None:
@@ -97,7 +127,8 @@ def find_wheel_nvcc() -> Path | None:
 def find_cxx(environ=os.environ) -> str | None:
     """The C++ compiler, or None."""
     names = [shlex.split(environ["CXX"])[-1]] if environ.get("CXX") else ["c++", "g++", "clang++"]
-    return next((found for name in names if (found := shutil.which(name, path=environ.get("PATH", "")))), None)
+    paths = (shutil.which(name, path=environ.get("PATH", "")) for name in names)
+    return next(filter(None, paths), None)
 
 
 def parse_archs(text: str) -> list[str]:
@@ -127,8 +158,27 @@ def arch_number(arch: str) -> int:
     return int(re.match(r"\d+", arch)[0])
 
 
+def machine_archs(environ=os.environ) -> list[str]:
+    """The architectures of this machine's GPUs that the kernels run on; empty where no GPU answers."""
+    nvidia_smi = shutil.which("nvidia-smi", path=environ.get("PATH", ""))
+    if not nvidia_smi:
+        return []
+    query = [nvidia_smi, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    numbers = sorted({int(major + minor) for major, minor in re.findall(r"^(\d+)\.(\d)\s*$", answer, re.MULTILINE)})
+    if numbers and numbers[-1] < OLDEST_ARCH:
+        raise BuildError(
+            f"the GPU of this machine is sm_{numbers[-1]} and the kernels need sm_{OLDEST_ARCH} (Ampere) or later. "
+            "To compile for another machine, name its architecture, as in MCLD_CUDA_ARCHS=9.0a."
+        )
+    return [f"{VARIANTS.get(number, number)}-real" for number in numbers if number >= OLDEST_ARCH]
+
+
 def requested_archs(environ=os.environ) -> tuple[list[str], str | None]:
-    """The architectures asked for and the variable that asked, None where they are the default."""
+    """The architectures to compile and who asks for them: a variable, this machine, or None for the default list."""
     for variable in ("MCLD_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST", "CUDAARCHS"):
         if environ.get(variable):
             archs = parse_archs(environ[variable])
@@ -136,10 +186,11 @@ def requested_archs(environ=os.environ) -> tuple[list[str], str | None]:
                 # That list is often set machine-wide, for other projects too: what is too old here is left out.
                 archs = [arch for arch in archs if arch_number(arch) >= OLDEST_ARCH] or archs
             return archs, variable
-    return parse_archs(DEFAULT_ARCHS), None
+    archs = machine_archs(environ)
+    return (archs, "the GPU of this machine") if archs else (parse_archs(DEFAULT_ARCHS), None)
 
 
-def check_archs(archs: list[str], variable: str | None, known: set[int], nvcc: str) -> list[str]:
+def check_archs(archs: list[str], source: str | None, known: set[int], nvcc: str) -> list[str]:
     """The architectures to compile, given the numbers that nvcc knows: all those asked for, or an error.
 
     Of the default list, those that an older nvcc does not know are left out.
@@ -147,16 +198,17 @@ def check_archs(archs: list[str], variable: str | None, known: set[int], nvcc: s
     too_old = [arch for arch in archs if arch_number(arch) < OLDEST_ARCH]
     if too_old:
         raise BuildError(
-            f"{variable} asks for {', '.join(too_old)}: the kernels need sm_{OLDEST_ARCH} (Ampere) or later."
+            f"{source} asks for {', '.join(too_old)}: the kernels need sm_{OLDEST_ARCH} (Ampere) or later."
         )
     unknown = [arch for arch in archs if arch_number(arch) not in known]
     usable = [arch for arch in archs if arch not in unknown]
-    if (unknown and variable) or not usable:
-        asked = f"{variable} asks for" if variable else "the default list has"
+    if (unknown and source) or not usable:
+        older = [number for number in known if OLDEST_ARCH <= number < max(map(arch_number, unknown))]
+        portable = f"MCLD_CUDA_ARCHS={max(older)}" if older else ""
         raise BuildError(
-            f"{asked} {', '.join(unknown)}, which {nvcc} does not know "
-            f"(it knows {', '.join(map(str, sorted(known)))}). "
-            "Name architectures it knows in MCLD_CUDA_ARCHS, or install a newer CUDA toolkit."
+            f"{source or 'the default list'} asks for {', '.join(unknown)}, which {nvcc} does not know "
+            f"(it knows {', '.join(map(str, sorted(known)))}). Install a newer CUDA toolkit"
+            + (f", or set {portable}: its PTX runs on newer GPUs too." if portable else ".")
         )
     return usable
 
@@ -170,132 +222,226 @@ def nvcc_archs(nvcc: Path) -> set[int]:
     return {int(number) for number in re.findall(r"compute_(\d+)", listing)}
 
 
+def nvcc_version(nvcc: Path) -> str:
+    """``"13.0"``; empty where nvcc does not say."""
+    try:
+        text = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True).stdout
+    except OSError:
+        return ""
+    version = re.search(r"release (\d+\.\d+)", text)
+    return version[1] if version else ""
+
+
 def find_tool(name: str) -> str:
     """cmake or ninja: the one beside this Python first, since a system's may be too old."""
     path = os.pathsep.join([os.environ.get("PATH", ""), sysconfig.get_path("scripts")])
     if "pip-build-env" not in path:  # outside pip's build isolation
         path = os.pathsep.join([sysconfig.get_path("scripts"), path])
-    found = shutil.which(name, path=path)
-    if not found:
-        raise BuildError(f"{name} was not found. Install it (pip install {name}), or let pip build in isolation.")
-    return found
+    tool = shutil.which(name, path=path)
+    if not tool:
+        raise BuildError(missing_tool(name))
+    return tool
 
 
-def last_lines(output: str, count: int = 15) -> str:
-    lines = [line for line in output.splitlines() if line.strip()]
-    errors = [line for line in lines if re.search(r"\berror\b", line, re.IGNORECASE)]
-    return "\n".join(errors[:5] + ["..."] + lines[-count:])
+def missing_tool(name: str) -> str:
+    return f"{name} was not found. Let pip build in isolation, or install it:\n  pip install {shlex.join(BUILD_TOOLS)}"
+
+
+PTXAS_REPORT = re.compile(r"^\s*ptxas info|bytes stack frame|bytes spill|Used \d+ registers|Function properties for")
+# Those of gcc ("x.cpp:1:2: error: "), nvcc ("x.cu(3): error: "), its parts ("ptxas fatal   : ") and linkers.
+COMPILER_ERROR = re.compile(r"(\berror\b|\bfatal\b)[^:]{0,12}: |undefined reference|cannot find -l")
+
+
+def first_error(output: str, count: int = 12) -> str:
+    """The compiler's first error and what follows it; CMake's where no compiler reported one."""
+    lines = [line for line in output.splitlines() if line.strip() and not PTXAS_REPORT.search(line)]
+    for pattern in (COMPILER_ERROR, re.compile("CMake Error"), re.compile("^FAILED:")):
+        start = next((i for i, line in enumerate(lines) if pattern.search(line)), None)
+        if start is not None:
+            margin = len(lines[start]) - len(lines[start].lstrip())
+            report = lines[start : start + count]
+            outdented = (i for i, line in enumerate(report) if margin and line[:margin].strip())
+            return textwrap.dedent("\n".join(report[: next(outdented, count)]))
+    return "\n".join(lines[-count:])
+
+
+def advice(output: str) -> str:
+    """What helps where the error alone does not say it."""
+    if "signal 9" in output:
+        return " A process was killed, as happens where memory runs out: set MAX_JOBS=1."
+    if "Could NOT find Python" in output:
+        return " The headers of this Python are missing (Debian, Ubuntu: apt install python3-dev)."
+    return ""
+
+
+def commit() -> str | None:
+    """The commit of this source tree, with ``-dirty`` after it where files differ; None where it is not known."""
+    if not (ROOT / ".git").exists():  # an sdist holds the record of the tree that it was made from
+        record = ROOT / "mcld_kernels" / BUILD_RECORD
+        return json.loads(record.read_text())["commit"] if record.exists() else None
+    try:
+        git = ["git", "-C", str(ROOT)]
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("-dirty" if changes.strip() else "")
+
+
+def write_record(package: Path) -> None:
+    (package / BUILD_RECORD).write_text(json.dumps({"commit": commit()}) + "\n")
 
 
 class FreshBuild(build_py):
     """Setuptools keeps what earlier builds left in its folder, and would put a module since removed into a wheel."""
 
     def run(self) -> None:
-        if not self.editable_mode:
-            shutil.rmtree(Path(self.build_lib) / "mcld_kernels", ignore_errors=True)
+        package = Path(self.build_lib) / "mcld_kernels"
+        if self.editable_mode:
+            # The tree of an editable install is what its last install made of it: no module that was not asked for.
+            for stale in [*ROOT.glob("mcld_kernels/_C*.so"), *ROOT.glob("mcld_kernels/_cpu*.so"), ROOT / "mcld_kernels" / BUILD_RECORD]:
+                if stale.exists() and not self.distribution.ext_modules:
+                    print(f"mcld_kernels: removing {stale} of an earlier install with compiled kernels")
+                    stale.unlink()
+        else:
+            shutil.rmtree(package, ignore_errors=True)
         super().run()
+        if not self.editable_mode:
+            write_record(package)
+
+
+class RecordedSource(sdist):
+    def make_release_tree(self, base_dir, files) -> None:
+        super().make_release_tree(base_dir, files)
+        write_record(Path(base_dir) / "mcld_kernels")
+
+
+class TaggedWheel(bdist_wheel):
+    """A wheel with the module says so in its name, as in ``mcld_kernels-0.1.0-1cu130-cp311-cp311-linux_x86_64.whl``.
+
+    A local version, ``0.1.0+cu130``, would make pip refuse the source distribution of version 0.1.0 as inconsistent.
+    """
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        try:
+            nvcc = find_nvcc() if self.distribution.ext_modules and cuda_requested() else None
+        except BuildError:  # the build itself reports it
+            nvcc = None
+        version = nvcc_version(nvcc) if nvcc else ""
+        if version and not self.build_number:
+            self.build_number = "1cu" + version.replace(".", "")
 
 
 class CMakeBuild(build_ext):
-    """Drives CMake for the one extension, and falls back as the file's docstring says."""
+    """Drives CMake once for the extensions."""
 
     def run(self) -> None:
-        mode = cuda_mode()
-        note = self.package_folder() / "_C_missing.txt"
-        note.unlink(missing_ok=True)
+        device = "CUDA" if cuda_requested() else "CPU"
         try:
-            self.build_module(mode)
+            self.build_modules(device == "CUDA")
         except BuildError as error:
-            if mode == "on":
-                raise SystemExit(f"\nmcld_kernels: CUDA was asked for, but {error}\n") from None
-            print(f"mcld_kernels: installing without the compiled module: {error}", file=sys.stderr)
-            note.parent.mkdir(parents=True, exist_ok=True)
-            for stale in note.parent.glob("_C.*"):  # an earlier build's module no longer matches the sources
-                if stale.suffix != ".pyi":
-                    stale.unlink()
-            note.write_text(f"{error}\n")
-            self.extensions = []
-            return
+            # Setuptools takes every Exception of an editable build for a reason to go on without the extension.
+            raise SystemExit(
+                f"\nmcld_kernels: the {device} kernels were asked for (MCLD_BUILD_{device}=1), but {error}\n"
+                f"Without MCLD_BUILD_{device} the package installs without them.\n"
+            ) from None
         if self.inplace:
             self.copy_extensions_to_source()
+            write_record(ROOT / "mcld_kernels")
 
-    def package_folder(self) -> Path:
-        return ROOT / "mcld_kernels" if self.inplace else Path(self.build_lib).resolve() / "mcld_kernels"
-
-    def build_module(self, mode: str) -> None:
+    def build_modules(self, cuda: bool) -> None:
         if not find_cxx():
             raise BuildError(NO_CXX)
-        if mode == "off":
-            return self.cmake("OFF", "MCLD_BUILD_CUDA=0 was set when the module was built. Unset it and install again.")
-        try:
+        if cuda:
             nvcc = find_nvcc()
             if nvcc is None:
                 raise BuildError(NO_NVCC)
-            archs, variable = requested_archs()
-            archs = check_archs(archs, variable, nvcc_archs(nvcc), str(nvcc))
-            return self.cmake("ON", "", nvcc, archs)
-        except BuildError as error:
-            if mode == "on":
-                raise
-            print(f"mcld_kernels: building without CUDA: {error}", file=sys.stderr)
-            return self.cmake("OFF", str(error))
-
-    def cmake(self, cuda: str, reason: str, nvcc: Path | None = None, archs: list[str] | None = None) -> None:
-        """Configure and build; raise BuildError with the compiler's last words if either fails."""
-        import pybind11
+            archs, source = requested_archs()
+            archs = check_archs(archs, source, nvcc_archs(nvcc), str(nvcc))
+        try:
+            import pybind11
+        except ImportError:
+            raise BuildError(missing_tool("pybind11")) from None
 
         inplace, self.inplace = self.inplace, False
         module = Path(self.get_ext_fullpath(self.extensions[0].name)).resolve()
         self.inplace = inplace
         # A folder that outlives pip's temporary ones, so that a second install compiles only what changed.
-        folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{'cuda' if nvcc else 'cpu'}"
+        folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{'cuda' if cuda else 'cpu'}"
         folder.mkdir(parents=True, exist_ok=True)
         # pip's isolated tools move at every install; a remembered path to them would be wrong.
         (folder / "CMakeCache.txt").unlink(missing_ok=True)
-        environ = dict(os.environ)
+        # CMake shows what a compiler says in its tests of it only here.
+        tests = folder / "CMakeFiles" / "CMakeConfigureLog.yaml"
+        tests.unlink(missing_ok=True)
+        environ = dict(os.environ, NINJA_STATUS="[%f of %t, %e s] ")
         configure = [
-            *(find_tool("cmake"), "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"),
+            *(find_tool("cmake"), "-S", str(ROOT if cuda else ROOT / "csrc" / "cpu"), "-B", str(folder), "-G", "Ninja"),
             f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}",
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DMCLD_OUTPUT_DIR={module.parent}",
-            f"-DMCLD_BUILD_CUDA={cuda}",
-            f"-DMCLD_CUDA_REASON={reason}",
         ]
-        if nvcc and archs:
-            configure += [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(archs)}"]
+        jobs = environ.get("MAX_JOBS", str(os.cpu_count() or 1))
+        if cuda:
             # The wheels have lib where a toolkit has lib64, which nvcc does not search.
             library_path = [str(nvcc.resolve().parents[1] / "lib"), environ.get("LIBRARY_PATH", "")]
             environ["LIBRARY_PATH"] = os.pathsep.join(filter(None, library_path))
+            configure += [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(archs)}"]
+            listed = f"{';'.join(archs)} ({source or 'the default list'}) with {nvcc}"
+            print(f"mcld_kernels: compiling for {listed}, {jobs} jobs")
         configure += shlex.split(environ.get("CMAKE_ARGS", ""))
-        build = [configure[0], "--build", str(folder), "--parallel", environ.get("MAX_JOBS", str(os.cpu_count() or 1))]
-        for command in (configure, build):
-            done = subprocess.run(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            print(done.stdout, flush=True)
-            with (folder / "build.log").open("a") as log:  # registers and spills of every kernel, for .ci/check_cuda.py
-                log.write(done.stdout)
-            if done.returncode:
-                raise BuildError(
-                    "the build of the compiled module failed. Correct what is reported here and install again with "
-                    f"`pip install -v`, which shows all of it:\n{last_lines(done.stdout)}"
+        for command in (configure, [configure[0], "--build", str(folder), "--parallel", jobs]):
+            status, output = run_logged(command, environ, folder / "build.log")
+            if status:
+                if command is configure and tests.exists():
+                    output += tests.read_text(errors="replace")
+                killed = (
+                    " A process was killed, as where memory ran out: try MAX_JOBS=1." if "signal 9" in output else ""
                 )
+                raise BuildError(f"their build failed.{killed} The first error:\n\n{first_error(output)}\n")
 
 
-def cuda_wheels() -> list[str]:
-    """The compiler from PyPI, as a build requirement, when CUDA was asked for and none is here."""
-    return NVCC_WHEELS if cuda_mode() == "on" and find_cxx() and find_nvcc() is None else []
+def run_logged(command: list[str], environ: dict[str, str], log: Path) -> tuple[int, str]:
+    """Run a tool and return its exit status and output.
+
+    All of the output also goes to ``log``, for .ci/check_cuda.py, and to the terminal as it comes, but for the
+    registers of every kernel.
+    """
+    output = []
+    with (
+        log.open("a") as file,
+        subprocess.Popen(
+            command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        ) as process,
+    ):
+        for line in process.stdout:
+            output.append(line)
+            file.write(line)
+            if not PTXAS_REPORT.search(line):
+                print(line, end="", flush=True)
+    return process.returncode, "".join(output)
+
+
+def build_requirements() -> list[str]:
+    """The build's further requirements, for a frontend such as pip: the tools and, for CUDA, nvcc if none is here."""
+    if not cpu_requested() or not find_cxx():
+        return []
+    return BUILD_TOOLS + (NVCC_WHEELS if cuda_requested() and find_nvcc() is None else [])
 
 
 if __name__ == "__main__":
     try:
-        # Requirements are for a frontend such as pip to install. Run by hand, setuptools would fetch them itself, as
-        # eggs that lie apart, which the compiler's parts cannot.
-        requirements = [] if Path(sys.argv[0]).name == "setup.py" else cuda_wheels()
+        requested = {"mcld_kernels._C": cuda_requested(), "mcld_kernels._cpu": cpu_requested()}
+        modules = [Extension(name, sources=[]) for name, is_requested in requested.items() if is_requested]
+        # Run by hand, setuptools would fetch the requirements as eggs that lie apart, which nvcc's parts cannot.
+        requirements = [] if Path(sys.argv[0]).name == "setup.py" else build_requirements()
     except BuildError as error:
         raise SystemExit(f"\nmcld_kernels: {error}\n") from None
     setup(
-        ext_modules=[Extension("mcld_kernels._C", sources=[], optional=cuda_mode() != "on")],
-        cmdclass={"build_py": FreshBuild, "build_ext": CMakeBuild},
+        ext_modules=modules,
+        cmdclass={"build_py": FreshBuild, "build_ext": CMakeBuild, "bdist_wheel": TaggedWheel, "sdist": RecordedSource},
         setup_requires=requirements,
     )

@@ -1,1 +1,1 @@
-"""Measurements of mcld_kernels. ``python bench/run.py`` is the door; NOTES.md says how to read the numbers."""
+"""Measurements of mcld_kernels. The programs stand here, their modules in harness/; NOTES.md explains the numbers."""

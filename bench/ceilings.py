@@ -1,4 +1,4 @@
-"""The machine's own ceilings as JSON on stdout: ``python bench/ceilings.py``. GEMM per precision, device copy."""
+"""The machine's ceilings as JSON on stdout: ``python bench/ceilings.py``. GEMM for each precision, device copy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if str(ROOT) not in sys.path:
 
 import torch  # noqa: E402
 
-from bench import machine, measure  # noqa: E402
+from bench.harness import machine, measure  # noqa: E402
 
 # name -> dtype and float32 matmul precision of the product
 _GEMMS = {
@@ -23,20 +23,20 @@ _GEMMS = {
 }
 
 
-def measured(device: torch.device) -> dict[str, float]:
+def measure_all(device: torch.device) -> dict[str, float]:
     """flop/s of each product and bytes/s of the copy (reads and writes counted)."""
-    found: dict[str, float] = {}
+    ceilings: dict[str, float] = {}
     for name, (dtype, precision) in _GEMMS.items():
         if device.type == "cpu" and name in ("gemm_fp16", "gemm_tf32"):
             continue  # no CPU has tf32, and fp16 products run at a thousandth of the speed on most
         torch.set_float32_matmul_precision(precision)
         values = measure.ceilings(device, [dtype])
-        found[f"{name}_flop_per_s"] = values[f"gemm_{dtype}_flop_per_s"]
-        found["copy_bytes_per_s"] = max(found.get("copy_bytes_per_s", 0.0), values["copy_bytes_per_s"])
-    return found
+        ceilings[f"{name}_flop_per_s"] = values[f"gemm_{dtype}_flop_per_s"]
+        ceilings["copy_bytes_per_s"] = max(ceilings.get("copy_bytes_per_s", 0.0), values["copy_bytes_per_s"])
+    return ceilings
 
 
 if __name__ == "__main__":
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    values = measured(where)
+    values = measure_all(where)
     print(json.dumps({"machine": machine.describe(where), "ceilings": values}))

@@ -1,9 +1,8 @@
-"""Everything that only a GPU can show, by one command, in under 8 minutes: ``python bench/gpu_report.py``.
+"""Build, tests, sanitizer and measurements on a GPU machine, in under 8 minutes: ``python bench/gpu_report.py``.
 
 Phases run one after the other, each in a process of its own with its own time budget: build, ceilings, the tests
-marked ``gpu``, the benchmark grid, compute-sanitizer. The report is written after every phase, so what was measured
-survives whatever stops the rest. No GPU has run this program yet; ``--dry-run`` prints the plan and ``--rehearse``
-runs it on a CPU at a toy size.
+marked ``gpu``, the benchmark grid, compute-sanitizer. The report is written after every phase, so an interrupted
+run keeps its measurements. ``--dry-run`` prints the plan and ``--rehearse`` runs it on a CPU at a toy size.
 """
 
 from __future__ import annotations
@@ -26,6 +25,10 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))
 
+from bench.harness import goals, machine, programs  # noqa: E402
+from bench.harness import report as reports  # noqa: E402
+from bench.harness.programs import Exit  # noqa: E402
+
 TOTAL_S = 465  # under 8 minutes with the plots
 GRACE_S = 6  # between asking a phase to end and ending it
 TAIL = 4000  # characters of a phase's output that the report keeps; the whole is in its log
@@ -34,7 +37,7 @@ SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 @dataclass
 class Phase:
-    """One step of the report. ``read`` turns what the phase left behind into plain values."""
+    """One step of the report. ``read`` turns the output of the phase into plain values."""
 
     name: str
     command: list[str]
@@ -53,9 +56,8 @@ def build_archs() -> str:
 
 
 def plan(folder: Path, rehearse: bool) -> list[Phase]:
-    """The phases in their order: what everything else needs first, the sanitizer, slowest for what it shows, last."""
+    """The phases in their order: those that others need first, the sanitizer, the slowest, late."""
     python = sys.executable
-    here = "bench"
     grid = ["--smoke", "--device", "cpu"] if rehearse else ["--device", "cuda", "--repeats", "20", "--seconds", "6"]
     junit = folder / "tests.xml"
     phases = [
@@ -67,7 +69,7 @@ def plan(folder: Path, rehearse: bool) -> list[Phase]:
             environment={"MCLD_BUILD_CUDA": "1", "MCLD_CUDA_ARCHS": build_archs()},
             skip="a rehearsal builds nothing" if rehearse else None,
         ),
-        Phase("ceilings", [python, f"{here}/ceilings.py"], 60, last_json),
+        Phase("ceilings", [python, "bench/ceilings.py"], 60, last_json),
         Phase(
             "tests",
             [python, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", f"--junitxml={junit}", "tests"],
@@ -75,7 +77,7 @@ def plan(folder: Path, rehearse: bool) -> list[Phase]:
             lambda output: read_junit(junit),
             skip="a rehearsal has no GPU tests to run" if rehearse else None,
         ),
-        Phase("bench", [python, f"{here}/run.py", *grid, "--output", str(folder)], 240, lambda _: read_rows(folder)),
+        Phase("bench", [python, "bench/run.py", *grid, "--output", str(folder)], 240, lambda _: read_rows(folder)),
     ]
     sanitizer = shutil.which("compute-sanitizer")
     missing = None if sanitizer else "compute-sanitizer is not on the PATH"
@@ -84,7 +86,7 @@ def plan(folder: Path, rehearse: bool) -> list[Phase]:
         phases.append(
             Phase(
                 f"sanitizer-{tool}",
-                [*command, python, f"{here}/sanitize.py"],
+                [*command, python, "bench/sanitize.py"],
                 30,
                 environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
                 skip="a rehearsal has no GPU to watch" if rehearse else missing,
@@ -95,7 +97,7 @@ def plan(folder: Path, rehearse: bool) -> list[Phase]:
     phases.append(
         Phase(
             "calibrate",
-            [python, f"{here}/calibrate.py", *shapes, "--output", str(folder / "table.json")],
+            [python, "bench/calibrate.py", *shapes, "--output", str(folder / "table.json")],
             90,
             lambda _: json.loads((folder / "table.json").read_text()),
             skip="a rehearsal has no GPU to choose for" if rehearse else None,
@@ -105,7 +107,7 @@ def plan(folder: Path, rehearse: bool) -> list[Phase]:
 
 
 def run_phase(phase: Phase, folder: Path, limit_s: float) -> dict[str, Any]:
-    """Run one phase for at most ``limit_s``: asked to end then, ended a little later. Its faults do not raise."""
+    """Run one phase; after ``limit_s`` it is interrupted, and a little later killed. Its faults do not raise."""
     if phase.skip:
         return {"status": "not run", "reason": phase.skip}
     if limit_s <= 0:
@@ -130,17 +132,17 @@ def run_phase(phase: Phase, folder: Path, limit_s: float) -> dict[str, Any]:
     if status == "ok" and code != 0:
         status = "failed"
     output = log.read_text(errors="replace")
-    found: dict[str, Any] = {
+    record: dict[str, Any] = {
         "status": status,
         "exit_code": code,
         "seconds": round(time.monotonic() - start, 1),
         "output_tail": _without_paths(output[-TAIL:]),
     }
     try:
-        found |= phase.read(output)
+        record |= phase.read(output)
     except (OSError, ValueError, KeyError, ElementTree.ParseError) as fault:
-        found["unread"] = f"{type(fault).__name__}: {fault}"
-    return found
+        record["unread"] = f"{type(fault).__name__}: {fault}"
+    return record
 
 
 def _interruptible() -> None:
@@ -149,7 +151,7 @@ def _interruptible() -> None:
 
 
 def _end(process: subprocess.Popen[bytes]) -> int:
-    """Interrupt the phase, so that it writes what it has; then end it with everything it started."""
+    """Interrupt the phase, so that it writes its results; then kill it with its children."""
     for number, patience in ((signal.SIGINT, GRACE_S), (signal.SIGKILL, None)):
         try:
             os.killpg(process.pid, number)
@@ -176,7 +178,7 @@ def last_json(output: str) -> dict[str, Any]:
 
 
 def read_junit(path: Path) -> dict[str, Any]:
-    """Counts of a test run, and the names of what failed."""
+    """Counts of a test run, and the names of the tests that failed."""
     suite = next(ElementTree.parse(path).getroot().iter("testsuite"))
     failed = [
         f"{case.get('classname')}::{case.get('name')}"
@@ -188,33 +190,27 @@ def read_junit(path: Path) -> dict[str, Any]:
 
 
 def read_rows(folder: Path) -> dict[str, Any]:
-    """What the benchmark wrote; it writes after every case."""
-    found = json.loads((folder / "results.json").read_text())
-    return {key: found[key] for key in ("machine", "versions", "commit", "dirty", "ceilings", "complete", "rows")}
+    """The results of the benchmark, which it writes after every case."""
+    run = json.loads((folder / "results.json").read_text())
+    return {key: run[key] for key in ("machine", "versions", "commit", "dirty", "ceilings", "complete", "rows")}
 
 
 def write(folder: Path, report: dict[str, Any]) -> None:
     """The JSON, and from the rows the CSV, the goals and the plot."""
-    from bench import goals
-
     rows = report["phases"].get("bench", {}).get("rows", [])
     report["goals"] = goals.judge(rows)
-    partial = folder / "report.partial"
-    partial.write_text(json.dumps(report, indent=1) + "\n")
-    partial.replace(folder / "report.json")
+    reports.write_json(folder / "report.json", report)
     if rows:
-        from bench.report import write_csv
-
-        write_csv(folder / "report.csv", rows)
+        reports.write_csv(folder / "report.csv", rows)
 
 
 def draw(folder: Path, report: dict[str, Any]) -> None:
     bench_phase = report["phases"].get("bench", {})
     if bench_phase.get("rows"):
-        from bench import plots, run
+        from bench.harness import plots
 
         head = bench_phase | {"started": report["started"]}
-        plots.plot(bench_phase["rows"], folder / "report.png", run.caption(head))
+        plots.plot(bench_phase["rows"], folder / "report.png", machine.caption(head))
 
 
 def summary(report: dict[str, Any]) -> str:
@@ -225,8 +221,8 @@ def summary(report: dict[str, Any]) -> str:
             detail = ", ".join(f"{value} {key}" for key, value in phase["counts"].items())
         if "rows" in phase:
             measured = sum(row["status"] == "ok" for row in phase["rows"])
-            wrong = sum(row["status"] in ("FAILED", "error") for row in phase["rows"])
-            detail = f"{measured} rows measured, {wrong} failed"
+            failed = sum(row["status"] in ("FAILED", "error") for row in phase["rows"])
+            detail = f"{measured} rows measured, {failed} failed"
         seconds = f"{phase['seconds']:6.1f} s" if "seconds" in phase else " " * 8
         lines.append(f"{name:<22}{phase['status']:<12}{seconds}  {detail}")
     for goal in report.get("goals", []):
@@ -237,26 +233,29 @@ def summary(report: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0; 1 where a phase failed or was cut short; 3 without a GPU."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    """Run the phases; returns one of the exit codes of ``--help``."""
+    parser = argparse.ArgumentParser(
+        description="Build, test, sanitize and measure on a GPU machine.", epilog=programs.EXIT_CODES
+    )
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: bench/out/gpu-<date and time>")
     parser.add_argument("--dry-run", action="store_true", help="print the phases, commands and budgets, and stop")
     parser.add_argument("--rehearse", action="store_true", help="without a GPU: go through what a CPU can do, small")
     parser.add_argument("--skip", nargs="+", default=[], metavar="PHASE", help="phases to leave out")
     parser.add_argument("--seconds", type=float, default=TOTAL_S, help=f"in all (default: {TOTAL_S})")
     options = parser.parse_args(arguments)
-    folder = (options.output or ROOT / "bench" / "out" / time.strftime("gpu-%Y%m%d-%H%M%S")).resolve()
-    phases = plan(folder, options.rehearse)
+    programs.make_output_printable()
+    default = ROOT / "bench" / "out" / time.strftime("gpu-%Y%m%d-%H%M%S")
+    phases = plan((options.output or default).resolve(), options.rehearse)
     unknown = set(options.skip) - {phase.name for phase in phases}
     if unknown:
         parser.error(f"no such phase: {', '.join(sorted(unknown))}; phases: {', '.join(p.name for p in phases)}")
     if options.dry_run:
         for phase in phases:
-            why = phase.skip or ("left out by --skip" if phase.name in options.skip else None)
+            reason = phase.skip or ("left out by --skip" if phase.name in options.skip else None)
             setting = " ".join(f"{key}={value}" for key, value in phase.environment.items())
             command = _without_paths(" ".join(filter(None, [setting, *phase.command])))
-            print(f"{phase.name:<22}{phase.budget_s:>4} s  {command}{f'   (not run: {why})' if why else ''}")
-        return 0
+            print(f"{phase.name:<22}{phase.budget_s:>4} s  {command}{f'   (not run: {reason})' if reason else ''}")
+        return Exit.OK
     import torch
 
     if not torch.cuda.is_available() and not options.rehearse:
@@ -265,8 +264,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "--dry-run prints the plan; --rehearse runs the plumbing on the CPU; bench/run.py measures the CPU.",
             file=sys.stderr,
         )
-        return 3
-    folder.mkdir(parents=True, exist_ok=True)
+        return Exit.NO_DEVICE
+    try:
+        with programs.claimed(options.output, default, "report.json") as folder:
+            return run_all(plan(folder.resolve(), options.rehearse), folder.resolve(), options)
+    except programs.FolderInUse as fault:
+        print(f"gpu_report: {fault}", file=sys.stderr)
+        return Exit.USAGE
+    except OSError as fault:
+        print(f"gpu_report: the output cannot be written: {fault}", file=sys.stderr)
+        return Exit.OUTPUT
+
+
+def run_all(phases: Sequence[Phase], folder: Path, options: argparse.Namespace) -> int:
+    """Run the phases into the folder; 0, 1 where one failed or was cut short, 130 where it was interrupted."""
     deadline = time.monotonic() + options.seconds
     report: dict[str, Any] = {
         "schema": 1,
@@ -279,15 +290,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             phase.skip = "left out by --skip"
         print(f"{phase.name} (at most {phase.budget_s} s) ...", flush=True)
         limit = min(phase.budget_s, deadline - time.monotonic() - GRACE_S)
-        report["phases"][phase.name] = found = run_phase(phase, folder, limit)
+        report["phases"][phase.name] = record = run_phase(phase, folder, limit)
         write(folder, report)
-        print(f"  {found['status']}", flush=True)
-        if found["status"] == "interrupted":
+        print(f"  {record['status']}", flush=True)
+        if record["status"] == "interrupted":
             break
     draw(folder, report)
     print(summary(report))
-    bad = [phase for phase in report["phases"].values() if phase["status"] not in ("ok", "not run")]
-    return 1 if bad else 0
+    statuses = {phase["status"] for phase in report["phases"].values()}
+    if "interrupted" in statuses:
+        return Exit.INTERRUPTED
+    return Exit.OK if statuses <= {"ok", "not run"} else Exit.FAILED
 
 
 if __name__ == "__main__":

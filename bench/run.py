@@ -1,10 +1,12 @@
-"""Measure the losses: ``python bench/run.py``; ``--help`` lists the options, NOTES.md says how to read the result."""
+"""Measure the losses: ``python bench/run.py``; ``--help`` lists the options, NOTES.md explains the result."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,191 +17,241 @@ if str(ROOT) not in sys.path:
 
 import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: E402
 
-from bench import cases, machine, measure, plots, profiling, report  # noqa: E402
-from bench.providers import Provider, choose  # noqa: E402
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1; got {value}")
-    return value
+from bench.harness import cases, kernels, machine, measure, memory, plots, profiling, programs, report  # noqa: E402
+from bench.harness.losses import LOSSES  # noqa: E402
+from bench.harness.programs import Exit  # noqa: E402
+from bench.harness.providers import Provider, choose  # noqa: E402
+from bench.harness.screen import Stages, console, duration, stages  # noqa: E402
 
 
 def _terms(text: str) -> tuple[str, ...]:
-    wanted = [term.strip() for term in text.split(",")]
-    if not set(wanted) <= set(cases.TERMS):
+    names = [term.strip() for term in text.split(",")]
+    if not set(names) <= set(cases.TERMS):
         raise argparse.ArgumentTypeError(f"must be some of {','.join(cases.TERMS)}; got {text!r}")
-    return tuple(term for term in cases.TERMS if term in wanted)
+    return tuple(term for term in cases.TERMS if term in names)
+
+
+def _temperature(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be positive and finite; got {text}")
+    return value
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(description="Compare every backend of the MCLD loss that can run on this machine.")
-    grid = found.add_argument_group("what is measured (default: a grid that suits the machine)")
-    grid.add_argument("--batch", type=_positive, nargs="+", metavar="B", help="batch sizes")
-    grid.add_argument("--classes", type=_positive, nargs="+", metavar="C", help="numbers of classes")
+    made = argparse.ArgumentParser(
+        description="Compare every backend of a loss that can run on this machine.", epilog=programs.EXIT_CODES
+    )
+    grid = made.add_argument_group("the cases (default: a grid that suits the machine)")
+    grid.add_argument("--loss", choices=list(LOSSES), default="mcld", help="default: mcld")
+    grid.add_argument("--batch", type=programs.positive, nargs="+", metavar="B", help="batch sizes")
+    grid.add_argument("--classes", type=programs.positive, nargs="+", metavar="C", help="numbers of classes")
     grid.add_argument("--dtype", choices=list(cases.DTYPES), nargs="+", help="dtypes of the logits")
-    grid.add_argument("--terms", type=_terms, metavar="T,T", help=f"comma-separated, of {','.join(cases.TERMS)}")
+    grid.add_argument("--terms", type=_terms, metavar="T,T", help=f"of mcld: some of {','.join(cases.TERMS)}")
     grid.add_argument("--mode", choices=cases.MODES, nargs="+", help="default: forward-backward")
-    grid.add_argument("--temperature", type=float, default=0.1)
+    grid.add_argument("--temperature", type=_temperature, help="default: the loss's own")
     grid.add_argument("--providers", metavar="P,P", help="comma-separated; default: all that can run here")
     grid.add_argument("--smoke", action="store_true", help="a few small shapes, in under a minute on two cores")
-    how = found.add_argument_group("how")
+    grid.add_argument("--kernels", action="store_true", help="beside each call, each kernel of the backends alone")
+    how = made.add_argument_group("the measurement")
     how.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    how.add_argument("--repeats", type=_positive, metavar="N", help="interleaved rounds (default: 15; CUDA: 50)")
+    how.add_argument(
+        "--repeats", type=programs.positive, metavar="N", help="interleaved rounds (default: 15; CUDA: 50)"
+    )
     how.add_argument("--seconds", type=float, default=60.0, help="time budget of a case's rounds (3 are taken anyway)")
     how.add_argument("--matmul-precision", choices=("highest", "high", "medium"), default="highest", help="of float32")
-    how.add_argument("--threads", type=_positive, help="CPU threads of torch")
+    how.add_argument("--threads", type=programs.threads, help="CPU threads of torch")
     how.add_argument("--cold", action="store_true", help="CUDA: overwrite the L2 cache before every sample")
     how.add_argument("--seed", type=int, default=0)
-    out = found.add_argument_group("what is left behind")
+    out = made.add_argument_group("the output")
     out.add_argument("--output", type=Path, metavar="DIR", help="default: bench/out/<date and time>")
     out.add_argument("--profile", action="store_true", help="also a profiler trace and kernel table of every row")
-    return found
+    return made
+
+
+def check(options: argparse.Namespace, device: torch.device) -> str | None:
+    """Why the options contradict each other or the machine; None if they do not."""
+    shape_options = ("batch", "classes", "dtype", "terms", "mode")
+    given = [f"--{name}" for name in shape_options if getattr(options, name) is not None]
+    if options.smoke and given:
+        return f"--smoke has its own shapes: leave out --smoke or {' and '.join(given)}"
+    if options.cold and device.type == "cpu":
+        return "--cold is for CUDA: on a CPU no cache is overwritten"
+    if options.loss != "mcld" and options.terms is not None:
+        return f"--terms are those of mcld; {options.loss} has one"
+    return None
 
 
 def grid(options: argparse.Namespace, device: torch.device) -> list[cases.Case]:
     """The cases that the options ask for."""
+    shared = {"seed": options.seed, "temperature": options.temperature, "loss": options.loss}
     if options.smoke:
-        return cases.smoke_grid(options.seed)
-    asked = (options.batch, options.classes, options.dtype, options.terms, options.mode)
-    if all(value is None for value in asked):
-        return cases.default_grid(device, options.seed)
+        return cases.smoke_grid(**shared)
+    if all(value is None for value in (options.batch, options.classes, options.dtype, options.terms, options.mode)):
+        return cases.default_grid(device, **shared)
     return cases.product(
         options.batch or ([1024, 4096, 16384] if device.type == "cuda" else [256, 1024, 4096]),
         options.classes or [1000],
         options.dtype or ["bfloat16" if device.type == "cuda" else "float32"],
-        options.terms or cases.TERMS,
+        options.terms,
         options.mode or ["forward-backward"],
-        options.temperature,
-        options.seed,
+        **shared,
     )
 
 
-def pick_device(name: str | None) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("--device cuda: this machine, or this build of torch, has no CUDA device")
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
 def header(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """What every recorded run says of itself."""
-    chosen = {key: value for key, value in vars(options).items() if key != "output"}
+    """The head of every recorded run."""
     return {
+        "schema": report.SCHEMA,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "options": chosen,
+        "options": {key: value for key, value in vars(options).items() if key != "output"},
         "machine": machine.describe(device),
         "versions": machine.versions(),
         **machine.commit(),
     }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the grid. 0; 1 where a provider failed the gate or raised; 2 on bad arguments."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the grid; returns one of the exit codes of ``--help``."""
     options = parser().parse_args(arguments)
-    screen = report.console()
+    programs.make_output_printable()
+    screen = console()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("--device cuda: this machine, or this build of torch, has no CUDA device", file=sys.stderr)
+        return Exit.NO_DEVICE
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         providers = choose(options.providers)
     except ValueError as fault:
         parser().error(str(fault))
-    if not options.temperature > 0:
-        parser().error(f"--temperature must be positive; got {options.temperature}")
-    device = pick_device(options.device)
+    contradiction = check(options, device)
+    if contradiction:
+        parser().error(contradiction)
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.set_float32_matmul_precision(options.matmul_precision)
     if options.smoke and device.type == "cpu" and options.providers is None:
         providers = [provider for provider in providers if provider.name != "compile"]
         screen.print("smoke: compile is left out (starting it takes most of a minute); ask by --providers")
-    todo = grid(options, device)
-    folder = options.output or ROOT / "bench" / "out" / time.strftime("%Y%m%d-%H%M%S")
-    folder.mkdir(parents=True, exist_ok=True)
-
-    head = header(options, device)
-    plan = measure.Plan(device, options.repeats or _rounds(options, device), options.seconds, options.cold)
-    rows: list[measure.Row] = []
+    default = ROOT / "bench" / "out" / time.strftime("%Y%m%d-%H%M%S")
     try:
-        with _progress(screen) as progress:
-            head["ceilings"] = measure.ceilings(device, sorted({case.dtype for case in todo}))
-            _announce(screen, head)
-            task = progress.add_task("", total=len(todo))
-            for case in todo:
-                rows += _one(case, providers, plan, options, folder, screen, progress, task)
-                report.write_json(folder / "results.json", head | {"complete": False}, rows)
-    except KeyboardInterrupt:
-        screen.print("[yellow]interrupted; what was measured is kept[/yellow]")
-    complete = len({row.case for row in rows}) == len(todo)
-    head["machine"]["load_1min_end"] = machine.describe(device)["load_1min"]
-    report.write_json(folder / "results.json", head | {"complete": complete}, rows)
-    records = report.finite([row.record() for row in rows])
-    report.write_csv(folder / "results.csv", records)
-    picture = plots.plot(records, folder / "results.png", caption(head))
-    written = ["results.json", "results.csv"] + (["results.png"] if picture else [])
-    screen.print(f"written to {_short(folder)}: {', '.join(written)}")
-    return 1 if any(row.status in (measure.FAILED, measure.ERROR) for row in rows) or not complete else 0
+        with programs.claimed(options.output, default, "results.json") as folder:
+            return Run(options, device, providers, screen, folder).run()
+    except programs.FolderInUse as fault:
+        print(f"run: {fault}", file=sys.stderr)
+        return Exit.USAGE
+    except OSError as fault:
+        print(f"run: the output cannot be written: {fault}", file=sys.stderr)
+        return Exit.OUTPUT
 
 
-def _one(
-    case: cases.Case,
-    providers: list[Provider],
-    plan: measure.Plan,
-    options: argparse.Namespace,
-    folder: Path,
-    screen: Console,
-    progress: Progress,
-    task: Any,
-) -> list[measure.Row]:
-    def announce(text: str) -> None:
-        progress.update(task, description=f"B={case.batch} C={case.classes} {case.dtype}: {text}")
+class Run:
+    """One run of the grid into a folder."""
 
-    def profiled(provider: str, step: Any) -> None:
-        announce(f"profile {provider}")
-        name = f"{provider}_B{case.batch}_C{case.classes}_{case.dtype}_{'+'.join(case.terms)}_{case.mode}"
-        found = profiling.profile_step(step, plan.device, folder, name)
-        screen.print(f"[bold]{provider}[/bold], {profiling.STEPS} steps of {case}")
-        screen.print(found, markup=False, highlight=False, soft_wrap=True)
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        device: torch.device,
+        providers: list[Provider],
+        screen: Console,
+        folder: Path,
+    ):
+        self.options, self.providers, self.screen, self.folder = options, providers, screen, folder
+        self.plan = measure.Plan(device, options.repeats or self._default_rounds(device), options.seconds, options.cold)
+        self.cases = grid(options, device)
+        self.head = header(options, device)
+        self.rows: list[measure.Row] = []
+        self.kernel_records: list[dict[str, object]] = []
+        self.report = report.Report(screen, device.type)
 
-    rows = measure.CaseRun(case, providers, plan, announce, profiled if options.profile else None).run()
-    progress.advance(task)
-    report.show(rows, plan.device.type, screen)
-    return rows
+    def _default_rounds(self, device: torch.device) -> int:
+        if self.options.smoke:
+            return 7
+        return 50 if device.type == "cuda" else 15
 
+    def run(self) -> int:
+        device, interrupted = self.plan.device, False
+        try:
+            ceilings = measure.ceilings(device, sorted({case.dtype for case in self.cases}))
+            self.head["ceilings"] = ceilings
+            self._announce()
+            estimate = measure.Estimate(self.plan, self.providers, ceilings)
+            total = sum(map(estimate.seconds, self.cases))
+            if total >= 60:
+                self.screen.print(f"{len(self.cases)} cases, about {duration(total)}")
+            with stages(self.screen, len(self.cases)) as progress:
+                for case in self.cases:
+                    progress.begin(str(case), estimate.seconds(case))
+                    begun = time.monotonic()
+                    self._measure(case, progress, ceilings)
+                    estimate.learn(case, time.monotonic() - begun)
+                    progress.end()
+                    self._write(complete=False)
+        except KeyboardInterrupt:
+            interrupted = True
+            self.screen.print("[yellow]interrupted; what was measured is kept[/yellow]")
+        self.head["machine"]["load_1min_end"] = machine.load()
+        written = self._write(complete=not interrupted) + self._write_tables_and_plot()
+        self.screen.print(f"written to {_short(self.folder)}: {', '.join(written)}", soft_wrap=True)
+        if interrupted:
+            return Exit.INTERRUPTED
+        failed = (measure.FAILED, measure.ERROR)
+        statuses = [row.status for row in self.rows] + [record["status"] for record in self.kernel_records]
+        return Exit.FAILED if any(status in failed for status in statuses) else Exit.OK
 
-def _rounds(options: argparse.Namespace, device: torch.device) -> int:
-    if options.smoke:
-        return 7
-    return 50 if device.type == "cuda" else 15
+    def _measure(self, case: cases.Case, progress: Stages, ceilings: dict[str, float]) -> None:
+        def profiled(provider: str, step: Any) -> None:
+            progress.stage(f"profile {provider}")
+            name = f"{provider}_B{case.batch}_C{case.classes}_{case.dtype}_{'+'.join(case.terms)}_{case.mode}"
+            table = profiling.profile_step(step, self.plan.device, self.folder, name)
+            self.screen.print(f"[bold]{provider}[/bold], {profiling.STEPS} steps of {case}")
+            self.screen.print(table, markup=False, soft_wrap=True)
 
+        inspect = profiled if self.options.profile else None
+        rows = measure.CaseRun(case, self.providers, self.plan, progress.stage, inspect).run()
+        self.rows += rows
+        kernel_rows: list[kernels.KernelRow] = []
+        if self.options.kernels and case.loss == "mcld":
+            names = [provider.name for provider in self.providers]
+            kernel_rows = kernels.KernelRun(case, names, self.plan, ceilings, progress.stage).run()
+            self.kernel_records += [row.record(case) for row in kernel_rows]
+        self.report.show(rows, kernel_rows)
 
-def _progress(screen: Console) -> Progress:
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    return Progress(*columns, console=screen, transient=True)
+    def _write(self, complete: bool) -> list[str]:
+        content = self.head | {"complete": complete, "rows": [row.record() for row in self.rows]}
+        if self.options.kernels:
+            content["kernels"] = self.kernel_records
+        report.write_json(self.folder / "results.json", content)
+        return ["results.json"]
 
+    def _write_tables_and_plot(self) -> list[str]:
+        records = report.finite([row.record() for row in self.rows])
+        report.write_csv(self.folder / "results.csv", records)
+        written = ["results.csv"]
+        if self.kernel_records:
+            report.write_kernels_csv(self.folder / "kernels.csv", report.finite(self.kernel_records))
+            written.append("kernels.csv")
+        if plots.plot(records, self.folder / "results.png", machine.caption(self.head)):
+            written.append("results.png")
+        return written
 
-def _announce(screen: Console, head: dict[str, Any]) -> None:
-    where, commit = head["machine"], head["commit"]
-    screen.print(
-        f"{where.get('gpu', where['cpu'])}, {where['threads']} CPU threads, torch {head['versions']['torch']}, "
-        f"float32 products at {where['float32_matmul_precision']!r}, "
-        f"commit {commit[:10] + (' with changes' if head['dirty'] else '') if commit else 'unknown'}"
-    )
-    for name, value in head["ceilings"].items():
-        text = f"{value / 1e9:,.0f} Gflop/s" if "flop" in name else f"{value / 1e9:,.1f} GB/s (reads and writes)"
-        screen.print(f"  ceiling {name.rsplit('_', 3)[0].replace('_', ' ')}: {text}")
-    load = where["load_1min"]
-    if load is not None and load > 0.5 * where["threads"]:
-        screen.print(f"[yellow]  the machine is busy (load {load}): times will scatter[/yellow]")
-    screen.print()
-
-
-def caption(head: dict[str, Any]) -> str:
-    """One line under the plot: where and with what it was measured."""
-    commit = (head["commit"] or "unknown")[:10] + ("+changes" if head["dirty"] else "")
-    return (
-        f"{machine.name(head['machine'])}; torch {head['versions']['torch']}; commit {commit}; {head['started'][:10]}"
-    )
+    def _announce(self) -> None:
+        where, commit, versions = self.head["machine"], self.head["commit"], self.head["versions"]
+        self.screen.print(
+            f"{where.get('gpu', where['cpu'])}, {where['threads']} CPU threads, torch {versions['torch']}, "
+            f"float32 products at {where['float32_matmul_precision']!r}, "
+            f"commit {commit[:10] + (' with changes' if self.head['dirty'] else '') if commit else 'unknown'}"
+        )
+        for name, value in self.head["ceilings"].items():
+            text = f"{value / 1e9:,.0f} Gflop/s" if "flop" in name else f"{value / 1e9:,.1f} GB/s (reads and writes)"
+            self.screen.print(f"  ceiling {name.rsplit('_', 3)[0].replace('_', ' ')}: {text}")
+        load = where["load_1min"]
+        if load is not None and load > 0.5 * where["threads"]:
+            self.screen.print(f"[yellow]  the machine is busy (load {load}): times will scatter[/yellow]")
+        free = memory.available(self.plan.device) / 2**30
+        self.screen.print(f"  free memory: {free:.1f} GiB")
+        self.screen.print()
 
 
 def _short(path: Path) -> str:

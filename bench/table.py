@@ -1,10 +1,11 @@
-"""A Markdown table of recorded rows, as in the README: ``python bench/table.py bench/results/<name>/results.json``."""
+"""A Markdown table of recorded rows: ``python bench/table.py bench/results/<name>/results.json``."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +13,22 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))
 
-from bench import machine  # noqa: E402
-from bench.report import mebibytes, seconds  # noqa: E402
+from bench.harness import machine, programs  # noqa: E402
+from bench.harness.programs import Exit  # noqa: E402
+from bench.harness.report import mebibytes, seconds  # noqa: E402
 
 
-def markdown(found: dict[str, Any]) -> str:
-    """One line a measured row, with a line below for where and with what it was measured."""
+def markdown(run: dict[str, Any]) -> str:
+    """One line a measured row; machine, load, versions and commit below."""
     lines = [
         "| B | C | dtype | terms | provider | time | against eager | peak extra MiB | against eager | of GEMM |",
         "|---:|---:|---|---|---|---:|---:|---:|---:|---:|",
     ]
-    for row in found["rows"]:
+    for row in run["rows"]:
         if row["status"] == "not run":
             continue
-        terms = "all" if len(row["terms"]) == 3 else " + ".join(row["terms"])
+        loss = row.get("loss", "mcld")
+        terms = loss if loss != "mcld" else "all" if len(row["terms"]) == 3 else " + ".join(row["terms"])
         cells = [str(row["batch"]), str(row["classes"]), row["dtype"], terms, f"`{row['provider']}`"]
         if row["status"] != "ok":
             cells += [row["status"], "", "", "", ""]
@@ -38,17 +41,26 @@ def markdown(found: dict[str, Any]) -> str:
                 _ratio(row["fraction_of_gemm"], "{:.0%}"),
             ]
         lines.append("| " + " | ".join(cells) + " |")
-    commit = (found["commit"] or "unknown")[:10] + (", with changes" if found["dirty"] else "")
-    torch_version, day = found["versions"]["torch"], found["started"][:10]
-    lines += ["", f"{machine.name(found['machine'])}; torch {torch_version}; commit {commit}; {day}."]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", f"{machine.caption(run)}."])
 
 
 def _ratio(value: float | None, form: str) -> str:
     return "" if value is None else form.format(value)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="A Markdown table of recorded rows.")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table; returns one of the exit codes of ``--help``."""
+    parser = argparse.ArgumentParser(description="A Markdown table of recorded rows.", epilog=programs.EXIT_CODES)
     parser.add_argument("results", type=Path, help="a results.json of bench/run.py")
-    print(markdown(json.loads(parser.parse_args().results.read_text())))
+    path = parser.parse_args(arguments).results
+    programs.make_output_printable()
+    try:
+        print(markdown(json.loads(path.read_text())))
+    except (OSError, ValueError, KeyError, TypeError) as fault:
+        print(f"table: {path} is no results.json of bench/run.py: {type(fault).__name__}: {fault}", file=sys.stderr)
+        return Exit.USAGE
+    return Exit.OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -7,19 +7,13 @@
 
 #include <sstream>
 #include <string>
-
-#include "build_config.h"
-#include "constants.h"
-#if MCLD_HAS_CPU
-#include "cpu/bindings.h"
-#endif
-#if MCLD_HAS_PORTABLE
 #include <tuple>
 #include <utility>
 
+#include "build_config.h"
 #include "checks.h"
+#include "constants.h"
 #include "fields.h"
-#endif
 
 namespace py = pybind11;
 
@@ -44,14 +38,11 @@ py::list architectures() {
 }
 
 py::dict info() {
-  const std::string cuda = MCLD_CUDA_VERSION;
   py::dict result;
   result["version"] = MCLD_VERSION;
   result["compiler"] = compiler();
-  result["cuda"] = cuda.empty() ? py::object(py::none()) : py::object(py::str(cuda));
-  result["reason"] = cuda.empty() ? py::object(py::str(MCLD_CUDA_REASON)) : py::object(py::none());
+  result["cuda"] = MCLD_CUDA_VERSION;
   result["architectures"] = architectures();
-  result["portable"] = bool(MCLD_HAS_PORTABLE);
   result["hopper"] = bool(MCLD_HAS_HOPPER);
   return result;
 }
@@ -86,8 +77,6 @@ py::dict constants() {
   result["hopper_flash_columns"] = columns;
   return result;
 }
-
-#if MCLD_HAS_PORTABLE
 
 // The newest CUDA that the driver runs, (major, minor); None without a driver.
 py::object driver() {
@@ -152,24 +141,16 @@ void bind_launchers(py::module_& module) {
 #endif
 }
 
-#endif
-
 }  // namespace
 }  // namespace mcld
 
 PYBIND11_MODULE(MCLD_MODULE, module) {
   module.doc() = "Compiled kernels of mcld_kernels.";
-#if MCLD_HAS_CPU
-  mcld::cpu::bind(module);
-#endif
   module.def("info", &mcld::info,
-             "The contents of this build: version, compiler, cuda (None, with the reason, where it is not in), architectures, "
-             "and whether the portable and the Hopper kernels are compiled in.");
+             "The contents of this build: version, compiler, cuda, architectures, and whether the Hopper kernels are in.");
   module.attr("constants") = mcld::constants();
-#if MCLD_HAS_PORTABLE
   py::register_exception<mcld::CudaError>(module, "CudaError", PyExc_RuntimeError);
   module.def("driver_version", &mcld::driver,
              "The newest CUDA that the driver runs, (major, minor); None without a driver.");
   mcld::bind_launchers(module);
-#endif
 }

@@ -25,7 +25,7 @@ void check(cudaError_t status, const char* call, const char* file, int line) {
                         ") at " + file + ":" + std::to_string(line);
   if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorUnsupportedPtxVersion) {
     message += ". The module was compiled for " MCLD_CUDA_ARCHS " and this GPU has compute capability " +
-               compute_capability() + ": set MCLD_CUDA_ARCHS to it, as in MCLD_CUDA_ARCHS=9.0a, and install again";
+               compute_capability() + ": compile it on this machine, or name this GPU, as in MCLD_CUDA_ARCHS=9.0a, and install again";
   } else if (status == cudaErrorInsufficientDriver) {
     message += ". The module was compiled with CUDA " MCLD_CUDA_VERSION
                ", which this driver does not run: update the driver, or install again with an older toolkit";

@@ -1,8 +1,7 @@
 """The compiled module (csrc/bindings.cpp).
 
 A launcher takes the fields of its structure in csrc/launchers.h by keyword: tensors by their addresses (0: null),
-enumerations by their numbers in `constants`. A module without CUDA holds `info` and `constants` only; `hopper_*` are
-there where ``info()["hopper"]`` is true.
+enumerations by their numbers in `constants`. `hopper_*` are there where ``info()["hopper"]`` is true.
 """
 
 from collections.abc import Sequence
@@ -11,10 +10,8 @@ from typing import TypedDict
 class Info(TypedDict):
     version: str
     compiler: str
-    cuda: str | None
-    reason: str | None
+    cuda: str
     architectures: list[str]
-    portable: bool
     hopper: bool
 
 class Types(TypedDict):

@@ -1,89 +1,186 @@
-"""``python -m mcld_kernels.info``: versions, devices, backends and the compiled module, for a bug report."""
+"""``python -m mcld_kernels.info [--json]``: the versions, devices, backends and build that a bug report needs."""
 
 from __future__ import annotations
 
+import argparse
+import ctypes
+import json
 import os
 import platform
+import re
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from . import __version__, backends
-from .backends import timings as measured
-from .backends.cuda import extension as compiled
+from . import __version__, backends, installation
+from .backends import timings
+from .backends.cuda import extension
 from .options import float32_precision
 
+SCHEMA = 1
 VARIABLES = {
-    "MCLD_CHUNK_MB": "MiB that a chunk of exponentials may take (default 32 on CPU, 256 on CUDA)",
+    "MCLD_CHUNK_MB": "MiB that a chunk of similarities may take (default 32 on CPU, 256 on CUDA)",
     "MCLD_AUTOTUNE": "1: tune Triton's launch configurations on first use instead of reading the table",
     "MCLD_HOPPER": "1: let backend 'cuda' use its Hopper kernels, which no GPU has run yet; 0: never; else as measured",
     "MCLD_TABLE": "the table of measurements that backend 'auto' chooses by, instead of the one in the cache folder",
     "TRITON_INTERPRET": "1: run Triton kernels on CPU tensors, slowly, to test them",
 }
+AUTO_SHAPE = (1024, 1000)  # the logits for which a device's "auto" is shown
+AUTO_DTYPES = (torch.float32, torch.bfloat16)
 
 
-def describe() -> dict[str, dict[str, str]]:
-    """Everything that is printed: section -> name -> text."""
+def describe() -> dict[str, Any]:
+    """All of it, as ``--json`` prints it: section -> name -> value, None where there is nothing to say.
+
+    ``backends`` maps each backend to None, or to the reason why this machine cannot run it.
+    """
     return {
+        "schema": SCHEMA,
         "versions": _versions(),
+        "build": _build(),
+        "driver": _driver(),
         "devices": _devices(),
-        "backends": _backends(),
+        "backends": {name: backends.unavailable_reason(name) for name in backends.NAMES},
         "measured tables": _tables(),
-        "compiled module": _compiled(),
-        "environment": {name: os.environ.get(name, f"unset ({text})") for name, text in VARIABLES.items()},
+        "environment": {name: os.environ.get(name) for name in VARIABLES},
     }
 
 
-def _versions() -> dict[str, str]:
-    found = {"mcld_kernels": __version__, "python": platform.python_version(), "platform": platform.platform()}
-    for name in ("torch", "triton", "numpy"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    found["cuda of torch"] = torch.version.cuda or "none"
-    found["float32 matmul precision"] = float32_precision()
-    return found
+def _versions() -> dict[str, str | None]:
+    return {
+        "mcld_kernels": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "CUDA of torch": torch.version.cuda,
+        "triton": _distribution_version("triton"),
+        "numpy": _distribution_version("numpy"),
+        "float32 matmul precision": float32_precision(),
+    }
 
 
-def _devices() -> dict[str, str]:
-    found = {"cpu": f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"}
+def _distribution_version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _build() -> dict[str, Any]:
+    origin, editable = installation.source()
+    module, _ = extension.load()
+    return {
+        "source": f"{origin} (editable)" if editable else origin,
+        "commit": installation.commit(),
+        "compiled module": None if module is None else _module(module.info()),
+    }
+
+
+def _module(info: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in info.items() if value is not None} | {"commit": installation.build_commit()}
+
+
+def _driver() -> dict[str, str | None]:
+    """The NVIDIA driver's version, and the newest CUDA that it runs."""
+    return {"version": _driver_version(), "CUDA": _driver_cuda()}
+
+
+def _driver_version() -> str | None:
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        return None
+    match = re.search(r"\s(\d+\.\d+(\.\d+)?)\s", text)
+    return match[1] if match else None
+
+
+def _driver_cuda() -> str | None:
+    number = ctypes.c_int()
+    try:
+        status = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
+    except (OSError, AttributeError):
+        return None
+    return f"{number.value // 1000}.{number.value % 1000 // 10}" if status == 0 else None
+
+
+def _devices() -> dict[str, dict[str, Any]]:
+    devices: dict[str, dict[str, Any]] = {
+        "cpu": {
+            "name": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+            "auto takes": _auto("cpu"),
+        }
+    }
     for i in range(torch.cuda.device_count()):
-        p = torch.cuda.get_device_properties(i)
-        found[f"cuda:{i}"] = (
-            f"{p.name}, compute capability {p.major}.{p.minor}, {p.multi_processor_count} multiprocessors, "
-            f"{p.total_memory / 2**30:.0f} GiB"
-        )
-    return found
+        properties = torch.cuda.get_device_properties(i)
+        devices[f"cuda:{i}"] = {
+            "name": properties.name,
+            "compute capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory GiB": round(properties.total_memory / 2**30, 1),
+            "auto takes": _auto(f"cuda:{i}"),
+        }
+    return devices
 
 
-def _backends() -> dict[str, str]:
-    return {name: backends.unavailable(name) or "available" for name in backends.NAMES}
+def _auto(device: str) -> dict[str, str]:
+    """The backend that "auto" takes on a device for logits of AUTO_SHAPE, by dtype."""
+    taken = {}
+    for dtype in AUTO_DTYPES:
+        name = str(dtype).removeprefix("torch.")
+        try:
+            logits = torch.empty(AUTO_SHAPE, dtype=dtype, device=device)
+            taken[name] = backends.choose("auto", logits, logits, teacher_grad=False)
+        except (RuntimeError, ValueError) as error:  # a device in use by another alone, a table that cannot be read
+            taken[name] = f"fails: {error}".splitlines()[0]
+    return taken
 
 
 def _tables() -> dict[str, str]:
-    found = {}
+    tables = {}
     for gpu in sorted({torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}):
         try:
-            found[gpu] = measured.find(gpu)[1]
-        except ValueError as fault:
-            found[gpu] = str(fault)
-    return found or {"auto": "there is no GPU to choose for"}
+            tables[gpu] = timings.find(gpu)[1]
+        except ValueError as error:
+            tables[gpu] = str(error)
+    return tables
 
 
-def _compiled() -> dict[str, str]:
-    module, reason = compiled.load()
-    if module is None:
-        return {"mcld_kernels._C": f"not built: {reason}"}
-    return {name: str(value) for name, value in module.info().items()}
+def lines(description: dict[str, Any]) -> list[str]:
+    """The description as text: a section a paragraph, a name a line."""
+    result = []
+    for section, entries in description.items():
+        if not isinstance(entries, dict) or not entries:
+            continue
+        result.append(section)
+        width = max(map(len, entries))
+        for name, value in entries.items():
+            if section == "environment" and value is None:
+                value = f"unset ({VARIABLES[name]})"
+            elif section == "backends" and value is None:
+                value = "available"
+            result.append(f"  {name:<{width}}  {_text(value)}")
+    return result
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_text(entry)}" for name, entry in value.items())
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return str(value)
 
 
 def main() -> None:
-    for section, entries in describe().items():
-        print(section)
-        width = max(map(len, entries), default=0)
-        for name, text in entries.items():
-            print(f"  {name:<{width}}  {text}")
+    parser = argparse.ArgumentParser(prog="python -m mcld_kernels.info", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print JSON, for a bug report")
+    arguments = parser.parse_args()
+    description = describe()
+    print(json.dumps(description, indent=2) if arguments.json else "\n".join(lines(description)))
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ class LossOperator:
     def _tell_flop_counters(self) -> None:
         """Give the flop formula to the counters that are running.
 
-        torch's registry would take it once for all, but importing it imports Triton, which takes longer than this package.
+        torch's registry would take it once for all, but importing it imports Triton, which takes long.
         """
         for mode in _python_dispatch._get_current_dispatch_mode_stack():
             counter = getattr(mode, "counter", mode)
@@ -241,7 +241,7 @@ _TWICE = "the fast backends of mcld_kernels cannot be differentiated twice; back
 
 def _save(ctx: Any, call: _Call, outputs: Outputs) -> tuple[Tensor | None, ...]:
     """Save what the derivatives need; returns it."""
-    # The inputs that a second derivative would be taken by; a constant may be an inference tensor, which cannot be saved.
+    # The inputs that a second derivative is taken by; a constant may be an inference tensor, which cannot be saved.
     inputs = (x if x is not None and x.requires_grad else None for x in (call.student, call.teacher, call.weight))
     # A copy, since whoever logs the terms may change them in place.
     terms = outputs[1].clone() if call.weight is not None else None

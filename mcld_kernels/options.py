@@ -93,12 +93,11 @@ def mcld_options(
         raise NotImplementedError(
             "process_group: the loss over a global batch is not implemented yet; pass process_group=None"
         )
-    weight_tensor = None
-    if isinstance(weight, Tensor):
-        check_weight_tensor(weight)
-        weight, weight_tensor = (1.0, 1.0, 1.0), weight
-    temperature, weight = _hashable(temperature), _hashable(weight)
-    values = (temperature, weight, direction, mask_same_class, present_only, ignore_index, eps)
+    weight_tensor = weight if isinstance(weight, Tensor) else None
+    if weight_tensor is not None:
+        check_weight_tensor(weight_tensor)
+    numbers = 1.0 if isinstance(weight, Tensor) else _hashable(weight)
+    values = (_hashable(temperature), numbers, direction, mask_same_class, present_only, ignore_index, eps)
     if torch.compiler.is_compiling():
         return _mcld_options(*values), weight_tensor
     try:
@@ -197,7 +196,7 @@ def is_finite(value: Any) -> bool:
 def check_temperatures(value: Any) -> tuple[float, float, float]:
     """One temperature or three; each is positive and finite."""
     values = (value,) * 3 if is_number(value) else tuple(value) if isinstance(value, Sequence) else None
-    if values is None or len(values) != 3 or not all([is_number(v) for v in values]):
+    if values is None or len(values) != 3 or not all(map(is_number, values)):
         raise TypeError(f"temperature must be one number or three (instance, sample, category); got {value!r}")
     for v in values:
         if not 0 < v < math.inf:
@@ -219,7 +218,7 @@ def _three_weights(value: Any) -> tuple[float, float, float]:
     if isinstance(values, str) or not isinstance(values, Sequence) or len(values) != 3:
         accepted = "one number, three numbers (instance, sample, category) or a tensor of three"
         raise TypeError(f"weight must be {accepted}; got {value!r}")
-    if not all([is_number(v) for v in values]):
+    if not all(map(is_number, values)):
         raise TypeError(f"weight must be three numbers (instance, sample, category); got {value!r}")
     check_weight_values(values)
     return float(values[0]), float(values[1]), float(values[2])
@@ -269,7 +268,7 @@ def check_eps(value: Any) -> float:
 
 
 def is_readable(tensor: Tensor) -> bool:
-    """True where values can be read: on the CPU, in eager mode, of a tensor that is neither fake, traced nor transformed."""
+    """True where values can be read: on the CPU, in eager mode, of a tensor neither fake, traced nor transformed."""
     return (
         not torch.compiler.is_compiling()
         and type(tensor) in (Tensor, nn.Parameter)

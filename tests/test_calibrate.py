@@ -1,40 +1,196 @@
-"""bench/calibrate.py: from recorded runs to the table that "auto" chooses by."""
+"""`python -m mcld_kernels.calibrate`: the gate, the process that may hang, and the table that "auto" chooses by."""
 
 import json
+import os
 import subprocess
-from types import SimpleNamespace
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
 import mcld_kernels
-from bench import calibrate
-from bench.cases import TERMS
-from mcld_kernels import measured
+from mcld_kernels import calibrate, reference
+from mcld_kernels.backends import timings
 
+ROOT = Path(__file__).resolve().parent.parent
 GPU = "NVIDIA Test 9000"
+TERMS = ["instance", "sample", "category"]
+
+
+def on_cpu(candidates=("torch",), **changed):
+    fields = {"dtypes": ("float32",), "batches": (24,), "classes": (7,), "rounds": 2, "device": "cpu"}
+    return calibrate.Plan(candidates=candidates, **(fields | changed))
+
+
+class TestMeasure:
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+    def test_a_candidate_that_is_right_is_timed(self, dtype):
+        milliseconds, rejected = calibrate.measure_shape(on_cpu(), dtype, 24, 7)
+        assert milliseconds.keys() == {"torch"} and milliseconds["torch"] > 0 and not rejected
+
+    @pytest.mark.parametrize("factor", [1.001, -1.0, float("nan")])
+    def test_a_wrong_gradient_gets_no_time(self, monkeypatch, factor):
+        right = calibrate._step
+
+        def wrong(candidate, *tensors):
+            step = right(candidate, *tensors)
+            return lambda: (step()[0], factor * step()[1])
+
+        monkeypatch.setattr(calibrate, "_step", wrong)
+        milliseconds, rejected = calibrate.measure_shape(on_cpu(), "float32", 24, 7)
+        assert not milliseconds and rejected["torch"].startswith("wrong: relative error")
+
+    def test_a_candidate_that_raises_is_rejected_with_its_message(self, monkeypatch):
+        def step():
+            raise RuntimeError("no such kernel\nand much more")
+
+        monkeypatch.setattr(calibrate, "_step", lambda *rest: step)
+        assert calibrate.measure_shape(on_cpu(), "float32", 24, 7)[1] == {"torch": "RuntimeError: no such kernel"}
+
+    def test_a_candidate_that_cannot_run_is_rejected_with_its_reason(self):
+        milliseconds, rejected = calibrate.measure_shape(on_cpu(("cuda", "torch")), "float64", 24, 7)
+        assert milliseconds.keys() == {"torch"} and rejected["cuda"]
+
+    def test_without_memory_for_the_reference_the_oracle_works_in_chunks(self, monkeypatch):
+        monkeypatch.setattr(reference, "mcld_loss", lambda *rest, **more: pytest.fail("the reference ran"))
+        logits = torch.empty(1, 7).expand(1 << 20, 7)
+        oracle = calibrate._oracle(logits, logits)
+        student, teacher, target = calibrate._inputs(24, 7, torch.float64, torch.device("cpu"))
+        assert torch.isfinite(oracle(student, teacher, target)[0])
+
+    def test_every_shape_gives_a_row(self):
+        rows = list(calibrate.measure(on_cpu(batches=(8, 24), dtypes=("float32", "bfloat16"))))
+        assert [(row["dtype"], row["batch"]) for row in rows] == [
+            ("float32", 8), ("float32", 24), ("bfloat16", 8), ("bfloat16", 24)
+        ]  # fmt: skip
+
+
+def hang(path, plan):
+    path.write_text(json.dumps({"batch": 1}) + '\n{"batch": 2, "cut sh')
+    time.sleep(600)
+
+
+def crash(path, plan):
+    path.write_text(json.dumps({"batch": 1}) + "\n")
+    os._exit(11)
+
+
+class TestProcess:
+    def test_the_rows_come_back(self):
+        rows, complete = calibrate.run_in_process(on_cpu(), 120)
+        assert complete and rows[0]["milliseconds"]["torch"] > 0
+
+    def test_a_process_that_hangs_is_ended_and_its_rows_are_kept(self, capsys):
+        start = time.monotonic()
+        rows, complete = calibrate.run_in_process(on_cpu(), 10, hang)
+        assert rows == [{"batch": 1}] and not complete and time.monotonic() - start < 60
+        assert "took longer than 10 s" in capsys.readouterr().err
+
+    def test_a_process_that_crashes_keeps_its_rows(self, capsys):
+        assert calibrate.run_in_process(on_cpu(), 120, crash) == ([{"batch": 1}], False)
+        assert "ended with 11" in capsys.readouterr().err
+
+
+def row(batch=4096, classes=1000, dtype="bfloat16", precision="highest", rejected=None, **milliseconds):
+    shape = {"dtype": dtype, "precision": precision, "batch": batch, "classes": classes}
+    return shape | {"milliseconds": milliseconds, "rejected": rejected or {}}
+
+
+@pytest.fixture
+def processes(monkeypatch):
+    """`run_in_process` replaced: maps candidates to rows and completion; records the plans."""
+
+    def run(plan, seconds):
+        run.plans.append(plan)
+        return run.answers[plan.candidates]
+
+    run.plans, run.answers = [], {}
+    monkeypatch.setattr(calibrate, "run_in_process", run)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *device: GPU)
+    return run
+
+
+BOTH = [row(triton=2.0, cuda=1.0)], True
+
+
+@pytest.mark.parametrize(
+    "trial",
+    [([], False), ([], True), ([row(rejected={"hopper": "wrong"})], True), ([row(hopper=1.0)], False)],
+    ids=["hangs", "nothing", "wrong", "cut short"],
+)
+def test_hopper_kernels_that_fail_their_trial_are_left_out(processes, trial, tmp_path, capsys):
+    processes.answers = {("hopper",): trial, ("triton", "cuda"): BOTH}
+    assert calibrate.main(["--output", str(tmp_path / "table.json"), "--matmul-precision", "highest"]) == 0
+    assert [plan.candidates for plan in processes.plans] == [("hopper",), ("triton", "cuda")]
+    assert "left out" in capsys.readouterr().out
+
+
+def test_hopper_kernels_that_pass_take_part(processes, tmp_path):
+    answer = [row(triton=2.0, hopper=1.0)], True
+    processes.answers = {("hopper",): ([row(hopper=1.0)], True), ("triton", "cuda", "hopper"): answer}
+    assert calibrate.main(["--output", str(tmp_path / "table.json")]) == 0
+    assert [plan.precision for plan in processes.plans[1:]] == ["highest", "high"]
+    assert [plan.dtypes for plan in processes.plans[1:]] == [("bfloat16", "float16", "float32"), ("float32",)]
+    assert "hopper" in json.loads((tmp_path / "table.json").read_text())["rows"][0]["milliseconds"]
+
+
+def test_rows_measured_before_a_hang_make_a_table(processes, tmp_path):
+    processes.answers = {("hopper",): ([], True), ("triton", "cuda"): (BOTH[0], False)}
+    assert calibrate.main(["--output", str(tmp_path / "table.json"), "--matmul-precision", "highest"]) == 0
+
+
+def test_a_run_without_rows_makes_no_table(processes, tmp_path, capsys):
+    processes.answers = {("hopper",): ([], True), ("triton", "cuda"): ([], False)}
+    assert calibrate.main(["--output", str(tmp_path / "table.json")]) == 1
+    assert not (tmp_path / "table.json").exists() and "no table" in capsys.readouterr().err
+
+
+def test_a_table_that_cannot_be_written_is_one_message(processes, tmp_path, capsys):
+    processes.answers = {("hopper",): ([], True), ("triton", "cuda"): BOTH}
+    (tmp_path / "file").write_text("")
+    assert calibrate.main(["--output", str(tmp_path / "file" / "table.json")]) == 4
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_without_a_home_folder_the_message_names_a_remedy(processes, monkeypatch, capsys):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    processes.answers = {("hopper",): ([], True), ("triton", "cuda"): BOTH}
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("MCLD_TABLE", raising=False)
+    monkeypatch.setattr(calibrate.Path, "home", home)
+    assert calibrate.main([]) == 4
+    assert "--output FILE" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_one_message(processes, monkeypatch, capsys):
+    def run(plan, seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(calibrate, "run_in_process", run)
+    assert calibrate.main([]) == 130
+    assert "interrupted" in capsys.readouterr().err
 
 
 def record(provider, median, batch=4096, classes=1000, dtype="bfloat16", status="ok", terms=TERMS, **more):
-    row = {"provider": provider, "batch": batch, "classes": classes, "dtype": dtype, "status": status}
-    row |= {"terms": list(terms), "mode": "forward-backward", "reason": None if status == "ok" else "it is wrong"}
-    return row | {"time": {"median_s": median} if status == "ok" else None} | more
+    entry = {"provider": provider, "batch": batch, "classes": classes, "dtype": dtype, "status": status}
+    entry |= {"terms": list(terms), "mode": "forward-backward"}
+    return entry | {"time": {"median_s": median} if status == "ok" else None} | more
 
 
-def recorded(*rows, precision="highest", gpu=GPU, complete=True):
+def recorded(*rows, precision="highest", gpu=GPU):
     machine = {"float32_matmul_precision": precision} | ({"gpu": gpu} if gpu else {})
     versions = {"mcld_kernels": mcld_kernels.__version__, "torch": torch.__version__}
-    head = {
-        "machine": machine,
-        "versions": versions,
-        "started": "2020-01-01T10:00:00Z",
-        "commit": "abc",
-        "dirty": False,
-    }
-    return head | {"rows": list(rows), "complete": complete}
+    started = "2020-01-01T10:00:00Z"
+    header = {"machine": machine, "versions": versions, "started": started, "commit": "abc", "dirty": False}
+    return header | {"rows": list(rows), "complete": True}
 
 
-def test_only_what_was_right_and_whole_gets_into_the_table():
+def test_only_rows_that_are_right_and_complete_get_into_the_table():
     run = recorded(
         record("reference", 9.0),
         record("triton", 2e-3),
@@ -43,97 +199,59 @@ def test_only_what_was_right_and_whole_gets_into_the_table():
         record("triton", 3e-3, batch=256),
         record("cuda", 1e-9, batch=256, mode="forward"),
         record("cuda", 1e-9, batch=256, terms=("instance",)),
+        record("cuda", 1e-9, batch=256, loss="another"),
     )
-    first, second = calibrate.table([run])["rows"]
+    first, second = calibrate.recorded_table(run)["rows"]
     assert first["milliseconds"] == {"triton": 2.0, "cuda": 1.0} and first["batch"] == 4096
     assert second["milliseconds"] == {"triton": 3.0} and second["precision"] == "highest"
 
 
 @pytest.mark.parametrize(
-    ("runs", "why"),
+    ("run", "message"),
     [
-        ([recorded(record("triton", 1.0))], "two of triton, cuda, hopper"),
-        ([recorded(record("triton", 1.0), record("cuda", 1.0), gpu=None)], "one GPU"),
-        ([recorded(record("cuda", 1.0)), recorded(record("cuda", 1.0), gpu="Another")], "one GPU"),
+        (recorded(record("triton", 1.0)), "two of triton, cuda, hopper"),
+        (recorded(record("triton", 1.0), record("cuda", 1.0), gpu=None), "not of a GPU"),
     ],
 )
-def test_what_makes_no_table(runs, why):
-    with pytest.raises(ValueError, match=why):
-        calibrate.table(runs)
+def test_a_recorded_run_without_a_choice_makes_no_table(run, message):
+    with pytest.raises(ValueError, match=message):
+        calibrate.recorded_table(run)
 
 
-def test_the_package_reads_what_is_written(tmp_path, monkeypatch, capsys):
-    """From a recorded run by --from to the choice."""
+def test_the_package_reads_the_table_of_a_recorded_run(tmp_path, monkeypatch, capsys):
     source = tmp_path / "results.json"
     source.write_text(json.dumps(recorded(record("triton", 2e-3), record("cuda", 1.5e-3), record("hopper", 1e-3))))
     monkeypatch.setenv("MCLD_TABLE", str(tmp_path / "made" / "table.json"))
     assert calibrate.main(["--from", str(source)]) == 0
     assert "hopper 1.000 ms, cuda 1.500 ms, triton 2.000 ms" in capsys.readouterr().out
-    table, said = measured.find(GPU)
-    assert table.rows[0].milliseconds["hopper"] == 1.0 and "2020-01-01" in said
+    table, description = timings.find(GPU)
+    assert table.rows[0].milliseconds["hopper"] == 1.0 and "2020-01-01" in description
     source.write_text(json.dumps(recorded(record("cuda", 1.0))))
     assert calibrate.main(["--from", str(source)]) == 1
     assert "no table" in capsys.readouterr().err
 
 
-@pytest.fixture
-def bench(monkeypatch, tmp_path):
-    """bench/run.py replaced: ``bench.answers`` maps the providers asked for to what a run records."""
-    found = SimpleNamespace(answers={}, asked=[])
-
-    def run(command, timeout, check):
-        value = dict(zip(command, command[1:], strict=False))
-        found.asked.append(value["--providers"])
-        answer = found.answers[value["--providers"]]
-        if answer == "hangs":
-            raise subprocess.TimeoutExpired(command, timeout)
-        folder = calibrate.Path(value["--output"])
-        folder.mkdir(parents=True)
-        (folder / "results.json").write_text(json.dumps(answer | {"started": "2020-01-01T10:00:00Z"}))
-        return SimpleNamespace(returncode=0 if answer["complete"] else 1)
-
-    monkeypatch.setattr(calibrate.subprocess, "run", run)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(calibrate, "_out", lambda: tmp_path)
-    return found
-
-
-BOTH = recorded(record("triton", 2e-3), record("cuda", 1e-3))
-
-
-@pytest.mark.parametrize(
-    "trial",
-    [
-        "hangs",
-        recorded(),
-        recorded(record("hopper", 1, status="FAILED")),
-        recorded(record("hopper", 1), complete=False),
-    ],
-    ids=["hangs", "cannot run", "wrong", "cut short"],
-)
-def test_hopper_kernels_that_fail_their_trial_are_left_out(bench, trial, tmp_path, capsys):
-    bench.answers = {"hopper": trial, "triton,cuda": BOTH}
-    assert calibrate.main(["--output", str(tmp_path / "table.json"), "--matmul-precision", "highest"]) == 0
-    assert bench.asked == ["hopper", "triton,cuda"]
-    assert "left out" in capsys.readouterr().out
-
-
-def test_hopper_kernels_that_pass_take_part(bench, tmp_path):
-    run = recorded(record("triton", 2e-3), record("hopper", 1e-3))
-    bench.answers = {"hopper": recorded(record("hopper", 1)), "triton,cuda,hopper": run}
-    assert calibrate.main(["--output", str(tmp_path / "table.json")]) == 0
-    assert bench.asked == ["hopper", "triton,cuda,hopper", "triton,cuda,hopper"]  # fp32 at two precisions
-    assert "hopper" in json.loads((tmp_path / "table.json").read_text())["rows"][0]["milliseconds"]
-
-
-def test_a_run_that_hangs_makes_no_table(bench, tmp_path, capsys):
-    bench.answers = {"hopper": recorded(), "triton,cuda": "hangs"}
-    assert calibrate.main(["--output", str(tmp_path / "table.json")]) == 1
-    assert not (tmp_path / "table.json").exists()
-    assert "no run came to its end" in capsys.readouterr().err
+@pytest.mark.parametrize("text", ["", "[]", "{}", "[" * 100_000])
+def test_a_file_that_is_no_recorded_run_is_named(tmp_path, text, capsys):
+    (tmp_path / "a.json").write_text(text)
+    assert calibrate.main(["--from", str(tmp_path / "a.json")]) == 2
+    assert "a.json is no results.json" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_without_a_gpu_it_says_so(capsys):
     assert calibrate.main([]) == 3
     assert "no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["-m", "mcld_kernels.calibrate"], [str(ROOT / "bench" / "calibrate.py")]])
+def test_both_commands_run_from_any_folder(command, tmp_path):
+    done = subprocess.run(
+        [sys.executable, *command, "--help"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0 and "exit codes: 0 done" in " ".join(done.stdout.split()), done.stderr

@@ -430,9 +430,6 @@ def test_reasons(module):
     assert cuda.unavailable_reason() is None
     assert cuda.unsupported_reason(logits, logits) is None
     assert "fp64" in cuda.unsupported_reason(logits, logits.double())
-    info = {**module.info(), "portable": False}
-    with extension.use(SimpleNamespace(info=lambda: info)):
-        assert "no portable kernels" in cuda.unavailable_reason()
     if not torch.cuda.is_available():
         with extension.use(compiled_for("90a-real", None)):
             assert "no CUDA device" in cuda.unavailable_reason()
@@ -441,7 +438,7 @@ def test_reasons(module):
 
 def compiled_for(architectures, driver, toolkit="13.0.88"):
     """A module compiled for a GPU, on a machine whose driver runs CUDA ``driver`` at most."""
-    info = {"cuda": toolkit, "architectures": architectures.split(";"), "portable": True}
+    info = {"cuda": toolkit, "architectures": architectures.split(";")}
     return SimpleNamespace(info=lambda: info, driver_version=lambda: driver)
 
 
@@ -492,7 +489,7 @@ def test_a_device_without_code_is_a_reason(gpu):
     with extension.use(compiled_for("80-real;90a-real", (13, 0))):
         assert "compute capability 8.0 or above" in cuda.unsupported_reason(logits, logits)
         logits = gpu(12, 0)
-        assert "MCLD_CUDA_ARCHS=12.0" in cuda.unsupported_reason(logits, logits)
+        assert "MCLD_BUILD_CUDA=1 pip install" in cuda.unsupported_reason(logits, logits)
         logits.device = torch.device("cpu")
         assert "CUDA tensors" in cuda.unsupported_reason(logits, logits)
 

@@ -1,43 +1,112 @@
 """``python -m mcld_kernels.info``, and what the package shows of itself."""
 
+import json
 import subprocess
 import sys
 
+import pytest
 import torch
 
 import mcld_kernels
-from mcld_kernels import backends, info
+from mcld_kernels import backends, info, installation
+
+
+def run(*arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "mcld_kernels.info", *arguments], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    return done.stdout
 
 
 def test_prints_what_a_bug_report_needs():
-    done = subprocess.run([sys.executable, "-m", "mcld_kernels.info"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert not done.stderr
+    text = run()
     for word in (
-        "versions", "devices", "backends", "compiled module", "environment",
+        "versions", "build", "driver", "devices", "backends", "environment",
         mcld_kernels.__version__, torch.__version__, "cpu", "MCLD_CHUNK_MB", *backends.NAMES,
     ):  # fmt: skip
-        assert word in done.stdout
+        assert word in text
+    reasons = filter(None, map(backends.unavailable_reason, backends.NAMES))
+    for reason in reasons:
+        assert text.count(reason) == 1
+
+
+def test_json_is_the_same_description():
+    description = json.loads(run("--json"))
+    assert description == json.loads(json.dumps(info.describe()))
+    assert description["versions"]["torch"] == torch.__version__
+    assert description["build"]["commit"] == installation.commit()
+    assert set(description["driver"]) == {"version", "CUDA"}
+
+
+def test_torchs_version_is_that_of_the_imported_torch(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "9.9.9+cu999")
+    assert info.describe()["versions"]["torch"] == "9.9.9+cu999"
+
+
+def test_every_device_says_what_auto_takes():
+    devices = info.describe()["devices"]
+    assert set(devices) == {"cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))}
+    assert devices["cpu"]["auto takes"] == {"float32": "torch", "bfloat16": "torch"}
+    for device in devices.values():
+        assert set(device["auto takes"].values()) <= set(backends.NAMES)
 
 
 def test_every_backend_is_available_or_explained():
-    words = info.describe()["backends"]
-    assert tuple(words) == backends.NAMES
-    for name, word in words.items():
-        assert word
-        assert (name in backends.available()) == (word == "available")
+    reasons = info.describe()["backends"]
+    assert tuple(reasons) == backends.NAMES
+    assert tuple(name for name, reason in reasons.items() if reason is None) == backends.available()
+    assert all(reason is None or reason for reason in reasons.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.129.03  Thu Oct 19 18:56:32 UTC 2023\n", "535.129.03"),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release\nGCC 12.3.0\n", "580.65.06"),
+    ],
+)
+def test_the_drivers_version_is_read(text, expected, monkeypatch):
+    monkeypatch.setattr(info.Path, "read_text", lambda path: text)
+    assert info._driver_version() == expected
 
 
 def test_values_of_variables_are_shown(monkeypatch):
     monkeypatch.setenv("MCLD_CHUNK_MB", "17")
     assert info.describe()["environment"]["MCLD_CHUNK_MB"] == "17"
+    assert "  MCLD_CHUNK_MB     17" in info.lines(info.describe())
     monkeypatch.delenv("MCLD_CHUNK_MB")
-    assert "unset" in info.describe()["environment"]["MCLD_CHUNK_MB"]
+    assert info.describe()["environment"]["MCLD_CHUNK_MB"] is None
+    assert any("MCLD_CHUNK_MB     unset (" in line for line in info.lines(info.describe()))
+
+
+@pytest.mark.parametrize(
+    ("record", "origin"),
+    [
+        ({"url": "https://host/a.git", "vcs_info": {"vcs": "git", "commit_id": "abc"}}, "git+https://host/a.git@abc"),
+        ({"url": "file:///a%20b/mcld", "dir_info": {}}, "/a b/mcld"),
+        ({"url": "https://host/x.tar.gz", "archive_info": {}}, "https://host/x.tar.gz"),
+        ({}, "mcld-kernels"),
+    ],
+)
+def test_the_command_for_cuda_names_the_source_of_this_installation(record, origin, monkeypatch, tmp_path):
+    class Distribution:
+        def read_text(self, name):
+            return json.dumps(record) if record else None
+
+    monkeypatch.setattr(installation, "_PACKAGE", tmp_path / "mcld_kernels")
+    monkeypatch.setattr(installation, "distribution", lambda name: Distribution())
+    assert installation.source() == (origin, False)
+    command = installation.cuda_command()
+    assert command.startswith("MCLD_BUILD_CUDA=1 pip install -v ") and "--no-cache-dir" in command
+    (tmp_path / "setup.py").touch()
+    assert installation.cuda_command().endswith(f"--no-deps -e {tmp_path}")
 
 
 def test_public_names():
     assert set(mcld_kernels.__all__) == {
-        "MCLDLoss", "MCLDTerms", "__version__", "backends", "mcld_loss", "mcld_terms", "reference",
+        "KDLoss", "MCLDLoss", "MCLDTerms", "__version__", "backends", "kd_loss", "mcld_loss", "mcld_terms", "reference",
     }  # fmt: skip
     assert all(hasattr(mcld_kernels, name) for name in mcld_kernels.__all__)
     assert mcld_kernels.MCLDTerms._fields == ("loss", "instance", "sample", "category")

@@ -1,5 +1,6 @@
-// The CPU kernels in the Python module: pointers come as integers, by position, since a small call is mostly its arguments.
-#include "cpu/bindings.h"
+// The Python module mcld_kernels._cpu. It knows no torch: pointers come as integers, so one build serves every torch. They
+// come by position, since a small call is mostly its arguments.
+#include <pybind11/pybind11.h>
 
 #include "cpu/low_latency.h"
 
@@ -54,18 +55,18 @@ py::list isas() {
 }
 
 }  // namespace
-
-void bind(py::module_& module) {
-  py::module_ cpu = module.def_submodule("cpu", "The kernels for a CPU.");
-  cpu.attr("NORMALIZE") = int(kNormalize);
-  cpu.attr("ROW_SUMS") = int(kRowSums);
-  cpu.attr("ROW_GRADIENT") = int(kRowGradient);
-  cpu.attr("COLUMN_SUMS") = int(kColumnSums);
-  cpu.attr("FINISH") = int(kFinish);
-  cpu.attr("ALL_STEPS") = int(kAllSteps);
-  cpu.def("isas", &isas, "Names of the instruction sets that this machine runs, the fastest last.");
-  cpu.def("layout", &layout, "Size, pitches and offsets of the workspace for n x C logits, in floats.");
-  cpu.def("low_latency", &run, "Steps of a call; see csrc/cpu/low_latency.h for the arguments.");
-}
-
 }  // namespace mcld::cpu
+
+PYBIND11_MODULE(_cpu, module) {
+  using namespace mcld::cpu;
+  module.doc() = "Kernels of mcld_kernels for a CPU.";
+  module.attr("NORMALIZE") = int(kNormalize);
+  module.attr("ROW_SUMS") = int(kRowSums);
+  module.attr("ROW_GRADIENT") = int(kRowGradient);
+  module.attr("COLUMN_SUMS") = int(kColumnSums);
+  module.attr("FINISH") = int(kFinish);
+  module.attr("ALL_STEPS") = int(kAllSteps);
+  module.def("isas", &isas, "Names of the instruction sets that this machine runs, the fastest last.");
+  module.def("layout", &layout, "Size, pitches and offsets of the workspace for n x C logits, in floats.");
+  module.def("low_latency", &run, "Steps of a call; see csrc/cpu/low_latency.h for the arguments.");
+}

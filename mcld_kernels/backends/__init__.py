@@ -6,17 +6,18 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
-from importlib import import_module
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-from . import timings
+from ..kernels import KernelSet
+from . import cuda, timings, torch, triton
 
-if TYPE_CHECKING:
-    from ..kernels import KernelSet
-
+_MODULES: dict[str, Any] = {
+    "torch": torch,
+    "triton": triton,
+    "cuda": cuda,
+}  # each has TUNING, kernel_set and the two reasons
 NAMES = ("reference", "torch", "triton", "cuda")
 _GIVE_TEACHER_GRADIENT = ("reference", "torch")
 _TUNING: ContextVar[Mapping[str, Any]] = ContextVar("mcld_kernels_tuning", default={})  # noqa: B039
@@ -33,7 +34,7 @@ def available() -> tuple[str, ...]:
 
 def unavailable_reason(name: str) -> str | None:
     """Why backend ``name`` cannot run on this machine, whatever the logits; None if it can."""
-    return None if name == "reference" else _module(name).unavailable_reason()  # type: ignore[no-any-return]
+    return None if name == "reference" else _MODULES[name].unavailable_reason()  # type: ignore[no-any-return]
 
 
 def explain(student: Tensor, teacher: Tensor) -> dict[str, str]:
@@ -52,7 +53,7 @@ def unsupported_reason(name: str, student: Tensor, teacher: Tensor, teacher_grad
             "it gives no gradient by the teacher, and this teacher requires grad: detach the teacher, "
             "or use backend 'torch' or 'reference' (mutual learning)"
         )
-    return None if name == "reference" else _module(name).unsupported_reason(student, teacher)  # type: ignore[no-any-return]
+    return None if name == "reference" else _MODULES[name].unsupported_reason(student, teacher)  # type: ignore[no-any-return]
 
 
 def check_name(name: str) -> None:
@@ -96,7 +97,7 @@ def kernel_set(
     name: str, student: Tensor, teacher: Tensor, teacher_grad: bool = False, supported: tuple[str, ...] = NAMES
 ) -> KernelSet:
     """The kernels of backend ``name`` ("auto": the fastest) for these logits. Raises BackendUnavailable."""
-    module = _module(choose(name, student, teacher, teacher_grad, supported))
+    module = _MODULES[choose(name, student, teacher, teacher_grad, supported)]
     return module.kernel_set(student, teacher, **_overrides(module))  # type: ignore[no-any-return]
 
 
@@ -110,14 +111,10 @@ def tuned(**fields: Any) -> Iterator[None]:
         _TUNING.reset(token)
 
 
-def _overrides(module: ModuleType) -> dict[str, Any]:
+def _overrides(module: Any) -> dict[str, Any]:
     """The fields given by `tuned` that this backend's Tuning has."""
     given = _TUNING.get()
     if not given:
         return {}
     known = {field.name for field in dataclasses.fields(module.TUNING)}
     return {name: value for name, value in given.items() if name in known}
-
-
-def _module(name: str) -> ModuleType:
-    return import_module(f"{__name__}.{name}")

@@ -1,8 +1,8 @@
-"""The measured table: which of the CUDA backends was the fastest on this GPU, by dtype and shape.
+"""The measured table: the fastest CUDA backend on this GPU, by dtype and shape.
 
-`bench/calibrate.py` measures and writes one, each figure past the correctness gate. It is looked for where MCLD_TABLE
-says, else in the user's cache folder, else among those that the package ships (``tables/``: none yet, no GPU has been
-measured). Without a table nothing is known, and the choice falls back to a fixed order.
+`python -m mcld_kernels.calibrate` measures and writes one; each entry has passed a correctness gate. A table is looked
+for where MCLD_TABLE says, else in the user's cache folder, else among those of the package (``tables/``). Without a
+table the order of the backends is fixed.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import json
 import math
 import os
 import re
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,11 +26,13 @@ SCHEMA = 1
 SHIPPED = Path(__file__).parents[1] / "tables"
 # What a table compares; "hopper" is backend "cuda" with its Hopper kernels.
 CANDIDATES = {"triton": "triton", "cuda": "cuda", "hopper": "cuda"}
+_COMMAND = "python -m mcld_kernels.calibrate"
 _HALF = ("bfloat16", "float16")
 
 
-class Row(NamedTuple):
-    """One shape, all terms, loss and gradient: milliseconds of each candidate that ran and was right."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One shape, all terms, loss and gradient: milliseconds of each candidate that ran and passed the gate."""
 
     dtype: str
     precision: str  # the float32 matmul precision
@@ -38,7 +41,8 @@ class Row(NamedTuple):
     milliseconds: dict[str, float]
 
 
-class Table(NamedTuple):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
     path: Path
     gpu: str
     date: str
@@ -51,7 +55,7 @@ def file_name(gpu: str) -> str:
 
 
 def user_path(gpu: str) -> Path:
-    """Where `bench/calibrate.py` writes the table of this machine's GPU."""
+    """The table's path for this user. Raises RuntimeError where the home folder is not known."""
     if os.environ.get("MCLD_TABLE"):
         return Path(os.environ["MCLD_TABLE"])
     cache = os.environ.get("XDG_CACHE_HOME")
@@ -59,54 +63,92 @@ def user_path(gpu: str) -> Path:
 
 
 def find(gpu: str) -> tuple[Table | None, str]:
-    """The table for a GPU, and what to say of it or why there is none. Raises ValueError where a file is no table."""
-    asked = bool(os.environ.get("MCLD_TABLE"))
-    ignored = []
-    for path in (user_path(gpu), *([] if asked else [SHIPPED / file_name(gpu)])):
-        if not path.is_file():
-            if asked:
-                raise ValueError(f"MCLD_TABLE names {path}, and there is no such file")
-            continue
-        table, why = _read(path)
-        if table is not None and table.gpu == gpu:
-            return table, f"{path}: measured {table.date}, {len(table.rows)} shapes"
-        ignored.append(f"{path} is ignored: {why or f'it was measured on {table and table.gpu}'}")
-    return None, "; ".join(ignored) or "none for this GPU: `python bench/calibrate.py` measures one"
+    """The table for a GPU, and a description of it or the reason for its absence.
 
-
-def _read(path: Path) -> tuple[Table | None, str]:
-    """The table in a file, or why this version of the package does not use it."""
+    Raises ValueError where a file is no table, or the file of MCLD_TABLE cannot be read.
+    """
+    if os.environ.get("MCLD_TABLE"):
+        path = Path(os.environ["MCLD_TABLE"])
+        try:
+            return _select(path, path.read_bytes(), gpu)
+        except FileNotFoundError:
+            raise ValueError(f"MCLD_TABLE names {path}, and there is no such file") from None
+        except OSError as error:
+            raise ValueError(f"MCLD_TABLE names {path}, which cannot be read: {error.strerror}") from None
+    paths, reasons = [SHIPPED / file_name(gpu)], []
     try:
-        found = json.loads(path.read_text())
-        if (found["schema"], found["package"]) != (SCHEMA, __version__):
-            return None, f"it was measured with mcld_kernels {found['package']}, and this is {__version__}"
-        rows = []
-        for entry in found["rows"]:
-            milliseconds = {str(name): float(value) for name, value in entry["milliseconds"].items()}
-            row = Row(
-                str(entry["dtype"]), str(entry["precision"]), int(entry["batch"]), int(entry["classes"]), milliseconds
-            )
-            unknown = set(milliseconds) - set(CANDIDATES)
-            if not milliseconds or unknown or min(row.batch, row.classes, *milliseconds.values()) <= 0:
-                raise ValueError(f"a row that cannot be: {entry}")
-            rows.append(row)
-        return Table(path, str(found["gpu"]), str(found["date"]), tuple(rows)), ""
-    except (OSError, KeyError, TypeError, AttributeError, ValueError) as fault:
+        paths.insert(0, user_path(gpu))
+    except RuntimeError as error:  # no HOME, and no entry for this uid
+        reasons.append(f"no cache folder: {error}")
+    for path in paths:
+        try:
+            text = path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            reasons.append(f"{path} is ignored: it cannot be read ({error.strerror})")
+            continue
+        table, description = _select(path, text, gpu)
+        if table is not None:
+            return table, description
+        reasons.append(description)
+    return None, "; ".join(reasons) or f"none for this GPU: `{_COMMAND}` measures one"
+
+
+def _select(path: Path, text: bytes, gpu: str) -> tuple[Table | None, str]:
+    """The table in a file if it is for this package and GPU, and its description or the reason."""
+    table, reason = parse(path, text)
+    if table is None:
+        return None, f"{path} is ignored: {reason}"
+    if table.gpu != gpu:
+        return None, f"{path} is ignored: it was measured on {table.gpu}"
+    return table, f"{path}: measured {table.date}, {len(table.rows)} shapes"
+
+
+def parse(path: Path, text: bytes) -> tuple[Table | None, str]:
+    """The table in ``text``, or the reason why this version of the package does not use it.
+
+    Raises ValueError where the text is no table.
+    """
+    try:
+        content = json.loads(text)
+        if (content["schema"], content["package"]) != (SCHEMA, __version__):
+            return None, f"it was measured with mcld_kernels {content['package']}, and this is {__version__}"
+        rows = tuple(_row(entry) for entry in content["rows"])
+        return Table(path=path, gpu=str(content["gpu"]), date=str(content["date"]), rows=rows), ""
+    # OverflowError: an int of infinity; RecursionError: nesting deeper than the parser's stack.
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(
-            f"{path} is no table of measurements ({type(fault).__name__}: {fault}): delete it, "
-            "or measure again with `python bench/calibrate.py`"
-        ) from fault
+            f"{path} is no table of measurements ({type(error).__name__}: {str(error)[:200]}): delete it, "
+            f"or measure again with `{_COMMAND}`"
+        ) from error
+
+
+def _row(entry: dict[str, Any]) -> Row:
+    milliseconds = {str(name): float(value) for name, value in entry["milliseconds"].items()}
+    row = Row(
+        dtype=str(entry["dtype"]),
+        precision=str(entry["precision"]),
+        batch=int(entry["batch"]),
+        classes=int(entry["classes"]),
+        milliseconds=milliseconds,
+    )
+    positive = all(0 < value < math.inf for value in milliseconds.values())  # False for NaN
+    shape = all(0 < value < 2**63 for value in (row.batch, row.classes))
+    if not milliseconds or not positive or not shape or set(milliseconds) - set(CANDIDATES):
+        raise ValueError(f"an impossible row: {entry}")
+    return row
 
 
 def nearest(table: Table, dtype: torch.dtype, batch: int, classes: int) -> Row | None:
-    """The row of this kind of logits whose shape is the nearest, by factors of two; None if the kind is not in it."""
+    """The row of this dtype whose shape is the nearest, by factors of two; None if the dtype is not in the table."""
     name = str(dtype).removeprefix("torch.")
-    kinds = [[row for row in table.rows if row.dtype == name]]
+    groups = [[row for row in table.rows if row.dtype == name]]
     if name == "float32":
-        kinds = [[row for row in kinds[0] if row.precision == float32_precision()]]
+        groups = [[row for row in groups[0] if row.precision == float32_precision()]]
     if name in _HALF:
-        kinds.append([row for row in table.rows if row.dtype in _HALF])
-    rows = next(filter(None, kinds), [])
+        groups.append([row for row in table.rows if row.dtype in _HALF])
+    rows = next(filter(None, groups), [])
 
     def distance(row: Row) -> float:
         return math.log2(row.batch / max(batch, 1)) ** 2 + math.log2(row.classes / max(classes, 1)) ** 2
@@ -115,12 +157,12 @@ def nearest(table: Table, dtype: torch.dtype, batch: int, classes: int) -> Row |
 
 
 @lru_cache
-def _in_use(gpu: str, asked: str | None) -> Table | None:
+def _in_use(gpu: str, mcld_table: str | None) -> Table | None:
     """Read once in a process: a choice that changed halfway would change the last bits of a result."""
     return find(gpu)[0]
 
 
-def _row(student: Tensor, teacher: Tensor) -> Row | None:
+def _nearest_row(student: Tensor, teacher: Tensor) -> Row | None:
     if not student.is_cuda:
         return None
     table = _in_use(torch.cuda.get_device_name(student.device), os.environ.get("MCLD_TABLE"))
@@ -130,7 +172,7 @@ def _row(student: Tensor, teacher: Tensor) -> Row | None:
 
 def order(student: Tensor, teacher: Tensor) -> tuple[str, ...] | None:
     """The CUDA backends for logits (batch, classes), the fastest first; None where nothing was measured."""
-    row = _row(student, teacher)
+    row = _nearest_row(student, teacher)
     if row is None:
         return None
     fastest = sorted(row.milliseconds, key=row.milliseconds.__getitem__)
@@ -138,11 +180,11 @@ def order(student: Tensor, teacher: Tensor) -> tuple[str, ...] | None:
 
 
 def takes_hopper(student: Tensor, teacher: Tensor) -> bool:
-    """Whether backend "cuda" is to take its Hopper kernels: as MCLD_HOPPER says (1 or 0), else as was measured."""
-    asked = os.environ.get("MCLD_HOPPER")
-    if asked in ("0", "1"):
-        return asked == "1"
-    row = _row(student, teacher)
+    """True if backend "cuda" takes its Hopper kernels: as MCLD_HOPPER says (1 or 0), else by the table."""
+    setting = os.environ.get("MCLD_HOPPER")
+    if setting in ("0", "1"):
+        return setting == "1"
+    row = _nearest_row(student, teacher)
     if row is None or "hopper" not in row.milliseconds:
         return False
     return row.milliseconds["hopper"] < row.milliseconds.get("cuda", math.inf)

@@ -81,8 +81,8 @@ def _options_apply(
 def compiled_module() -> Any:
     """The CPU kernels of the compiled module; None without one."""
     try:
-        return importlib.import_module("mcld_kernels._C").cpu
-    except (ImportError, AttributeError):  # not built, or built before it had these kernels
+        return importlib.import_module("mcld_kernels._cpu")
+    except ImportError:
         return None
 
 

@@ -1,4 +1,4 @@
-r"""Knowledge distillation by the Kullback-Leibler divergence of softened probabilities (Hinton et al., arXiv 1503.02531).
+r"""Knowledge distillation by the KL divergence of softened probabilities (Hinton et al., arXiv 1503.02531).
 
 With p = softmax(T / t) and q = softmax(S / t) over the classes, temperature t and batch size B,
 

@@ -1,7 +1,7 @@
-"""MCLD: multi-perspective contrastive logit distillation, as functions, as a module and as its composition of contrasts.
+"""MCLD, multi-perspective contrastive logit distillation: functions, module and the composition from contrasts.
 
-The instance- and sample-wise terms contrast the rows of the logits, the category-wise term contrasts their columns. Each
-is InfoNCE (`infonce`); row terms share one contrast where their temperatures agree and nothing is masked.
+The instance- and sample-wise terms contrast the rows of the logits, the category-wise term contrasts their columns.
+Each is InfoNCE (`infonce`); row terms share one contrast where their temperatures agree and nothing is masked.
 """
 
 from __future__ import annotations
@@ -89,8 +89,9 @@ def mcld_loss(
         target: labels, (batch,), int64, in [0, classes) or ``ignore_index``. Needed by the sample-wise term,
             ``mask_same_class`` and ``present_only``.
         temperature: > 0; one for all terms, or three (instance, sample, category).
-        weight: >= 0; one for all terms, or three (instance, sample, category). A weight of 0 removes the term and its cost. A tensor of shape (3,)
-            on the logits' device costs all three terms, can change without recompiling, and gets its gradient.
+        weight: >= 0; one for all terms, or three (instance, sample, category). A weight of 0 removes the term and its
+            cost. A tensor of shape (3,) on the logits' device computes all three terms, can change without
+            recompiling, and gets its gradient.
         direction: which side anchors the row terms: "student", "teacher", or "symmetric" (the mean of both).
         mask_same_class: for the instance-wise term, drop candidates with the anchor's label (other than its positive)
             from the denominator.
@@ -253,7 +254,7 @@ class MCLDLoss(nn.Module):
         if uncertainty_weighting and tensor is None:
             # The gradient by a tensor of weights does not know of weights beside it.
             tensor = torch.tensor(self.options.term_weight)
-            self.options = self.options._replace(term_weight=tuple(map(float, self.options.active)))
+            self.options = self.options._replace(term_weight=_ones_where(self.options.active))
         self.backend, self.warmup, self.warmup_steps = backend, float(warmup), warmup_steps
         if isinstance(tensor, nn.Parameter):
             self.weight = tensor
@@ -378,6 +379,10 @@ class MCLDLoss(nn.Module):
         return ", ".join([*parts, f"backend={self.backend!r}"])
 
 
+def _ones_where(active: tuple[bool, bool, bool]) -> tuple[float, float, float]:
+    return float(active[0]), float(active[1]), float(active[2])
+
+
 def compute(kernels: KernelSet, inputs: LossInputs) -> LossOutputs:
     """Loss, terms and gradients of a call; the category-wise term and teacher anchors need n == m."""
     options, student, teacher = inputs.options, inputs.student, inputs.teacher
@@ -408,6 +413,13 @@ class _Composition:
 
     def run(self) -> LossOutputs:
         inputs, options = self.inputs, self.options
+        if not any(options.active):
+            return LossOutputs(
+                loss=self.per_anchor.new_zeros(()),
+                terms=self.per_anchor.new_zeros(3),
+                student_grad=self.student_grad.result(),
+                teacher_grad=self.teacher_grad.result(),
+            )
         student_labels = teacher_labels = None
         if inputs.target is not None and any(options.label_terms):
             sides = (inputs.target,) if inputs.teacher_target is None else (inputs.target, inputs.teacher_target)

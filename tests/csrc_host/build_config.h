@@ -4,6 +4,4 @@
 #define MCLD_VERSION "emulated"
 #define MCLD_CUDA_VERSION "emulated"
 #define MCLD_CUDA_ARCHS "host"
-#define MCLD_CUDA_REASON ""
-#define MCLD_HAS_PORTABLE 1
 #define MCLD_HAS_HOPPER 1

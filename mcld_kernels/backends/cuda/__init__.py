@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import installation
 from .. import timings
 from ..chunks import chunk_bytes
 from . import extension
@@ -30,12 +31,9 @@ MIN_CAPABILITY = (8, 0)
 
 def unavailable_reason() -> str | None:
     """The reason why the backend cannot run on this machine, whatever the logits; None if it can."""
-    reason = extension.cuda_unavailable_reason()
-    if reason is not None:
+    module, reason = extension.load()
+    if module is None:
         return reason
-    module = _module()
-    if not module.info()["portable"]:
-        return "the compiled module holds no portable kernels: install the package again"
     if _is_host_build(module):
         return None
     if not torch.cuda.is_available():
@@ -45,7 +43,8 @@ def unavailable_reason() -> str | None:
     if driver is not None and driver[0] < toolkit[0]:
         return (
             f"the compiled module was built with CUDA {_dotted(toolkit)}, and the driver runs CUDA {_dotted(driver)} "
-            f"at most: update the driver, or install the package again with a toolkit of CUDA {driver[0]}"
+            f"at most: update the driver, or compile with a toolkit of CUDA {driver[0]} on the PATH, "
+            f"`{installation.cuda_command()}`"
         )
     return None
 
@@ -105,7 +104,7 @@ def _device_reason(module: ModuleType, device: torch.device) -> str | None:
     if any(runs_on(architecture, capability, jit=jit) for architecture in architectures):
         return None
     held = f"the compiled module is for {', '.join(architectures)}, and {device} has compute capability"
-    remedy = f"install the package again with MCLD_CUDA_ARCHS={_dotted(capability)}"
+    remedy = f"`{installation.cuda_command()}` compiles for it"
     if any(runs_on(architecture, capability) for architecture in architectures):
         return (
             f"{held} {_dotted(capability)}, for which the driver must compile PTX of CUDA {_dotted(toolkit)}; it runs "

@@ -1,0 +1,127 @@
+"""The losses that are measured: one entry of `LOSSES` for each, with its flop count, its options and its eager truth.
+
+A new loss is one entry. `Case` finds it by name, and every provider and the gate go through it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+import mcld_kernels
+from bench.harness import mcld_chunks
+from mcld_kernels import reference
+
+if TYPE_CHECKING:
+    from bench.harness.cases import Case
+
+Result = tuple[Tensor, "Tensor | None"]  # the loss () and the student's gradient (B, C); None in forward mode
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """One loss. ``function`` and ``reference``: (student, teacher, target, **options) -> (); the first takes backend.
+
+    ``eager`` computes loss and gradient in eager arithmetic of a dtype; the default is the reference on logits of that
+    dtype, an own one reaches batch sizes at which the reference does not fit into memory.
+    """
+
+    title: str
+    function: Callable[..., Tensor]
+    reference: Callable[..., Tensor]
+    options: Callable[[Case], dict[str, Any]]
+    flop: Callable[[Case], int]
+    eager_bytes: Callable[[Case], int]  # an estimate from above of what an eager step takes beside its inputs
+    magnitude: Callable[[Case, Tensor], tuple[float, float]]  # of the parts that cancel in a zero loss, gradient
+    terms: tuple[str, ...]
+    temperature: float
+    is_gemm_bound: bool = True  # otherwise the copy speed is its ceiling
+    eager: Callable[[Case, Tensor, Tensor, Tensor, torch.dtype], Result] | None = None
+
+
+def autograd(function: Callable[..., Tensor], case: Case, student: Tensor, teacher: Tensor, target: Tensor) -> Result:
+    """Loss and gradient of a differentiable function by autograd."""
+    leaf = student.detach().requires_grad_(case.backward)
+    loss = function(leaf, teacher, target)
+    return loss.detach(), torch.autograd.grad(loss, leaf)[0] if case.backward else None
+
+
+def eager(case: Case, student: Tensor, teacher: Tensor, target: Tensor, dtype: torch.dtype) -> Result:
+    """The case's loss and gradient in eager arithmetic of ``dtype``, at any batch size."""
+    loss = LOSSES[case.loss]
+    if loss.eager is not None:
+        return loss.eager(case, student, teacher, target, dtype)
+    options = loss.options(case)
+    function = lambda s, t, y: loss.reference(s, t, y, **options)  # noqa: E731
+    return autograd(function, case, student.to(dtype), teacher.to(dtype), target)
+
+
+def _mcld_flop(case: Case) -> int:
+    """2 n m d for the similarities, 2 n m d for the gradient. Instance and sample terms share one matrix."""
+    products = 2 if case.backward else 1
+    rows = 2 * products * case.batch**2 * case.classes if case.row_terms else 0
+    return rows + (2 * products * case.classes**2 * case.batch if case.category else 0)
+
+
+# (B, B) matrices that the eager reference holds at its peak, by (instance, sample), and (C, C) ones; counted from
+# measured peaks at B = 2048 (torch 2.13, CPU), which tests/test_bench.py repeats at a smaller size.
+_ROW_MATRICES = {
+    (True, False): (2.5, 5.0),
+    (False, True): (4.5, 5.0),
+    (True, True): (4.5, 6.0),
+    (False, False): (0.0, 0.0),
+}
+_CATEGORY_MATRICES = (2.0, 5.0)
+
+
+def _mcld_eager_bytes(case: Case) -> int:
+    rows = _ROW_MATRICES["instance" in case.terms, "sample" in case.terms]
+    return case.matrix_bytes(rows[case.backward], _CATEGORY_MATRICES[case.backward])
+
+
+def _mcld_magnitude(case: Case, student: Tensor) -> tuple[float, float]:
+    """Cosines over the temperature, and their gradient by logits whose rows or columns have a norm."""
+    loss = gradient = 0.0
+    for dim, is_active in ((1, case.row_terms), (0, case.category)):
+        if is_active:
+            norm = torch.linalg.vector_norm(student.double(), dim=dim)
+            inv_norm = torch.where(norm == 0, 0.0, 1 / norm)
+            loss += 1 / case.temperature
+            gradient += torch.linalg.vector_norm(inv_norm).item() / (case.temperature * len(norm))
+    return loss, gradient
+
+
+LOSSES = {
+    "mcld": Loss(
+        title="MCLD",
+        function=mcld_kernels.mcld_loss,
+        reference=reference.mcld_loss,
+        options=lambda case: {"weight": case.weight, "temperature": case.temperature},
+        flop=_mcld_flop,
+        eager_bytes=_mcld_eager_bytes,
+        magnitude=_mcld_magnitude,
+        terms=("instance", "sample", "category"),
+        temperature=0.1,
+        eager=mcld_chunks.loss_and_gradient,
+    ),
+    "kd": Loss(
+        title="KD (KL divergence)",
+        function=lambda s, t, y, **options: mcld_kernels.kd_loss(s, t, **options),
+        reference=lambda s, t, y, **options: reference.kd_loss(s, t, **options),
+        options=lambda case: {"temperature": case.temperature},
+        # Each side: scale, maximum, exp, sum, log, subtract; the divergence: subtract, multiply, add; the gradient: 3.
+        flop=lambda case: (18 if case.backward else 15) * case.batch * case.classes,
+        eager_bytes=lambda case: case.matrix_bytes(0, 0) * 3,
+        magnitude=lambda case, student: (
+            case.temperature * torch.linalg.vector_norm(student.double()).item() / case.batch**0.5,
+            case.temperature / case.batch**0.5,
+        ),
+        terms=("divergence",),
+        temperature=4.0,
+        is_gemm_bound=False,
+    ),
+}

@@ -1,0 +1,32 @@
+"""The profile of one step: a chrome trace and a table of its kernels (operators on the CPU)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+STEPS = 3
+
+
+def profile_step(step: Callable[[], object], device: torch.device, folder: Path, name: str) -> str:
+    """Write ``trace_<name>.json.gz`` and ``kernels_<name>.txt`` into the folder; return the table."""
+    activities = [ProfilerActivity.CPU]
+    sort = "self_cpu_time_total"
+    if device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+        sort = "self_cuda_time_total"
+    step()
+    with profile(activities=activities, record_shapes=True, profile_memory=True) as recorded:
+        for _ in range(STEPS):
+            step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    recorded.export_chrome_trace(str(folder / f"trace_{name}.json.gz"))
+    table = recorded.key_averages(group_by_input_shape=True).table(
+        sort_by=sort, row_limit=15, max_name_column_width=40, max_shapes_column_width=50
+    )
+    (folder / f"kernels_{name}.txt").write_text(f"{STEPS} steps of {name}\n{table}\n")
+    return table

@@ -1,0 +1,166 @@
+"""The providers: each names the cases that it can run, predicts its memory, and takes one step of a case."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bench.harness import closed_form, peers
+from bench.harness.cases import Case
+from bench.harness.losses import LOSSES, Result
+from mcld_kernels import backends
+from mcld_kernels.calibrate import hopper_unsupported_reason
+
+LossFn = Callable[[Tensor, Tensor, Tensor], Tensor]  # student (B, C), teacher (B, C), target (B,) -> ()
+Step = Callable[[], Result]
+
+
+@dataclass(frozen=True)
+class Provider:
+    """``make(case, student, teacher, target)`` gives a step.
+
+    ``unsupported_reason(case, student, teacher)`` is None if it can run; ``extra_bytes`` estimates from above the
+    memory that a step takes beside its inputs.
+    """
+
+    name: str
+    title: str
+    make: Callable[[Case, Tensor, Tensor, Tensor], Step]
+    unsupported_reason: Callable[[Case, Tensor, Tensor], str | None]
+    extra_bytes: Callable[[Case], int]
+
+
+def autograd_step(loss_fn: LossFn, case: Case, student: Tensor, teacher: Tensor, target: Tensor) -> Step:
+    """A step of a differentiable loss. Without backward the student needs no gradient, so nothing is saved for one."""
+    if not case.backward:
+        return lambda: (loss_fn(student, teacher, target), None)
+    leaf = student.detach().clone().requires_grad_()
+
+    def step() -> Result:
+        loss = loss_fn(leaf, teacher, target)
+        return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+
+    return step
+
+
+def backend_unsupported_reason(name: str, hopper: bool, student: Tensor, teacher: Tensor) -> str | None:
+    """Why a backend has no speed for these logits; None if it has one."""
+    reason = backends.unsupported_reason(name, student, teacher, False)
+    if reason is None and name in ("triton", "cuda") and student.device.type == "cpu":
+        return "interpreted or emulated on a CPU: its time is not a speed"
+    if reason is None and hopper:
+        return hopper_unsupported_reason(student, teacher)
+    return reason
+
+
+def _always(case: Case, student: Tensor, teacher: Tensor) -> str | None:
+    return None
+
+
+def _eager_bytes(case: Case) -> int:
+    return LOSSES[case.loss].eager_bytes(case)
+
+
+def _reference(case: Case, *tensors: Tensor) -> Step:
+    loss, options = LOSSES[case.loss], LOSSES[case.loss].options(case)
+    return autograd_step(lambda s, t, y: loss.reference(s, t, y, **options), case, *tensors)
+
+
+def _compiled(case: Case, *tensors: Tensor) -> Step:
+    torch.compiler.reset()  # one shape, one program: no recompilation limit, no dynamic shapes from the case before
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\._inductor")  # torch's own, of itself
+    loss, options = LOSSES[case.loss], LOSSES[case.loss].options(case)
+    compiled = torch.compile(loss.reference, dynamic=False)
+    return autograd_step(lambda s, t, y: compiled(s, t, y, **options), case, *tensors)
+
+
+def _backend(name: str, title: str, hopper: bool = False) -> Provider:
+    """A backend; "cuda" with its Hopper kernels is the provider "hopper"."""
+
+    def make(case: Case, *tensors: Tensor) -> Step:
+        loss, options = LOSSES[case.loss], LOSSES[case.loss].options(case)
+
+        def loss_fn(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            with backends.tuned(hopper=hopper):
+                return loss.function(s, t, y, backend=name, **options)
+
+        return autograd_step(loss_fn, case, *tensors)
+
+    def unsupported_reason(case: Case, student: Tensor, teacher: Tensor) -> str | None:
+        return backend_unsupported_reason(name, hopper, student, teacher)
+
+    # Half copies of the inputs, vectors, one chunk; the chunk's budget is the backend's own, 256 MB at most by design.
+    shown = "hopper" if hopper else name
+    return Provider(shown, title, make, unsupported_reason, lambda case: case.matrix_bytes(0, 0) + (768 << 20))
+
+
+def _closed_form(name: str, title: str, attend: closed_form.Attend, matrices: float) -> Provider:
+    def make(case: Case, student: Tensor, teacher: Tensor, target: Tensor) -> Step:
+        return lambda: closed_form.loss_and_gradient(case, student, teacher, target, attend)
+
+    def unsupported_reason(case: Case, student: Tensor, teacher: Tensor) -> str | None:
+        if case.loss != "mcld":
+            return "computes MCLD only"
+        if attend is closed_form.matrix:
+            return None
+        return closed_form.attention_unsupported_reason(name, case, student.device)
+
+    return Provider(name, title, make, unsupported_reason, lambda case: case.matrix_bytes(matrices, matrices))
+
+
+def _peer(peer: peers.Peer) -> Provider:
+    def make(case: Case, student: Tensor, teacher: Tensor, target: Tensor) -> Step:
+        loss_fn = peer.build(case.temperature)
+        return autograd_step(lambda s, t, y: loss_fn(s, t), case, student, teacher, target)
+
+    def unsupported_reason(case: Case, student: Tensor, teacher: Tensor) -> str | None:
+        if case.loss != "mcld" or case.terms != ("instance",):
+            return "computes the instance-wise term alone (--terms instance)"
+        if peer.cuda_only and student.device.type != "cuda":
+            return "needs a CUDA device"
+        try:
+            importlib.import_module(peer.module)
+        except Exception as fault:  # whatever a foreign package raises on import is the reason to show
+            return f"cannot import {peer.module}: {str(fault).splitlines()[0] if str(fault) else type(fault).__name__}"
+        return None
+
+    def extra_bytes(case: Case) -> int:
+        return peer.extra_bytes(case.batch) + case.matrix_bytes(0, 0)
+
+    return Provider(peer.name, peer.title, make, unsupported_reason, extra_bytes)
+
+
+@functools.cache
+def all_providers() -> dict[str, Provider]:
+    """Every provider by name, in the table's order: ``reference`` first, since the others are compared with it."""
+    providers = [
+        Provider("reference", "mcld_kernels.reference, eager", _reference, _always, _eager_bytes),
+        Provider("compile", "mcld_kernels.reference under torch.compile", _compiled, _always, _eager_bytes),
+        _closed_form("library", "normalize, GEMM, softmax, GEMM; closed-form gradient", closed_form.matrix, 4.0),
+        _backend("torch", "closed-form gradient by row chunks"),
+        _backend("triton", "Triton kernels"),
+        _backend("cuda", "CUDA C++ kernels, the portable ones alone"),
+        _backend("cuda", "CUDA C++ kernels, the Hopper ones where they can", hopper=True),
+        _closed_form("sdpa", "PyTorch's flash attention, Q = anchors, K = V = candidates", closed_form.flash, 0.0),
+        _closed_form("cudnn", "cuDNN's attention, Q = anchors, K = V = candidates", closed_form.cudnn, 0.0),
+        *(_peer(peer) for peer in peers.PEERS),
+    ]
+    return {provider.name: provider for provider in providers}
+
+
+def choose(names: str | None) -> list[Provider]:
+    """The providers of a comma-separated list, in the table's order; all for None. Unknown names raise ValueError."""
+    known = all_providers()
+    if names is None:
+        return list(known.values())
+    chosen = [name.strip() for name in names.split(",") if name.strip()]
+    unknown = [name for name in chosen if name not in known]
+    if unknown or not chosen:
+        raise ValueError(f"unknown provider {', '.join(unknown) or '(none given)'}; known: {', '.join(known)}")
+    return [provider for name, provider in known.items() if name in chosen]

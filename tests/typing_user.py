@@ -1,0 +1,85 @@
+"""A user's code with every public name, for `mypy --strict` and pyright (tests/test_typing.py); it is not run.
+
+A ``type: ignore`` stands where the checker must complain: an ignore that nothing needs is an error too.
+"""
+
+import torch
+from torch import Tensor, nn
+
+import mcld_kernels
+from mcld_kernels import (
+    KDLoss,
+    MCLDLoss,
+    MCLDTerms,
+    __version__,
+    backends,
+    kd_loss,
+    mcld_loss,
+    mcld_terms,
+    reference,
+)
+
+
+class Distiller(nn.Module):
+    def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
+        super().__init__()
+        self.student, self.teacher = student, teacher
+        self.criterion = MCLDLoss(
+            temperature=(0.1, 0.1, 0.2),
+            weight=[1.0, 1.0, 0.5],
+            direction="symmetric",
+            mask_same_class=True,
+            present_only=True,
+            ignore_index=-1,
+            eps=1e-6,
+            backend="auto",
+            warmup=20,
+        )
+
+    def forward(self, images: Tensor, target: Tensor) -> Tensor:
+        logits: Tensor = self.student(images)
+        with torch.no_grad():
+            teacher: Tensor = self.teacher(images)
+        loss: Tensor = self.criterion(logits, teacher, target)
+        return loss + self.criterion.forward(logits, teacher)
+
+    def epoch(self, epoch: int) -> None:
+        self.criterion.set_epoch(epoch)
+        self.criterion.set_epoch(epoch + 0.5)
+
+
+def functions(student: Tensor, teacher: Tensor, target: Tensor, weight: nn.Parameter) -> list[Tensor]:
+    terms: MCLDTerms = mcld_terms(student, teacher, target, temperature=0.1, weight=weight)
+    loss, instance, sample, category = terms
+    losses: list[Tensor] = [loss, instance, sample, category, terms.loss, terms.instance, terms.sample, terms.category]
+    losses.append(mcld_loss(student, teacher, target, direction="teacher", backend="torch"))
+    losses.append(mcld_loss(student, teacher, weight=(1, 0, 1)))
+    losses.append(reference.mcld_loss(student, teacher, target))
+    losses.append(reference.mcld_terms(student, teacher, target, direction="student").loss)
+    losses.append(kd_loss(student, teacher, temperature=2, backend="torch"))
+    losses.append(reference.kd_loss(student, teacher, temperature=2.0))
+    criteria: list[nn.Module] = [KDLoss(temperature=4.0, backend="reference"), MCLDLoss()]
+    losses.extend(criterion(student, teacher, target) for criterion in criteria)
+    losses.append(KDLoss().forward(student, teacher))
+    losses.append(MCLDLoss().terms(student, teacher, target).loss)
+    return losses
+
+
+def machine(student: Tensor, teacher: Tensor) -> str:
+    names: tuple[str, ...] = backends.available()
+    reasons: dict[str, str] = backends.explain(student, teacher)
+    reason: str | None = backends.unavailable_reason("cuda")
+    try:
+        mcld_kernels.mcld_loss(student, teacher, backend="cuda")
+    except backends.BackendUnavailable as error:
+        return f"{__version__} {names} {reasons} {reason} {error}"
+    return " ".join(backends.NAMES)
+
+
+def mistakes(student: Tensor, teacher: Tensor) -> None:
+    mcld_loss(student, teacher, direction="teachers")  # type: ignore[arg-type]
+    mcld_terms(student, teacher, backend="cpu")  # type: ignore[arg-type]
+    MCLDLoss(direction="both", backend="triton")  # type: ignore[arg-type]
+    MCLDLoss(0.1)  # type: ignore[call-arg]
+    kd_loss(student, teacher, backend="gpu")  # type: ignore[arg-type]
+    reference.mcld_loss(student, teacher, temperature="cold")  # type: ignore[arg-type]
