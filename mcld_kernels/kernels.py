@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
@@ -20,7 +20,6 @@ from torch import Tensor
 
 from . import labels as labelling
 from .labels import Labels
-from .options import acc_dtype
 
 # exp(x) of fp32 and bf16 is a normal number down to exp(-87); the products of exponentials with unit rows should be
 # normal as well. fp16 with a shift that uses its range: 2^14 exp(-20) is 2^-15, subnormal with 10 bits, more than bf16.
@@ -160,14 +159,12 @@ class LossInputs:
     offset: int = 0  # the positive of student row i is teacher row i + offset
     teacher_target: Tensor | None = None  # (m,) int64, where n != m
     labels_are_classes: bool = False  # known to be in [0, C), none ignored
+    dtype: torch.dtype = field(init=False)  # the wider one of both sides
+    acc_dtype: torch.dtype = field(init=False)  # of sums and of the loss
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.promote_types(self.student.dtype, self.teacher.dtype)
-
-    @property
-    def acc_dtype(self) -> torch.dtype:
-        return acc_dtype(self.dtype)
+    def __post_init__(self) -> None:
+        self.dtype = torch.promote_types(self.student.dtype, self.teacher.dtype)
+        self.acc_dtype = torch.promote_types(self.dtype, torch.float32)
 
 
 @dataclass(slots=True, kw_only=True)

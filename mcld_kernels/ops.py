@@ -95,24 +95,24 @@ class LossOperator:
             )
             return outputs[0], outputs[1]
         call = _Call(self.name, student, teacher, target, weight, options, backend, False, False)
-        outputs = self.forward(call)
+        outputs = self.dispatch(call) if _is_observed(student) else self.run(call)
         return outputs[0], outputs[1]
 
-    def forward(self, call: _Call) -> Outputs:
-        """Loss (), terms (num_terms,), gradients of the loss by student and teacher: (batch, classes), else (0,)."""
-        # The dispatcher is needed by whoever traces or observes operators; a plain call saves its cost.
-        if _is_observed(call.student):
-            if not torch.compiler.is_compiling():
-                self._tell_flop_counters()
-            return self._operator(*call[1:5], *call.options, *call[6:])  # type: ignore[no-any-return]
-        return self._run(call)
+    def dispatch(self, call: _Call) -> Outputs:
+        """`run` through PyTorch's dispatcher, for whoever traces or observes operators; a plain call saves its cost."""
+        if not torch.compiler.is_compiling():
+            self._tell_flop_counters()
+        tensors = call.student, call.teacher, call.target, call.weight
+        choices = call.backend, call.student_grad, call.teacher_grad
+        return self._operator(*tensors, *call.options, *choices)  # type: ignore[no-any-return]
 
     def _implementation(self, student: Tensor, teacher: Tensor, target: Any, weight: Any, *rest: Any) -> Outputs:
         fields = [tuple(field) if isinstance(field, list) else field for field in rest[:-3]]
         call = _Call(self.name, student, teacher, target, weight, self._options_type(*fields), *rest[-3:])
-        return self._run(call)
+        return self.run(call)
 
-    def _run(self, call: _Call) -> Outputs:
+    def run(self, call: _Call) -> Outputs:
+        """Loss (), terms (num_terms,), gradients of the loss by student and teacher: (batch, classes), else (0,)."""
         student, teacher = call.student, call.teacher
         kernels = backends.kernel_set(call.backend, student, teacher, call.teacher_grad, self.supported)
         if student.shape[0] == 0:
@@ -274,7 +274,8 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         call = _Call(*args)
-        outputs = _OPERATORS[call.name].forward(call)
+        operator = _OPERATORS[call.name]
+        outputs = operator.dispatch(call) if _is_observed(call.student) else operator.run(call)
         _save(ctx, call, outputs)
         ctx.mark_non_differentiable(outputs[1])
         return outputs[0], outputs[1]
@@ -290,7 +291,8 @@ class _TransformableLoss(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> Outputs:
         call = _Call(*args)
-        return _OPERATORS[call.name].forward(call)
+        operator = _OPERATORS[call.name]
+        return operator.dispatch(call) if _is_observed(call.student) else operator.run(call)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:

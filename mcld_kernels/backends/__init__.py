@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..kernels import KernelSet
+from ..options import BACKENDS
 from . import cuda, timings, torch, triton
 
 _MODULES: dict[str, Any] = {
@@ -18,7 +19,7 @@ _MODULES: dict[str, Any] = {
     "triton": triton,
     "cuda": cuda,
 }  # each has TUNING, kernel_set and the two reasons
-NAMES = ("reference", "torch", "triton", "cuda")
+NAMES = BACKENDS[1:]
 _GIVE_TEACHER_GRADIENT = ("reference", "torch")
 _TUNING: ContextVar[Mapping[str, Any]] = ContextVar("mcld_kernels_tuning", default={})  # noqa: B039
 
@@ -54,12 +55,6 @@ def unsupported_reason(name: str, student: Tensor, teacher: Tensor, teacher_grad
             "or use backend 'torch' or 'reference' (mutual learning)"
         )
     return None if name == "reference" else _MODULES[name].unsupported_reason(student, teacher)  # type: ignore[no-any-return]
-
-
-def check_name(name: str) -> None:
-    """Raise ValueError if ``name`` is neither "auto" nor a backend."""
-    if name not in ("auto", *NAMES):
-        raise ValueError(f"backend must be one of 'auto', {', '.join(map(repr, NAMES))}; got {name!r}")
 
 
 def choose(name: str, student: Tensor, teacher: Tensor, teacher_grad: bool, supported: tuple[str, ...] = NAMES) -> str:

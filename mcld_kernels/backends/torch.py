@@ -42,6 +42,8 @@ class TorchTuning(Tuning):
     fast_fp16: bool = False
     fast_bf16: bool = False
     low_latency: bool = True  # take the path of `torch_low_latency` where it applies
+    compiled: bool = True  # there, use the compiled module where it is built
+    compiled_gemm: int = 1 << 20  # there, the largest n C (n + C) whose GEMMs the compiled module takes
 
 
 TUNING = TorchTuning
@@ -67,7 +69,8 @@ class TorchKernels(KernelSet):
     def mcld_low_latency(self, inputs: LossInputs) -> LossOutputs | None:
         if not self.tuning.low_latency or self.operand_dtype(inputs.dtype) != inputs.student.dtype:
             return None
-        return torch_low_latency.mcld(inputs, self.tuning.chunk_bytes)
+        tuning = self.tuning
+        return torch_low_latency.mcld(inputs, tuning.chunk_bytes, tuning.compiled, tuning.compiled_gemm)
 
 
 class _TorchContrast:

@@ -1,15 +1,22 @@
-"""MCLD on a CPU where a similarity matrix fits one chunk: whole-matrix operations in closed form.
+"""MCLD on a CPU where a similarity matrix fits one chunk: whole matrices, in closed form.
 
 Here the number of dispatched operations is the cost, not their memory. The formulas are those of `infonce`, written for
-the negatives; one GEMM gives the gradient by the unit rows, because the coefficients of partners and class means are
-written into the matrix of exponentials:
+the negatives; one GEMM gives the gradient by the unit rows, because the coefficients of the partners are written into the
+matrix of exponentials:
 
     W_ij = c e_ij / (neg_sum_i + e_ii) (j != i),   W_ii = -c neg_sum_i / (neg_sum_i + e_ii),   g = W K,   c = weight / (n t)
 
-and, for label positives with weight c', W gains c' (identity - R), where row i of R averages the rows of i's label.
+and, for label positives with weight c', g_i gains c' (K_i - mean of the candidates with i's label).
+
+With the compiled module fp32 logits take csrc/cpu/low_latency.cpp: a small call whole, a larger one with torch's GEMMs
+between its steps. Without it, and for fp64, the same steps are torch operations.
 """
 
 from __future__ import annotations
+
+import importlib
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,11 +29,159 @@ _LARGEST_SIMILARITY = 40.0
 _LARGEST_SIZE = 4096
 
 
-def mcld(inputs: LossInputs, chunk_bytes: int) -> LossOutputs | None:
-    """Loss, terms and gradient with student anchors and a frozen teacher; None where this path does not apply."""
-    options: MCLDOptions = inputs.options
-    if not _applies(inputs, options, chunk_bytes):
+def mcld(inputs: LossInputs, chunk_bytes: int, compiled: bool, compiled_gemm: int) -> LossOutputs | None:
+    """Loss, terms and gradient with student anchors and a frozen teacher; None where this path does not apply.
+
+    compiled: use the compiled module. compiled_gemm: the largest n C (n + C) whose GEMMs it takes as well.
+    """
+    if not _applies(inputs, chunk_bytes):
         return None
+    if compiled and inputs.student.dtype == torch.float32 and (module := compiled_module()) is not None:
+        return _mcld_compiled(inputs, module, compiled_gemm)
+    return _mcld_torch(inputs)
+
+
+def _applies(inputs: LossInputs, chunk_bytes: int) -> bool:
+    student, teacher = inputs.student, inputs.teacher
+    return (
+        student.device.type == "cpu"
+        and student.dtype == teacher.dtype
+        and student.shape == teacher.shape
+        and not inputs.teacher_grad
+        and _options_apply(inputs.options, *student.shape, student.dtype, chunk_bytes, inputs.labels_are_classes)
+    )
+
+
+@lru_cache(maxsize=256)
+def _options_apply(
+    options: MCLDOptions, n: int, num_classes: int, dtype: torch.dtype, chunk_bytes: int, labels_are_classes: bool
+) -> bool:
+    instance, sample, category = options.active
+    rows = instance or sample
+    size = max(n if rows else 0, num_classes if category else 0)
+    return (
+        dtype in (torch.float32, torch.float64)
+        and any(options.active)
+        and (options.direction == "student" or not rows)
+        and not (instance and options.mask_same_class)
+        and not (category and options.present_only)
+        and not (instance and sample and options.temperature[0] != options.temperature[1])
+        and (not sample or labels_are_classes)
+        and size <= _LARGEST_SIZE
+        and size * size * dtype.itemsize <= chunk_bytes
+        and all(
+            1 / temperature <= _LARGEST_SIMILARITY
+            for temperature, active in zip(options.temperature, options.active, strict=True)
+            if active
+        )
+    )
+
+
+@cache
+def compiled_module() -> Any:
+    """The CPU kernels of the compiled module; None without one."""
+    try:
+        return importlib.import_module("mcld_kernels._cpu")
+    except ImportError:
+        return None
+
+
+class _Layout(NamedTuple):
+    """The workspace of a call, sizes and offsets in floats."""
+
+    size: int
+    pitch: int
+    row_pitch: int
+    student_rows: int
+    teacher_rows: int
+    student_columns: int
+    teacher_columns: int
+    similarity: int
+    row_product: int
+    column_product: int
+
+
+@lru_cache(maxsize=256)
+def _layout(n: int, num_classes: int) -> _Layout:
+    module = compiled_module()
+    return _Layout(**module.layout(n, num_classes))
+
+
+@cache
+def _fastest_isa() -> int:
+    return len(compiled_module().isas()) - 1
+
+
+def _mcld_compiled(inputs: LossInputs, module: Any, compiled_gemm: int, isa: int | None = None) -> LossOutputs | None:
+    student, teacher, target, options = inputs.student, inputs.teacher, inputs.target, inputs.options
+    if student.is_neg() or teacher.is_neg():
+        return None  # the memory holds the negated numbers
+    n, num_classes = student.shape
+    instance, sample, category = options.active
+    weight = options.term_weight
+    if inputs.weight is not None:
+        weight = [w * factor for w, factor in zip(inputs.weight.tolist(), weight, strict=True)]
+    layout = _layout(n, num_classes)
+    work = torch.empty(layout.size, dtype=torch.float32)
+    loss, terms = torch.empty((), dtype=torch.float32), torch.empty(3, dtype=torch.float32)
+    gradient = torch.empty((n, num_classes), dtype=torch.float32) if inputs.student_grad else None
+    arguments = (
+        _fastest_isa() if isa is None else isa,
+        torch.get_num_threads(),
+        student.data_ptr(),
+        *student.stride(),
+        teacher.data_ptr(),
+        *teacher.stride(),
+        *((target.data_ptr(), target.stride(0)) if sample else (0, 0)),
+        n,
+        num_classes,
+        work.data_ptr(),
+        0 if gradient is None else gradient.data_ptr(),
+        loss.data_ptr(),
+        terms.data_ptr(),
+        options.temperature[0 if instance else 1],
+        options.temperature[2],
+        *weight,
+        instance,
+        sample,
+        category,
+        options.eps,
+    )
+    if n * num_classes * (n + num_classes) <= compiled_gemm:
+        module.low_latency(module.ALL_STEPS, *arguments)
+    else:
+        _steps(module, arguments, work, layout, inputs)
+    return LossOutputs(loss=loss, terms=terms, student_grad=gradient, teacher_grad=None)
+
+
+def _steps(module: Any, arguments: tuple[Any, ...], work: Tensor, layout: _Layout, inputs: LossInputs) -> None:
+    """The steps of a call with GEMMs by torch."""
+    n, num_classes = inputs.student.shape
+    instance, sample, category = inputs.options.active
+    module.low_latency(module.NORMALIZE, *arguments)
+    pitch, row_pitch = layout.pitch, layout.row_pitch
+    if instance or sample:
+        student = work.as_strided((n, num_classes), (pitch, 1), layout.student_rows)
+        teacher = work.as_strided((n, num_classes), (pitch, 1), layout.teacher_rows)
+        similarity = work.as_strided((n, n), (row_pitch, 1), layout.similarity)
+        torch.mm(student, teacher.T, out=similarity)
+        module.low_latency(module.ROW_SUMS, *arguments)
+        if inputs.student_grad:
+            torch.mm(similarity, teacher, out=work.as_strided((n, num_classes), (pitch, 1), layout.row_product))
+            module.low_latency(module.ROW_GRADIENT, *arguments)
+    if category:
+        student = work.as_strided((n, num_classes), (pitch, 1), layout.student_columns)
+        teacher = work.as_strided((n, num_classes), (pitch, 1), layout.teacher_columns)
+        similarity = work.as_strided((num_classes, num_classes), (pitch, 1), layout.similarity)
+        torch.mm(teacher.T, student, out=similarity)
+        module.low_latency(module.COLUMN_SUMS, *arguments)
+        if inputs.student_grad:
+            torch.mm(teacher, similarity, out=work.as_strided((n, num_classes), (pitch, 1), layout.column_product))
+    module.low_latency(module.FINISH, *arguments)
+
+
+def _mcld_torch(inputs: LossInputs) -> LossOutputs:
+    options: MCLDOptions = inputs.options
     instance, sample, category = options.active
     logits = torch.stack((inputs.student, inputs.teacher))  # (2, n, C)
     square = logits.square()
@@ -53,34 +208,6 @@ def mcld(inputs: LossInputs, chunk_bytes: int) -> LossOutputs | None:
     else:
         loss = _weighted(terms, weight)
     return LossOutputs(loss=loss, terms=stacked, student_grad=grad, teacher_grad=None)
-
-
-def _applies(inputs: LossInputs, options: MCLDOptions, chunk_bytes: int) -> bool:
-    student, teacher = inputs.student, inputs.teacher
-    n, num_classes = student.shape
-    instance, sample, category = options.active
-    rows = instance or sample
-    size = max(n if rows else 0, num_classes if category else 0)
-    return (
-        student.device.type == "cpu"
-        and student.dtype == teacher.dtype
-        and student.dtype in (torch.float32, torch.float64)
-        and student.shape == teacher.shape
-        and not inputs.teacher_grad
-        and any(options.active)
-        and (options.direction == "student" or not rows)
-        and not (instance and options.mask_same_class)
-        and not (category and options.present_only)
-        and not (instance and sample and options.temperature[0] != options.temperature[1])
-        and (not sample or inputs.labels_are_classes)
-        and size <= _LARGEST_SIZE
-        and size * size * student.itemsize <= chunk_bytes
-        and all(
-            1 / temperature <= _LARGEST_SIMILARITY
-            for temperature, active in zip(options.temperature, options.active, strict=True)
-            if active
-        )
-    )
 
 
 def _weighted(terms: list[Tensor | None], weight: object) -> Tensor:
