@@ -119,7 +119,7 @@ def measure_shape(plan: Plan, dtype: str, batch: int, classes: int) -> tuple[dic
     operands = floor_dtype(dtype, plan.precision)
     eager = [_error(oracle(student, teacher, target), exact)]
     if operands != dtype:  # operands of fewer bits are allowed, whether eager uses them or not
-        rounded_student, rounded_teacher = (x.to(getattr(torch, operands)).to(x.dtype) for x in (student, teacher))
+        rounded_student, rounded_teacher = (x.to(getattr(torch, operands)) for x in (student, teacher))
         eager.append(_error(oracle(rounded_student, rounded_teacher, target), exact))
     allowed = _allowed(eager, operands)
     steps: dict[str, Callable[[], Result]] = {}

@@ -270,3 +270,16 @@ def test_both_commands_run_from_any_folder(command, tmp_path):
         timeout=120,
     )
     assert done.returncode == 0 and "exit codes: 0 done" in " ".join(done.stdout.split()), done.stderr
+
+
+def test_medium_precision_allows_operands_in_bf16(monkeypatch, matmul_precision):
+    """Backends take bf16 operands there; eager on a GPU takes tf32."""
+    right = calibrate._step
+    monkeypatch.setattr(
+        calibrate,
+        "_step",
+        lambda name, s, t, y: right(name, s.bfloat16().float(), t.bfloat16().float(), y),
+    )
+    assert calibrate.measure_shape(on_cpu(), "float32", 24, 7)[1]
+    matmul_precision("medium")
+    assert not calibrate.measure_shape(on_cpu(precision="medium"), "float32", 24, 7)[1]
