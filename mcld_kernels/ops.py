@@ -38,6 +38,7 @@ class _Call(NamedTuple):
     backend: str
     student_grad: bool
     teacher_grad: bool
+    labels_are_classes: bool | None = None  # None: not known yet
 
 
 class LossOperator:
@@ -84,17 +85,28 @@ class LossOperator:
         weight: Tensor | None,
         options: Any,
         backend: str,
+        labels_are_classes: bool | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The loss () with its gradient, and the terms (num_terms,), for arguments that are already checked."""
+        """The loss () with its gradient, and the terms (num_terms,), for arguments that are already checked.
+
+        labels_are_classes: as in `LossInputs`; None where it is not known yet.
+        """
         student_grad, teacher_grad, weight_grad = _needs_grad(student), _needs_grad(teacher), _needs_grad(weight)
         if student_grad or teacher_grad or weight_grad:
             is_transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+            if not (is_transformed or _is_observed(student)):
+                call = _Call(
+                    self.name, student, teacher, target, weight, options, backend,
+                    student_grad, teacher_grad, labels_are_classes,
+                )  # fmt: skip
+                terms: list[Tensor] = []
+                return _EagerLoss.apply(self, call, terms, student, teacher, weight), terms[0]
             function = _TransformableLoss if is_transformed else _Loss
             outputs = function.apply(
                 self.name, student, teacher, target, weight, options, backend, student_grad, teacher_grad
             )
             return outputs[0], outputs[1]
-        call = _Call(self.name, student, teacher, target, weight, options, backend, False, False)
+        call = _Call(self.name, student, teacher, target, weight, options, backend, False, False, labels_are_classes)
         outputs = self.forward(call)
         return outputs[0], outputs[1]
 
@@ -104,15 +116,16 @@ class LossOperator:
         if _is_observed(call.student):
             if not torch.compiler.is_compiling():
                 self._tell_flop_counters()
-            return self._operator(*call[1:5], *call.options, *call[6:])  # type: ignore[no-any-return]
-        return self._run(call)
+            return self._operator(*call[1:5], *call.options, *call[6:9])  # type: ignore[no-any-return]
+        return self.run(call)
 
     def _implementation(self, student: Tensor, teacher: Tensor, target: Any, weight: Any, *rest: Any) -> Outputs:
         fields = [tuple(field) if isinstance(field, list) else field for field in rest[:-3]]
         call = _Call(self.name, student, teacher, target, weight, self._options_type(*fields), *rest[-3:])
-        return self._run(call)
+        return self.run(call)
 
-    def _run(self, call: _Call) -> Outputs:
+    def run(self, call: _Call) -> Outputs:
+        """As `forward`, without the dispatcher."""
         student, teacher = call.student, call.teacher
         kernels = backends.kernel_set(call.backend, student, teacher, call.teacher_grad, self.supported)
         if student.shape[0] == 0:
@@ -125,7 +138,11 @@ class LossOperator:
             options=call.options,
             student_grad=call.student_grad,
             teacher_grad=call.teacher_grad,
-            labels_are_classes=_are_classes(call.target, student.shape[1], getattr(call.options, "ignore_index", -1)),
+            labels_are_classes=(
+                _are_classes(call.target, student.shape[1], getattr(call.options, "ignore_index", -1))
+                if call.labels_are_classes is None
+                else call.labels_are_classes
+            ),
         )
         device = student.device.type
         if torch.is_autocast_enabled(device):
@@ -257,17 +274,24 @@ def _save(ctx: Any, call: _Call, outputs: Outputs) -> tuple[Tensor | None, ...]:
 
 def _backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
     """Gradients by the arguments of a call."""
+    student, teacher, weight = _gradients(ctx, upstream, (1, 2, 4))
+    return None, student, teacher, None, weight, None, None, None, None
+
+
+def _gradients(ctx: Any, upstream: Tensor, indices: tuple[int, int, int]) -> list[Tensor | None]:
+    """Gradients by student, teacher and weight, which are the inputs ``indices``."""
     *gradients, student, teacher, weight = ctx.saved_tensors
     results: list[Tensor | None] = []
-    for gradient, dtype, needed in zip(gradients, ctx.dtypes, (1, 2, 4), strict=True):
+    for gradient, dtype, needed in zip(gradients, ctx.dtypes, indices, strict=True):
         if dtype is None or not ctx.needs_input_grad[needed]:
             results.append(None)
             continue
         # Grad mode is on in backward where a graph of it was asked for (create_graph=True).
         if torch.is_grad_enabled():
             gradient = _NoSecondDerivative.apply(gradient, student, teacher, weight)
-        results.append((gradient * upstream).to(dtype))
-    return None, results[0], results[1], None, results[2], None, None, None, None
+        product = gradient * upstream
+        results.append(product if product.dtype == dtype else product.to(dtype))
+    return results
 
 
 class _Loss(torch.autograd.Function):
@@ -282,6 +306,29 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Any) -> tuple[Any, ...]:  # type: ignore[override]
         return _backward(ctx, upstream)
+
+
+class _EagerLoss(torch.autograd.Function):
+    """The same for a plain call, which nothing observes: less is handed to autograd, and the terms go round it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        operator: LossOperator,
+        call: _Call,
+        terms: list[Tensor],
+        student: Tensor,
+        teacher: Tensor,
+        weight: Tensor | None,
+    ) -> Tensor:
+        outputs = operator.run(call)
+        _save(ctx, call, outputs)
+        terms.append(outputs[1])
+        return outputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        return None, None, None, *_gradients(ctx, upstream, (3, 4, 5))
 
 
 class _TransformableLoss(torch.autograd.Function):

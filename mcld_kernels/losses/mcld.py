@@ -130,7 +130,7 @@ def mcld_loss(
         eps=eps,
         process_group=process_group,
     )
-    return evaluate(student, teacher, target, weight_tensor, options, backend).loss
+    return _evaluate(student, teacher, target, weight_tensor, options, backend)[0]
 
 
 def mcld_terms(
@@ -175,12 +175,25 @@ def evaluate(
     backend: str,
 ) -> MCLDTerms:
     """Check the tensors and run a backend."""
+    loss, terms = _evaluate(student, teacher, target, weight, options, backend)
+    return terms if isinstance(terms, MCLDTerms) else MCLDTerms(loss, *terms.unbind())
+
+
+def _evaluate(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    weight: Tensor | None,
+    options: MCLDOptions,
+    backend: str,
+) -> tuple[Tensor, Tensor | MCLDTerms]:
+    """The loss, and the terms (3,) as they are: a call of the loss alone need not take them apart."""
     backends.check_name(backend)
-    check_mcld_inputs(student, teacher, target, weight, options)
+    labels_are_classes = check_mcld_inputs(student, teacher, target, weight, options)
     if backend == "reference":
-        return reference.mcld.evaluate(student, teacher, target, weight, options)
-    loss, terms = _OPERATOR(student, teacher, target, weight, options, backend)
-    return MCLDTerms(loss, *terms.unbind())
+        result = reference.mcld.evaluate(student, teacher, target, weight, options)
+        return result.loss, result
+    return _OPERATOR(student, teacher, target, weight, options, backend, labels_are_classes)
 
 
 class MCLDLoss(nn.Module):
