@@ -299,7 +299,11 @@ class FreshBuild(build_py):
         package = Path(self.build_lib) / "mcld_kernels"
         if self.editable_mode:
             # The tree of an editable install is what its last install made of it: no module that was not asked for.
-            for stale in [*ROOT.glob("mcld_kernels/_C*.so"), *ROOT.glob("mcld_kernels/_cpu*.so"), ROOT / "mcld_kernels" / BUILD_RECORD]:
+            for stale in [
+                *ROOT.glob("mcld_kernels/_C*.so"),
+                *ROOT.glob("mcld_kernels/_cpu*.so"),
+                ROOT / "mcld_kernels" / BUILD_RECORD,
+            ]:
                 if stale.exists() and not self.distribution.ext_modules:
                     print(f"mcld_kernels: removing {stale} of an earlier install with compiled kernels")
                     stale.unlink()
@@ -325,12 +329,15 @@ class TaggedWheel(bdist_wheel):
     def finalize_options(self) -> None:
         super().finalize_options()
         try:
-            nvcc = find_nvcc() if self.distribution.ext_modules and cuda_requested() else None
+            nvcc = find_nvcc() if self.has_cuda() else None
         except BuildError:  # the build itself reports it
             nvcc = None
         version = nvcc_version(nvcc) if nvcc else ""
         if version and not self.build_number:
             self.build_number = "1cu" + version.replace(".", "")
+
+    def has_cuda(self) -> bool:
+        return any(extension.name != "mcld_kernels._cpu" for extension in self.distribution.ext_modules or ())
 
 
 class CMakeBuild(build_ext):

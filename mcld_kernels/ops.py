@@ -5,6 +5,7 @@ The operator returns the gradients together with the loss, computed in the same 
 
 from __future__ import annotations
 
+import contextlib
 import typing
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -17,7 +18,7 @@ from torch.utils import _python_dispatch
 from . import backends
 from .infonce import grad_dtype
 from .kernels import KernelSet, LossInputs, LossOutputs
-from .options import acc_dtype, is_readable
+from .options import acc_dtype, is_readable, no_autocast
 
 _LIBRARY = torch.library.Library("mcld_kernels", "DEF")
 _OPERATORS: dict[str, LossOperator] = {}
@@ -38,6 +39,7 @@ class _Call(NamedTuple):
     backend: str
     student_grad: bool
     teacher_grad: bool
+    labels_are_classes: bool | None = None  # None: not known yet
 
 
 class LossOperator:
@@ -84,17 +86,28 @@ class LossOperator:
         weight: Tensor | None,
         options: Any,
         backend: str,
+        labels_are_classes: bool | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The loss () with its gradient, and the terms (num_terms,), for arguments that are already checked."""
+        """The loss () with its gradient, and the terms (num_terms,), for arguments that are already checked.
+
+        labels_are_classes: as in `LossInputs`; None where it is not known yet.
+        """
         student_grad, teacher_grad, weight_grad = _needs_grad(student), _needs_grad(teacher), _needs_grad(weight)
         if student_grad or teacher_grad or weight_grad:
             is_transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+            if not (is_transformed or _is_observed(student)):
+                call = _Call(
+                    self.name, student, teacher, target, weight, options, backend,
+                    student_grad, teacher_grad, labels_are_classes,
+                )  # fmt: skip
+                terms: list[Tensor] = []
+                return _EagerLoss.apply(self, call, terms, student, teacher, weight), terms[0]
             function = _TransformableLoss if is_transformed else _Loss
             outputs = function.apply(
                 self.name, student, teacher, target, weight, options, backend, student_grad, teacher_grad
             )
             return outputs[0], outputs[1]
-        call = _Call(self.name, student, teacher, target, weight, options, backend, False, False)
+        call = _Call(self.name, student, teacher, target, weight, options, backend, False, False, labels_are_classes)
         outputs = self.dispatch(call) if _is_observed(student) else self.run(call)
         return outputs[0], outputs[1]
 
@@ -125,14 +138,16 @@ class LossOperator:
             options=call.options,
             student_grad=call.student_grad,
             teacher_grad=call.teacher_grad,
-            labels_are_classes=_are_classes(call.target, student.shape[1], getattr(call.options, "ignore_index", -1)),
+            labels_are_classes=(
+                _are_classes(call.target, student.shape[1], getattr(call.options, "ignore_index", -1))
+                if call.labels_are_classes is None
+                else call.labels_are_classes
+            ),
         )
-        device = student.device.type
-        if torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                outputs = self._compute(kernels, inputs)
-        elif device == "cuda":
-            with torch.cuda.device(student.device):
+        device = student.device
+        if device.type == "cuda" or torch.is_autocast_enabled(device.type):
+            on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+            with on_device, no_autocast(device):
                 outputs = self._compute(kernels, inputs)
         else:
             outputs = self._compute(kernels, inputs)
@@ -257,17 +272,24 @@ def _save(ctx: Any, call: _Call, outputs: Outputs) -> tuple[Tensor | None, ...]:
 
 def _backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
     """Gradients by the arguments of a call."""
+    student, teacher, weight = _gradients(ctx, upstream, (1, 2, 4))
+    return None, student, teacher, None, weight, None, None, None, None
+
+
+def _gradients(ctx: Any, upstream: Tensor, indices: tuple[int, int, int]) -> list[Tensor | None]:
+    """Gradients by student, teacher and weight, which are the inputs ``indices``."""
     *gradients, student, teacher, weight = ctx.saved_tensors
     results: list[Tensor | None] = []
-    for gradient, dtype, needed in zip(gradients, ctx.dtypes, (1, 2, 4), strict=True):
+    for gradient, dtype, needed in zip(gradients, ctx.dtypes, indices, strict=True):
         if dtype is None or not ctx.needs_input_grad[needed]:
             results.append(None)
             continue
         # Grad mode is on in backward where a graph of it was asked for (create_graph=True).
         if torch.is_grad_enabled():
             gradient = _NoSecondDerivative.apply(gradient, student, teacher, weight)
-        results.append((gradient * upstream).to(dtype))
-    return None, results[0], results[1], None, results[2], None, None, None, None
+        product = gradient * upstream
+        results.append(product if product.dtype == dtype else product.to(dtype))
+    return results
 
 
 class _Loss(torch.autograd.Function):
@@ -283,6 +305,29 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Any) -> tuple[Any, ...]:  # type: ignore[override]
         return _backward(ctx, upstream)
+
+
+class _EagerLoss(torch.autograd.Function):
+    """The same for a plain call, which nothing observes: less is handed to autograd, and the terms go round it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        operator: LossOperator,
+        call: _Call,
+        terms: list[Tensor],
+        student: Tensor,
+        teacher: Tensor,
+        weight: Tensor | None,
+    ) -> Tensor:
+        outputs = operator.run(call)
+        _save(ctx, call, outputs)
+        terms.append(outputs[1])
+        return outputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        return None, None, None, *_gradients(ctx, upstream, (3, 4, 5))
 
 
 class _TransformableLoss(torch.autograd.Function):

@@ -139,8 +139,11 @@ def check_mcld_inputs(
     weight: Tensor | None,
     options: MCLDOptions,
     backend: str = "reference",
-) -> None:
-    """Check the tensors of a call against its options. Reads no value of a tensor that is not on the CPU."""
+) -> bool | None:
+    """Check the tensors of a call against its options. Reads no value of a tensor that is not on the CPU.
+
+    Returns True or False where the labels were read: every one is a class, and none is ignored.
+    """
     check_backend(backend)
     check_logits(student, teacher)
     if weight is not None and weight.device != student.device:
@@ -148,8 +151,8 @@ def check_mcld_inputs(
     if target is None:
         if any(options.label_terms):
             _raise_missing_target(options, weight)
-    else:
-        check_target(target, student, options.ignore_index, read_values=any(options.label_terms))
+        return False
+    return check_target(target, student, options.ignore_index, read_values=any(options.label_terms))
 
 
 def check_backend(name: Any) -> None:
@@ -306,8 +309,11 @@ def _raise_missing_target(options: MCLDOptions, weight: Tensor | None) -> None:
     )
 
 
-def check_target(target: Tensor, student: Tensor, ignore_index: int, *, read_values: bool) -> None:
-    """Hard labels (batch,), int64, on the student's device; their values where ``read_values`` and readable."""
+def check_target(target: Tensor, student: Tensor, ignore_index: int, *, read_values: bool) -> bool | None:
+    """Hard labels (batch,), int64, on the student's device; their values where ``read_values`` and readable.
+
+    Returns as `check_mcld_inputs`.
+    """
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a tensor of labels (batch,), int64; got {type(target).__name__}")
     if type(target) is not Tensor or target.layout is not torch.strided or target.is_nested:
@@ -330,9 +336,11 @@ def check_target(target: Tensor, student: Tensor, ignore_index: int, *, read_val
     if read_values and batch > 0 and is_readable(target):
         low, high = torch.aminmax(target)
         if 0 <= int(low) and int(high) < classes:
-            return
+            return not 0 <= ignore_index < classes
         bad = target[((target < 0) | (target >= classes)) & (target != ignore_index)]
         if bad.numel():
             raise ValueError(
                 f"target holds {int(bad[0])}; labels must be in [0, {classes}) or equal ignore_index={ignore_index}"
             )
+        return False
+    return None

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import (
@@ -134,17 +135,15 @@ class _TorchContrast:
         return ContrastSums(candidate_product=self.candidate_product, reverse=reverse)
 
 
-def _flush(exponents: Tensor) -> Tensor:
-    """Exponents of at most 0, in place; what lies below 1e-35 of the largest becomes 0.
-
-    It adds nothing to a sum in fp32, and CPUs multiply subnormal numbers at a tenth of the speed.
-    """
-    if exponents.dtype == torch.float64:
-        return exponents
-    return exponents.masked_fill_(exponents < _LOWEST_EXPONENT, -torch.inf)
-
-
 _LOWEST_EXPONENT = -80.0  # exp(-80) = 1.8e-35
+
+
+def _flush(exponents: Tensor) -> Tensor:
+    """Set exponents of at most 0 to -inf, in place, where exp is below 1e-35 of the largest.
+
+    What is so small adds nothing to a sum in fp32, and CPUs multiply subnormal numbers at a tenth of the speed.
+    """
+    return exponents if exponents.dtype == torch.float64 else F.threshold_(exponents, _LOWEST_EXPONENT, -torch.inf)
 
 
 def _column_major(x: Tensor) -> bool:

@@ -118,9 +118,6 @@ def _mcld_compiled(inputs: LossInputs, module: Any, compiled_gemm: int, isa: int
         return None  # the memory holds the negated numbers
     n, num_classes = student.shape
     instance, sample, category = options.active
-    weight = options.term_weight
-    if inputs.weight is not None:
-        weight = [w * factor for w, factor in zip(inputs.weight.tolist(), weight, strict=True)]
     layout = _layout(n, num_classes)
     work = torch.empty(layout.size, dtype=torch.float32)
     loss, terms = torch.empty((), dtype=torch.float32), torch.empty(3, dtype=torch.float32)
@@ -141,7 +138,7 @@ def _mcld_compiled(inputs: LossInputs, module: Any, compiled_gemm: int, isa: int
         terms.data_ptr(),
         options.temperature[0 if instance else 1],
         options.temperature[2],
-        *weight,
+        *_weights(inputs),
         instance,
         sample,
         category,
@@ -183,58 +180,45 @@ def _steps(module: Any, arguments: tuple[Any, ...], work: Tensor, layout: _Layou
 def _mcld_torch(inputs: LossInputs) -> LossOutputs:
     options: MCLDOptions = inputs.options
     instance, sample, category = options.active
+    weight = _weights(inputs)
     logits = torch.stack((inputs.student, inputs.teacher))  # (2, n, C)
-    square = logits.square()
-    terms: list[Tensor | None] = [None, None, None]
-    grad = None
-    weight: list[float | Tensor] = list(options.term_weight)
-    if inputs.weight is not None:
-        scaled = inputs.weight.to(logits.dtype)
-        weight = [w * factor for w, factor in zip(scaled.unbind(), options.term_weight, strict=True)]
+    row_loss = category_loss = label_gap = grad = None
     if instance or sample:
-        unit, inv_norm = _l2_normalize(logits, square, 2, options.eps)
+        # Over contiguous rows vector_norm adds as many numbers at a time as fit a register; over columns, one by one.
+        unit, inv_norm = _l2_normalize(logits, torch.linalg.vector_norm(logits, dim=2, keepdim=True), options.eps)
         target = inputs.target if sample else None
         temperature = options.temperature[0 if instance else 1]
-        row_weight = (weight[0] if instance else 0.0), weight[1] if sample else 0.0
-        row_terms, grad = _rows(unit, inv_norm, target, temperature, row_weight, inputs.student_grad)
-        terms[0], terms[1] = row_terms[0] if instance else None, row_terms[1]
+        coefficients = (weight[0] if instance else 0.0, weight[1] if sample else 0.0)
+        row_loss, label_gap, grad = _rows(unit, inv_norm, target, temperature, coefficients, inputs.student_grad)
     if category:
-        unit, inv_norm = _l2_normalize(logits, square, 1, options.eps)
-        terms[2], grad = _columns(unit, inv_norm, options.temperature[2], weight[2], grad, inputs.student_grad)
-    zero = next(term for term in terms if term is not None).new_zeros(()) if None in terms else None
-    stacked = torch.stack([zero if term is None else term for term in terms])  # type: ignore[misc]
+        norm = logits.square().sum(1, keepdim=True).sqrt_()
+        unit, inv_norm = _l2_normalize(logits, norm, options.eps)
+        category_loss, grad = _columns(unit, inv_norm, options.temperature[2], weight[2], grad, inputs.student_grad)
+    zero = None if all(options.active) else logits.new_zeros(())
+    terms = torch.stack(
+        [
+            row_loss if instance else zero,
+            row_loss + label_gap if sample else zero,
+            category_loss if category else zero,
+        ]  # type: ignore[arg-type, operator, list-item]
+    )
+    loss = terms.sum() if weight == (1.0, 1.0, 1.0) else torch.dot(terms, terms.new_tensor(weight))
+    return LossOutputs(loss=loss, terms=terms, student_grad=grad, teacher_grad=None)
+
+
+def _weights(inputs: LossInputs) -> tuple[float, ...]:
+    """The factors of the terms in the loss, which are on the CPU."""
+    term_weight: tuple[float, float, float] = inputs.options.term_weight
     if inputs.weight is None:
-        loss = _weighted(terms, options.term_weight)
-    else:
-        loss = _weighted(terms, weight)
-    return LossOutputs(loss=loss, terms=stacked, student_grad=grad, teacher_grad=None)
+        return term_weight
+    return tuple(w * factor for w, factor in zip(inputs.weight.tolist(), term_weight, strict=True))
 
 
-def _weighted(terms: list[Tensor | None], weight: object) -> Tensor:
-    total: Tensor | None = None
-    for term, factor in zip(terms, weight, strict=True):  # type: ignore[call-overload]
-        if term is not None:
-            part = term if isinstance(factor, float) and factor == 1.0 else term * factor
-            total = part if total is None else total + part
-    assert total is not None
-    return total
-
-
-def _l2_normalize(logits: Tensor, square: Tensor, dim: int, eps: float) -> tuple[Tensor, Tensor]:
-    """Unit vectors along ``dim`` of both sides (2, n, C), and the student's 1 / norm, broadcastable to (n, C)."""
-    norm = square.sum(dim, keepdim=True).sqrt_()
+def _l2_normalize(logits: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Unit vectors of both sides (2, n, C) and the student's 1 / norm, broadcastable; ``norm`` is overwritten."""
     norm.nan_to_num_(nan=torch.nan, posinf=torch.nan)  # an overflow must show, not read as a zero direction
-    inv_norm = norm.reciprocal().masked_fill_(norm <= eps, 0.0)
+    inv_norm = torch.threshold_(norm, eps, torch.inf).reciprocal_()
     return logits * inv_norm, inv_norm[0]
-
-
-def _negatives(e: Tensor, diagonal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Similarities (n, n) become exponentials without the diagonal, in place; exp of the diagonal, neg_sum, loss."""
-    positive = diagonal.exp()
-    e.exp_()
-    diagonal.zero_()
-    neg_sum = e.sum(1)
-    return positive, neg_sum, (neg_sum / positive).log1p_()
 
 
 def _rows(
@@ -242,49 +226,55 @@ def _rows(
     inv_norm: Tensor,
     target: Tensor | None,
     temperature: float,
-    weight: tuple[float | Tensor, float | Tensor],
+    weight: tuple[float, float],
     with_grad: bool,
-) -> tuple[tuple[Tensor, Tensor | None], Tensor | None]:
-    """Instance- and sample-wise terms, and the gradient (n, C) by the student. target: (n,) for the sample-wise term."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The instance-wise term, what the sample-wise term has above it, and the gradient (n, C) by the student.
+
+    target: (n,) for the sample-wise term. weight: of the two terms.
+    """
     student, teacher = unit.unbind()
     n = student.shape[0]
     e = torch.addmm(inv_norm, student, teacher.T, beta=0, alpha=1 / temperature)  # (n, n)
     diagonal = e.diagonal()
-    gap = mean_matrix = class_means = None
+    label_gap = mean_matrix = class_means = None
     if target is not None:
         if _by_classes(*student.shape):
             class_means = _class_means(teacher, target)  # (n, C)
-            label_positive = torch.linalg.vecdot(student, class_means) / temperature
+            label_positive = (student * class_means).sum() / temperature
         else:
             same = (target.unsqueeze(1) == target).to(e.dtype)
             mean_matrix = same.div_(same.sum(1, keepdim=True))  # (n, n)
-            label_positive = torch.linalg.vecdot(e, mean_matrix)
-        gap = (diagonal - label_positive).sum()
-    positive, neg_sum, losses = _negatives(e, diagonal)
-    instance = losses.sum() / n
-    sample = None if gap is None else instance + gap / n
+            label_positive = (e * mean_matrix).sum()
+        label_gap = torch.sub(diagonal.sum(), label_positive).div_(n)
+    positive = diagonal.exp()
+    e.exp_()
+    diagonal.zero_()
+    neg_sum = e.sum(1)
+    loss = (neg_sum / positive).log1p_().mean()
+    coefficient = weight[0] + weight[1]
     if not with_grad:
-        return (instance, sample), None
-    coefficient = (weight[0] + weight[1]) / (n * temperature)
-    label_coefficient = weight[1] / (n * temperature)
-    factor = coefficient / positive.add_(neg_sum)
+        return loss, label_gap, None
+    label_part = weight[1] / coefficient if coefficient > 0 else 0.0
+    factor = positive.add_(neg_sum).reciprocal_()
     e.mul_(factor.unsqueeze(1))
     diagonal.addcmul_(factor, neg_sum, value=-1)
     if target is not None:
-        diagonal.add_(label_coefficient)
+        diagonal.add_(label_part)
     if mean_matrix is not None:
-        e.sub_(mean_matrix.mul_(label_coefficient))
-    gradient = torch.mm(e, teacher)
+        e.sub_(mean_matrix, alpha=label_part)
+    coefficient /= n * temperature
+    gradient = torch.addmm(inv_norm, e, teacher, beta=0, alpha=coefficient)
     if class_means is not None:
-        gradient.sub_(class_means.mul_(label_coefficient))
+        gradient.sub_(class_means, alpha=label_part * coefficient)
     # Unit rows in the accumulator dtype have x . x = 1 up to rounding.
-    gradient.addcmul_(student, torch.linalg.vecdot(gradient, student).unsqueeze(1), value=-1)
-    return (instance, sample), gradient.mul_(inv_norm)
+    gradient.addcmul_(student, (gradient * student).sum(1, keepdim=True), value=-1)
+    return loss, label_gap, gradient.mul_(inv_norm)
 
 
 def _by_classes(n: int, num_classes: int) -> bool:
     """True where two GEMMs with one-hot labels, n x C x C, cost less than some passes over an n x n matrix."""
-    return num_classes * num_classes <= 16 * n
+    return n > 128 and num_classes * num_classes <= 16 * n
 
 
 def _class_means(rows: Tensor, target: Tensor) -> Tensor:
@@ -295,25 +285,24 @@ def _class_means(rows: Tensor, target: Tensor) -> Tensor:
 
 
 def _columns(
-    unit: Tensor,
-    inv_norm: Tensor,
-    temperature: float,
-    weight: float | Tensor,
-    row_grad: Tensor | None,
-    with_grad: bool,
+    unit: Tensor, inv_norm: Tensor, temperature: float, weight: float, row_grad: Tensor | None, with_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The category-wise term; its gradient (n, C) by the student is added to ``row_grad``, in place."""
     student, teacher = unit.unbind()
     num_classes = student.shape[1]
-    e = torch.addmm(inv_norm, student.T, teacher, beta=0, alpha=1 / temperature)  # (C, C)
+    # Anchors are columns here: their factors broadcast along rows.
+    e = torch.addmm(inv_norm, teacher.T, student, beta=0, alpha=1 / temperature)  # (C, C)
     diagonal = e.diagonal()
-    positive, neg_sum, losses = _negatives(e, diagonal)
-    category = losses.sum() / num_classes
+    positive = diagonal.exp()
+    e.exp_()
+    diagonal.zero_()
+    neg_sum = e.sum(0)
+    loss = (neg_sum / positive).log1p_().mean()
     if not with_grad:
-        return category, None
-    factor = (weight / (num_classes * temperature)) / positive.add_(neg_sum)
-    e.mul_(factor.unsqueeze(1))
+        return loss, None
+    factor = positive.add_(neg_sum).reciprocal_()
+    e.mul_(factor)
     diagonal.addcmul_(factor, neg_sum, value=-1)
-    gradient = torch.mm(teacher, e.T)
-    gradient.addcmul_(student, torch.linalg.vecdot(gradient, student, dim=0), value=-1)
-    return category, gradient.mul_(inv_norm) if row_grad is None else row_grad.addcmul_(gradient, inv_norm)
+    gradient = torch.addmm(inv_norm, teacher, e, beta=0, alpha=weight / (num_classes * temperature))
+    gradient.addcmul_(student, (gradient * student).sum(0), value=-1)
+    return loss, gradient.mul_(inv_norm) if row_grad is None else row_grad.addcmul_(gradient, inv_norm)

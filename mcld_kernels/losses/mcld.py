@@ -130,10 +130,10 @@ def mcld_loss(
         eps=eps,
         process_group=process_group,
     )
-    check_mcld_inputs(student, teacher, target, weight_tensor, options, backend)
+    labels_are_classes = check_mcld_inputs(student, teacher, target, weight_tensor, options, backend)
     if backend == "reference":
         return reference.mcld.evaluate(student, teacher, target, weight_tensor, options).loss
-    return _OPERATOR(student, teacher, target, weight_tensor, options, backend)[0]
+    return _OPERATOR(student, teacher, target, weight_tensor, options, backend, labels_are_classes)[0]
 
 
 def mcld_terms(
@@ -178,10 +178,10 @@ def evaluate(
     backend: str,
 ) -> MCLDTerms:
     """Check the tensors and run a backend."""
-    check_mcld_inputs(student, teacher, target, weight, options, backend)
+    labels_are_classes = check_mcld_inputs(student, teacher, target, weight, options, backend)
     if backend == "reference":
         return reference.mcld.evaluate(student, teacher, target, weight, options)
-    loss, terms = _OPERATOR(student, teacher, target, weight, options, backend)
+    loss, terms = _OPERATOR(student, teacher, target, weight, options, backend, labels_are_classes)
     return MCLDTerms(loss, *terms.unbind())
 
 
