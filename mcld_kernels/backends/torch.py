@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import (
@@ -143,7 +142,7 @@ def _flush(exponents: Tensor) -> Tensor:
 
     What is so small adds nothing to a sum in fp32, and CPUs multiply subnormal numbers at a tenth of the speed.
     """
-    return exponents if exponents.dtype == torch.float64 else F.threshold_(exponents, _LOWEST_EXPONENT, -torch.inf)
+    return exponents if exponents.dtype == torch.float64 else torch.threshold_(exponents, _LOWEST_EXPONENT, -torch.inf)
 
 
 def _column_major(x: Tensor) -> bool:
