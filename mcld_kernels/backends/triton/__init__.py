@@ -41,7 +41,7 @@ def unavailable_reason() -> str | None:
         return None
     if _variable_is_set():
         return (
-            "TRITON_INTERPRET was set after the kernels had been imported, which is when Triton reads it: set it before "
+            "TRITON_INTERPRET was set after the kernels had been imported, when Triton reads it: set it before "
             "the first call, as in `TRITON_INTERPRET=1 python ...`"
         )
     if torch.version.cuda is None or not torch.cuda.is_available():
