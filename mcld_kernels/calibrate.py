@@ -84,7 +84,7 @@ def floor_dtype(dtype: str, precision: str) -> str:
 
 
 def hopper_unsupported_reason(student: Tensor, teacher: Tensor) -> str | None:
-    """Why the Hopper kernels cannot take these logits; None if they can, where the work is large enough."""
+    """The reason why the Hopper kernels cannot take these logits; None if they can, where the work is large enough."""
     from .backends.cuda import extension, hopper
 
     module, reason = extension.load()
