@@ -163,7 +163,8 @@ class LossInputs:
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.promote_types(self.student.dtype, self.teacher.dtype)
+        student, teacher = self.student.dtype, self.teacher.dtype
+        return student if student == teacher else torch.promote_types(student, teacher)
 
     @property
     def acc_dtype(self) -> torch.dtype:
