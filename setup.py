@@ -299,11 +299,7 @@ class FreshBuild(build_py):
         package = Path(self.build_lib) / "mcld_kernels"
         if self.editable_mode:
             # The tree of an editable install is what its last install made of it: no module that was not asked for.
-            for stale in [
-                *ROOT.glob("mcld_kernels/_C*.so"),
-                *ROOT.glob("mcld_kernels/_cpu*.so"),
-                ROOT / "mcld_kernels" / BUILD_RECORD,
-            ]:
+            for stale in [*ROOT.glob("mcld_kernels/_*.so"), ROOT / "mcld_kernels" / BUILD_RECORD]:
                 if stale.exists() and not self.distribution.ext_modules:
                     print(f"mcld_kernels: removing {stale} of an earlier install with compiled kernels")
                     stale.unlink()

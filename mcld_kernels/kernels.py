@@ -10,7 +10,7 @@ what it does differently. The accumulator dtype (`acc_dtype`) is fp64 for fp64 l
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import labels as labelling
 from .labels import Labels
+from .options import acc_dtype
 
 # exp(x) of fp32 and bf16 is a normal number down to exp(-87); the products of exponentials with unit rows should be
 # normal as well. fp16 with a shift that uses its range: 2^14 exp(-20) is 2^-15, subnormal with 10 bits, more than bf16.
@@ -163,8 +164,9 @@ class LossInputs:
     acc_dtype: torch.dtype = field(init=False)  # of sums and of the loss
 
     def __post_init__(self) -> None:
-        self.dtype = torch.promote_types(self.student.dtype, self.teacher.dtype)
-        self.acc_dtype = torch.promote_types(self.dtype, torch.float32)
+        student, teacher = self.student.dtype, self.teacher.dtype
+        self.dtype = student if student == teacher else torch.promote_types(student, teacher)
+        self.acc_dtype = acc_dtype(self.dtype)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -221,8 +223,8 @@ class KernelSet:
         """Begin a contrast."""
         raise NotImplementedError
 
-    def mcld_low_latency(self, inputs: LossInputs) -> LossOutputs | None:
-        """A whole call of `mcld_loss` in few launches; None if this kernel set has no such path for these inputs."""
+    def mcld_low_latency(self, inputs: LossInputs) -> Callable[[LossInputs], LossOutputs] | None:
+        """The function that computes a whole call of `mcld_loss` in few launches; None without one for these inputs."""
         return None
 
     def l2_normalize(self, x: Tensor, operand_dtype: torch.dtype, eps: float) -> UnitRows:

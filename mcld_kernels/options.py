@@ -55,8 +55,13 @@ class MCLDOptions(NamedTuple):
     @property
     def label_terms(self) -> tuple[bool, bool, bool]:
         """The terms that are computed and read the labels."""
-        instance, sample, category = self.term_weight
-        return instance != 0 and self.mask_same_class, sample != 0, category != 0 and self.present_only
+        return _label_terms(self)
+
+
+def _label_terms(options: MCLDOptions) -> tuple[bool, bool, bool]:
+    # A function, since torch 2.6 cannot trace a property of a NamedTuple.
+    instance, sample, category = options.term_weight
+    return instance != 0 and options.mask_same_class, sample != 0, category != 0 and options.present_only
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -149,10 +154,10 @@ def check_mcld_inputs(
     if weight is not None and weight.device != student.device:
         raise ValueError(f"weight must be on the logits' device {student.device}; got {weight.device}")
     if target is None:
-        if any(options.label_terms):
+        if any(_label_terms(options)):
             _raise_missing_target(options, weight)
         return False
-    return check_target(target, student, options.ignore_index, read_values=any(options.label_terms))
+    return check_target(target, student, options.ignore_index, read_values=any(_label_terms(options)))
 
 
 def check_backend(name: Any) -> None:
@@ -299,7 +304,7 @@ def _raise_missing_target(options: MCLDOptions, weight: Tensor | None) -> None:
         "the sample-wise term (weight[1] other than 0)",
         "present_only of the category-wise term",
     )
-    needed = [reason for reason, used in zip(reasons, options.label_terms, strict=True) if used]
+    needed = [reason for reason, used in zip(reasons, _label_terms(options), strict=True) if used]
     remedy = "a term: weight 0"
     if weight is not None:
         remedy = "a term: three numbers as weight, with a 0; a tensor computes all three terms, whatever its values"

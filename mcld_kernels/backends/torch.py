@@ -7,7 +7,7 @@ changed in place, and read by a second. The float32 matmul precision holds for b
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,17 +22,17 @@ from ..kernels import (
     LossInputs,
     LossOutputs,
     NegativeSums,
-    Tuning,
     UnitRows,
     slices,
 )
 from ..options import float32_precision
 from . import torch_low_latency
 from .chunks import chunk_bytes
+from .torch_low_latency import LowLatencyTuning
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TorchTuning(Tuning):
+class TorchTuning(LowLatencyTuning):
     """fast_fp16, fast_bf16: the device multiplies them natively.
 
     Where it does not, fp16 logits take fp32 operands (a CPU is hundreds of times slower at fp16 GEMMs); where it does,
@@ -41,9 +41,6 @@ class TorchTuning(Tuning):
 
     fast_fp16: bool = False
     fast_bf16: bool = False
-    low_latency: bool = True  # take the path of `torch_low_latency` where it applies
-    compiled: bool = True  # there, use the compiled module where it is built
-    compiled_gemm: int = 1 << 20  # there, the largest n C (n + C) whose GEMMs the compiled module takes
 
 
 TUNING = TorchTuning
@@ -66,11 +63,10 @@ class TorchKernels(KernelSet):
             args, self.tuning.chunk_bytes, self.can_reverse(args.anchors.rows.dtype, args.temperature)
         )
 
-    def mcld_low_latency(self, inputs: LossInputs) -> LossOutputs | None:
-        if not self.tuning.low_latency or self.operand_dtype(inputs.dtype) != inputs.student.dtype:
+    def mcld_low_latency(self, inputs: LossInputs) -> Callable[[LossInputs], LossOutputs] | None:
+        if self.operand_dtype(inputs.dtype) != inputs.student.dtype:
             return None
-        tuning = self.tuning
-        return torch_low_latency.mcld(inputs, tuning.chunk_bytes, tuning.compiled, tuning.compiled_gemm)
+        return torch_low_latency.mcld(inputs, self.tuning)
 
 
 class _TorchContrast:

@@ -1,10 +1,10 @@
 """MCLD on a CPU where a similarity matrix fits one chunk: whole matrices, in closed form.
 
-Here the number of dispatched operations is the cost, not their memory. The formulas are those of `infonce`, written for
-the negatives; one GEMM gives the gradient by the unit rows, because the coefficients of the partners are written into the
-matrix of exponentials:
+Here the number of dispatched operations is the cost, not their memory. The formulas are those of `infonce`, written
+for the negatives; one GEMM gives the gradient by the unit rows, because the coefficients of the partners are written
+into the matrix of exponentials:
 
-    W_ij = c e_ij / (neg_sum_i + e_ii) (j != i),   W_ii = -c neg_sum_i / (neg_sum_i + e_ii),   g = W K,   c = weight / (n t)
+    W_ij = e_ij / (neg_sum_i + e_ii) (j != i),   W_ii = -neg_sum_i / (neg_sum_i + e_ii),   g = weight / (n t) W K
 
 and, for label positives with weight c', g_i gains c' (K_i - mean of the candidates with i's label).
 
@@ -15,30 +15,49 @@ between its steps. Without it, and for fp64, the same steps are torch operations
 from __future__ import annotations
 
 import importlib
-from functools import cache, lru_cache
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..kernels import LossInputs, LossOutputs
+from ..kernels import LossInputs, LossOutputs, Tuning
 from ..options import MCLDOptions
 
 # exp(a) of similarities a without a shift, and ratios of sums of them, stay inside fp32: exp(80) x 4096 = 2e38.
 _LARGEST_SIMILARITY = 40.0
 _LARGEST_SIZE = 4096
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
-def mcld(inputs: LossInputs, chunk_bytes: int, compiled: bool, compiled_gemm: int) -> LossOutputs | None:
-    """Loss, terms and gradient with student anchors and a frozen teacher; None where this path does not apply.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LowLatencyTuning(Tuning):
+    low_latency: bool = True  # take this path where it applies
+    compiled: bool = True  # use the compiled module where it is built
+    compiled_gemm: int = 1 << 20  # the largest n C (n + C) whose GEMMs the compiled module takes
+    isa: str | None = None  # the compiled module's instruction set; None: the fastest
 
-    compiled: use the compiled module. compiled_gemm: the largest n C (n + C) whose GEMMs it takes as well.
-    """
-    if not _applies(inputs, chunk_bytes):
+
+def mcld(inputs: LossInputs, tuning: LowLatencyTuning) -> Callable[[LossInputs], LossOutputs] | None:
+    """The function for student anchors and a frozen teacher; None where this path does not apply."""
+    if not tuning.low_latency or not _applies(inputs, tuning.chunk_bytes):
         return None
-    if compiled and inputs.student.dtype == torch.float32 and (module := compiled_module()) is not None:
-        return _mcld_compiled(inputs, module, compiled_gemm)
-    return _mcld_torch(inputs)
+    if tuning.compiled and (module := compiled_module()) is not None and _has_plain_fp32_memory(inputs):
+        return partial(_mcld_compiled, module=module, tuning=tuning)
+    return _mcld_torch
+
+
+def _has_plain_fp32_memory(inputs: LossInputs) -> bool:
+    """True where an address and strides say all about the logits."""
+    student, teacher = inputs.student, inputs.teacher
+    return (
+        student.dtype == torch.float32
+        and type(student) in _PLAIN_TYPES
+        and type(teacher) in _PLAIN_TYPES
+        and not (student.is_neg() or teacher.is_neg())  # there the memory holds the negated numbers
+    )
 
 
 def _applies(inputs: LossInputs, chunk_bytes: int) -> bool:
@@ -108,14 +127,13 @@ def _layout(n: int, num_classes: int) -> _Layout:
 
 
 @cache
-def _fastest_isa() -> int:
-    return len(compiled_module().isas()) - 1
+def _isa_index(name: str | None) -> int:
+    names: list[str] = compiled_module().isas()
+    return len(names) - 1 if name is None else names.index(name)
 
 
-def _mcld_compiled(inputs: LossInputs, module: Any, compiled_gemm: int, isa: int | None = None) -> LossOutputs | None:
+def _mcld_compiled(inputs: LossInputs, module: Any, tuning: LowLatencyTuning) -> LossOutputs:
     student, teacher, target, options = inputs.student, inputs.teacher, inputs.target, inputs.options
-    if student.is_neg() or teacher.is_neg():
-        return None  # the memory holds the negated numbers
     n, num_classes = student.shape
     instance, sample, category = options.active
     layout = _layout(n, num_classes)
@@ -123,13 +141,13 @@ def _mcld_compiled(inputs: LossInputs, module: Any, compiled_gemm: int, isa: int
     loss, terms = torch.empty((), dtype=torch.float32), torch.empty(3, dtype=torch.float32)
     gradient = torch.empty((n, num_classes), dtype=torch.float32) if inputs.student_grad else None
     arguments = (
-        _fastest_isa() if isa is None else isa,
+        _isa_index(tuning.isa),
         torch.get_num_threads(),
         student.data_ptr(),
         *student.stride(),
         teacher.data_ptr(),
         *teacher.stride(),
-        *((target.data_ptr(), target.stride(0)) if sample else (0, 0)),
+        *((target.data_ptr(), target.stride(0)) if sample and target is not None else (0, 0)),
         n,
         num_classes,
         work.data_ptr(),
@@ -144,7 +162,7 @@ def _mcld_compiled(inputs: LossInputs, module: Any, compiled_gemm: int, isa: int
         category,
         options.eps,
     )
-    if n * num_classes * (n + num_classes) <= compiled_gemm:
+    if n * num_classes * (n + num_classes) <= tuning.compiled_gemm:
         module.low_latency(module.ALL_STEPS, *arguments)
     else:
         _steps(module, arguments, work, layout, inputs)

@@ -394,8 +394,8 @@ def compute(kernels: KernelSet, inputs: LossInputs) -> LossOutputs:
             f"{student.shape[0]} student rows against {teacher.shape[0]} teacher rows: only the row terms with "
             "direction='student' are defined for that"
         )
-    if (outputs := kernels.mcld_low_latency(inputs)) is not None:
-        return outputs
+    if (low_latency := kernels.mcld_low_latency(inputs)) is not None:
+        return low_latency(inputs)
     composition = _Composition(kernels, inputs)
     operand, eps = kernels.operand_dtype(inputs.dtype), options.eps
     # The column copies are gone before the row copies are made.
