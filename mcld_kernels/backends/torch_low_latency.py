@@ -29,6 +29,7 @@ from ..options import MCLDOptions
 # exp(a) of similarities a without a shift, and ratios of sums of them, stay inside fp32: exp(80) x 4096 = 2e38.
 _LARGEST_SIMILARITY = 40.0
 _LARGEST_SIZE = 4096
+_SERIAL_ROWS = 64  # over columns vector_norm adds row after row; `sum` adds in parts, with less rounding error
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
@@ -202,14 +203,16 @@ def _mcld_torch(inputs: LossInputs) -> LossOutputs:
     logits = torch.stack((inputs.student, inputs.teacher))  # (2, n, C)
     row_loss = category_loss = label_gap = grad = None
     if instance or sample:
-        # Over contiguous rows vector_norm adds as many numbers at a time as fit a register; over columns, one by one.
         unit, inv_norm = _l2_normalize(logits, torch.linalg.vector_norm(logits, dim=2, keepdim=True), options.eps)
         target = inputs.target if sample else None
         temperature = options.temperature[0 if instance else 1]
         coefficients = (weight[0] if instance else 0.0, weight[1] if sample else 0.0)
         row_loss, label_gap, grad = _rows(unit, inv_norm, target, temperature, coefficients, inputs.student_grad)
     if category:
-        norm = logits.square().sum(1, keepdim=True).sqrt_()
+        if logits.shape[1] <= _SERIAL_ROWS:
+            norm = torch.linalg.vector_norm(logits, dim=1, keepdim=True)
+        else:
+            norm = logits.square().sum(1, keepdim=True).sqrt_()
         unit, inv_norm = _l2_normalize(logits, norm, options.eps)
         category_loss, grad = _columns(unit, inv_norm, options.temperature[2], weight[2], grad, inputs.student_grad)
     zero = None if all(options.active) else logits.new_zeros(())
@@ -255,16 +258,17 @@ def _rows(
     n = student.shape[0]
     e = torch.addmm(inv_norm, student, teacher.T, beta=0, alpha=1 / temperature)  # (n, n)
     diagonal = e.diagonal()
-    label_gap = mean_matrix = class_means = None
+    label_gap = label_pull = class_means = None
     if target is not None:
         if _by_classes(*student.shape):
             class_means = _class_means(teacher, target)  # (n, C)
-            label_positive = (student * class_means).sum() / temperature
+            label_gap = (diagonal.sum() - (student * class_means).sum() / temperature).div_(n)
         else:
             same = (target.unsqueeze(1) == target).to(e.dtype)
-            mean_matrix = same.div_(same.sum(1, keepdim=True))  # (n, n)
-            label_positive = (e * mean_matrix).sum()
-        label_gap = torch.sub(diagonal.sum(), label_positive).div_(n)
+            # The pull of label positives less that of the partner: row i averages the rows of its label, minus row i.
+            label_pull = same.div_(same.sum(1, keepdim=True))  # (n, n)
+            label_pull.diagonal().sub_(1)
+            label_gap = (e * label_pull).sum().div_(-n)
     positive = diagonal.exp()
     e.exp_()
     diagonal.zero_()
@@ -274,13 +278,13 @@ def _rows(
     if not with_grad:
         return loss, label_gap, None
     label_part = weight[1] / coefficient if coefficient > 0 else 0.0
-    factor = positive.add_(neg_sum).reciprocal_()
-    e.mul_(factor.unsqueeze(1))
-    diagonal.addcmul_(factor, neg_sum, value=-1)
-    if target is not None:
+    total = positive.add_(neg_sum)
+    e.div_(total.unsqueeze(1))
+    diagonal.addcdiv_(neg_sum, total, value=-1)
+    if label_pull is not None:
+        e.sub_(label_pull, alpha=label_part)
+    if class_means is not None:
         diagonal.add_(label_part)
-    if mean_matrix is not None:
-        e.sub_(mean_matrix, alpha=label_part)
     coefficient /= n * temperature
     gradient = torch.addmm(inv_norm, e, teacher, beta=0, alpha=coefficient)
     if class_means is not None:
@@ -292,7 +296,7 @@ def _rows(
 
 def _by_classes(n: int, num_classes: int) -> bool:
     """True where two GEMMs with one-hot labels, n x C x C, cost less than some passes over an n x n matrix."""
-    return n > 128 and num_classes * num_classes <= 16 * n
+    return n > 256 and num_classes * num_classes <= 16 * n
 
 
 def _class_means(rows: Tensor, target: Tensor) -> Tensor:
@@ -318,9 +322,9 @@ def _columns(
     loss = (neg_sum / positive).log1p_().mean()
     if not with_grad:
         return loss, None
-    factor = positive.add_(neg_sum).reciprocal_()
-    e.mul_(factor)
-    diagonal.addcmul_(factor, neg_sum, value=-1)
+    total = positive.add_(neg_sum)
+    e.div_(total)
+    diagonal.addcdiv_(neg_sum, total, value=-1)
     gradient = torch.addmm(inv_norm, teacher, e, beta=0, alpha=weight / (num_classes * temperature))
     gradient.addcmul_(student, (gradient * student).sum(0), value=-1)
     return loss, gradient.mul_(inv_norm) if row_grad is None else row_grad.addcmul_(gradient, inv_norm)
