@@ -215,14 +215,9 @@ def _mcld_torch(inputs: LossInputs) -> LossOutputs:
             norm = logits.square().sum(1, keepdim=True).sqrt_()
         unit, inv_norm = _l2_normalize(logits, norm, options.eps)
         category_loss, grad = _columns(unit, inv_norm, options.temperature[2], weight[2], grad, inputs.student_grad)
-    zero = None if all(options.active) else logits.new_zeros(())
-    terms = torch.stack(
-        [
-            row_loss if instance else zero,
-            row_loss + label_gap if sample else zero,
-            category_loss if category else zero,
-        ]  # type: ignore[arg-type, operator, list-item]
-    )
+    sample_loss = None if row_loss is None or label_gap is None else row_loss + label_gap
+    parts = (row_loss if instance else None, sample_loss, category_loss)
+    terms = torch.stack([logits.new_zeros(()) if part is None else part for part in parts])
     loss = terms.sum() if weight == (1.0, 1.0, 1.0) else torch.dot(terms, terms.new_tensor(weight))
     return LossOutputs(loss=loss, terms=terms, student_grad=grad, teacher_grad=None)
 
