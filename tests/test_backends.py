@@ -217,6 +217,19 @@ def test_a_converged_student_keeps_its_gradient(distance, where):
     assert relative(got.loss, want.loss) < 0.1 * relative(eager.loss, want.loss)
 
 
+def test_a_bf16_gradient_is_orthogonal_to_its_row(where):
+    """Late in training, too: the projection divides by x . x, since a rounded operand has |x| != 1.
+
+    What remains is the rounding of the gradient itself, an independent one in each of C elements.
+    """
+    skip_if_it_cannot(where, torch.bfloat16)
+    student, teacher = (x.to(torch.bfloat16) for x in logits("converged", 128, 100, device=where[1]))
+    gradient = run(where[0], student, teacher, weight=(1.0, 0.0, 0.0)).student.double().cpu()
+    x = student.double().cpu()
+    radial = (gradient * x).sum(1) / (gradient.norm(dim=1) * x.norm(dim=1))
+    assert float(radial.square().mean().sqrt()) < torch.finfo(torch.bfloat16).eps / 100**0.5
+
+
 class TestResult:
     @pytest.mark.parametrize("teacher_grad", [False, True], ids=["frozen", "mutual"])
     @pytest.mark.parametrize("direction", DIRECTIONS)
