@@ -68,6 +68,7 @@ FLASH = {
 # Rows of their own where an online maximum takes more registers than a fixed shift.
 FLASH_ONLINE = {
     ("sm_80", "tf32", 128): Launch(128, 32, warps=8, stages=2),
+    ("sm_100", "half", 32): Launch(128, 32, warps=8, stages=3),
 }
 
 # (architecture, kind of operand): blocks of either product of the two-product path.
