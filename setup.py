@@ -1,11 +1,14 @@
-"""Build of ``mcld_kernels``: pure Python, and with ``MCLD_BUILD_CUDA=1`` the compiled module ``mcld_kernels._C`` too.
+"""Build of ``mcld_kernels``: pure Python, and on request the compiled modules ``mcld_kernels._C`` and ``_cpu``.
 
-Everything else about the package stands in pyproject.toml. An install does one of two things, by its command alone:
+Everything else about the package stands in pyproject.toml. An install does one of three things, by its command alone:
   * by default it compiles nothing and is the same on every machine: a wheel for any Python and platform;
-  * with ``MCLD_BUILD_CUDA=1`` it compiles the CUDA kernels (CMakeLists.txt, by CMake and ninja) or fails and says why.
-Without an nvcc on the machine, pip fetches one from PyPI for the second.
+  * with ``MCLD_BUILD_CPU=1`` it compiles the CPU kernels ``mcld_kernels._cpu`` (csrc/cpu, by CMake and ninja);
+  * with ``MCLD_BUILD_CUDA=1`` it compiles the CUDA kernels (CMakeLists.txt) and the CPU's.
+A build that was asked for is there, or the install fails and says why. Without an nvcc on the machine, pip fetches one
+from PyPI for the third.
 
-Environment variables read here, all for the second alone:
+Environment variables read here:
+  MCLD_BUILD_CPU        1 or 0 (default; 1 where the CUDA kernels are compiled)
   MCLD_BUILD_CUDA       1 or 0 (default; 1 where MCLD_CUDA_ARCHS is set)
   MCLD_CUDA_ARCHS       architectures as CMake writes them ("80-real;90a-real") or as torch does ("8.0;9.0a+PTX");
                         otherwise TORCH_CUDA_ARCH_LIST, CUDAARCHS, those of the machine's GPUs, DEFAULT_ARCHS
@@ -59,14 +62,24 @@ class BuildError(Exception):
 
 def cuda_requested(environ=os.environ) -> bool:
     """The choice made by MCLD_BUILD_CUDA or, where that is unset, by MCLD_CUDA_ARCHS."""
-    value = environ.get("MCLD_BUILD_CUDA", "").strip().lower()
+    # Architectures are named by those who want them compiled.
+    return is_on("MCLD_BUILD_CUDA", "CUDA", bool(environ.get("MCLD_CUDA_ARCHS")), environ)
+
+
+def cpu_requested(environ=os.environ) -> bool:
+    """True where MCLD_BUILD_CPU asks for the CPU kernels; a build with CUDA has them too."""
+    return is_on("MCLD_BUILD_CPU", "CPU", False, environ) or cuda_requested(environ)
+
+
+def is_on(variable: str, device: str, default: bool, environ) -> bool:
+    """The value of a variable that is 1 or 0."""
+    value = environ.get(variable, "").strip().lower()
     if not value:
-        # Architectures are named by those who want them compiled.
-        return bool(environ.get("MCLD_CUDA_ARCHS"))
+        return default
     choices = {"1": True, "on": True, "true": True, "0": False, "off": False, "false": False}
     if value not in choices:
         raise BuildError(
-            f"MCLD_BUILD_CUDA is {value!r}; it takes 1 (compile the CUDA kernels, or fail) "
+            f"{variable} is {value!r}; it takes 1 (compile the {device} kernels, or fail) "
             "or 0 (the default: install without them)"
         )
     return choices[value]
@@ -286,9 +299,9 @@ class FreshBuild(build_py):
         package = Path(self.build_lib) / "mcld_kernels"
         if self.editable_mode:
             # The tree of an editable install is what its last install made of it: no module that was not asked for.
-            for stale in [*ROOT.glob("mcld_kernels/_C*.so"), ROOT / "mcld_kernels" / BUILD_RECORD]:
+            for stale in [*ROOT.glob("mcld_kernels/_*.so"), ROOT / "mcld_kernels" / BUILD_RECORD]:
                 if stale.exists() and not self.distribution.ext_modules:
-                    print(f"mcld_kernels: removing {stale} of an earlier install with MCLD_BUILD_CUDA=1")
+                    print(f"mcld_kernels: removing {stale} of an earlier install with compiled kernels")
                     stale.unlink()
         else:
             shutil.rmtree(package, ignore_errors=True)
@@ -312,38 +325,43 @@ class TaggedWheel(bdist_wheel):
     def finalize_options(self) -> None:
         super().finalize_options()
         try:
-            nvcc = find_nvcc() if self.distribution.ext_modules else None
+            nvcc = find_nvcc() if self.has_cuda() else None
         except BuildError:  # the build itself reports it
             nvcc = None
         version = nvcc_version(nvcc) if nvcc else ""
         if version and not self.build_number:
             self.build_number = "1cu" + version.replace(".", "")
 
+    def has_cuda(self) -> bool:
+        return any(extension.name != "mcld_kernels._cpu" for extension in self.distribution.ext_modules or ())
+
 
 class CMakeBuild(build_ext):
-    """Drives CMake for the one extension."""
+    """Drives CMake once for the extensions."""
 
     def run(self) -> None:
+        device = "CUDA" if cuda_requested() else "CPU"
         try:
-            self.build_module()
+            self.build_modules(device == "CUDA")
         except BuildError as error:
             # Setuptools takes every Exception of an editable build for a reason to go on without the extension.
             raise SystemExit(
-                f"\nmcld_kernels: the CUDA kernels were asked for (MCLD_BUILD_CUDA=1), but {error}\n"
-                "Without MCLD_BUILD_CUDA the package installs without them.\n"
+                f"\nmcld_kernels: the {device} kernels were asked for (MCLD_BUILD_{device}=1), but {error}\n"
+                f"Without MCLD_BUILD_{device} the package installs without them.\n"
             ) from None
         if self.inplace:
             self.copy_extensions_to_source()
             write_record(ROOT / "mcld_kernels")
 
-    def build_module(self) -> None:
+    def build_modules(self, cuda: bool) -> None:
         if not find_cxx():
             raise BuildError(NO_CXX)
-        nvcc = find_nvcc()
-        if nvcc is None:
-            raise BuildError(NO_NVCC)
-        archs, source = requested_archs()
-        archs = check_archs(archs, source, nvcc_archs(nvcc), str(nvcc))
+        if cuda:
+            nvcc = find_nvcc()
+            if nvcc is None:
+                raise BuildError(NO_NVCC)
+            archs, source = requested_archs()
+            archs = check_archs(archs, source, nvcc_archs(nvcc), str(nvcc))
         try:
             import pybind11
         except ImportError:
@@ -353,7 +371,7 @@ class CMakeBuild(build_ext):
         module = Path(self.get_ext_fullpath(self.extensions[0].name)).resolve()
         self.inplace = inplace
         # A folder that outlives pip's temporary ones, so that a second install compiles only what changed.
-        folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-cuda"
+        folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{'cuda' if cuda else 'cpu'}"
         folder.mkdir(parents=True, exist_ok=True)
         # pip's isolated tools move at every install; a remembered path to them would be wrong.
         (folder / "CMakeCache.txt").unlink(missing_ok=True)
@@ -361,24 +379,23 @@ class CMakeBuild(build_ext):
         tests = folder / "CMakeFiles" / "CMakeConfigureLog.yaml"
         tests.unlink(missing_ok=True)
         environ = dict(os.environ, NINJA_STATUS="[%f of %t, %e s] ")
-        # The wheels have lib where a toolkit has lib64, which nvcc does not search.
-        library_path = [str(nvcc.resolve().parents[1] / "lib"), environ.get("LIBRARY_PATH", "")]
-        environ["LIBRARY_PATH"] = os.pathsep.join(filter(None, library_path))
         configure = [
-            *(find_tool("cmake"), "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"),
+            *(find_tool("cmake"), "-S", str(ROOT if cuda else ROOT / "csrc" / "cpu"), "-B", str(folder), "-G", "Ninja"),
             f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}",
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DMCLD_OUTPUT_DIR={module.parent}",
-            f"-DCMAKE_CUDA_COMPILER={nvcc}",
-            f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(archs)}",
-            *shlex.split(environ.get("CMAKE_ARGS", "")),
         ]
         jobs = environ.get("MAX_JOBS", str(os.cpu_count() or 1))
-        print(
-            f"mcld_kernels: compiling for {';'.join(archs)} ({source or 'the default list'}) with {nvcc}, {jobs} jobs"
-        )
+        if cuda:
+            # The wheels have lib where a toolkit has lib64, which nvcc does not search.
+            library_path = [str(nvcc.resolve().parents[1] / "lib"), environ.get("LIBRARY_PATH", "")]
+            environ["LIBRARY_PATH"] = os.pathsep.join(filter(None, library_path))
+            configure += [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(archs)}"]
+            listed = f"{';'.join(archs)} ({source or 'the default list'}) with {nvcc}"
+            print(f"mcld_kernels: compiling for {listed}, {jobs} jobs")
+        configure += shlex.split(environ.get("CMAKE_ARGS", ""))
         for command in (configure, [configure[0], "--build", str(folder), "--parallel", jobs]):
             status, output = run_logged(command, environ, folder / "build.log")
             if status:
@@ -412,15 +429,16 @@ def run_logged(command: list[str], environ: dict[str, str], log: Path) -> tuple[
 
 
 def build_requirements() -> list[str]:
-    """The build's further requirements, for a frontend such as pip: with CUDA the tools, and nvcc if none is here."""
-    if not cuda_requested() or not find_cxx():
+    """The build's further requirements, for a frontend such as pip: the tools and, for CUDA, nvcc if none is here."""
+    if not cpu_requested() or not find_cxx():
         return []
-    return BUILD_TOOLS + (NVCC_WHEELS if find_nvcc() is None else [])
+    return BUILD_TOOLS + (NVCC_WHEELS if cuda_requested() and find_nvcc() is None else [])
 
 
 if __name__ == "__main__":
     try:
-        modules = [Extension("mcld_kernels._C", sources=[])] if cuda_requested() else []
+        requested = {"mcld_kernels._C": cuda_requested(), "mcld_kernels._cpu": cpu_requested()}
+        modules = [Extension(name, sources=[]) for name, is_requested in requested.items() if is_requested]
         # Run by hand, setuptools would fetch the requirements as eggs that lie apart, which nvcc's parts cannot.
         requirements = [] if Path(sys.argv[0]).name == "setup.py" else build_requirements()
     except BuildError as error:

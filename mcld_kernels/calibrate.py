@@ -26,9 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, reference
+from . import backends
 from .backends import timings
 from .losses.mcld import mcld_loss
+from .options import Backend
 from .version import __version__
 
 # A result passes within FACTOR times eager's own error. Eager may be exact by luck, hence floors, relative to the loss
@@ -83,12 +84,14 @@ def floor_dtype(dtype: str, precision: str) -> str:
 
 
 def hopper_unsupported_reason(student: Tensor, teacher: Tensor) -> str | None:
-    """Why the Hopper kernels cannot take these logits; None if they can, where the work is large enough."""
+    """The reason why the Hopper kernels cannot take these logits; None if they can, where the work is large enough."""
     from .backends.cuda import extension, hopper
 
     module, reason = extension.load()
     dtype = torch.promote_types(student.dtype, teacher.dtype)
-    return reason or hopper.unsupported_reason(module, student.device, dtype)
+    if module is None:
+        return reason
+    return hopper.unsupported_reason(module, student.device, dtype)
 
 
 def measure(plan: Plan) -> Iterator[dict[str, Any]]:
@@ -116,8 +119,8 @@ def measure_shape(plan: Plan, dtype: str, batch: int, classes: int) -> tuple[dic
     operands = floor_dtype(dtype, plan.precision)
     eager = [_error(oracle(student, teacher, target), exact)]
     if operands != dtype:  # operands of fewer bits are allowed, whether eager uses them or not
-        rounded = [x.to(getattr(torch, operands)).to(x.dtype) for x in (student, teacher)]
-        eager.append(_error(oracle(*rounded, target), exact))
+        rounded_student, rounded_teacher = (x.to(getattr(torch, operands)) for x in (student, teacher))
+        eager.append(_error(oracle(rounded_student, rounded_teacher, target), exact))
     allowed = _allowed(eager, operands)
     steps: dict[str, Callable[[], Result]] = {}
     rejected = {}
@@ -156,20 +159,18 @@ def _oracle(student: Tensor, teacher: Tensor) -> Callable[[Tensor, Tensor, Tenso
     needed = 8 * 8 * (batch**2 + classes**2)
     device = student.device
     available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 2 << 30
-    name = "reference" if needed <= available / 2 else "torch"
+    name: Backend = "reference" if needed <= available / 2 else "torch"
     return lambda s, t, y: _loss_and_gradient(name, s, t, y)
 
 
-def _loss_and_gradient(backend: str, student: Tensor, teacher: Tensor, target: Tensor) -> Result:
+def _loss_and_gradient(backend: Backend, student: Tensor, teacher: Tensor, target: Tensor) -> Result:
     leaf = student.detach().requires_grad_()
-    function = reference.mcld_loss if backend == "reference" else mcld_loss
-    options = {} if backend == "reference" else {"backend": backend}
-    loss = function(leaf, teacher, target, **options)
+    loss = mcld_loss(leaf, teacher, target, backend=backend)
     return loss.detach(), torch.autograd.grad(loss, leaf)[0]
 
 
 def _step(candidate: str, student: Tensor, teacher: Tensor, target: Tensor) -> Callable[[], Result]:
-    backend = timings.CANDIDATES.get(candidate, candidate)
+    backend: Any = timings.CANDIDATES.get(candidate, candidate)
 
     def step() -> Result:
         with backends.tuned(hopper=candidate == "hopper"):

@@ -5,6 +5,7 @@ The operator returns the gradients together with the loss, computed in the same 
 
 from __future__ import annotations
 
+import contextlib
 import typing
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -17,7 +18,7 @@ from torch.utils import _python_dispatch
 from . import backends
 from .infonce import grad_dtype
 from .kernels import KernelSet, LossInputs, LossOutputs
-from .options import acc_dtype, is_readable
+from .options import acc_dtype, is_readable, no_autocast
 
 _LIBRARY = torch.library.Library("mcld_kernels", "DEF")
 _OPERATORS: dict[str, LossOperator] = {}
@@ -38,6 +39,7 @@ class _Call(NamedTuple):
     backend: str
     student_grad: bool
     teacher_grad: bool
+    labels_are_classes: bool | None = None  # None: not known yet
 
 
 class LossOperator:
@@ -84,35 +86,46 @@ class LossOperator:
         weight: Tensor | None,
         options: Any,
         backend: str,
+        labels_are_classes: bool | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The loss () with its gradient, and the terms (num_terms,), for arguments that are already checked."""
+        """The loss () with its gradient, and the terms (num_terms,), for arguments that are already checked.
+
+        labels_are_classes: as in `LossInputs`; None where it is not known yet.
+        """
         student_grad, teacher_grad, weight_grad = _needs_grad(student), _needs_grad(teacher), _needs_grad(weight)
         if student_grad or teacher_grad or weight_grad:
             is_transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+            if not (is_transformed or _is_observed(student)):
+                call = _Call(
+                    self.name, student, teacher, target, weight, options, backend,
+                    student_grad, teacher_grad, labels_are_classes,
+                )  # fmt: skip
+                terms: list[Tensor] = []
+                return _EagerLoss.apply(self, call, terms, student, teacher, weight), terms[0]
             function = _TransformableLoss if is_transformed else _Loss
             outputs = function.apply(
                 self.name, student, teacher, target, weight, options, backend, student_grad, teacher_grad
             )
             return outputs[0], outputs[1]
-        call = _Call(self.name, student, teacher, target, weight, options, backend, False, False)
-        outputs = self.forward(call)
+        call = _Call(self.name, student, teacher, target, weight, options, backend, False, False, labels_are_classes)
+        outputs = self.dispatch(call) if _is_observed(student) else self.run(call)
         return outputs[0], outputs[1]
 
-    def forward(self, call: _Call) -> Outputs:
-        """Loss (), terms (num_terms,), gradients of the loss by student and teacher: (batch, classes), else (0,)."""
-        # The dispatcher is needed by whoever traces or observes operators; a plain call saves its cost.
-        if _is_observed(call.student):
-            if not torch.compiler.is_compiling():
-                self._tell_flop_counters()
-            return self._operator(*call[1:5], *call.options, *call[6:])  # type: ignore[no-any-return]
-        return self._run(call)
+    def dispatch(self, call: _Call) -> Outputs:
+        """`run` through PyTorch's dispatcher, for whoever traces or observes operators; a plain call saves its cost."""
+        if not torch.compiler.is_compiling():
+            self._tell_flop_counters()
+        tensors = call.student, call.teacher, call.target, call.weight
+        choices = call.backend, call.student_grad, call.teacher_grad
+        return self._operator(*tensors, *call.options, *choices)  # type: ignore[no-any-return]
 
     def _implementation(self, student: Tensor, teacher: Tensor, target: Any, weight: Any, *rest: Any) -> Outputs:
         fields = [tuple(field) if isinstance(field, list) else field for field in rest[:-3]]
         call = _Call(self.name, student, teacher, target, weight, self._options_type(*fields), *rest[-3:])
-        return self._run(call)
+        return self.run(call)
 
-    def _run(self, call: _Call) -> Outputs:
+    def run(self, call: _Call) -> Outputs:
+        """Loss (), terms (num_terms,), gradients of the loss by student and teacher: (batch, classes), else (0,)."""
         student, teacher = call.student, call.teacher
         kernels = backends.kernel_set(call.backend, student, teacher, call.teacher_grad, self.supported)
         if student.shape[0] == 0:
@@ -125,14 +138,16 @@ class LossOperator:
             options=call.options,
             student_grad=call.student_grad,
             teacher_grad=call.teacher_grad,
-            labels_are_classes=_are_classes(call.target, student.shape[1], getattr(call.options, "ignore_index", -1)),
+            labels_are_classes=(
+                _are_classes(call.target, student.shape[1], getattr(call.options, "ignore_index", -1))
+                if call.labels_are_classes is None
+                else call.labels_are_classes
+            ),
         )
-        device = student.device.type
-        if torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                outputs = self._compute(kernels, inputs)
-        elif device == "cuda":
-            with torch.cuda.device(student.device):
+        device = student.device
+        if device.type == "cuda" or torch.is_autocast_enabled(device.type):
+            on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+            with on_device, no_autocast(device):
                 outputs = self._compute(kernels, inputs)
         else:
             outputs = self._compute(kernels, inputs)
@@ -143,7 +158,7 @@ class LossOperator:
     def _tell_flop_counters(self) -> None:
         """Give the flop formula to the counters that are running.
 
-        torch's registry would take it once for all, but importing it imports Triton, which takes longer than this package.
+        torch's registry would take it once for all, but importing it imports Triton, which takes long.
         """
         for mode in _python_dispatch._get_current_dispatch_mode_stack():
             counter = getattr(mode, "counter", mode)
@@ -241,7 +256,7 @@ _TWICE = "the fast backends of mcld_kernels cannot be differentiated twice; back
 
 def _save(ctx: Any, call: _Call, outputs: Outputs) -> tuple[Tensor | None, ...]:
     """Save what the derivatives need; returns it."""
-    # The inputs that a second derivative would be taken by; a constant may be an inference tensor, which cannot be saved.
+    # The inputs that a second derivative is taken by; a constant may be an inference tensor, which cannot be saved.
     inputs = (x if x is not None and x.requires_grad else None for x in (call.student, call.teacher, call.weight))
     # A copy, since whoever logs the terms may change them in place.
     terms = outputs[1].clone() if call.weight is not None else None
@@ -257,24 +272,32 @@ def _save(ctx: Any, call: _Call, outputs: Outputs) -> tuple[Tensor | None, ...]:
 
 def _backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
     """Gradients by the arguments of a call."""
+    student, teacher, weight = _gradients(ctx, upstream, (1, 2, 4))
+    return None, student, teacher, None, weight, None, None, None, None
+
+
+def _gradients(ctx: Any, upstream: Tensor, indices: tuple[int, int, int]) -> list[Tensor | None]:
+    """Gradients by student, teacher and weight, which are the inputs ``indices``."""
     *gradients, student, teacher, weight = ctx.saved_tensors
     results: list[Tensor | None] = []
-    for gradient, dtype, needed in zip(gradients, ctx.dtypes, (1, 2, 4), strict=True):
+    for gradient, dtype, needed in zip(gradients, ctx.dtypes, indices, strict=True):
         if dtype is None or not ctx.needs_input_grad[needed]:
             results.append(None)
             continue
         # Grad mode is on in backward where a graph of it was asked for (create_graph=True).
         if torch.is_grad_enabled():
             gradient = _NoSecondDerivative.apply(gradient, student, teacher, weight)
-        results.append((gradient * upstream).to(dtype))
-    return None, results[0], results[1], None, results[2], None, None, None, None
+        product = gradient * upstream
+        results.append(product if product.dtype == dtype else product.to(dtype))
+    return results
 
 
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         call = _Call(*args)
-        outputs = _OPERATORS[call.name].forward(call)
+        operator = _OPERATORS[call.name]
+        outputs = operator.dispatch(call) if _is_observed(call.student) else operator.run(call)
         _save(ctx, call, outputs)
         ctx.mark_non_differentiable(outputs[1])
         return outputs[0], outputs[1]
@@ -284,13 +307,37 @@ class _Loss(torch.autograd.Function):
         return _backward(ctx, upstream)
 
 
+class _EagerLoss(torch.autograd.Function):
+    """The same for a plain call, which nothing observes: less is handed to autograd, and the terms go round it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        operator: LossOperator,
+        call: _Call,
+        terms: list[Tensor],
+        student: Tensor,
+        teacher: Tensor,
+        weight: Tensor | None,
+    ) -> Tensor:
+        outputs = operator.run(call)
+        _save(ctx, call, outputs)
+        terms.append(outputs[1])
+        return outputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        return None, None, None, *_gradients(ctx, upstream, (3, 4, 5))
+
+
 class _TransformableLoss(torch.autograd.Function):
     """The same for torch.func and forward-mode AD: what the derivatives need are outputs."""
 
     @staticmethod
     def forward(*args: Any) -> Outputs:
         call = _Call(*args)
-        return _OPERATORS[call.name].forward(call)
+        operator = _OPERATORS[call.name]
+        return operator.dispatch(call) if _is_observed(call.student) else operator.run(call)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:

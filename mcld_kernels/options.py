@@ -16,6 +16,7 @@ from torch import Tensor, nn
 Direction = Literal["student", "teacher", "symmetric"]
 Backend = Literal["auto", "reference", "torch", "triton", "cuda"]
 
+BACKENDS: tuple[Backend, ...] = ("auto", "reference", "torch", "triton", "cuda")
 TERMS = ("instance", "sample", "category")
 DIRECTIONS: tuple[Direction, ...] = ("student", "teacher", "symmetric")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -54,8 +55,13 @@ class MCLDOptions(NamedTuple):
     @property
     def label_terms(self) -> tuple[bool, bool, bool]:
         """The terms that are computed and read the labels."""
-        instance, sample, category = self.active
-        return instance and self.mask_same_class, sample, category and self.present_only
+        return _label_terms(self)
+
+
+def _label_terms(options: MCLDOptions) -> tuple[bool, bool, bool]:
+    # A function, since torch 2.6 cannot trace a property of a NamedTuple.
+    instance, sample, category = options.term_weight
+    return instance != 0 and options.mask_same_class, sample != 0, category != 0 and options.present_only
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -93,22 +99,19 @@ def mcld_options(
         raise NotImplementedError(
             "process_group: the loss over a global batch is not implemented yet; pass process_group=None"
         )
-    weight_tensor = None
-    if isinstance(weight, Tensor):
-        check_weight_tensor(weight)
-        weight, weight_tensor = (1.0, 1.0, 1.0), weight
-    temperature, weight = _hashable(temperature), _hashable(weight)
-    values = (temperature, weight, direction, mask_same_class, present_only, ignore_index, eps)
+    weight_tensor = weight if isinstance(weight, Tensor) else None
+    if weight_tensor is not None:
+        check_weight_tensor(weight_tensor)
+    numbers = 1.0 if isinstance(weight, Tensor) else weight
+    # A list cannot be a key of the cache.
+    temperature, numbers = (tuple(x) if isinstance(x, list) else x for x in (temperature, numbers))
+    values = (temperature, numbers, direction, mask_same_class, present_only, ignore_index, eps)
     if torch.compiler.is_compiling():
         return _mcld_options(*values), weight_tensor
     try:
         return _cached_mcld_options(*values), weight_tensor
     except TypeError:  # unhashable, or of the wrong type: the checks say which
         return _mcld_options(*values), weight_tensor
-
-
-def _hashable(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _mcld_options(
@@ -135,17 +138,32 @@ _cached_mcld_options = lru_cache(maxsize=256, typed=True)(_mcld_options)
 
 
 def check_mcld_inputs(
-    student: Tensor, teacher: Tensor, target: Tensor | None, weight: Tensor | None, options: MCLDOptions
-) -> None:
-    """Check the tensors of a call against its options. Reads no value of a tensor that is not on the CPU."""
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    weight: Tensor | None,
+    options: MCLDOptions,
+    backend: str = "reference",
+) -> bool | None:
+    """Check the tensors of a call against its options. Reads no value of a tensor that is not on the CPU.
+
+    Returns True or False where the labels were read: every one is a class, and none is ignored.
+    """
+    check_backend(backend)
     check_logits(student, teacher)
     if weight is not None and weight.device != student.device:
         raise ValueError(f"weight must be on the logits' device {student.device}; got {weight.device}")
     if target is None:
-        if any(options.label_terms):
+        if any(_label_terms(options)):
             _raise_missing_target(options, weight)
-    else:
-        check_target(target, student, options.ignore_index, read_values=any(options.label_terms))
+        return False
+    return check_target(target, student, options.ignore_index, read_values=any(_label_terms(options)))
+
+
+def check_backend(name: Any) -> None:
+    """Raise ValueError if ``name`` is neither "auto" nor a backend."""
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}; got {name!r}")
 
 
 def check_logits(student: Tensor, teacher: Tensor) -> None:
@@ -153,7 +171,8 @@ def check_logits(student: Tensor, teacher: Tensor) -> None:
     for name, logits in (("student", student), ("teacher", teacher)):
         if not isinstance(logits, Tensor):
             raise TypeError(f"{name} must be a tensor of logits (batch, classes); got {type(logits).__name__}")
-        _check_dense(name, logits)
+        if type(logits) is not Tensor or logits.layout is not torch.strided or logits.is_nested:
+            _check_dense(name, logits)
         if logits.dtype not in DTYPES:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
             raise TypeError(f"{name} must be of a floating dtype ({names}); got {logits.dtype}")
@@ -197,7 +216,7 @@ def is_finite(value: Any) -> bool:
 def check_temperatures(value: Any) -> tuple[float, float, float]:
     """One temperature or three; each is positive and finite."""
     values = (value,) * 3 if is_number(value) else tuple(value) if isinstance(value, Sequence) else None
-    if values is None or len(values) != 3 or not all([is_number(v) for v in values]):
+    if values is None or len(values) != 3 or not all(map(is_number, values)):
         raise TypeError(f"temperature must be one number or three (instance, sample, category); got {value!r}")
     for v in values:
         if not 0 < v < math.inf:
@@ -219,7 +238,7 @@ def _three_weights(value: Any) -> tuple[float, float, float]:
     if isinstance(values, str) or not isinstance(values, Sequence) or len(values) != 3:
         accepted = "one number, three numbers (instance, sample, category) or a tensor of three"
         raise TypeError(f"weight must be {accepted}; got {value!r}")
-    if not all([is_number(v) for v in values]):
+    if not all(map(is_number, values)):
         raise TypeError(f"weight must be three numbers (instance, sample, category); got {value!r}")
     check_weight_values(values)
     return float(values[0]), float(values[1]), float(values[2])
@@ -269,7 +288,7 @@ def check_eps(value: Any) -> float:
 
 
 def is_readable(tensor: Tensor) -> bool:
-    """True where values can be read: on the CPU, in eager mode, of a tensor that is neither fake, traced nor transformed."""
+    """True where values can be read: on the CPU, in eager mode, of a tensor neither fake, traced nor transformed."""
     return (
         not torch.compiler.is_compiling()
         and type(tensor) in (Tensor, nn.Parameter)
@@ -285,7 +304,7 @@ def _raise_missing_target(options: MCLDOptions, weight: Tensor | None) -> None:
         "the sample-wise term (weight[1] other than 0)",
         "present_only of the category-wise term",
     )
-    needed = [reason for reason, used in zip(reasons, options.label_terms, strict=True) if used]
+    needed = [reason for reason, used in zip(reasons, _label_terms(options), strict=True) if used]
     remedy = "a term: weight 0"
     if weight is not None:
         remedy = "a term: three numbers as weight, with a 0; a tensor computes all three terms, whatever its values"
@@ -295,11 +314,15 @@ def _raise_missing_target(options: MCLDOptions, weight: Tensor | None) -> None:
     )
 
 
-def check_target(target: Tensor, student: Tensor, ignore_index: int, *, read_values: bool) -> None:
-    """Hard labels (batch,), int64, on the student's device; their values where ``read_values`` and readable."""
+def check_target(target: Tensor, student: Tensor, ignore_index: int, *, read_values: bool) -> bool | None:
+    """Hard labels (batch,), int64, on the student's device; their values where ``read_values`` and readable.
+
+    Returns as `check_mcld_inputs`.
+    """
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a tensor of labels (batch,), int64; got {type(target).__name__}")
-    _check_dense("target", target)
+    if type(target) is not Tensor or target.layout is not torch.strided or target.is_nested:
+        _check_dense("target", target)
     batch, classes = student.shape
     if target.ndim == 2 and target.is_floating_point():
         raise ValueError(
@@ -318,9 +341,11 @@ def check_target(target: Tensor, student: Tensor, ignore_index: int, *, read_val
     if read_values and batch > 0 and is_readable(target):
         low, high = torch.aminmax(target)
         if 0 <= int(low) and int(high) < classes:
-            return
+            return not 0 <= ignore_index < classes
         bad = target[((target < 0) | (target >= classes)) & (target != ignore_index)]
         if bad.numel():
             raise ValueError(
                 f"target holds {int(bad[0])}; labels must be in [0, {classes}) or equal ignore_index={ignore_index}"
             )
+        return False
+    return None

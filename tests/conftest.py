@@ -66,7 +66,7 @@ def matmul_precision():
 
 @pytest.fixture
 def small_chunks():
-    """A function that limits a chunk to ``rows`` rows of ``columns`` exponentials, so that small inputs take several."""
+    """A function that limits a chunk to ``rows`` rows of ``columns`` exponentials: small inputs take several."""
     from mcld_kernels import backends
 
     with contextlib.ExitStack() as stack:

@@ -1,9 +1,9 @@
 """Each method of a kernel set alone, on every backend, against `KernelSet`'s own operations in fp64.
 
-The backends are torch, Triton interpreted and the CUDA kernels compiled for the host; with a GPU, the same there. Operands
-are made by the backend itself, in its own padding, and read back for the comparison, so that an error shows in the method
-that makes it. The bar is twice the error of the torch kernel set at the same operand dtype, plus the rounding of the
-result's own dtype.
+The backends are torch, Triton interpreted and the CUDA kernels compiled for the host; with a GPU, the same there.
+Operands are made by the backend itself, in its own padding, and read back for the comparison, so that an error shows in
+the method that makes it. The bar is twice the error of the torch kernel set at the same operand dtype, plus the
+rounding of the result's own dtype.
 """
 
 import contextlib
@@ -410,7 +410,7 @@ class TestGradEpilogue:
         near(found[0][first:last], found[1][first:last], found[2][first:last])
 
     def test_is_orthogonal_to_its_row(self, subject):
-        """What a step along the gradient cannot change is the norm, also where the operand's rounding leaves |x| != 1."""
+        """A step along the gradient leaves the norm, also where the operand's rounding leaves |x| != 1."""
         unit, partner = subject.unit(N, 0), subject.unit(N, 1)
         args = self.args(subject, subject.kernels, 0, unit, partner, None, False, False, 0, slice(0, N))
         args.out = torch.empty(N, D, dtype=torch.float32, device=subject.device)

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
-from importlib import import_module
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-from . import timings
+from ..kernels import KernelSet
+from ..options import BACKENDS
+from . import cuda, timings, torch, triton
 
-if TYPE_CHECKING:
-    from ..kernels import KernelSet
-
-NAMES = ("reference", "torch", "triton", "cuda")
+_MODULES: dict[str, Any] = {
+    "torch": torch,
+    "triton": triton,
+    "cuda": cuda,
+}  # each has TUNING, kernel_set and the two reasons
+NAMES = BACKENDS[1:]
 _GIVE_TEACHER_GRADIENT = ("reference", "torch")
+_WARNED: set[str] = set()
 _TUNING: ContextVar[Mapping[str, Any]] = ContextVar("mcld_kernels_tuning", default={})  # noqa: B039
 
 
@@ -33,7 +37,7 @@ def available() -> tuple[str, ...]:
 
 def unavailable_reason(name: str) -> str | None:
     """Why backend ``name`` cannot run on this machine, whatever the logits; None if it can."""
-    return None if name == "reference" else _module(name).unavailable_reason()  # type: ignore[no-any-return]
+    return None if name == "reference" else _MODULES[name].unavailable_reason()  # type: ignore[no-any-return]
 
 
 def explain(student: Tensor, teacher: Tensor) -> dict[str, str]:
@@ -52,13 +56,7 @@ def unsupported_reason(name: str, student: Tensor, teacher: Tensor, teacher_grad
             "it gives no gradient by the teacher, and this teacher requires grad: detach the teacher, "
             "or use backend 'torch' or 'reference' (mutual learning)"
         )
-    return None if name == "reference" else _module(name).unsupported_reason(student, teacher)  # type: ignore[no-any-return]
-
-
-def check_name(name: str) -> None:
-    """Raise ValueError if ``name`` is neither "auto" nor a backend."""
-    if name not in ("auto", *NAMES):
-        raise ValueError(f"backend must be one of 'auto', {', '.join(map(repr, NAMES))}; got {name!r}")
+    return None if name == "reference" else _MODULES[name].unsupported_reason(student, teacher)  # type: ignore[no-any-return]
 
 
 def choose(name: str, student: Tensor, teacher: Tensor, teacher_grad: bool, supported: tuple[str, ...] = NAMES) -> str:
@@ -68,11 +66,7 @@ def choose(name: str, student: Tensor, teacher: Tensor, teacher_grad: bool, supp
     """
     if name == "auto":
         # On the CPU only "torch" is fast: the interpreter and the host build of the kernels are there to test them.
-        if student.is_cuda:
-            for candidate in preference(student, teacher):
-                if candidate in supported and unsupported_reason(candidate, student, teacher, teacher_grad) is None:
-                    return candidate
-        return "torch"
+        return _fastest(student, teacher, teacher_grad, supported) if student.is_cuda else "torch"
     if name not in supported:
         raise BackendUnavailable(
             f"backend {name!r} cannot run: it has no kernels for this loss; use {' or '.join(map(repr, supported))}"
@@ -81,6 +75,27 @@ def choose(name: str, student: Tensor, teacher: Tensor, teacher_grad: bool, supp
     if reason is not None:
         raise BackendUnavailable(f"backend {name!r} cannot run: {reason}")
     return name
+
+
+def _fastest(student: Tensor, teacher: Tensor, teacher_grad: bool, supported: tuple[str, ...]) -> str:
+    """The first backend of `preference` that can run; "torch" where none can, with a warning, once for each reason."""
+    reasons = {}
+    for name in preference(student, teacher):
+        if name in supported:
+            reasons[name] = unsupported_reason(name, student, teacher, teacher_grad)
+            if reasons[name] is None:
+                return name
+    # A teacher that requires grad takes "torch" by design.
+    if reasons and not teacher_grad:
+        text = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        if text not in _WARNED:
+            _WARNED.add(text)
+            warnings.warn(
+                f"backend='auto' takes 'torch' on {student.device}, without fused kernels ({text}). "
+                "backend='torch' takes it without this warning",
+                stacklevel=2,
+            )
+    return "torch"
 
 
 def preference(student: Tensor, teacher: Tensor) -> tuple[str, ...]:
@@ -96,7 +111,7 @@ def kernel_set(
     name: str, student: Tensor, teacher: Tensor, teacher_grad: bool = False, supported: tuple[str, ...] = NAMES
 ) -> KernelSet:
     """The kernels of backend ``name`` ("auto": the fastest) for these logits. Raises BackendUnavailable."""
-    module = _module(choose(name, student, teacher, teacher_grad, supported))
+    module = _MODULES[choose(name, student, teacher, teacher_grad, supported)]
     return module.kernel_set(student, teacher, **_overrides(module))  # type: ignore[no-any-return]
 
 
@@ -110,14 +125,10 @@ def tuned(**fields: Any) -> Iterator[None]:
         _TUNING.reset(token)
 
 
-def _overrides(module: ModuleType) -> dict[str, Any]:
+def _overrides(module: Any) -> dict[str, Any]:
     """The fields given by `tuned` that this backend's Tuning has."""
     given = _TUNING.get()
     if not given:
         return {}
     known = {field.name for field in dataclasses.fields(module.TUNING)}
     return {name: value for name, value in given.items() if name in known}
-
-
-def _module(name: str) -> ModuleType:
-    return import_module(f"{__name__}.{name}")

@@ -1,80 +1,94 @@
-"""MCLD on a CPU where a similarity matrix fits one chunk: whole-matrix operations in closed form.
+"""MCLD on a CPU where a similarity matrix fits one chunk: whole matrices, in closed form.
 
-Here the number of dispatched operations is the cost, not their memory. The formulas are those of `infonce`, written for
-the negatives; one GEMM gives the gradient by the unit rows, because the coefficients of partners and class means are
-written into the matrix of exponentials:
+Here the number of dispatched operations is the cost, not their memory. The formulas are those of `infonce`, written
+for the negatives; one GEMM gives the gradient by the unit rows, because the coefficients of the partners are written
+into the matrix of exponentials:
 
-    W_ij = c e_ij / (neg_sum_i + e_ii) (j != i),   W_ii = -c neg_sum_i / (neg_sum_i + e_ii),   g = W K,   c = weight / (n t)
+    W_ij = e_ij / (neg_sum_i + e_ii) (j != i),   W_ii = -neg_sum_i / (neg_sum_i + e_ii),   g = weight / (n t) W K
 
-and, for label positives with weight c', W gains c' (identity - R), where row i of R averages the rows of i's label.
+and, for label positives with weight c', g_i gains c' (K_i - mean of the candidates with i's label).
+
+With the compiled module fp32 logits take csrc/cpu/low_latency.cpp: a small call whole, a larger one with torch's GEMMs
+between its steps. Without it, and for fp64, the same steps are torch operations.
 """
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, lru_cache, partial
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
-from ..kernels import LossInputs, LossOutputs
+from ..kernels import LossInputs, LossOutputs, Tuning
 from ..options import MCLDOptions
 
 # exp(a) of similarities a without a shift, and ratios of sums of them, stay inside fp32: exp(80) x 4096 = 2e38.
 _LARGEST_SIMILARITY = 40.0
 _LARGEST_SIZE = 4096
+_SERIAL_ROWS = 64  # over columns vector_norm adds row after row; `sum` adds in parts, with less rounding error
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
-def mcld(inputs: LossInputs, chunk_bytes: int) -> LossOutputs | None:
-    """Loss, terms and gradient with student anchors and a frozen teacher; None where this path does not apply."""
-    options: MCLDOptions = inputs.options
-    if not _applies(inputs, options, chunk_bytes):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LowLatencyTuning(Tuning):
+    low_latency: bool = True  # take this path where it applies
+    compiled: bool = True  # use the compiled module where it is built
+    compiled_gemm: int = 1 << 20  # the largest n C (n + C) whose GEMMs the compiled module takes
+    isa: str | None = None  # the compiled module's instruction set; None: the fastest
+
+
+def mcld(inputs: LossInputs, tuning: LowLatencyTuning) -> Callable[[LossInputs], LossOutputs] | None:
+    """The function for student anchors and a frozen teacher; None where this path does not apply."""
+    if not tuning.low_latency or not _applies(inputs, tuning.chunk_bytes):
         return None
-    instance, sample, category = options.active
-    logits = torch.stack((inputs.student, inputs.teacher))  # (2, n, C)
-    square = logits.square()
-    terms: list[Tensor | None] = [None, None, None]
-    grad = None
-    weight: list[float | Tensor] = list(options.term_weight)
-    if inputs.weight is not None:
-        scaled = inputs.weight.to(logits.dtype)
-        weight = [w * factor for w, factor in zip(scaled.unbind(), options.term_weight, strict=True)]
-    if instance or sample:
-        unit, inv_norm = _l2_normalize(logits, square, 2, options.eps)
-        target = inputs.target if sample else None
-        temperature = options.temperature[0 if instance else 1]
-        row_weight = (weight[0] if instance else 0.0), weight[1] if sample else 0.0
-        row_terms, grad = _rows(unit, inv_norm, target, temperature, row_weight, inputs.student_grad)
-        terms[0], terms[1] = row_terms[0] if instance else None, row_terms[1]
-    if category:
-        unit, inv_norm = _l2_normalize(logits, square, 1, options.eps)
-        terms[2], grad = _columns(unit, inv_norm, options.temperature[2], weight[2], grad, inputs.student_grad)
-    zero = next(term for term in terms if term is not None).new_zeros(()) if None in terms else None
-    stacked = torch.stack([zero if term is None else term for term in terms])  # type: ignore[misc]
-    if inputs.weight is None:
-        loss = _weighted(terms, options.term_weight)
-    else:
-        loss = _weighted(terms, weight)
-    return LossOutputs(loss=loss, terms=stacked, student_grad=grad, teacher_grad=None)
+    if tuning.compiled and (module := compiled_module()) is not None and _has_plain_fp32_memory(inputs):
+        return partial(_mcld_compiled, module=module, tuning=tuning)
+    return _mcld_torch
 
 
-def _applies(inputs: LossInputs, options: MCLDOptions, chunk_bytes: int) -> bool:
+def _has_plain_fp32_memory(inputs: LossInputs) -> bool:
+    """True where an address and strides say all about the logits."""
     student, teacher = inputs.student, inputs.teacher
-    n, num_classes = student.shape
+    return (
+        student.dtype == torch.float32
+        and type(student) in _PLAIN_TYPES
+        and type(teacher) in _PLAIN_TYPES
+        and not (student.is_neg() or teacher.is_neg())  # there the memory holds the negated numbers
+    )
+
+
+def _applies(inputs: LossInputs, chunk_bytes: int) -> bool:
+    student, teacher = inputs.student, inputs.teacher
+    return (
+        student.device.type == "cpu"
+        and student.dtype == teacher.dtype
+        and student.shape == teacher.shape
+        and not inputs.teacher_grad
+        and _options_apply(inputs.options, *student.shape, student.dtype, chunk_bytes, inputs.labels_are_classes)
+    )
+
+
+@lru_cache(maxsize=256)
+def _options_apply(
+    options: MCLDOptions, n: int, num_classes: int, dtype: torch.dtype, chunk_bytes: int, labels_are_classes: bool
+) -> bool:
     instance, sample, category = options.active
     rows = instance or sample
     size = max(n if rows else 0, num_classes if category else 0)
     return (
-        student.device.type == "cpu"
-        and student.dtype == teacher.dtype
-        and student.dtype in (torch.float32, torch.float64)
-        and student.shape == teacher.shape
-        and not inputs.teacher_grad
+        dtype in (torch.float32, torch.float64)
         and any(options.active)
         and (options.direction == "student" or not rows)
         and not (instance and options.mask_same_class)
         and not (category and options.present_only)
         and not (instance and sample and options.temperature[0] != options.temperature[1])
-        and (not sample or inputs.labels_are_classes)
+        and (not sample or labels_are_classes)
         and size <= _LARGEST_SIZE
-        and size * size * student.itemsize <= chunk_bytes
+        and size * size * dtype.itemsize <= chunk_bytes
         and all(
             1 / temperature <= _LARGEST_SIMILARITY
             for temperature, active in zip(options.temperature, options.active, strict=True)
@@ -83,31 +97,144 @@ def _applies(inputs: LossInputs, options: MCLDOptions, chunk_bytes: int) -> bool
     )
 
 
-def _weighted(terms: list[Tensor | None], weight: object) -> Tensor:
-    total: Tensor | None = None
-    for term, factor in zip(terms, weight, strict=True):  # type: ignore[call-overload]
-        if term is not None:
-            part = term if isinstance(factor, float) and factor == 1.0 else term * factor
-            total = part if total is None else total + part
-    assert total is not None
-    return total
+@cache
+def compiled_module() -> Any:
+    """The CPU kernels of the compiled module; None without one."""
+    try:
+        return importlib.import_module("mcld_kernels._cpu")
+    except ImportError:
+        return None
 
 
-def _l2_normalize(logits: Tensor, square: Tensor, dim: int, eps: float) -> tuple[Tensor, Tensor]:
-    """Unit vectors along ``dim`` of both sides (2, n, C), and the student's 1 / norm, broadcastable to (n, C)."""
-    norm = square.sum(dim, keepdim=True).sqrt_()
+class _Layout(NamedTuple):
+    """The workspace of a call, sizes and offsets in floats."""
+
+    size: int
+    pitch: int
+    row_pitch: int
+    student_rows: int
+    teacher_rows: int
+    student_columns: int
+    teacher_columns: int
+    similarity: int
+    row_product: int
+    column_product: int
+
+
+@lru_cache(maxsize=256)
+def _layout(n: int, num_classes: int) -> _Layout:
+    module = compiled_module()
+    return _Layout(**module.layout(n, num_classes))
+
+
+@cache
+def _isa_index(name: str | None) -> int:
+    names: list[str] = compiled_module().isas()
+    return len(names) - 1 if name is None else names.index(name)
+
+
+def _mcld_compiled(inputs: LossInputs, module: Any, tuning: LowLatencyTuning) -> LossOutputs:
+    student, teacher, target, options = inputs.student, inputs.teacher, inputs.target, inputs.options
+    n, num_classes = student.shape
+    instance, sample, category = options.active
+    layout = _layout(n, num_classes)
+    work = torch.empty(layout.size, dtype=torch.float32)
+    loss, terms = torch.empty((), dtype=torch.float32), torch.empty(3, dtype=torch.float32)
+    gradient = torch.empty((n, num_classes), dtype=torch.float32) if inputs.student_grad else None
+    arguments = (
+        _isa_index(tuning.isa),
+        torch.get_num_threads(),
+        student.data_ptr(),
+        *student.stride(),
+        teacher.data_ptr(),
+        *teacher.stride(),
+        *((target.data_ptr(), target.stride(0)) if sample and target is not None else (0, 0)),
+        n,
+        num_classes,
+        work.data_ptr(),
+        0 if gradient is None else gradient.data_ptr(),
+        loss.data_ptr(),
+        terms.data_ptr(),
+        options.temperature[0 if instance else 1],
+        options.temperature[2],
+        *_weights(inputs),
+        instance,
+        sample,
+        category,
+        options.eps,
+    )
+    if n * num_classes * (n + num_classes) <= tuning.compiled_gemm:
+        module.low_latency(module.ALL_STEPS, *arguments)
+    else:
+        _steps(module, arguments, work, layout, inputs)
+    return LossOutputs(loss=loss, terms=terms, student_grad=gradient, teacher_grad=None)
+
+
+def _steps(module: Any, arguments: tuple[Any, ...], work: Tensor, layout: _Layout, inputs: LossInputs) -> None:
+    """The steps of a call with GEMMs by torch."""
+    n, num_classes = inputs.student.shape
+    instance, sample, category = inputs.options.active
+    module.low_latency(module.NORMALIZE, *arguments)
+    pitch, row_pitch = layout.pitch, layout.row_pitch
+    if instance or sample:
+        student = work.as_strided((n, num_classes), (pitch, 1), layout.student_rows)
+        teacher = work.as_strided((n, num_classes), (pitch, 1), layout.teacher_rows)
+        similarity = work.as_strided((n, n), (row_pitch, 1), layout.similarity)
+        torch.mm(student, teacher.T, out=similarity)
+        module.low_latency(module.ROW_SUMS, *arguments)
+        if inputs.student_grad:
+            torch.mm(similarity, teacher, out=work.as_strided((n, num_classes), (pitch, 1), layout.row_product))
+            module.low_latency(module.ROW_GRADIENT, *arguments)
+    if category:
+        student = work.as_strided((n, num_classes), (pitch, 1), layout.student_columns)
+        teacher = work.as_strided((n, num_classes), (pitch, 1), layout.teacher_columns)
+        similarity = work.as_strided((num_classes, num_classes), (pitch, 1), layout.similarity)
+        torch.mm(teacher.T, student, out=similarity)
+        module.low_latency(module.COLUMN_SUMS, *arguments)
+        if inputs.student_grad:
+            torch.mm(teacher, similarity, out=work.as_strided((n, num_classes), (pitch, 1), layout.column_product))
+    module.low_latency(module.FINISH, *arguments)
+
+
+def _mcld_torch(inputs: LossInputs) -> LossOutputs:
+    options: MCLDOptions = inputs.options
+    instance, sample, category = options.active
+    weight = _weights(inputs)
+    logits = torch.stack((inputs.student, inputs.teacher))  # (2, n, C)
+    row_loss = category_loss = label_gap = grad = None
+    if instance or sample:
+        unit, inv_norm = _l2_normalize(logits, torch.linalg.vector_norm(logits, dim=2, keepdim=True), options.eps)
+        target = inputs.target if sample else None
+        temperature = options.temperature[0 if instance else 1]
+        coefficients = (weight[0] if instance else 0.0, weight[1] if sample else 0.0)
+        row_loss, label_gap, grad = _rows(unit, inv_norm, target, temperature, coefficients, inputs.student_grad)
+    if category:
+        if logits.shape[1] <= _SERIAL_ROWS:
+            norm = torch.linalg.vector_norm(logits, dim=1, keepdim=True)
+        else:
+            norm = logits.square().sum(1, keepdim=True).sqrt_()
+        unit, inv_norm = _l2_normalize(logits, norm, options.eps)
+        category_loss, grad = _columns(unit, inv_norm, options.temperature[2], weight[2], grad, inputs.student_grad)
+    sample_loss = None if row_loss is None or label_gap is None else row_loss + label_gap
+    parts = (row_loss if instance else None, sample_loss, category_loss)
+    terms = torch.stack([logits.new_zeros(()) if part is None else part for part in parts])
+    loss = terms.sum() if weight == (1.0, 1.0, 1.0) else torch.dot(terms, terms.new_tensor(weight))
+    return LossOutputs(loss=loss, terms=terms, student_grad=grad, teacher_grad=None)
+
+
+def _weights(inputs: LossInputs) -> tuple[float, ...]:
+    """The factors of the terms in the loss, which are on the CPU."""
+    term_weight: tuple[float, float, float] = inputs.options.term_weight
+    if inputs.weight is None:
+        return term_weight
+    return tuple(w * factor for w, factor in zip(inputs.weight.tolist(), term_weight, strict=True))
+
+
+def _l2_normalize(logits: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Unit vectors of both sides (2, n, C) and the student's 1 / norm, broadcastable; ``norm`` is overwritten."""
     norm.nan_to_num_(nan=torch.nan, posinf=torch.nan)  # an overflow must show, not read as a zero direction
-    inv_norm = norm.reciprocal().masked_fill_(norm <= eps, 0.0)
+    inv_norm = torch.threshold_(norm, eps, torch.inf).reciprocal_()
     return logits * inv_norm, inv_norm[0]
-
-
-def _negatives(e: Tensor, diagonal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Similarities (n, n) become exponentials without the diagonal, in place; exp of the diagonal, neg_sum, loss."""
-    positive = diagonal.exp()
-    e.exp_()
-    diagonal.zero_()
-    neg_sum = e.sum(1)
-    return positive, neg_sum, (neg_sum / positive).log1p_()
 
 
 def _rows(
@@ -115,49 +242,56 @@ def _rows(
     inv_norm: Tensor,
     target: Tensor | None,
     temperature: float,
-    weight: tuple[float | Tensor, float | Tensor],
+    weight: tuple[float, float],
     with_grad: bool,
-) -> tuple[tuple[Tensor, Tensor | None], Tensor | None]:
-    """Instance- and sample-wise terms, and the gradient (n, C) by the student. target: (n,) for the sample-wise term."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The instance-wise term, what the sample-wise term has above it, and the gradient (n, C) by the student.
+
+    target: (n,) for the sample-wise term. weight: of the two terms.
+    """
     student, teacher = unit.unbind()
     n = student.shape[0]
     e = torch.addmm(inv_norm, student, teacher.T, beta=0, alpha=1 / temperature)  # (n, n)
     diagonal = e.diagonal()
-    gap = mean_matrix = class_means = None
+    label_gap = label_pull = class_means = None
     if target is not None:
         if _by_classes(*student.shape):
             class_means = _class_means(teacher, target)  # (n, C)
-            label_positive = torch.linalg.vecdot(student, class_means) / temperature
+            label_gap = (diagonal.sum() - (student * class_means).sum() / temperature).div_(n)
         else:
             same = (target.unsqueeze(1) == target).to(e.dtype)
-            mean_matrix = same.div_(same.sum(1, keepdim=True))  # (n, n)
-            label_positive = torch.linalg.vecdot(e, mean_matrix)
-        gap = (diagonal - label_positive).sum()
-    positive, neg_sum, losses = _negatives(e, diagonal)
-    instance = losses.sum() / n
-    sample = None if gap is None else instance + gap / n
+            # The pull of label positives less that of the partner: row i averages the rows of its label, minus row i.
+            label_pull = same.div_(same.sum(1, keepdim=True))  # (n, n)
+            label_pull.diagonal().sub_(1)
+            label_gap = (e * label_pull).sum().div_(-n)
+    positive = diagonal.exp()
+    e.exp_()
+    diagonal.zero_()
+    neg_sum = e.sum(1)
+    loss = (neg_sum / positive).log1p_().mean()
+    coefficient = weight[0] + weight[1]
     if not with_grad:
-        return (instance, sample), None
-    coefficient = (weight[0] + weight[1]) / (n * temperature)
-    label_coefficient = weight[1] / (n * temperature)
-    factor = coefficient / positive.add_(neg_sum)
-    e.mul_(factor.unsqueeze(1))
-    diagonal.addcmul_(factor, neg_sum, value=-1)
-    if target is not None:
-        diagonal.add_(label_coefficient)
-    if mean_matrix is not None:
-        e.sub_(mean_matrix.mul_(label_coefficient))
-    gradient = torch.mm(e, teacher)
+        return loss, label_gap, None
+    label_part = weight[1] / coefficient if coefficient > 0 else 0.0
+    total = positive.add_(neg_sum)
+    e.div_(total.unsqueeze(1))
+    diagonal.addcdiv_(neg_sum, total, value=-1)
+    if label_pull is not None:
+        e.sub_(label_pull, alpha=label_part)
     if class_means is not None:
-        gradient.sub_(class_means.mul_(label_coefficient))
+        diagonal.add_(label_part)
+    coefficient /= n * temperature
+    gradient = torch.addmm(inv_norm, e, teacher, beta=0, alpha=coefficient)
+    if class_means is not None:
+        gradient.sub_(class_means, alpha=label_part * coefficient)
     # Unit rows in the accumulator dtype have x . x = 1 up to rounding.
-    gradient.addcmul_(student, torch.linalg.vecdot(gradient, student).unsqueeze(1), value=-1)
-    return (instance, sample), gradient.mul_(inv_norm)
+    gradient.addcmul_(student, (gradient * student).sum(1, keepdim=True), value=-1)
+    return loss, label_gap, gradient.mul_(inv_norm)
 
 
 def _by_classes(n: int, num_classes: int) -> bool:
     """True where two GEMMs with one-hot labels, n x C x C, cost less than some passes over an n x n matrix."""
-    return num_classes * num_classes <= 16 * n
+    return n > 256 and num_classes * num_classes <= 16 * n
 
 
 def _class_means(rows: Tensor, target: Tensor) -> Tensor:
@@ -168,25 +302,24 @@ def _class_means(rows: Tensor, target: Tensor) -> Tensor:
 
 
 def _columns(
-    unit: Tensor,
-    inv_norm: Tensor,
-    temperature: float,
-    weight: float | Tensor,
-    row_grad: Tensor | None,
-    with_grad: bool,
+    unit: Tensor, inv_norm: Tensor, temperature: float, weight: float, row_grad: Tensor | None, with_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The category-wise term; its gradient (n, C) by the student is added to ``row_grad``, in place."""
     student, teacher = unit.unbind()
     num_classes = student.shape[1]
-    e = torch.addmm(inv_norm, student.T, teacher, beta=0, alpha=1 / temperature)  # (C, C)
+    # Anchors are columns here: their factors broadcast along rows.
+    e = torch.addmm(inv_norm, teacher.T, student, beta=0, alpha=1 / temperature)  # (C, C)
     diagonal = e.diagonal()
-    positive, neg_sum, losses = _negatives(e, diagonal)
-    category = losses.sum() / num_classes
+    positive = diagonal.exp()
+    e.exp_()
+    diagonal.zero_()
+    neg_sum = e.sum(0)
+    loss = (neg_sum / positive).log1p_().mean()
     if not with_grad:
-        return category, None
-    factor = (weight / (num_classes * temperature)) / positive.add_(neg_sum)
-    e.mul_(factor.unsqueeze(1))
-    diagonal.addcmul_(factor, neg_sum, value=-1)
-    gradient = torch.mm(teacher, e.T)
-    gradient.addcmul_(student, torch.linalg.vecdot(gradient, student, dim=0), value=-1)
-    return category, gradient.mul_(inv_norm) if row_grad is None else row_grad.addcmul_(gradient, inv_norm)
+        return loss, None
+    total = positive.add_(neg_sum)
+    e.div_(total)
+    diagonal.addcdiv_(neg_sum, total, value=-1)
+    gradient = torch.addmm(inv_norm, teacher, e, beta=0, alpha=weight / (num_classes * temperature))
+    gradient.addcmul_(student, (gradient * student).sum(0), value=-1)
+    return loss, gradient.mul_(inv_norm) if row_grad is None else row_grad.addcmul_(gradient, inv_norm)

@@ -1,0 +1,74 @@
+// The choice of an instruction set, and threads for the CPU kernels.
+#include <dlfcn.h>
+
+#include <atomic>
+
+#include "cpu/low_latency.h"
+
+namespace mcld::cpu {
+namespace {
+
+struct Isa {
+  const char* name;
+  void (*low_latency)(const LowLatency&, int);
+};
+
+constexpr Isa kIsas[] = {
+    {"baseline", baseline::low_latency},
+#if MCLD_CPU_X86
+    {"avx2", avx2::low_latency},
+    {"avx512", avx512::low_latency},
+#endif
+};
+
+// OpenMP's entry point as GCC and Clang call it. torch has loaded one runtime: its threads serve here as well, where a
+// runtime of this module's own would compete with them for the cores. Without one, everything runs on the caller.
+using OpenMP = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+OpenMP openmp() {
+  static const OpenMP entry = reinterpret_cast<OpenMP>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return entry;
+}
+
+struct Tasks {
+  void (*task)(void*, int64_t);
+  void* data;
+  int64_t blocks;
+  std::atomic<int64_t> next{0};
+};
+
+void work(void* argument) {
+  Tasks& tasks = *static_cast<Tasks*>(argument);
+  for (int64_t block; (block = tasks.next.fetch_add(1, std::memory_order_relaxed)) < tasks.blocks;) {
+    tasks.task(tasks.data, block);
+  }
+}
+
+}  // namespace
+
+int num_isas() {
+#if MCLD_CPU_X86
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 1;
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  return avx512 ? 3 : 2;
+#else
+  return 1;
+#endif
+}
+
+const char* isa_name(int isa) { return kIsas[isa].name; }
+
+void low_latency(const LowLatency& call, int steps, int isa) { kIsas[isa].low_latency(call, steps); }
+
+void parallel(int threads, int64_t blocks, void (*task)(void*, int64_t), void* data) {
+  Tasks tasks{task, data, blocks};
+  if (threads > 1 && blocks > 1 && openmp() != nullptr) {
+    openmp()(work, &tasks, unsigned(blocks < threads ? blocks : threads), 0);
+  } else {
+    work(&tasks);
+  }
+}
+
+}  // namespace mcld::cpu

@@ -1,0 +1,471 @@
+// The steps of low_latency.h. Compiled once for each instruction set, into the namespace MCLD_CPU_ISA, with vectors of
+// MCLD_VECTOR_BYTES; inline functions of the standard library stay out, since the linker keeps one copy for all.
+//
+// What a thread takes never changes the order of a sum, so results do not depend on the number of threads.
+#include "cpu/low_latency.h"
+
+#include <math.h>
+#include <string.h>
+
+namespace mcld::cpu::MCLD_CPU_ISA {
+namespace {
+
+constexpr int kLanes = MCLD_VECTOR_BYTES / 4;
+static_assert(Layout::kPad % kLanes == 0, "a padded row is whole vectors");
+
+typedef float Vector __attribute__((vector_size(MCLD_VECTOR_BYTES)));
+typedef int32_t IntVector __attribute__((vector_size(MCLD_VECTOR_BYTES)));
+typedef float Unaligned __attribute__((vector_size(MCLD_VECTOR_BYTES), aligned(4), may_alias));
+
+inline Vector load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
+inline void store(float* p, Vector v) { *reinterpret_cast<Unaligned*>(p) = v; }
+inline Vector splat(float x) { return x - Vector{}; }
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+inline float add_lanes(Vector v) {
+  float lanes[kLanes];
+  memcpy(lanes, &v, sizeof lanes);
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
+}
+
+// exp(x) to 1 ulp for |x| < 87, NaN for NaN: 2^k exp(r), r = x - k log(2), by a polynomial (Cephes expf).
+inline Vector exp(Vector x) {
+  const float round = 12582912.f;  // 1.5 2^23: the sum's last bits are the nearest integer
+  const Vector shifted = x * 1.44269504088896341f + round;
+  const Vector k = shifted - round;
+  const Vector r = (x - k * 0.693359375f) - k * -2.12194440e-4f;
+  Vector p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.f;
+  IntVector bits;
+  memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits << 23) + 0x3f800000;
+  Vector power;
+  memcpy(&power, &bits, sizeof power);
+  return p * power;
+}
+
+inline float exp(float x) { return exp(splat(x))[0]; }
+
+inline float dot(const float* a, const float* b, int64_t pitch) {
+  Vector sums[4] = {};
+  int64_t c = 0;
+  for (; c + 4 * kLanes <= pitch; c += 4 * kLanes) {
+    for (int u = 0; u < 4; ++u) sums[u] += load(a + c + u * kLanes) * load(b + c + u * kLanes);
+  }
+  for (; c < pitch; c += kLanes) sums[0] += load(a + c) * load(b + c);
+  return add_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+// 1 / norm; 0 for norm <= eps, NaN for a norm that is not finite: an overflow must show, not read as a zero direction.
+inline float inverse_norm(float square, float eps) {
+  const float norm = sqrtf(square);
+  return norm <= eps ? 0.f : norm == INFINITY ? NAN : 1.f / norm;
+}
+
+// body(first, last) over slices of range(count) that begin at multiples of `align`, on several threads where the work, in
+// elements, is worth waking them.
+template <class Body>
+inline void for_slices(int threads, int64_t count, int64_t align, int64_t work, const Body& body) {
+  if (threads == 1 || work < 1 << 15) return body(0, count);
+  struct Slices {
+    const Body& body;
+    int64_t count, step;
+  };
+  const int64_t parts = 4 * threads;
+  Slices slices{body, count, ((count + parts - 1) / parts + align - 1) / align * align};
+  const auto task = [](void* data, int64_t block) {
+    const Slices& s = *static_cast<Slices*>(data);
+    s.body(block * s.step, smaller((block + 1) * s.step, s.count));
+  };
+  parallel(threads, (count + slices.step - 1) / slices.step, task, &slices);
+}
+
+// Sums of columns add this many rows at a time, so that their rounding error grows with neither n nor C.
+constexpr int64_t kRowsOfSum = 32;
+
+// add(row, column) is a vector; its sums over `rows` rows of columns [first, last) go to `sums`; `part` is workspace.
+template <class Add>
+inline void add_rows(int64_t rows, int64_t first, int64_t last, float* sums, float* part, const Add& add) {
+  for (int64_t c = first; c < last; c += kLanes) store(sums + c, Vector{});
+  for (int64_t row = 0; row < rows; row += kRowsOfSum) {
+    const int64_t end = smaller(row + kRowsOfSum, rows);
+    for (int64_t c = first; c < last; c += kLanes) store(part + c, add(row, c));
+    for (int64_t i = row + 1; i < end; ++i) {
+      for (int64_t c = first; c < last; c += kLanes) store(part + c, load(part + c) + add(i, c));
+    }
+    for (int64_t c = first; c < last; c += kLanes) store(sums + c, load(sums + c) + load(part + c));
+  }
+}
+
+constexpr int64_t kDepthOfSum = 128;  // products added in one go, for the rounding error and for the first cache
+
+#if MCLD_VECTOR_BYTES == 64
+constexpr int kTileRows = 6, kTileVectors = 4;  // 24 of 32 registers hold sums
+#else
+constexpr int kTileRows = 6, kTileVectors = 2;  // 12 of 16
+#endif
+
+template <int kRows, int kVectors>
+inline void gemm_tile(const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t b_pitch, float* out,
+                      int64_t out_pitch, int64_t depth, bool add) {
+  Vector sums[kRows][kVectors] = {};
+  for (int64_t k = 0; k < depth; ++k, a += a_depth, b += b_pitch) {
+    Vector right[kVectors];
+    for (int v = 0; v < kVectors; ++v) right[v] = load(b + v * kLanes);
+    for (int i = 0; i < kRows; ++i) {
+      for (int v = 0; v < kVectors; ++v) sums[i][v] += a[i * a_row] * right[v];
+    }
+  }
+  for (int i = 0; i < kRows; ++i) {
+    for (int v = 0; v < kVectors; ++v) {
+      float* to = out + i * out_pitch + v * kLanes;
+      store(to, add ? load(to) + sums[i][v] : sums[i][v]);
+    }
+  }
+}
+
+template <int kVectors>
+inline void gemm_panel(const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t b_pitch, float* out,
+                       int64_t out_pitch, int64_t rows, int64_t depth, bool add) {
+  int64_t i = 0;
+  for (; i + kTileRows <= rows; i += kTileRows) {
+    gemm_tile<kTileRows, kVectors>(a + i * a_row, a_row, a_depth, b, b_pitch, out + i * out_pitch, out_pitch, depth, add);
+  }
+  if (i + 3 <= rows) {
+    gemm_tile<3, kVectors>(a + i * a_row, a_row, a_depth, b, b_pitch, out + i * out_pitch, out_pitch, depth, add);
+    i += 3;
+  }
+  for (; i < rows; ++i) {
+    gemm_tile<1, kVectors>(a + i * a_row, a_row, a_depth, b, b_pitch, out + i * out_pitch, out_pitch, depth, add);
+  }
+}
+
+// out (rows, columns) = a b: element (i, k) of a is a[i a_row + k a_depth]; b (depth, columns) row-major; columns is padded.
+void gemm(const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t b_pitch, float* out,
+          int64_t out_pitch, int64_t rows, int64_t columns, int64_t depth) {
+  for (int64_t k = 0; k == 0 || k < depth; k += kDepthOfSum) {
+    const int64_t part = smaller(kDepthOfSum, depth - k);
+    const float *left = a + k * a_depth, *right = b + k * b_pitch;
+    int64_t j = 0;
+    for (; j + kTileVectors * kLanes <= columns; j += kTileVectors * kLanes) {
+      gemm_panel<kTileVectors>(left, a_row, a_depth, right + j, b_pitch, out + j, out_pitch, rows, part, k > 0);
+    }
+    for (; j < columns; j += kLanes) {
+      gemm_panel<1>(left, a_row, a_depth, right + j, b_pitch, out + j, out_pitch, rows, part, k > 0);
+    }
+  }
+}
+
+struct Call : LowLatency {
+  int64_t pitch, row_pitch;
+  float *student_rows, *teacher_rows, *student_columns, *teacher_columns, *similarity, *row_product, *column_product;
+  float *transposed, *class_means;
+  float *row_inv_norm, *row_factor, *row_loss;           // (n,)
+  int32_t* class_index;                                  // (n,)
+  float *column_inv_norm, *column_factor, *column_loss;  // (C,)
+  float *sums, *parts, *scratch;                         // (pitch,)
+
+  explicit Call(const LowLatency& call) : LowLatency(call) {
+    const Layout at(n, num_classes);
+    pitch = at.pitch, row_pitch = at.row_pitch;
+    student_rows = work + at.student_rows, teacher_rows = work + at.teacher_rows;
+    student_columns = work + at.student_columns, teacher_columns = work + at.teacher_columns;
+    similarity = work + at.similarity, row_product = work + at.row_product;
+    column_product = work + at.column_product, transposed = work + at.transposed;
+    class_means = work + at.class_means;
+    float* next = work + at.row_vectors;
+    row_inv_norm = next, row_factor = next + row_pitch, row_loss = next + 2 * row_pitch;
+    class_index = reinterpret_cast<int32_t*>(next + 3 * row_pitch);
+    next = work + at.column_vectors;
+    column_inv_norm = next, column_factor = next + pitch, column_loss = next + 2 * pitch;
+    sums = next + 3 * pitch, parts = next + 4 * pitch, scratch = next + 5 * pitch;
+  }
+
+  int64_t elements() const { return n * pitch; }
+
+  // ---- unit rows and columns
+
+  // The logits go to `columns`, padded with zeros, and their unit rows to `rows`.
+  void normalize_rows(const float* x, int64_t row_stride, int64_t column_stride, float* rows, float* columns,
+                      float* inv_norm) const {
+    for_slices(threads, n, 1, elements(), [=](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        float* copy = columns + i * pitch;
+        const float* from = x + i * row_stride;
+        if (column_stride == 1) {
+          memcpy(copy, from, size_t(num_classes) * sizeof(float));
+        } else {
+          for (int64_t c = 0; c < num_classes; ++c) copy[c] = from[c * column_stride];
+        }
+        for (int64_t c = num_classes; c < pitch; ++c) copy[c] = 0;
+        if (!this->rows()) continue;
+        const float inverse = inverse_norm(dot(copy, copy, pitch), eps);
+        if (inv_norm != nullptr) inv_norm[i] = inverse;
+        for (int64_t c = 0; c < pitch; c += kLanes) store(rows + i * pitch + c, load(copy + c) * inverse);
+      }
+    });
+  }
+
+  // Divides columns by their norm, in place.
+  void normalize_columns(float* x, float* inv_norm) const {
+    for_slices(threads, pitch, kLanes, elements(), [=](int64_t first, int64_t last) {
+      add_rows(n, first, last, sums, parts, [=](int64_t i, int64_t c) {
+        const Vector value = load(x + i * pitch + c);
+        return value * value;
+      });
+      for (int64_t c = first; c < last; ++c) inv_norm[c] = inverse_norm(sums[c], eps);
+      for (int64_t i = 0; i < n; ++i) {
+        for (int64_t c = first; c < last; c += kLanes) {
+          store(x + i * pitch + c, load(x + i * pitch + c) * load(inv_norm + c));
+        }
+      }
+    });
+  }
+
+  // Means of the teacher rows of each class that occurs, in the order in which the classes do.
+  void mean_classes() const {
+    int32_t *slot = reinterpret_cast<int32_t*>(scratch), *count = reinterpret_cast<int32_t*>(sums);
+    for (int64_t c = 0; c < num_classes; ++c) slot[c] = -1;
+    int32_t present = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      int32_t& s = slot[target[i * target_stride]];
+      if (s < 0) count[present] = 0, s = present++;
+      class_index[i] = s, ++count[s];
+    }
+    // Rows by class, ties by row. The losses of rows and columns are not written yet.
+    int32_t *order = reinterpret_cast<int32_t*>(row_loss), *end = reinterpret_cast<int32_t*>(column_loss);
+    for (int32_t s = 0, start = 0; s < present; ++s) end[s] = start, start += count[s];
+    for (int64_t i = 0; i < n; ++i) order[end[class_index[i]]++] = int32_t(i);
+    for_slices(threads, present, 1, elements(), [=](int64_t first, int64_t last) {
+      for (int64_t s = first; s < last; ++s) {
+        const float inverse = 1.f / float(count[s]);
+        const int32_t* row = order + end[s] - count[s];
+        for (int64_t c = 0; c < pitch; c += kLanes) {
+          Vector total = {};
+          for (int64_t i = 0; i < count[s]; i += kRowsOfSum) {
+            const int64_t stop = smaller(i + kRowsOfSum, count[s]);
+            Vector part = {};
+            for (int64_t r = i; r < stop; ++r) part += load(teacher_rows + row[r] * pitch + c);
+            total += part;
+          }
+          store(class_means + s * pitch + c, total * inverse);
+        }
+      }
+    });
+  }
+
+  void normalize() const {
+    normalize_rows(student, student_row, student_column, student_rows, student_columns, row_inv_norm);
+    normalize_rows(teacher, teacher_row, teacher_column, teacher_rows, teacher_columns, nullptr);
+    if (category) {
+      normalize_columns(teacher_columns, column_inv_norm);  // overwritten by the student's
+      normalize_columns(student_columns, column_inv_norm);
+    }
+    if (sample) mean_classes();
+  }
+
+  // ---- rows
+
+  void row_similarity() const {
+    for (int64_t block = 0; block < row_pitch; block += kLanes) {
+      for (int64_t c = 0; c < num_classes; ++c) {
+        float* out = transposed + c * row_pitch + block;
+        const int64_t last = smaller(kLanes, n - block);
+        for (int64_t j = 0; j < last; ++j) out[j] = teacher_rows[(block + j) * pitch + c];
+        for (int64_t j = last < 0 ? 0 : last; j < kLanes; ++j) out[j] = 0;
+      }
+    }
+    gemm(student_rows, pitch, 1, transposed, row_pitch, similarity, row_pitch, n, row_pitch, num_classes);
+  }
+
+  void row_sums() const {
+    const float inverse = 1.f / row_temperature;
+    const float coefficient = (instance ? weight[0] : 0.f) + (sample ? weight[1] : 0.f);
+    const float label_part = sample && coefficient > 0 ? weight[1] / coefficient : 0.f;
+    const float diagonal_part = instance && coefficient > 0 ? weight[0] / coefficient : 0.f;
+    for_slices(threads, n, 1, n * row_pitch, [=](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        float* e = similarity + i * row_pitch;
+        const float positive = exp(e[i] * inverse);
+        if (sample) {
+          const float* mean = class_means + class_index[i] * pitch;
+          label_gap()[i] = e[i] * inverse - dot(student_rows + i * pitch, mean, pitch) * inverse;
+        }
+        Vector total[4] = {};
+        const auto add = [&](int64_t begin, int64_t end) {
+          int64_t j = begin;
+          for (; j + 4 * kLanes <= end; j += 4 * kLanes) {
+            for (int u = 0; u < 4; ++u) {
+              const Vector value = exp(load(e + j + u * kLanes) * inverse);
+              store(e + j + u * kLanes, value);
+              total[u] += value;
+            }
+          }
+          for (; j < end; j += kLanes) {
+            const Vector value = exp(load(e + j) * inverse);
+            store(e + j, value);
+            total[0] += value;
+          }
+        };
+        // The vectors of the diagonal and of the padding apart: both are no negatives.
+        const auto add_masked = [&](int64_t j) {
+          store(e + j, exp(load(e + j) * inverse));
+          if (j <= i && i < j + kLanes) e[i] = 0;
+          for (int64_t p = n; p < j + kLanes; ++p) e[p] = 0;
+          total[0] += load(e + j);
+        };
+        const int64_t diagonal = i / kLanes * kLanes, whole = n / kLanes * kLanes;
+        add(0, diagonal);
+        add_masked(diagonal);
+        if (diagonal < whole) add(diagonal + kLanes, whole);
+        if (diagonal != whole && whole < n) add_masked(whole);
+        const float negative = add_lanes((total[0] + total[1]) + (total[2] + total[3]));
+        row_loss[i] = log1pf(negative / positive);
+        row_factor[i] = coefficient / (float(n) * row_temperature) / (positive + negative);
+        // Label positives pull by partner - mean: the partner's part cancels here, before it is rounded.
+        e[i] = label_part * positive - diagonal_part * negative;
+      }
+    });
+    double loss_sum = 0, label_sum = 0;
+    for (int64_t i = 0; i < n; ++i) loss_sum += row_loss[i];
+    if (sample) {
+      for (int64_t i = 0; i < n; ++i) label_sum += label_gap()[i];
+    }
+    terms[0] = instance ? float(loss_sum / double(n)) : 0.f;
+    terms[1] = sample ? float((loss_sum + label_sum) / double(n)) : 0.f;
+  }
+
+  // (n,) positive less label positive, in row_product, which is written later.
+  float* label_gap() const { return row_product; }
+
+  void write_row(float* to, const float* from) const { memcpy(to, from, size_t(num_classes) * sizeof(float)); }
+
+  void row_gradient() const {
+    const float label = sample ? weight[1] / (float(n) * row_temperature) : 0.f;
+    for_slices(threads, n, 1, elements(), [=](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        float* g = row_product + i * pitch;
+        const float* unit = student_rows + i * pitch;
+        const float* mean = sample ? class_means + class_index[i] * pitch : nullptr;
+        const float factor = row_factor[i];
+        for (int64_t c = num_classes; c < pitch; ++c) g[c] = 0;  // a library's product leaves the padding as it was
+        Vector total = {};
+        for (int64_t c = 0; c < pitch; c += kLanes) {
+          Vector value = load(g + c) * factor;
+          if (sample) value -= load(mean + c) * label;
+          store(g + c, value);
+          total += value * load(unit + c);
+        }
+        const float along = add_lanes(total), inverse = row_inv_norm[i];
+        for (int64_t c = 0; c < pitch; c += kLanes) store(g + c, (load(g + c) - load(unit + c) * along) * inverse);
+        if (!category) write_row(gradient + i * num_classes, g);
+      }
+    });
+  }
+
+  // ---- columns
+
+  void column_similarity() const {
+    gemm(teacher_columns, 1, pitch, student_columns, pitch, similarity, pitch, num_classes, pitch, n);
+  }
+
+  void column_sums() const {
+    const float inverse = 1.f / column_temperature;
+    float* positive = scratch;
+    for_slices(threads, pitch, kLanes, num_classes * pitch, [=](int64_t first, int64_t last) {
+      for (int64_t k = first; k < last; ++k) positive[k] = k < num_classes ? similarity[k * pitch + k] : 0.f;
+      for (int64_t k = first; k < last; k += kLanes) store(positive + k, exp(load(positive + k) * inverse));
+      add_rows(num_classes, first, last, sums, parts, [=](int64_t l, int64_t k) {
+        float* at = similarity + l * pitch + k;
+        const Vector value = exp(load(at) * inverse);
+        store(at, value);
+        if (l - k < 0 || l - k >= kLanes) return value;
+        at[l - k] = 0;
+        return load(at);
+      });
+      for (int64_t k = first; k < smaller(last, num_classes); ++k) {
+        const float negative = sums[k];
+        column_loss[k] = log1pf(negative / positive[k]);
+        column_factor[k] = weight[2] / (float(num_classes) * column_temperature) / (positive[k] + negative);
+        similarity[k * pitch + k] = -negative;
+      }
+      for (int64_t k = first > num_classes ? first : num_classes; k < last; ++k) column_factor[k] = 0;
+    });
+    double loss_sum = 0;
+    for (int64_t k = 0; k < num_classes; ++k) loss_sum += column_loss[k];
+    terms[2] = float(loss_sum / double(num_classes));
+  }
+
+  void column_gradient() const {
+    for_slices(threads, pitch, kLanes, elements(), [=](int64_t first, int64_t last) {
+      add_rows(n, first, last, sums, parts, [=](int64_t i, int64_t c) {
+        return load(column_product + i * pitch + c) * load(student_columns + i * pitch + c);
+      });
+      // With g = factor product: (g - (g . x) x) inv_norm = (product - sums x) (factor inv_norm).
+      for (int64_t c = first; c < last; c += kLanes) {
+        store(scratch + c, load(column_factor + c) * load(column_inv_norm + c));
+      }
+      const int64_t whole = smaller(last, num_classes / kLanes * kLanes);
+      for (int64_t i = 0; i < n; ++i) {
+        const auto value = [&](int64_t c) {
+          const int64_t at = i * pitch + c;
+          const Vector columns = (load(column_product + at) - load(sums + c) * load(student_columns + at)) * load(scratch + c);
+          return rows() ? columns + load(row_product + at) : columns;
+        };
+        float* out = gradient + i * num_classes;
+        int64_t c = first;
+        for (; c < whole; c += kLanes) store(out + c, value(c));
+        for (; c < smaller(last, num_classes); c += kLanes) {
+          const Vector tail = value(c);
+          memcpy(out + c, &tail, size_t(num_classes - c) * sizeof(float));
+        }
+      }
+    });
+  }
+
+  void finish() const {
+    if (!rows()) terms[0] = terms[1] = 0;
+    if (!category) terms[2] = 0;
+    float total = 0;
+    if (instance) total += weight[0] * terms[0];
+    if (sample) total += weight[1] * terms[1];
+    if (category) total += weight[2] * terms[2];
+    *loss = total;
+    if (gradient != nullptr && category) column_gradient();
+  }
+};
+
+}  // namespace
+
+void low_latency(const LowLatency& arguments, int steps) {
+  const Call call(arguments);
+  const bool with_gradient = call.gradient != nullptr;
+  if (steps & kNormalize) call.normalize();
+  if (call.rows()) {
+    if (steps & kRowSimilarity) call.row_similarity();
+    if (steps & kRowSums) call.row_sums();
+    if (with_gradient && steps & kRowProduct) {
+      gemm(call.similarity, call.row_pitch, 1, call.teacher_rows, call.pitch, call.row_product, call.pitch, call.n,
+           call.pitch, call.n);
+    }
+    if (with_gradient && steps & kRowGradient) call.row_gradient();
+  }
+  if (call.category) {
+    if (steps & kColumnSimilarity) call.column_similarity();
+    if (steps & kColumnSums) call.column_sums();
+    if (with_gradient && steps & kColumnProduct) {
+      gemm(call.teacher_columns, call.pitch, 1, call.similarity, call.pitch, call.column_product, call.pitch, call.n,
+           call.pitch, call.num_classes);
+    }
+  }
+  if (steps & kFinish) call.finish();
+}
+
+}  // namespace mcld::cpu::MCLD_CPU_ISA

@@ -1,0 +1,258 @@
+"""The CPU's low-latency path against the fp64 reference, on every way it can take.
+
+compiled: the module mcld_kernels._cpu computes the whole call, with each instruction set of this machine; compiled-mm:
+torch takes the GEMMs; torch: there is no compiled module.
+"""
+
+import concurrent.futures
+
+import pytest
+import torch
+from cases import KINDS, WEIGHT, check, labels, logits, options_of, run, truth
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import mcld_kernels
+from mcld_kernels import backends
+from mcld_kernels.backends.torch import TorchKernels
+from mcld_kernels.backends.torch_low_latency import compiled_module
+from mcld_kernels.kernels import LossInputs
+
+MODULE = compiled_module()
+NEEDS_MODULE = pytest.mark.skipif(MODULE is None, reason="mcld_kernels._cpu is not built: MCLD_BUILD_CPU=1 compiles it")
+ANY_SIZE = 1 << 62
+PATHS = [
+    *(
+        pytest.param({"compiled_gemm": ANY_SIZE, "isa": isa}, id=f"compiled-{isa}", marks=NEEDS_MODULE)
+        for isa in (MODULE.isas() if MODULE else ["fastest"])
+    ),
+    pytest.param({"compiled_gemm": 0}, id="compiled-mm", marks=NEEDS_MODULE),
+    pytest.param({"compiled": False}, id="torch"),
+]
+TERMS = [(1.0, 0.7, 0.4), (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)]
+# One row or class, below a vector, on either side of a vector of 16 and of a tile of 6 rows, past the parts of a sum.
+SHAPES = [(1, 1), (1, 5), (5, 1), (2, 3), (15, 16), (16, 17), (33, 31), (67, 130), (131, 65)]
+
+
+@pytest.fixture
+def contrasts(monkeypatch):
+    """The contrasts that the general path computes."""
+    seen = []
+    contrast = TorchKernels.contrast
+    monkeypatch.setattr(TorchKernels, "contrast", lambda self, args: seen.append(args) or contrast(self, args))
+    return seen
+
+
+@pytest.fixture(params=PATHS)
+def path(request, contrasts):
+    """Takes a path; whatever is computed must be computed there."""
+    with backends.tuned(**request.param):
+        yield request.param
+    assert not contrasts
+
+
+@pytest.mark.parametrize("weight", TERMS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_within_the_error_bar(shape, weight, path, poison):
+    check("torch", "cpu", "random", *shape, torch.float32, weight=weight)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_logits(kind, path):
+    check("torch", "cpu", kind, 37, 29, torch.float32)
+
+
+@pytest.mark.parametrize("temperature", [0.025, 1.0, (0.3, 0.3, 0.05)], ids=str)
+def test_temperatures(temperature, path):
+    check("torch", "cpu", "random", 37, 29, torch.float32, temperature=temperature)
+
+
+def test_fp64(contrasts):
+    check("torch", "cpu", "random", 37, 29, torch.float64)
+    assert not contrasts
+
+
+def test_larger_than_the_threads_share(path):
+    check("torch", "cpu", "random", 260, 150, torch.float32, draws=1)
+    check("torch", "cpu", "random", 150, 260, torch.float32, draws=1)
+
+
+def test_a_tensor_of_weights_and_its_gradient(path):
+    student, teacher = logits("random", 21, 17, torch.float32)
+    target, weight = labels(21, 17), torch.tensor(WEIGHT, requires_grad=True)
+    want = truth(student, teacher, target, weight=WEIGHT)
+    got = run("torch", student, teacher, target, weight=weight)
+    torch.testing.assert_close(got.loss.double(), want.loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(got.student.double(), want.student, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(weight.grad.double(), want.terms, rtol=1e-5, atol=0)
+
+
+def test_a_small_loss_keeps_its_digits(path):
+    """Where the positive dominates, a log-sum-exp less the positive would be rounding alone."""
+    teacher = logits("random", 64, 512, torch.float32)[1]
+    student = teacher + 1e-3 * torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
+    options = {"temperature": 0.05, "weight": (1.0, 0.0, 0.0)}
+    want = truth(student, teacher, **options)
+    got = run("torch", student, teacher, **options)
+    assert 0 < float(want.loss) < 1e-5
+    torch.testing.assert_close(got.loss.double(), want.loss, rtol=1e-4, atol=0)
+    assert float((got.student.double() - want.student).norm() / want.student.norm()) < 1e-3
+
+
+@pytest.mark.parametrize("side", range(2), ids=["student", "teacher"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30], ids=str)
+def test_values_that_are_not_finite_give_nan(value, side, path):
+    pair = logits("random", 9, 7, torch.float32)
+    pair[side][3, 2] = value  # the square of 1e30 overflows
+    got = run("torch", *pair, labels(9, 7))
+    assert got.loss.isnan() and got.terms.isnan().all()
+    assert got.student[3].isnan().all()
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-12, 2.0])
+def test_rows_and_columns_without_direction(eps, path):
+    """With eps 2 some rows are short of it, and count as zeros as well."""
+    student, teacher = logits("zeros", 13, 11, torch.float32)
+    if eps == 2.0:
+        student = student * 0.7
+    got = run("torch", student, teacher, labels(13, 11), eps=eps)
+    want = truth(student, teacher, labels(13, 11), eps=eps)
+    torch.testing.assert_close(got.terms.double(), want.terms, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got.student.double(), want.student, rtol=1e-4, atol=1e-5)
+    assert not got.student[student.norm(dim=1) <= eps][:, student.norm(dim=0) <= eps].any()
+
+
+def _strided(x: torch.Tensor) -> dict[str, torch.Tensor]:
+    wide = x.new_full((2 * x.shape[0], 3 * x.shape[1] + 1), torch.nan)
+    wide[::2, 1::3] = x
+    return {
+        "transposed": x.T.contiguous().T,
+        "strided": wide[::2, 1::3],
+        "negated": torch._neg_view(-x),
+        "conjugate": torch.complex(torch.zeros_like(x), -x).conj().imag,
+    }
+
+
+@pytest.mark.parametrize("layout", ["transposed", "strided", "negated", "conjugate"])
+def test_layouts_change_no_bit(layout, path):
+    student, teacher = logits("random", 33, 21, torch.float32)
+    target = labels(33, 21)
+    spread = target.repeat_interleave(2)[::2]
+    if layout in ("negated", "conjugate") and path.get("compiled", True):
+        path = {"compiled": False}  # these are left to torch
+    with backends.tuned(**path):
+        want = run("torch", student, teacher, target)
+        got = run("torch", _strided(student)[layout], _strided(teacher)[layout], spread)
+        expanded = run("torch", student, teacher[:1].expand(33, 21), target)
+        copied = run("torch", student, teacher[:1].repeat(33, 1), target)
+    assert torch.equal(got.loss, want.loss) and torch.equal(got.student, want.student)
+    assert torch.equal(expanded.loss, copied.loss) and torch.equal(expanded.student, copied.student)
+
+
+def test_inputs_are_not_written(path):
+    student, teacher = logits("random", 33, 21, torch.float32)
+    tensors = (student, teacher, labels(33, 21))
+    before = [x.clone() for x in tensors]
+    run("torch", *tensors)
+    assert all(torch.equal(x, y) for x, y in zip(tensors, before, strict=True))
+
+
+@NEEDS_MODULE
+def test_threads_change_no_bit():
+    student, teacher = logits("random", 300, 200, torch.float32)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            with backends.tuned(compiled_gemm=ANY_SIZE):
+                results.append(run("torch", student, teacher, labels(300, 200)))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert torch.equal(other.loss, results[0].loss) and torch.equal(other.student, results[0].student)
+
+
+def test_calls_side_by_side(path):
+    """The compiled module releases the GIL and keeps nothing between calls."""
+    problems = [(*logits("random", 40 + i, 30, torch.float32, seed=i), labels(40 + i, 30, i)) for i in range(8)]
+
+    def evaluate(problem):
+        with backends.tuned(**path):  # a thread has a context of its own
+            return run("torch", *problem)
+
+    want = [evaluate(problem) for problem in problems]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(evaluate, problems))
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a.loss, b.loss) and torch.equal(a.student, b.student)
+
+
+DECLINED = {
+    "switched off": {"tuned": {"low_latency": False}},
+    "larger than a chunk": {"tuned": {"chunk_bytes": 4 * 20 * 20}},
+    "teacher anchors": {"direction": "teacher"},
+    "both directions": {"direction": "symmetric"},
+    "mask": {"mask_same_class": True},
+    "present classes": {"present_only": True},
+    "a second temperature for rows": {"temperature": (0.1, 0.2, 0.1)},
+    "exponentials beyond the range": {"temperature": 0.02},
+    "ignored labels": {"ignored": 0.3},
+    "a label that may be ignored": {"ignore_index": 0},
+    "teacher gradient": {"teacher_grad": True},
+    "bf16": {"dtype": torch.bfloat16},
+}
+
+
+@pytest.mark.parametrize("options", DECLINED.values(), ids=DECLINED)
+def test_declined(options, contrasts):
+    options = dict(options)
+    dtype, ignored = options.pop("dtype", torch.float32), options.pop("ignored", 0.0)
+    student, teacher = logits("random", 21, 17, dtype)
+    with backends.tuned(**options.pop("tuned", {})):
+        run("torch", student, teacher, labels(21, 17, ignored=ignored), **options)
+    assert contrasts
+
+
+class _Operations(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+# Operations with the gradient and without it. Here they are the time of a call: a small one costs 2 to 4 us each.
+COUNTS = {
+    "compiled": ({"compiled_gemm": ANY_SIZE}, 4, 3),
+    "compiled-mm": ({"compiled_gemm": 0}, 18, 13),
+    "torch": ({"compiled": False}, 66, 48),
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=NEEDS_MODULE) if n != "torch" else n for n in COUNTS])
+def test_number_of_operations(name):
+    tuning, with_grad, without_grad = COUNTS[name]
+    student, teacher = logits("random", 64, 100, torch.float32)
+    for student_grad, most in ((True, with_grad), (False, without_grad)):
+        inputs = LossInputs(
+            student=student,
+            teacher=teacher,
+            target=labels(64, 100),
+            weight=None,
+            options=options_of()[0],
+            student_grad=student_grad,
+            teacher_grad=False,
+            labels_are_classes=True,
+        )
+        with backends.tuned(**tuning):
+            kernels = backends.kernel_set("torch", student, teacher)
+        with _Operations() as seen:
+            assert kernels.mcld_low_latency(inputs) is not None
+        assert len(seen.names) <= most, seen.names
+
+
+@NEEDS_MODULE
+def test_an_instruction_set_that_is_not_there():
+    with pytest.raises(ValueError), backends.tuned(isa="none"):
+        mcld_kernels.mcld_loss(*logits("random", 4, 3, torch.float32), torch.zeros(4, dtype=torch.int64))
