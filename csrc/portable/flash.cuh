@@ -92,7 +92,7 @@ template <Precision kPrecision, int kRowBytes> struct FlashTile {
     const int left = opaque(kNarrow ? offset(first + lane() % 16, lane() / 16 * 8) : offset(first + g, t));
     const int right = opaque(kNarrow ? offset(lane() % 8 + lane() / 16 * 8, lane() / 8 % 2 * 8) : offset(g, t));
     clear(e);
-#pragma unroll
+#pragma unroll Mma<kPrecision>::kUnroll
     for (int k = 0; k < kWidth; k += kDepth) {
       uint32_t a[4];
       if constexpr (kNarrow) {
@@ -213,14 +213,33 @@ template <Precision kPrecision, int kRowBytes> struct FlashTile {
       }
     } else {
       const int even = opaque(offset(lane() % 4 * 2, lane() / 4)), odd = opaque(offset(lane() % 4 * 2 + 1, lane() / 4));
+      // Of accurate sums, 32 candidates are summed from zero, for 32 columns of the product at a time: registers for more are
+      // not there.
+      constexpr bool kFromZero = Mma<kPrecision>::kSumsBySteps;
+      constexpr int kSteps = kFromZero ? 4 : kN, kColumnsOfSlice = kFromZero ? 4 : kD;
 #pragma unroll
-      for (int nt = 0; nt < kN; ++nt) {
-        const uint32_t a[4] = {as_bits(e[nt][0]), as_bits(e[nt][2]), as_bits(e[nt][1]), as_bits(e[nt][3])};
+      for (int first = 0; first < kN; first += kSteps)
 #pragma unroll
-        for (int dt = 0; dt < kD; ++dt) {
-          Mma<kPrecision>::run(sums[dt], a, word(candidates, even, nt * 8, dt * 8), word(candidates, odd, nt * 8, dt * 8));
+        for (int first_dt = 0; first_dt < kD; first_dt += kColumnsOfSlice) {
+          float slice[kColumnsOfSlice][4];
+          if constexpr (kFromZero) clear(slice);
+#pragma unroll
+          for (int nt = first; nt < first + kSteps; ++nt) {
+            const uint32_t a[4] = {as_bits(e[nt][0]), as_bits(e[nt][2]), as_bits(e[nt][1]), as_bits(e[nt][3])};
+#pragma unroll
+            for (int j = 0; j < kColumnsOfSlice; ++j) {
+              const int dt = first_dt + j;
+              const uint32_t b0 = word(candidates, even, nt * 8, dt * 8), b1 = word(candidates, odd, nt * 8, dt * 8);
+              Mma<kPrecision>::accumulate(kFromZero ? slice[j] : sums[dt], a, b0, b1);
+            }
+          }
+          if constexpr (kFromZero) {
+#pragma unroll
+            for (int j = 0; j < kColumnsOfSlice; ++j)
+#pragma unroll
+              for (int i = 0; i < 4; ++i) sums[first_dt + j][i] += slice[j][i];
+          }
         }
-      }
     }
   }
 

@@ -15,10 +15,30 @@ constexpr int kStages = 3;
 constexpr int kSliceBytes = 128;  // of the contraction, a stage
 
 // The tensor-core product of one warp's fragments: rows 16 mt, columns 8 nt.
+//
+// Tensor cores truncate the accumulator at each instruction (Fasi et al., PeerJ Computer Science 7:e330, 2021), a bias that
+// grows with the contraction. For fp32 accuracy a few steps of it are therefore summed from zero, and these sums added in fp32,
+// to nearest (after Ootomo and Yokota, IJHPCA 36(4), 2022).
 template <Precision kPrecision> struct Mma {
   static constexpr int kDepth = sizeof(Operand<kPrecision>) == 2 ? 16 : 8;
+  static constexpr bool kSumsBySteps = kPrecision == Precision::tf32x3;
+  // Steps of a loop over the contraction to unroll: several with sums of their own do not fit the registers.
+  static constexpr int kUnroll = kSumsBySteps ? 1 : 64;
 
+  // d += a b over one step, summed as the precision asks for.
   MCLD_DEVICE static void run(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    if constexpr (kSumsBySteps) {
+      float step[4] = {0, 0, 0, 0};
+      accumulate(step, a, b0, b1);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) d[i] += step[i];
+    } else {
+      accumulate(d, a, b0, b1);
+    }
+  }
+
+  // d += a b over one step, summed by the tensor cores.
+  MCLD_DEVICE static void accumulate(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     if constexpr (kPrecision == Precision::bf16) {
       mma_bf16(d, a, b0, b1);
     } else if constexpr (kPrecision == Precision::fp16) {
@@ -28,22 +48,16 @@ template <Precision kPrecision> struct Mma {
                                    round_tf32(as_float(a[3]))};
       mma_tf32(d, rounded, round_tf32(as_float(b0)), round_tf32(as_float(b1)));
     } else {
-      // x = high + low with 11 bits each; low * low is below fp32's last bit.
+      // x = high + low with 11 bits each; low * low is below fp32's last bit. Small products first.
       uint32_t high[4], low[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) split(a[i], high[i], low[i]);
       uint32_t high0, low0, high1, low1;
       split(b0, high0, low0);
       split(b1, high1, low1);
-      // Tensor cores truncate the accumulator at each instruction (Fasi et al., PeerJ Computer Science 7:e330, 2021), a bias
-      // that grows with the contraction. So the products of a step are summed from zero, the small ones first, and the steps
-      // by fp32 additions, which round to nearest (after Ootomo and Yokota, IJHPCA 36(4), 2022).
-      float step[4] = {0, 0, 0, 0};
-      mma_tf32(step, low, high0, high1);
-      mma_tf32(step, high, low0, low1);
-      mma_tf32(step, high, high0, high1);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) d[i] += step[i];
+      mma_tf32(d, low, high0, high1);
+      mma_tf32(d, high, low0, low1);
+      mma_tf32(d, high, high0, high1);
     }
   }
 
@@ -205,7 +219,7 @@ template <Precision kPrecision, int kTile, Major kLeft, Major kRight> struct Til
   MCLD_DEVICE void multiply(const char* stage) {
     const int warp = thread_index() / kWarp;
     const int first_row = warp % kWarpsM * kWarpRows, first_column = warp / kWarpsM * kWarpColumns;
-#pragma unroll
+#pragma unroll Mma<kPrecision>::kUnroll
     for (int k = 0; k < kSlice; k += Mma<kPrecision>::kDepth) {
       uint32_t a[kM][4], b[kN / 2][4];
 #pragma unroll
