@@ -200,30 +200,28 @@ def _mcld_torch(inputs: LossInputs) -> LossOutputs:
     instance, sample, category = options.active
     weight = _weights(inputs)
     logits = torch.stack((inputs.student, inputs.teacher))  # (2, n, C)
-    row_loss = category_loss = label_gap = grad = None
+    terms: list[Tensor | None] = [None, None, None]
+    grad = None
     if instance or sample:
         unit, inv_norm = _l2_normalize(logits, torch.linalg.vector_norm(logits, dim=2, keepdim=True), options.eps)
         target = inputs.target if sample else None
         temperature = options.temperature[0 if instance else 1]
         coefficients = (weight[0] if instance else 0.0, weight[1] if sample else 0.0)
         row_loss, label_gap, grad = _rows(unit, inv_norm, target, temperature, coefficients, inputs.student_grad)
+        terms[0] = row_loss if instance else None
+        terms[1] = None if label_gap is None else row_loss + label_gap
     if category:
         if logits.shape[1] <= _SERIAL_ROWS:
             norm = torch.linalg.vector_norm(logits, dim=1, keepdim=True)
         else:
             norm = logits.square().sum(1, keepdim=True).sqrt_()
         unit, inv_norm = _l2_normalize(logits, norm, options.eps)
-        category_loss, grad = _columns(unit, inv_norm, options.temperature[2], weight[2], grad, inputs.student_grad)
-    zero = None if all(options.active) else logits.new_zeros(())
-    terms = torch.stack(
-        [
-            row_loss if instance else zero,
-            row_loss + label_gap if sample else zero,
-            category_loss if category else zero,
-        ]  # type: ignore[arg-type, operator, list-item]
-    )
-    loss = terms.sum() if weight == (1.0, 1.0, 1.0) else torch.dot(terms, terms.new_tensor(weight))
-    return LossOutputs(loss=loss, terms=terms, student_grad=grad, teacher_grad=None)
+        terms[2], grad = _columns(unit, inv_norm, options.temperature[2], weight[2], grad, inputs.student_grad)
+    if not all(options.active):
+        terms = [logits.new_zeros(()) if term is None else term for term in terms]
+    stacked = torch.stack(terms)  # type: ignore[arg-type]
+    loss = stacked.sum() if weight == (1.0, 1.0, 1.0) else torch.dot(stacked, stacked.new_tensor(weight))
+    return LossOutputs(loss=loss, terms=stacked, student_grad=grad, teacher_grad=None)
 
 
 def _weights(inputs: LossInputs) -> tuple[float, ...]:
