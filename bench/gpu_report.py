@@ -92,7 +92,7 @@ def plan(folder: Path, rehearse: bool) -> list[Phase]:
                 skip="a rehearsal has no GPU to watch" if rehearse else missing,
             )
         )
-    # For `auto`, with what time is left: the whole grid of bench/calibrate.py takes longer.
+    # For `auto`, with what time is left: its whole grid takes longer.
     shapes = ["--dtype", "bfloat16", "--batch", "256", "1024", "4096", "16384", "--seconds", "70"]
     phases.append(
         Phase(

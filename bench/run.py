@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def check(options: argparse.Namespace, device: torch.device) -> str | None:
-    """Why the options contradict each other or the machine; None if they do not."""
+    """The reason why the options contradict each other or the machine; None if they do not."""
     shape_options = ("batch", "classes", "dtype", "terms", "mode")
     given = [f"--{name}" for name in shape_options if getattr(options, name) is not None]
     if options.smoke and given:

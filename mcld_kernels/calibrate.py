@@ -84,7 +84,7 @@ def floor_dtype(dtype: str, precision: str) -> str:
 
 
 def hopper_unsupported_reason(student: Tensor, teacher: Tensor) -> str | None:
-    """Why the Hopper kernels cannot take these logits; None if they can, where the work is large enough."""
+    """The reason why the Hopper kernels cannot take these logits; None if they can, where the work is large enough."""
     from .backends.cuda import extension, hopper
 
     module, reason = extension.load()
@@ -119,7 +119,7 @@ def measure_shape(plan: Plan, dtype: str, batch: int, classes: int) -> tuple[dic
     operands = floor_dtype(dtype, plan.precision)
     eager = [_error(oracle(student, teacher, target), exact)]
     if operands != dtype:  # operands of fewer bits are allowed, whether eager uses them or not
-        rounded_student, rounded_teacher = (x.to(getattr(torch, operands)).to(x.dtype) for x in (student, teacher))
+        rounded_student, rounded_teacher = (x.to(getattr(torch, operands)) for x in (student, teacher))
         eager.append(_error(oracle(rounded_student, rounded_teacher, target), exact))
     allowed = _allowed(eager, operands)
     steps: dict[str, Callable[[], Result]] = {}

@@ -34,7 +34,6 @@ from .kernels import (
     GradCoefficients,
     GradEpilogueArgs,
     KernelSet,
-    NegativeSums,
     TermWeight,
     UnitRows,
 )
@@ -123,13 +122,28 @@ def contrast(
     for sums in pass_.chunks():
         coefficients = kernels.loss_epilogue(forward_terms, sums)
         if args.anchor_grad:
-            _write_anchor_grad(kernels, side, candidates, sums, coefficients, means, offset)
+            assert sums.product is not None
+            kernels.grad_epilogue(
+                GradEpilogueArgs(
+                    out=side.grad.view(side.transposed),
+                    unit=side.unit,
+                    rows=sums.rows,
+                    product=sums.product,
+                    coefficients=coefficients,
+                    partner=candidates.unit,
+                    offset=offset,
+                    class_means=means,
+                    class_index=None if side.labels is None else side.labels.class_index,
+                    accumulate=side.grad.is_written,
+                )
+            )
         if args.candidate_grad:
             pass_.add_candidates(sums, coefficients)
             partner.append(coefficients.partner)
     if args.anchor_grad:
         side.grad.is_written = True
-    _finish(kernels, pass_, args, anchors, candidates, partner, reverse)
+    if args.candidate_grad or args.reverse:
+        _finish(kernels, pass_, args, anchors, candidates, partner, reverse)
 
 
 def _anchor_terms(
@@ -150,32 +164,6 @@ def _anchor_terms(
         per_anchor=anchors.per_anchor,
     )
     return terms, means
-
-
-def _write_anchor_grad(
-    kernels: KernelSet,
-    side: Side,
-    candidates: Side,
-    sums: NegativeSums,
-    coefficients: GradCoefficients,
-    means: Tensor | None,
-    offset: int,
-) -> None:
-    assert sums.product is not None
-    kernels.grad_epilogue(
-        GradEpilogueArgs(
-            out=side.grad.view(side.transposed),
-            unit=side.unit,
-            rows=sums.rows,
-            product=sums.product,
-            coefficients=coefficients,
-            partner=candidates.unit,
-            offset=offset,
-            class_means=means,
-            class_index=None if side.labels is None else side.labels.class_index,
-            accumulate=side.grad.is_written,
-        )
-    )
 
 
 def _finish(

@@ -10,8 +10,8 @@ what it does differently. The accumulator dtype (`acc_dtype`) is fp64 for fp64 l
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
@@ -160,15 +160,13 @@ class LossInputs:
     offset: int = 0  # the positive of student row i is teacher row i + offset
     teacher_target: Tensor | None = None  # (m,) int64, where n != m
     labels_are_classes: bool = False  # known to be in [0, C), none ignored
+    dtype: torch.dtype = field(init=False)  # the wider one of both sides
+    acc_dtype: torch.dtype = field(init=False)  # of sums and of the loss
 
-    @property
-    def dtype(self) -> torch.dtype:
+    def __post_init__(self) -> None:
         student, teacher = self.student.dtype, self.teacher.dtype
-        return student if student == teacher else torch.promote_types(student, teacher)
-
-    @property
-    def acc_dtype(self) -> torch.dtype:
-        return acc_dtype(self.dtype)
+        self.dtype = student if student == teacher else torch.promote_types(student, teacher)
+        self.acc_dtype = acc_dtype(self.dtype)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -225,8 +223,8 @@ class KernelSet:
         """Begin a contrast."""
         raise NotImplementedError
 
-    def mcld_low_latency(self, inputs: LossInputs) -> LossOutputs | None:
-        """A whole call of `mcld_loss` in few launches; None if this kernel set has no such path for these inputs."""
+    def mcld_low_latency(self, inputs: LossInputs) -> Callable[[LossInputs], LossOutputs] | None:
+        """The function that computes a whole call of `mcld_loss` in few launches; None without one for these inputs."""
         return None
 
     def l2_normalize(self, x: Tensor, operand_dtype: torch.dtype, eps: float) -> UnitRows:

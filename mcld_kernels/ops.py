@@ -5,6 +5,7 @@ The operator returns the gradients together with the loss, computed in the same 
 
 from __future__ import annotations
 
+import contextlib
 import typing
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -17,7 +18,7 @@ from torch.utils import _python_dispatch
 from . import backends
 from .infonce import grad_dtype
 from .kernels import KernelSet, LossInputs, LossOutputs
-from .options import acc_dtype, is_readable
+from .options import acc_dtype, is_readable, no_autocast
 
 _LIBRARY = torch.library.Library("mcld_kernels", "DEF")
 _OPERATORS: dict[str, LossOperator] = {}
@@ -107,17 +108,16 @@ class LossOperator:
             )
             return outputs[0], outputs[1]
         call = _Call(self.name, student, teacher, target, weight, options, backend, False, False, labels_are_classes)
-        outputs = self.forward(call)
+        outputs = self.dispatch(call) if _is_observed(student) else self.run(call)
         return outputs[0], outputs[1]
 
-    def forward(self, call: _Call) -> Outputs:
-        """Loss (), terms (num_terms,), gradients of the loss by student and teacher: (batch, classes), else (0,)."""
-        # The dispatcher is needed by whoever traces or observes operators; a plain call saves its cost.
-        if _is_observed(call.student):
-            if not torch.compiler.is_compiling():
-                self._tell_flop_counters()
-            return self._operator(*call[1:5], *call.options, *call[6:9])  # type: ignore[no-any-return]
-        return self.run(call)
+    def dispatch(self, call: _Call) -> Outputs:
+        """`run` through PyTorch's dispatcher, for whoever traces or observes operators; a plain call saves its cost."""
+        if not torch.compiler.is_compiling():
+            self._tell_flop_counters()
+        tensors = call.student, call.teacher, call.target, call.weight
+        choices = call.backend, call.student_grad, call.teacher_grad
+        return self._operator(*tensors, *call.options, *choices)  # type: ignore[no-any-return]
 
     def _implementation(self, student: Tensor, teacher: Tensor, target: Any, weight: Any, *rest: Any) -> Outputs:
         fields = [tuple(field) if isinstance(field, list) else field for field in rest[:-3]]
@@ -125,7 +125,7 @@ class LossOperator:
         return self.run(call)
 
     def run(self, call: _Call) -> Outputs:
-        """As `forward`, without the dispatcher."""
+        """Loss (), terms (num_terms,), gradients of the loss by student and teacher: (batch, classes), else (0,)."""
         student, teacher = call.student, call.teacher
         kernels = backends.kernel_set(call.backend, student, teacher, call.teacher_grad, self.supported)
         if student.shape[0] == 0:
@@ -144,12 +144,10 @@ class LossOperator:
                 else call.labels_are_classes
             ),
         )
-        device = student.device.type
-        if torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                outputs = self._compute(kernels, inputs)
-        elif device == "cuda":
-            with torch.cuda.device(student.device):
+        device = student.device
+        if device.type == "cuda" or torch.is_autocast_enabled(device.type):
+            on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+            with on_device, no_autocast(device):
                 outputs = self._compute(kernels, inputs)
         else:
             outputs = self._compute(kernels, inputs)
@@ -298,7 +296,8 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         call = _Call(*args)
-        outputs = _OPERATORS[call.name].forward(call)
+        operator = _OPERATORS[call.name]
+        outputs = operator.dispatch(call) if _is_observed(call.student) else operator.run(call)
         _save(ctx, call, outputs)
         ctx.mark_non_differentiable(outputs[1])
         return outputs[0], outputs[1]
@@ -337,7 +336,8 @@ class _TransformableLoss(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> Outputs:
         call = _Call(*args)
-        return _OPERATORS[call.name].forward(call)
+        operator = _OPERATORS[call.name]
+        return operator.dispatch(call) if _is_observed(call.student) else operator.run(call)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 Direction = Literal["student", "teacher", "symmetric"]
 Backend = Literal["auto", "reference", "torch", "triton", "cuda"]
 
+BACKENDS: tuple[Backend, ...] = ("auto", "reference", "torch", "triton", "cuda")
 TERMS = ("instance", "sample", "category")
 DIRECTIONS: tuple[Direction, ...] = ("student", "teacher", "symmetric")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -54,8 +55,13 @@ class MCLDOptions(NamedTuple):
     @property
     def label_terms(self) -> tuple[bool, bool, bool]:
         """The terms that are computed and read the labels."""
-        instance, sample, category = self.active
-        return instance and self.mask_same_class, sample, category and self.present_only
+        return _label_terms(self)
+
+
+def _label_terms(options: MCLDOptions) -> tuple[bool, bool, bool]:
+    # A function, since torch 2.6 cannot trace a property of a NamedTuple.
+    instance, sample, category = options.term_weight
+    return instance != 0 and options.mask_same_class, sample != 0, category != 0 and options.present_only
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -96,18 +102,16 @@ def mcld_options(
     weight_tensor = weight if isinstance(weight, Tensor) else None
     if weight_tensor is not None:
         check_weight_tensor(weight_tensor)
-    numbers = 1.0 if isinstance(weight, Tensor) else _hashable(weight)
-    values = (_hashable(temperature), numbers, direction, mask_same_class, present_only, ignore_index, eps)
+    numbers = 1.0 if isinstance(weight, Tensor) else weight
+    # A list cannot be a key of the cache.
+    temperature, numbers = (tuple(x) if isinstance(x, list) else x for x in (temperature, numbers))
+    values = (temperature, numbers, direction, mask_same_class, present_only, ignore_index, eps)
     if torch.compiler.is_compiling():
         return _mcld_options(*values), weight_tensor
     try:
         return _cached_mcld_options(*values), weight_tensor
     except TypeError:  # unhashable, or of the wrong type: the checks say which
         return _mcld_options(*values), weight_tensor
-
-
-def _hashable(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _mcld_options(
@@ -134,20 +138,32 @@ _cached_mcld_options = lru_cache(maxsize=256, typed=True)(_mcld_options)
 
 
 def check_mcld_inputs(
-    student: Tensor, teacher: Tensor, target: Tensor | None, weight: Tensor | None, options: MCLDOptions
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    weight: Tensor | None,
+    options: MCLDOptions,
+    backend: str = "reference",
 ) -> bool | None:
     """Check the tensors of a call against its options. Reads no value of a tensor that is not on the CPU.
 
     Returns True or False where the labels were read: every one is a class, and none is ignored.
     """
+    check_backend(backend)
     check_logits(student, teacher)
     if weight is not None and weight.device != student.device:
         raise ValueError(f"weight must be on the logits' device {student.device}; got {weight.device}")
     if target is None:
-        if any(options.label_terms):
+        if any(_label_terms(options)):
             _raise_missing_target(options, weight)
         return False
-    return check_target(target, student, options.ignore_index, read_values=any(options.label_terms))
+    return check_target(target, student, options.ignore_index, read_values=any(_label_terms(options)))
+
+
+def check_backend(name: Any) -> None:
+    """Raise ValueError if ``name`` is neither "auto" nor a backend."""
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}; got {name!r}")
 
 
 def check_logits(student: Tensor, teacher: Tensor) -> None:
@@ -155,7 +171,8 @@ def check_logits(student: Tensor, teacher: Tensor) -> None:
     for name, logits in (("student", student), ("teacher", teacher)):
         if not isinstance(logits, Tensor):
             raise TypeError(f"{name} must be a tensor of logits (batch, classes); got {type(logits).__name__}")
-        _check_dense(name, logits)
+        if type(logits) is not Tensor or logits.layout is not torch.strided or logits.is_nested:
+            _check_dense(name, logits)
         if logits.dtype not in DTYPES:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
             raise TypeError(f"{name} must be of a floating dtype ({names}); got {logits.dtype}")
@@ -287,7 +304,7 @@ def _raise_missing_target(options: MCLDOptions, weight: Tensor | None) -> None:
         "the sample-wise term (weight[1] other than 0)",
         "present_only of the category-wise term",
     )
-    needed = [reason for reason, used in zip(reasons, options.label_terms, strict=True) if used]
+    needed = [reason for reason, used in zip(reasons, _label_terms(options), strict=True) if used]
     remedy = "a term: weight 0"
     if weight is not None:
         remedy = "a term: three numbers as weight, with a 0; a tensor computes all three terms, whatever its values"
@@ -304,7 +321,8 @@ def check_target(target: Tensor, student: Tensor, ignore_index: int, *, read_val
     """
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a tensor of labels (batch,), int64; got {type(target).__name__}")
-    _check_dense("target", target)
+    if type(target) is not Tensor or target.layout is not torch.strided or target.is_nested:
+        _check_dense("target", target)
     batch, classes = student.shape
     if target.ndim == 2 and target.is_floating_point():
         raise ValueError(

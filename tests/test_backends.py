@@ -13,7 +13,7 @@ import mcld_kernels
 from mcld_kernels import backends, reference
 from mcld_kernels.backends import chunks
 from mcld_kernels.backends.torch import TorchKernels
-from mcld_kernels.kernels import LossInputs
+from mcld_kernels.kernels import ContrastArgs, LossInputs
 from mcld_kernels.losses import mcld
 from mcld_kernels.options import DIRECTIONS
 
@@ -217,6 +217,19 @@ def test_a_converged_student_keeps_its_gradient(distance, where):
     assert relative(got.loss, want.loss) < 0.1 * relative(eager.loss, want.loss)
 
 
+def test_a_bf16_gradient_is_orthogonal_to_its_row(where):
+    """Late in training, too: the projection divides by x . x, since a rounded operand has |x| != 1.
+
+    What remains is the rounding of the gradient itself, an independent one in each of C elements.
+    """
+    skip_if_it_cannot(where, torch.bfloat16)
+    student, teacher = (x.to(torch.bfloat16) for x in logits("converged", 128, 100, device=where[1]))
+    gradient = run(where[0], student, teacher, weight=(1.0, 0.0, 0.0)).student.double().cpu()
+    x = student.double().cpu()
+    radial = (gradient * x).sum(1) / (gradient.norm(dim=1) * x.norm(dim=1))
+    assert float(radial.square().mean().sqrt()) < torch.finfo(torch.bfloat16).eps / 100**0.5
+
+
 class TestResult:
     @pytest.mark.parametrize("teacher_grad", [False, True], ids=["frozen", "mutual"])
     @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -391,6 +404,20 @@ class TestRectangular:
         student, teacher = torch.randn(3, 4), torch.randn(5, 4)
         with pytest.raises(ValueError, match="3 student rows against 5 teacher rows"):
             compute(student, teacher, None, options)
+
+
+class TestColdTemperatures:
+    @pytest.mark.parametrize("temperature", [0.0105, 0.002])
+    def test_no_exponential_is_subnormal(self, temperature):
+        """CPUs multiply subnormal numbers at a tenth of the speed; below 1e-35 of a row's largest they add nothing."""
+        student, teacher = logits("collinear", 40, 30, torch.float32)
+        kernels = backends.kernel_set("torch", student, teacher)
+        anchors, candidates = (kernels.l2_normalize(x, torch.float32, 1e-12) for x in (student, teacher))
+        args = ContrastArgs(anchors=anchors, candidates=candidates, temperature=temperature, offset=0, anchor_grad=True)
+        contrast = kernels.contrast(args)
+        for _ in contrast.chunks():
+            e = contrast.exponentials
+            assert (e == 0).sum() > e.shape[0] and float(e[e > 0].min()) > 1e-35
 
 
 class TestMemory:

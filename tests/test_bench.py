@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 import time
@@ -438,20 +439,20 @@ def test_a_run_leaves_json_csv_and_plot(tmp_path, capsys):
     assert run.main([*arguments, "--device", "cpu", "--output", str(tmp_path), "--profile"]) == 0
     shown = capsys.readouterr().out
     assert shown.count("not run: cuda") == 1 and "Gflop/s" in shown and "case 2 of 2" in shown
-    found = json.loads((tmp_path / "results.json").read_text())
-    assert found["complete"] and len(found["rows"]) == 6
-    assert found["schema"] == report.SCHEMA and found["machine"]["load_1min_end"] is not None
-    assert found["machine"]["cpu"] and found["versions"]["torch"] == torch.__version__ and "commit" in found
-    assert found["ceilings"]["gemm_float32_flop_per_s"] > 1e8 and found["ceilings"]["copy_bytes_per_s"] > 1e8
-    ok = [row for row in found["rows"] if row["status"] == "ok"]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["complete"] and len(results["rows"]) == 6
+    assert results["schema"] == report.SCHEMA and results["machine"]["load_1min_end"] is not None
+    assert results["machine"]["cpu"] and results["versions"]["torch"] == torch.__version__ and "commit" in results
+    assert results["ceilings"]["gemm_float32_flop_per_s"] > 1e8 and results["ceilings"]["copy_bytes_per_s"] > 1e8
+    ok = [row for row in results["rows"] if row["status"] == "ok"]
     assert {row["provider"] for row in ok} == {"reference", "torch"}
     assert all(row["gate"]["passed"] and row["time"]["p20_s"] <= row["time"]["median_s"] for row in ok)
-    assert str(ROOT) not in json.dumps({**found, "rows": [], "options": {}})
+    assert str(ROOT) not in json.dumps({**results, "rows": [], "options": {}})
     with (tmp_path / "results.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 6 and float(lines[0]["median_ms"]) > 0 and lines[0]["terms"] == "instance+sample+category"
     assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
-    lines = table.markdown(found).splitlines()
+    lines = table.markdown(results).splitlines()
     assert len(lines) == 2 + 4 + 2 and all(line.count("|") == 11 for line in lines[:6])
     assert len(list(tmp_path.glob("trace_*.json.gz"))) == 4
     assert "aten::" in next(tmp_path.glob("kernels_torch_B64*.txt")).read_text()
@@ -477,19 +478,24 @@ def test_bad_arguments_end_with_a_message(arguments, message, capsys):
     assert end.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_smoke_ends_in_under_a_minute(tmp_path):
-    start = time.monotonic()
+def test_smoke_takes_less_than_a_minute_of_one_cpu(tmp_path):
+    before = _cpu_seconds_of_children()
     done = subprocess.run(
         [sys.executable, "bench/run.py", "--smoke", "--device", "cpu", "--output", str(tmp_path)],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "compile is left out" in done.stdout and "FAILED" not in done.stdout
-    assert time.monotonic() - start < 60
+    assert _cpu_seconds_of_children() - before < 60  # the clock on the wall depends on the machine's load
+
+
+def _cpu_seconds_of_children():
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def test_a_plot_of_nothing_is_no_file(tmp_path):
@@ -517,20 +523,20 @@ class TestGpuReport:
         return gpu_report.Phase("try", [sys.executable, "-c", code], budget, **more)
 
     def test_output_and_values_are_recorded(self, tmp_path):
-        found = gpu_report.run_phase(self.phase("print('{\"a\": 1}')", read=gpu_report.last_json), tmp_path, 20)
-        assert found["status"] == "ok" and found["a"] == 1 and "seconds" in found
+        record = gpu_report.run_phase(self.phase("print('{\"a\": 1}')", read=gpu_report.last_json), tmp_path, 20)
+        assert record["status"] == "ok" and record["a"] == 1 and "seconds" in record
 
     def test_the_output_of_a_failure_is_recorded(self, tmp_path):
-        found = gpu_report.run_phase(self.phase("print('so far'); raise SystemExit(4)"), tmp_path, 20)
-        assert found["status"] == "failed" and found["exit_code"] == 4 and "so far" in found["output_tail"]
+        record = gpu_report.run_phase(self.phase("print('so far'); raise SystemExit(4)"), tmp_path, 20)
+        assert record["status"] == "failed" and record["exit_code"] == 4 and "so far" in record["output_tail"]
 
     def test_a_phase_out_of_time_can_write_its_results(self, tmp_path):
         code = (
             "import time\nprint('begun')\n"
             "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('{\"kept\": true}')"
         )
-        found = gpu_report.run_phase(self.phase(code, read=gpu_report.last_json), tmp_path, 1.5)
-        assert found["status"] == "timed out" and found["kept"] is True and found["seconds"] < 10
+        record = gpu_report.run_phase(self.phase(code, read=gpu_report.last_json), tmp_path, 1.5)
+        assert record["status"] == "timed out" and record["kept"] is True and record["seconds"] < 10
 
     def test_a_phase_that_ignores_the_interrupt_is_killed_with_its_children(self, tmp_path, monkeypatch):
         monkeypatch.setattr(gpu_report, "GRACE_S", 0.5)
@@ -538,9 +544,9 @@ class TestGpuReport:
             "import signal, subprocess, sys, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
             "child = subprocess.Popen(['sleep', '60'])\nprint(child.pid)\ntime.sleep(60)"
         )
-        found = gpu_report.run_phase(self.phase(code), tmp_path, 1.5)
-        assert found["status"] == "timed out" and found["seconds"] < 10
-        child = int(found["output_tail"].split()[0])
+        record = gpu_report.run_phase(self.phase(code), tmp_path, 1.5)
+        assert record["status"] == "timed out" and record["seconds"] < 10
+        child = int(record["output_tail"].split()[0])
         for _ in range(50):
             if not _running(child):
                 break
@@ -569,9 +575,9 @@ class TestGpuReport:
 
     def test_a_rehearsal_writes_the_report(self, tmp_path, capsys):
         assert gpu_report.main(["--rehearse", "--skip", "ceilings", "bench", "--output", str(tmp_path)]) == 0
-        found = json.loads((tmp_path / "report.json").read_text())
-        assert found["rehearsal"] and found["phases"]["info"]["status"] == "ok"
-        assert found["phases"]["build"]["reason"] == "a rehearsal builds nothing"
+        record = json.loads((tmp_path / "report.json").read_text())
+        assert record["rehearsal"] and record["phases"]["info"]["status"] == "ok"
+        assert record["phases"]["build"]["reason"] == "a rehearsal builds nothing"
 
     def test_the_grid_of_the_sanitizer_runs(self):
         environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
@@ -587,9 +593,9 @@ class TestGpuReport:
             '<testcase classname="a" name="good"/><testcase classname="a" name="bad"><failure/></testcase>'
             "</testsuite></testsuites>"
         )
-        found = gpu_report.read_junit(path)
-        assert found["counts"] == {"tests": 3, "failures": 1, "errors": 0, "skipped": 1}
-        assert found["failed"] == ["a::bad"]
+        record = gpu_report.read_junit(path)
+        assert record["counts"] == {"tests": 3, "failures": 1, "errors": 0, "skipped": 1}
+        assert record["failed"] == ["a::bad"]
 
     def test_goals_are_judged_against_rows_of_the_same_case(self):
         def row(name, median, **more):
@@ -599,14 +605,14 @@ class TestGpuReport:
 
         rows = [row("triton", 1.0), row("cuda", 0.9, fraction_of_gemm=0.8), row("library", 1.2)]
         rows += [row("reference", 2.7), row("compile", 9.0, batch=16384)]
-        found = {goal["goal"].rpartition(" >=")[0] or goal["goal"]: goal for goal in goals.judge(rows)}
-        assert {goal["backend"] for goal in found.values()} == {"cuda"}
-        assert found["fraction of the GEMM ceiling"]["reached"] is False
-        assert found["times the library path"]["value"] == pytest.approx(1.2 / 0.9)
-        assert found["times the library path"]["reached"] is True
-        assert found["times eager"]["reached"] is True  # 3.0
-        assert found["times torch.compile"]["reached"] is None  # measured at another batch size alone
-        assert found["extra memory / (256 MiB + 3 half copies) <= 1"]["reached"] is True
+        judged = {goal["goal"].rpartition(" >=")[0] or goal["goal"]: goal for goal in goals.judge(rows)}
+        assert {goal["backend"] for goal in judged.values()} == {"cuda"}
+        assert judged["fraction of the GEMM ceiling"]["reached"] is False
+        assert judged["times the library path"]["value"] == pytest.approx(1.2 / 0.9)
+        assert judged["times the library path"]["reached"] is True
+        assert judged["times eager"]["reached"] is True  # 3.0
+        assert judged["times torch.compile"]["reached"] is None  # measured at another batch size alone
+        assert judged["extra memory / (256 MiB + 3 half copies) <= 1"]["reached"] is True
 
 
 def _running(pid):
@@ -685,6 +691,15 @@ class TestKernels:
         assert len(rows) == 11
         for row in rows.values():
             assert row.status == "ok" and row.ratio <= 1 and row.bytes_per_s > 0 and row.of_ceiling > 0, row
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the CUDA device, not interpreted")
+    def test_every_kernel_of_the_interpreted_triton_set_is_right(self, monkeypatch):
+        """Operands in the layouts of another backend; interpreted kernels are not timed."""
+        pytest.importorskip("triton", reason="triton is not installed")
+        monkeypatch.setattr(kernels, "backend_unsupported_reason", lambda *rest: None)
+        monkeypatch.setattr(kernels.KernelRun, "_time", lambda run: None)
+        rows = self.rows(Case(20, 12), ("triton",))
+        assert len(rows) == 11 and {row.status for row in rows.values()} == {"ok"}, rows
 
     def test_the_counts_of_the_contrast(self):
         by_name = {kernel.name: kernel for kernel in kernels.all_kernels(Case(10, 3), 4, 4)}
@@ -778,10 +793,10 @@ class TestPlots:
 
     def test_the_caption_has_the_load(self):
         head = {"machine": {"cpu": "A CPU", "threads": 2, "load_1min": 0.5, "load_1min_end": 1.25}, "commit": "abc"}
-        head |= {"dirty": True, "versions": {"torch": "2.0"}, "started": "2020-01-01T10:00:00Z"}
+        head |= {"dirty": True, "versions": {"torch": "2.0", "mcld_kernels": "0.1"}, "started": "2020-01-01T10:00:00Z"}
         assert (
             machine.caption(head)
-            == "A CPU, 2 threads; load 0.5 to 1.25; torch 2.0; commit abc with changes; 2020-01-01"
+            == "A CPU, 2 threads; load 0.5 to 1.25; mcld_kernels 0.1; torch 2.0; commit abc with changes; 2020-01-01"
         )
 
     def test_recorded_runs_are_drawn_into_one_figure(self, tmp_path):
@@ -832,8 +847,8 @@ class TestOutput:
         monkeypatch.setattr(measure.CaseRun, "run", interrupted)
         arguments = [*SMALL, "--batch", "16", "32", "--output", str(tmp_path / "folder")]
         assert run.main(arguments) == Exit.INTERRUPTED
-        found = json.loads((tmp_path / "folder" / "results.json").read_text())
-        assert not found["complete"] and {row["batch"] for row in found["rows"]} == {16}
+        results = json.loads((tmp_path / "folder" / "results.json").read_text())
+        assert not results["complete"] and {row["batch"] for row in results["rows"]} == {16}
         assert (tmp_path / "folder" / "results.csv").exists() and "interrupted" in capsys.readouterr().out
 
     def test_the_report_of_another_run_is_not_overwritten(self, tmp_path, capsys):

@@ -412,11 +412,12 @@ def test_module_does_not_offer_its_cuda_runtime_to_others(module):
 def test_a_launch_without_a_device_is_an_error_that_names_the_call(module):
     if torch.cuda.is_available():
         pytest.skip("needs a machine without a CUDA device")
-    arguments = dict.fromkeys(("parts", "maxima", "row_maxima", "out", "rows", "padded_rows", "pitch"), 0)
+    names = ("products", "split_maxima", "row_maxima", "out", "rows", "padded_rows", "pitch")
+    arguments = dict.fromkeys(names, 0)
     with pytest.raises(module.CudaError, match=r"cudaGetDevice\(.*\) failed: cudaError\w+ \(.*\) at .*checks.cu:\d+"):
-        module.combine(**arguments, splits=1, device=0, stream=0)
+        module.combine_splits(**arguments, splits=1, device=0, stream=0)
     with pytest.raises(TypeError, match="missing argument device"):
-        module.combine(**arguments, splits=1, stream=0)
+        module.combine_splits(**arguments, splits=1, stream=0)
 
 
 def test_reason_for_a_missing_module(monkeypatch):

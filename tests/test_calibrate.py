@@ -1,11 +1,12 @@
 """`python -m mcld_kernels.calibrate`: the gate, the process that may hang, and the table that "auto" chooses by."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -67,14 +68,29 @@ class TestMeasure:
         ]  # fmt: skip
 
 
+HANGS = """
+import os, time
+
 def hang(path, plan):
-    path.write_text(json.dumps({"batch": 1}) + '\n{"batch": 2, "cut sh')
+    path.write_text('{"batch": 1}\\n{"batch": 2, "cut sh')
     time.sleep(600)
 
-
 def crash(path, plan):
-    path.write_text(json.dumps({"batch": 1}) + "\n")
+    path.write_text('{"batch": 1}\\n')
     os._exit(11)
+"""
+
+
+@pytest.fixture
+def targets(tmp_path, monkeypatch):
+    """A module of its own, without torch, so that the process starts at once."""
+    (tmp_path / "calibrate_targets.py").write_text(HANGS)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield importlib.import_module("calibrate_targets")
+    del sys.modules["calibrate_targets"]
+
+
+LIGHT_PLAN = SimpleNamespace(candidates=("torch",))
 
 
 class TestProcess:
@@ -82,14 +98,13 @@ class TestProcess:
         rows, complete = calibrate.run_in_process(on_cpu(), 120)
         assert complete and rows[0]["milliseconds"]["torch"] > 0
 
-    def test_a_process_that_hangs_is_ended_and_its_rows_are_kept(self, capsys):
-        start = time.monotonic()
-        rows, complete = calibrate.run_in_process(on_cpu(), 10, hang)
-        assert rows == [{"batch": 1}] and not complete and time.monotonic() - start < 60
+    def test_a_process_that_hangs_is_ended_and_its_rows_are_kept(self, targets, capsys):
+        rows, complete = calibrate.run_in_process(LIGHT_PLAN, 10, targets.hang)
+        assert rows == [{"batch": 1}] and not complete
         assert "took longer than 10 s" in capsys.readouterr().err
 
-    def test_a_process_that_crashes_keeps_its_rows(self, capsys):
-        assert calibrate.run_in_process(on_cpu(), 120, crash) == ([{"batch": 1}], False)
+    def test_a_process_that_crashes_keeps_its_rows(self, targets, capsys):
+        assert calibrate.run_in_process(LIGHT_PLAN, 120, targets.crash) == ([{"batch": 1}], False)
         assert "ended with 11" in capsys.readouterr().err
 
 
@@ -255,3 +270,16 @@ def test_both_commands_run_from_any_folder(command, tmp_path):
         timeout=120,
     )
     assert done.returncode == 0 and "exit codes: 0 done" in " ".join(done.stdout.split()), done.stderr
+
+
+def test_medium_precision_allows_operands_in_bf16(monkeypatch, matmul_precision):
+    """Backends take bf16 operands there; eager on a GPU takes tf32."""
+    right = calibrate._step
+    monkeypatch.setattr(
+        calibrate,
+        "_step",
+        lambda name, s, t, y: right(name, s.bfloat16().float(), t.bfloat16().float(), y),
+    )
+    assert calibrate.measure_shape(on_cpu(), "float32", 24, 7)[1]
+    matmul_precision("medium")
+    assert not calibrate.measure_shape(on_cpu(precision="medium"), "float32", 24, 7)[1]

@@ -79,3 +79,48 @@ class TestChoice:
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith("refused: backend 'triton' cannot run: ")
+
+
+class TestAutoWithoutFusedKernels:
+    """A GPU on which neither Triton nor CUDA can run: `auto` takes torch, and says so once."""
+
+    @pytest.fixture
+    def reasons(self, monkeypatch):
+        monkeypatch.setattr(backends, "_WARNED", set())
+        reasons = {"triton": "triton is not installed", "cuda": "built without CUDA"}
+        monkeypatch.setattr(backends, "unsupported_reason", lambda name, *_: reasons[name])
+        monkeypatch.setattr(backends, "preference", lambda *_: ("triton", "cuda"))
+        return reasons
+
+    def fastest(self, teacher_grad=False, supported=backends.NAMES):
+        student, teacher = logits("random", 4, 3, torch.float32)
+        return backends._fastest(student, teacher, teacher_grad, supported)
+
+    def test_one_warning_with_every_reason(self, reasons, recwarn):
+        assert [self.fastest() for _ in range(3)] == ["torch"] * 3
+        (warning,) = recwarn.list
+        assert "triton: triton is not installed; cuda: built without CUDA" in str(warning.message)
+        reasons["cuda"] = "the driver is too old"
+        self.fastest()
+        assert len(recwarn.list) == 2
+
+    def test_none_where_torch_is_the_choice(self, reasons, recwarn):
+        assert self.fastest(teacher_grad=True) == "torch"
+        assert self.fastest(supported=("torch",)) == "torch"
+        reasons["cuda"] = None
+        assert self.fastest() == "cuda"
+        assert not recwarn.list
+
+
+def test_triton_interpret_set_too_late_says_so():
+    """Triton reads it when the kernels are defined."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    code = """
+import os, torch, mcld_kernels
+from mcld_kernels.backends.triton import flash
+os.environ["TRITON_INTERPRET"] = "1"
+print(mcld_kernels.backends.explain(torch.zeros(2, 2), torch.zeros(2, 2))["triton"])
+"""
+    environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environ)
+    assert "TRITON_INTERPRET was set after the kernels had been imported" in done.stdout

@@ -275,6 +275,18 @@ def test_precisions_differ(matmul_precision):
     assert errors[0] > 3 * errors[1] > 30 * errors[2]
 
 
+@pytest.mark.parametrize(
+    ("name", "batch", "classes"),
+    [("low latency", 33, 1000), ("flash", 600, 100), ("two products", 33, 1000), ("two products", 600, 300)],
+)
+@pytest.mark.parametrize("kind", ["random", "collinear"])
+def test_fp32_accuracy_of_long_contractions(name, batch, classes, kind, matmul_precision):
+    """Tensor cores truncate their sums: at 1000 elements 16 times the error of fp32, and a bias where cosines are 1."""
+    matmul_precision("highest")
+    with backends.tuned(**PATHS.get(name, {})):
+        check(kind, batch, classes, torch.float32)
+
+
 def test_mixed_dtypes(path):
     student, teacher = cases.logits("random", 33, 70, torch.float32)
     got = cases.run("cuda", student.bfloat16(), teacher, cases.labels(33, 70))

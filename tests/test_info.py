@@ -114,7 +114,7 @@ def test_public_names():
 
 def test_importing_the_package_imports_no_kernels():
     """The import stays quick, and works where Triton and the compiled module are missing or broken."""
-    code = "import sys, mcld_kernels; print([m for m in sys.modules if m.startswith('mcld_kernels.')])"
+    code = "import sys, mcld_kernels; print({'triton', 'mcld_kernels._C', 'torch._dynamo'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "triton" not in done.stdout and "mcld_kernels._C" not in done.stdout
+    assert done.stdout == "set()\n"

@@ -142,8 +142,8 @@ def test_where_tables_are_looked_for(table, monkeypatch, tmp_path):
 )
 def test_a_table_of_another_version_or_gpu_is_ignored_with_a_reason(changed, reason):
     put(timings.user_path(GPU), content(**changed))
-    found, description = timings.find(GPU)
-    assert found is None and "is ignored" in description and reason in description
+    table, description = timings.find(GPU)
+    assert table is None and "is ignored" in description and reason in description
     assert choose(4096, 1000) == (("triton", "cuda"), False)
 
 

@@ -1,6 +1,8 @@
-"""The distillation trainer: its data, its fairness between students, its checkpoints, and what it reports."""
+"""The distillation trainer: its data, equal conditions for all students, its checkpoints and its report."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,10 +17,14 @@ from distillation import engine, objectives, report
 from distillation.data import digits, loader
 from distillation.models import MODELS, parameters
 
+from bench.harness.programs import Exit
 from mcld_kernels import MCLDLoss
 
 CPU = torch.device("cpu")
 SHORT = ["--epochs", "3", "--teacher-epochs", "2", "--seeds", "1", "--images", "50", "--batch", "25", "--device", "cpu"]
+
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def run(folder, *more):
@@ -42,6 +48,26 @@ def test_a_run_leaves_results_curves_and_teacher(first):
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "teacher.pt").exists()
     assert str(folder) not in json.dumps(results)
+
+
+def test_the_results_say_what_was_run_and_where(first):
+    results = first[1]
+    assert results["schema"] == report.SCHEMA and results["complete"] is True
+    assert {"torch", "mcld_kernels", "python"} <= results["versions"].keys()
+    assert results["machine"]["cpu"] and results["machine"]["load_1min_end"] is not None
+    assert "commit" in results and "dirty" in results and results["started"].endswith("Z")
+
+
+def test_the_figure_is_captioned(first, tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(report.plt, "close", figures.append)
+    report.plot(tmp_path / "a.png", first[1], "the caption")
+    left, right = figures[0].axes
+    assert left.get_title(loc="left").startswith("Accuracy on the test images")
+    assert right.get_title(loc="left").startswith("Loss of the MCLD student")
+    assert figures[0].get_supxlabel() == "digits: 50 training images, 15 wrongly labelled\nthe caption"
+    monkeypatch.undo()
+    report.plt.close("all")
 
 
 def test_the_terms_are_logged_every_epoch(first):
@@ -98,8 +124,9 @@ def test_students_differ_in_the_loss_alone(first, tmp_path, monkeypatch):
         (["--weight", "-1", "0", "0"], "weight"),
         (["--warmup", "-2"], "warmup"),
         (["--images", "5000"], "images must be"),
-        (["--label-noise", "1.5"], "share of wrong labels"),
+        (["--label-noise", "1.5"], "fraction of wrong labels"),
         (["--device", "abacus"], "abacus"),
+        (["--backend", "cuda"], "backend 'cuda' cannot run"),
     ],
 )
 def test_bad_arguments_end_with_a_message_before_any_training(arguments, message, tmp_path, capsys, monkeypatch):
@@ -108,7 +135,9 @@ def test_bad_arguments_end_with_a_message_before_any_training(arguments, message
     assert message in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [["--methods", "alone,magic"], ["--epochs", "0"], ["--seeds", "many"]])
+@pytest.mark.parametrize(
+    "arguments", [["--methods", "alone,magic"], ["--epochs", "0"], ["--seeds", "many"], ["--threads", "100000"]]
+)
 def test_arguments_that_do_not_parse(arguments):
     with pytest.raises(SystemExit) as end:
         train.main(arguments)
@@ -118,26 +147,36 @@ def test_arguments_that_do_not_parse(arguments):
 class TestCheckpoints:
     def test_a_round_trip(self, tmp_path):
         model = MODELS["mlp"](10)
-        engine.save(tmp_path / "a.pt", model, "mlp", 10, data="digits")
-        loaded, facts = engine.load(tmp_path / "a.pt", 10)
-        assert facts["model"] == "mlp" and facts["data"] == "digits"
+        engine.save(tmp_path / "a.pt", model, "mlp", classes=10, data="digits")
+        loaded, name = engine.load(tmp_path / "a.pt", classes=10, data="digits")
+        assert name == "mlp"
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters()))
 
     def test_another_number_of_classes(self, tmp_path):
-        engine.save(tmp_path / "a.pt", MODELS["mlp"](7), "mlp", 7)
-        with pytest.raises(ValueError, match="for 7 classes; 10 are wanted"):
-            engine.load(tmp_path / "a.pt", 10)
+        engine.save(tmp_path / "a.pt", MODELS["mlp"](7), "mlp", classes=7, data="digits")
+        with pytest.raises(ValueError, match="for 7 classes; 10 are needed"):
+            engine.load(tmp_path / "a.pt", classes=10, data="digits")
+
+    def test_another_data_set_of_as_many_classes(self, tmp_path):
+        engine.save(tmp_path / "a.pt", MODELS["mlp"](10), "mlp", classes=10, data="letters")
+        with pytest.raises(ValueError, match="was trained on 'letters'; the student learns from 'digits'"):
+            engine.load(tmp_path / "a.pt", classes=10, data="digits")
+
+    def test_weights_of_another_model(self, tmp_path):
+        engine.save(tmp_path / "a.pt", MODELS["mlp"](10), "small-cnn", classes=10, data="digits")
+        with pytest.raises(ValueError, match="does not hold the weights of a small-cnn"):
+            engine.load(tmp_path / "a.pt", classes=10, data="digits")
 
     @pytest.mark.parametrize("content", [b"", b"not a checkpoint at all"])
     def test_a_file_that_is_none(self, tmp_path, content):
         (tmp_path / "a.pt").write_bytes(content)
         with pytest.raises(ValueError, match="not a checkpoint"):
-            engine.load(tmp_path / "a.pt", 10)
+            engine.load(tmp_path / "a.pt", classes=10, data="digits")
 
     def test_a_foreign_one(self, tmp_path):
         torch.save({"weights": torch.ones(2)}, tmp_path / "a.pt")
         with pytest.raises(ValueError, match="of this program"):
-            engine.load(tmp_path / "a.pt", 10)
+            engine.load(tmp_path / "a.pt", classes=10, data="digits")
 
 
 class TestData:
@@ -175,7 +214,13 @@ def test_the_student_is_small():
 def test_the_warm_up_follows_the_fraction_of_the_epoch(monkeypatch):
     loss = objectives.Contrastive(MCLDLoss(warmup=2))
     heard = []
-    monkeypatch.setattr(loss.mcld, "set_epoch", lambda epoch: heard.append(epoch))
+    set_epoch = loss.mcld.set_epoch
+
+    def record(epoch):
+        heard.append(epoch)
+        set_epoch(epoch)
+
+    monkeypatch.setattr(loss.mcld, "set_epoch", record)
     data = TensorDataset(torch.randn(6, 1, 8, 8), torch.arange(6))
     model, teacher = MODELS["mlp"](10), MODELS["mlp"](10)
     engine.fit(model, DataLoader(data, 3), loss, epochs=2, rate=1e-3, device=CPU, teacher=teacher)
@@ -221,3 +266,76 @@ def test_distillation_helps(tmp_path):
     methods = json.loads((tmp_path / "results.json").read_text())["methods"]
     alone, distilled = (report.spread(methods[name]["accuracy"])[0] for name in ("alone", "mcld"))
     assert distilled > alone + 0.03
+
+
+class TestOutput:
+    @pytest.fixture
+    def quick(self, first):
+        """Arguments of a run that trains two students for one epoch each."""
+        return ["--teacher", str(first[0] / "teacher.pt"), "--epochs", "1", "--methods", "alone,soft-targets"]
+
+    def test_an_output_in_use_is_not_overwritten(self, quick, tmp_path, capsys):
+        assert run(tmp_path, *quick)[0] == 0
+        before = (tmp_path / "results.json").read_text()
+        assert run(tmp_path, *quick)[0] == Exit.USAGE
+        assert (tmp_path / "results.json").read_text() == before
+        assert "holds results.json of another run" in " ".join(capsys.readouterr().out.split())
+
+    @pytest.mark.parametrize(("fault", "code"), [(KeyboardInterrupt, 130), (engine.Diverged("the loss is nan"), 1)])
+    def test_students_finished_before_a_fault_are_kept(self, quick, tmp_path, monkeypatch, capsys, fault, code):
+        fit, calls = engine.fit, []
+
+        def interrupted(*rest, **more):
+            calls.append(1)
+            if len(calls) == 2:
+                raise fault
+            return fit(*rest, **more)
+
+        monkeypatch.setattr(train.engine, "fit", interrupted)
+        assert run(tmp_path, *quick)[0] == code
+        results = json.loads((tmp_path / "results.json").read_text())
+        assert results["complete"] is False
+        assert len(results["methods"]["alone"]["accuracy"]) == 1
+        assert not results["methods"]["soft-targets"]["accuracy"]
+        assert (tmp_path / "curves.png").exists() and "student alone" in capsys.readouterr().out
+
+    def test_a_fault_before_the_first_student_is_one_message(self, quick, tmp_path, monkeypatch, capsys):
+        def interrupted(*rest, **more):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(train.engine, "fit", interrupted)
+        assert run(tmp_path, *quick)[0] == Exit.INTERRUPTED
+        assert "no student was finished" in capsys.readouterr().out
+
+    def test_a_folder_that_cannot_be_made_is_one_message(self, quick, tmp_path, capsys):
+        (tmp_path / "file").write_text("")
+        assert run(tmp_path / "file" / "folder", *quick)[0] == Exit.OUTPUT
+        assert "the output cannot be written" in capsys.readouterr().out
+
+    def test_a_full_disk_is_one_message(self, quick, tmp_path, capsys, monkeypatch):
+        def full(*rest, **more):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(report.Path, "write_text", full)
+        assert run(tmp_path, *quick)[0] == Exit.OUTPUT
+        assert "No space left on device" in capsys.readouterr().out
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+    def test_without_a_gpu_it_says_so(self, tmp_path, capsys):
+        assert run(tmp_path, "--device", "cuda")[0] == Exit.NO_DEVICE
+        assert "no CUDA device" in capsys.readouterr().out
+
+    def test_a_pipe_gets_a_line_for_each_training(self, quick, tmp_path, capsys):
+        run(tmp_path, *quick)
+        assert "alone, seed 0: 1 epochs  cross-entropy" in capsys.readouterr().out
+
+    def test_it_runs_without_docstrings_and_on_an_ascii_terminal(self, quick, tmp_path):
+        done = subprocess.run(
+            [sys.executable, "-OO", "python/train.py", *SHORT, *quick, "--output", str(tmp_path / "a")],
+            cwd=ROOT,
+            capture_output=True,
+            timeout=300,
+            env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"},
+        )
+        assert done.returncode == 0, done.stderr.decode()
+        assert b"+- 0.00" in done.stdout and max(done.stdout) < 128

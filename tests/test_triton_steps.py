@@ -427,7 +427,7 @@ class TestLaunches:
             ({"mask_same_class": True}, 14, 1),
             ({"weight": (1.0, 1.0, 1.0)}, 19, 1),
             ({"direction": "teacher"}, 12, 16),
-            ({"direction": "symmetric"}, 16, 22),
+            ({"direction": "symmetric"}, 16, 19),
             ({"student_grad": False}, 9, 1),
         ],
         ids=["masked", "all terms", "teacher", "symmetric", "no gradient"],

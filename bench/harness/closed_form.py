@@ -62,7 +62,7 @@ def _heads(anchors: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def attention_unsupported_reason(name: str, case: Case, device: torch.device) -> str | None:
-    """Why an attention kernel cannot take the case; None if it can."""
+    """The reason why an attention kernel cannot take the case; None if it can."""
     widest = max(case.classes if case.row_terms else 0, case.batch if case.category else 0)
     if widest > ATTENTION_WIDTH:
         return f"attention takes at most {ATTENTION_WIDTH} columns, the case has {widest}"

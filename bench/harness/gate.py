@@ -99,13 +99,13 @@ def allowed_error(case: Case, student: Tensor, teacher: Tensor, target: Tensor, 
     """Twice eager's error, or the floor where that is lower still.
 
     A float32 matmul precision below "highest" allows operands of fewer bits, whether eager uses them or not: the error
-    of eager on logits of so many bits counts as well.
+    of eager on logits of that dtype counts as well.
     """
     operands = floor_dtype(case.dtype, float32_precision())
     errors = [of_eager]
     if operands != case.dtype:
-        rounded = [x.to(DTYPES[operands]).to(x.dtype) for x in (student, teacher)]
-        errors.append(error(eager(case, *rounded, target, case.torch_dtype), exact))
+        rounded = [x.to(DTYPES[operands]) for x in (student, teacher)]
+        errors.append(error(eager(case, *rounded, target, DTYPES[operands]), exact))
 
     def bar(values: list[float], floor: float) -> float:
         return max([FACTOR * value for value in values if math.isfinite(value)] + [floor])

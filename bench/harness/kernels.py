@@ -41,7 +41,7 @@ ALLOWED = {"float64": 1e-12, "float32": 4e-6, "float16": 4e-3, "bfloat16": 3e-2}
 
 @dataclass(frozen=True, kw_only=True)
 class Operands:
-    """What the kernels of one set read; ``exact`` is the same in fp64."""
+    """The operands of the kernels of one set; ``exact`` is the same in fp64."""
 
     student: Tensor  # (n, d)
     target: Tensor  # (n,)

@@ -70,7 +70,8 @@ def caption(header: dict[str, Any]) -> str:
     commit = (header["commit"] or "unknown")[:10] + (" with changes" if header["dirty"] else "")
     loads = [machine.get("load_1min"), machine.get("load_1min_end")]
     shown = " to ".join(f"{value:g}" for value in loads if value is not None)
-    parts = [name(machine), f"load {shown}" if shown else "", f"torch {header['versions']['torch']}"]
+    parts = [name(machine), f"load {shown}" if shown else ""]
+    parts += [f"{package} {header['versions'][package]}" for package in ("mcld_kernels", "torch")]
     return "; ".join([*filter(None, parts), f"commit {commit}", header["started"][:10]])
 
 

@@ -215,7 +215,7 @@ class CaseRun:
         for row in self._ok():
             try:
                 graphs[row.provider] = clock.sample(timing.capture(self.steps[row.provider], self.plan.device))
-            except Exception as fault:  # what cannot be captured has no replay time, and says why
+            except Exception as fault:  # a step that cannot be captured has a note and no replay time
                 row.note = f"no graph: {_fault(fault)}"
                 torch.cuda.synchronize(self.plan.device)
         if graphs:

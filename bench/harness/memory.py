@@ -107,7 +107,7 @@ def available(device: torch.device) -> int:
 
 
 def shortage(predicted: int, device: torch.device, fraction: float = 0.8) -> str | None:
-    """Why a step that takes ``predicted`` bytes is not tried; None if it fits. An out-of-memory kill would end the run.
+    """The reason why a step of ``predicted`` bytes is not tried; None if it fits. Linux kills a process out of memory.
 
     The message begins with `SHORTAGE`.
     """

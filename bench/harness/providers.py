@@ -50,7 +50,7 @@ def autograd_step(loss_fn: LossFn, case: Case, student: Tensor, teacher: Tensor,
 
 
 def backend_unsupported_reason(name: str, hopper: bool, student: Tensor, teacher: Tensor) -> str | None:
-    """Why a backend has no speed for these logits; None if it has one."""
+    """The reason why a backend has no speed for these logits; None if it has one."""
     reason = backends.unsupported_reason(name, student, teacher, False)
     if reason is None and name in ("triton", "cuda") and student.device.type == "cpu":
         return "interpreted or emulated on a CPU: its time is not a speed"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ..kernels import KernelSet
+from ..options import BACKENDS
 from . import cuda, timings, torch, triton
 
 _MODULES: dict[str, Any] = {
@@ -18,8 +20,9 @@ _MODULES: dict[str, Any] = {
     "triton": triton,
     "cuda": cuda,
 }  # each has TUNING, kernel_set and the two reasons
-NAMES = ("reference", "torch", "triton", "cuda")
+NAMES = BACKENDS[1:]
 _GIVE_TEACHER_GRADIENT = ("reference", "torch")
+_WARNED: set[str] = set()
 _TUNING: ContextVar[Mapping[str, Any]] = ContextVar("mcld_kernels_tuning", default={})  # noqa: B039
 
 
@@ -56,12 +59,6 @@ def unsupported_reason(name: str, student: Tensor, teacher: Tensor, teacher_grad
     return None if name == "reference" else _MODULES[name].unsupported_reason(student, teacher)  # type: ignore[no-any-return]
 
 
-def check_name(name: str) -> None:
-    """Raise ValueError if ``name`` is neither "auto" nor a backend."""
-    if name not in ("auto", *NAMES):
-        raise ValueError(f"backend must be one of 'auto', {', '.join(map(repr, NAMES))}; got {name!r}")
-
-
 def choose(name: str, student: Tensor, teacher: Tensor, teacher_grad: bool, supported: tuple[str, ...] = NAMES) -> str:
     """The backend to run: ``name`` itself or, for "auto", the fastest that can. Raises BackendUnavailable.
 
@@ -69,11 +66,7 @@ def choose(name: str, student: Tensor, teacher: Tensor, teacher_grad: bool, supp
     """
     if name == "auto":
         # On the CPU only "torch" is fast: the interpreter and the host build of the kernels are there to test them.
-        if student.is_cuda:
-            for candidate in preference(student, teacher):
-                if candidate in supported and unsupported_reason(candidate, student, teacher, teacher_grad) is None:
-                    return candidate
-        return "torch"
+        return _fastest(student, teacher, teacher_grad, supported) if student.is_cuda else "torch"
     if name not in supported:
         raise BackendUnavailable(
             f"backend {name!r} cannot run: it has no kernels for this loss; use {' or '.join(map(repr, supported))}"
@@ -82,6 +75,27 @@ def choose(name: str, student: Tensor, teacher: Tensor, teacher_grad: bool, supp
     if reason is not None:
         raise BackendUnavailable(f"backend {name!r} cannot run: {reason}")
     return name
+
+
+def _fastest(student: Tensor, teacher: Tensor, teacher_grad: bool, supported: tuple[str, ...]) -> str:
+    """The first backend of `preference` that can run; "torch" where none can, with a warning, once for each reason."""
+    reasons = {}
+    for name in preference(student, teacher):
+        if name in supported:
+            reasons[name] = unsupported_reason(name, student, teacher, teacher_grad)
+            if reasons[name] is None:
+                return name
+    # A teacher that requires grad takes "torch" by design.
+    if reasons and not teacher_grad:
+        text = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        if text not in _WARNED:
+            _WARNED.add(text)
+            warnings.warn(
+                f"backend='auto' takes 'torch' on {student.device}, without fused kernels ({text}). "
+                "backend='torch' takes it without this warning",
+                stacklevel=2,
+            )
+    return "torch"
 
 
 def preference(student: Tensor, teacher: Tensor) -> tuple[str, ...]:

@@ -15,8 +15,9 @@ between its steps. Without it, and for fp64, the same steps are torch operations
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -40,13 +41,13 @@ class LowLatencyTuning(Tuning):
     isa: str | None = None  # the compiled module's instruction set; None: the fastest
 
 
-def mcld(inputs: LossInputs, tuning: LowLatencyTuning) -> LossOutputs | None:
-    """Loss, terms and gradient with student anchors and a frozen teacher; None where this path does not apply."""
+def mcld(inputs: LossInputs, tuning: LowLatencyTuning) -> Callable[[LossInputs], LossOutputs] | None:
+    """The function for student anchors and a frozen teacher; None where this path does not apply."""
     if not tuning.low_latency or not _applies(inputs, tuning.chunk_bytes):
         return None
     if tuning.compiled and (module := compiled_module()) is not None and _has_plain_fp32_memory(inputs):
-        return _mcld_compiled(inputs, module, tuning)
-    return _mcld_torch(inputs)
+        return partial(_mcld_compiled, module=module, tuning=tuning)
+    return _mcld_torch
 
 
 def _has_plain_fp32_memory(inputs: LossInputs) -> bool:
@@ -200,28 +201,25 @@ def _mcld_torch(inputs: LossInputs) -> LossOutputs:
     instance, sample, category = options.active
     weight = _weights(inputs)
     logits = torch.stack((inputs.student, inputs.teacher))  # (2, n, C)
-    terms: list[Tensor | None] = [None, None, None]
-    grad = None
+    row_loss = category_loss = label_gap = grad = None
     if instance or sample:
         unit, inv_norm = _l2_normalize(logits, torch.linalg.vector_norm(logits, dim=2, keepdim=True), options.eps)
         target = inputs.target if sample else None
         temperature = options.temperature[0 if instance else 1]
         coefficients = (weight[0] if instance else 0.0, weight[1] if sample else 0.0)
         row_loss, label_gap, grad = _rows(unit, inv_norm, target, temperature, coefficients, inputs.student_grad)
-        terms[0] = row_loss if instance else None
-        terms[1] = None if label_gap is None else row_loss + label_gap
     if category:
         if logits.shape[1] <= _SERIAL_ROWS:
             norm = torch.linalg.vector_norm(logits, dim=1, keepdim=True)
         else:
             norm = logits.square().sum(1, keepdim=True).sqrt_()
         unit, inv_norm = _l2_normalize(logits, norm, options.eps)
-        terms[2], grad = _columns(unit, inv_norm, options.temperature[2], weight[2], grad, inputs.student_grad)
-    if not all(options.active):
-        terms = [logits.new_zeros(()) if term is None else term for term in terms]
-    stacked = torch.stack(terms)  # type: ignore[arg-type]
-    loss = stacked.sum() if weight == (1.0, 1.0, 1.0) else torch.dot(stacked, stacked.new_tensor(weight))
-    return LossOutputs(loss=loss, terms=stacked, student_grad=grad, teacher_grad=None)
+        category_loss, grad = _columns(unit, inv_norm, options.temperature[2], weight[2], grad, inputs.student_grad)
+    sample_loss = None if row_loss is None or label_gap is None else row_loss + label_gap
+    parts = (row_loss if instance else None, sample_loss, category_loss)
+    terms = torch.stack([logits.new_zeros(()) if part is None else part for part in parts])
+    loss = terms.sum() if weight == (1.0, 1.0, 1.0) else torch.dot(terms, terms.new_tensor(weight))
+    return LossOutputs(loss=loss, terms=terms, student_grad=grad, teacher_grad=None)
 
 
 def _weights(inputs: LossInputs) -> tuple[float, ...]:

@@ -16,11 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import backends, reference
+from .. import reference
 from ..infonce import grad_dtype
 from ..kernels import KernelSet, LossInputs, LossOutputs, slices
 from ..ops import LossOperator
-from ..options import Backend, check_logits, check_positive
+from ..options import Backend, check_backend, check_logits, check_positive
 
 
 class KDOptions(NamedTuple):
@@ -58,7 +58,7 @@ def kd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 4.0, backe
         TypeError: a dtype or type does not fit.
         mcld_kernels.backends.BackendUnavailable: the backend requested cannot run; the message says why.
     """
-    backends.check_name(backend)
+    check_backend(backend)
     options = KDOptions(temperature=check_positive("temperature", temperature))
     check_logits(student, teacher)
     if backend == "reference":
@@ -75,7 +75,7 @@ class KDLoss(nn.Module):
 
     def __init__(self, *, temperature: float = 4.0, backend: Backend = "auto"):
         super().__init__()
-        backends.check_name(backend)
+        check_backend(backend)
         self.temperature, self.backend = check_positive("temperature", temperature), backend
 
     def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:

@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import backends, reference
+from .. import reference
 from ..infonce import Anchors, GradBuffer, Side, contrast
-from ..kernels import KernelSet, LossInputs, LossOutputs, TermWeight
-from ..labels import Labels
+from ..kernels import KernelSet, LossInputs, LossOutputs, TermWeight, UnitRows
 from ..ops import LossOperator
 from ..options import (
     Backend,
     Direction,
     MCLDOptions,
     MCLDTerms,
+    check_backend,
     check_flag,
     check_mcld_inputs,
     check_temperatures,
@@ -130,7 +130,10 @@ def mcld_loss(
         eps=eps,
         process_group=process_group,
     )
-    return _evaluate(student, teacher, target, weight_tensor, options, backend)[0]
+    labels_are_classes = check_mcld_inputs(student, teacher, target, weight_tensor, options, backend)
+    if backend == "reference":
+        return reference.mcld.evaluate(student, teacher, target, weight_tensor, options).loss
+    return _OPERATOR(student, teacher, target, weight_tensor, options, backend, labels_are_classes)[0]
 
 
 def mcld_terms(
@@ -175,25 +178,11 @@ def evaluate(
     backend: str,
 ) -> MCLDTerms:
     """Check the tensors and run a backend."""
-    loss, terms = _evaluate(student, teacher, target, weight, options, backend)
-    return terms if isinstance(terms, MCLDTerms) else MCLDTerms(loss, *terms.unbind())
-
-
-def _evaluate(
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor | None,
-    weight: Tensor | None,
-    options: MCLDOptions,
-    backend: str,
-) -> tuple[Tensor, Tensor | MCLDTerms]:
-    """The loss, and the terms (3,) as they are: a call of the loss alone need not take them apart."""
-    backends.check_name(backend)
-    labels_are_classes = check_mcld_inputs(student, teacher, target, weight, options)
+    labels_are_classes = check_mcld_inputs(student, teacher, target, weight, options, backend)
     if backend == "reference":
-        result = reference.mcld.evaluate(student, teacher, target, weight, options)
-        return result.loss, result
-    return _OPERATOR(student, teacher, target, weight, options, backend, labels_are_classes)
+        return reference.mcld.evaluate(student, teacher, target, weight, options)
+    loss, terms = _OPERATOR(student, teacher, target, weight, options, backend, labels_are_classes)
+    return MCLDTerms(loss, *terms.unbind())
 
 
 class MCLDLoss(nn.Module):
@@ -252,7 +241,7 @@ class MCLDLoss(nn.Module):
             raise ValueError(f"warmup must be a finite number of epochs >= 0; got {warmup!r}")
         if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int) or warmup_steps < 0:
             raise ValueError(f"warmup_steps must be a whole number of training steps >= 0; got {warmup_steps!r}")
-        backends.check_name(backend)
+        check_backend(backend)
         self.options, tensor = mcld_options(
             temperature=temperature,
             weight=weight,
@@ -399,14 +388,26 @@ def _ones_where(active: tuple[bool, bool, bool]) -> tuple[float, float, float]:
 def compute(kernels: KernelSet, inputs: LossInputs) -> LossOutputs:
     """Loss, terms and gradients of a call; the category-wise term and teacher anchors need n == m."""
     options, student, teacher = inputs.options, inputs.student, inputs.teacher
-    if student.shape[0] != teacher.shape[0] and (options.active[CATEGORY] or options.direction != "student"):
+    instance, sample, category = options.active
+    if student.shape[0] != teacher.shape[0] and (category or options.direction != "student"):
         raise ValueError(
             f"{student.shape[0]} student rows against {teacher.shape[0]} teacher rows: only the row terms with "
             "direction='student' are defined for that"
         )
-    if (outputs := kernels.mcld_low_latency(inputs)) is not None:
-        return outputs
-    return _Composition(kernels, inputs).run()
+    if (low_latency := kernels.mcld_low_latency(inputs)) is not None:
+        return low_latency(inputs)
+    composition = _Composition(kernels, inputs)
+    operand, eps = kernels.operand_dtype(inputs.dtype), options.eps
+    # The column copies are gone before the row copies are made.
+    if category:
+        composition.contrast_columns(
+            kernels.l2_normalize(student.T, operand, eps), kernels.l2_normalize(teacher.T, operand, eps)
+        )
+    if instance or sample:
+        composition.contrast_rows(
+            kernels.l2_normalize(student, operand, eps), kernels.l2_normalize(teacher, operand, eps)
+        )
+    return composition.outputs()
 
 
 class _Composition:
@@ -414,37 +415,27 @@ class _Composition:
 
     def __init__(self, kernels: KernelSet, inputs: LossInputs):
         self.kernels, self.inputs, self.options = kernels, inputs, inputs.options
-        self.operand_dtype = kernels.operand_dtype(inputs.dtype)
-        self.weight = None if inputs.weight is None else inputs.weight.to(inputs.acc_dtype)
-        self.student_grad = GradBuffer(inputs.student, inputs.student_grad)
+        options, student, acc = self.options, inputs.student, inputs.acc_dtype
+        self.weight = None if inputs.weight is None else inputs.weight.to(acc)
+        self.student_grad = GradBuffer(student, inputs.student_grad)
         self.teacher_grad = GradBuffer(inputs.teacher, inputs.teacher_grad)
-        directions = 2 if self.options.direction == "symmetric" else 1
-        rows = directions * sum(self.options.active[:CATEGORY]) + self.options.active[CATEGORY]
         # What each anchor adds to a term: a row for every term and direction.
-        self.per_anchor = inputs.student.new_zeros(rows, max(inputs.student.shape), dtype=inputs.acc_dtype)
+        rows = 5 if options.direction == "symmetric" else 3
+        self.per_anchor = student.new_zeros(rows, max(student.shape), dtype=acc)
         self.terms: list[int] = []  # the term of each row of `per_anchor` that is in use
-
-    def run(self) -> LossOutputs:
-        inputs, options = self.inputs, self.options
-        if not any(options.active):
-            return LossOutputs(
-                loss=self.per_anchor.new_zeros(()),
-                terms=self.per_anchor.new_zeros(3),
-                student_grad=self.student_grad.result(),
-                teacher_grad=self.teacher_grad.result(),
-            )
-        student_labels = teacher_labels = None
+        self.student_labels = self.teacher_labels = None
         if inputs.target is not None and any(options.label_terms):
             sides = (inputs.target,) if inputs.teacher_target is None else (inputs.target, inputs.teacher_target)
-            num_classes = inputs.student.shape[1]
-            indexed = self.kernels.index_labels(sides, options.ignore_index, num_classes, inputs.acc_dtype)
-            student_labels, teacher_labels = indexed[0], indexed[-1]
-        # The column copies are gone before the row copies are made.
-        if options.active[CATEGORY]:
-            self._contrast_columns(student_labels)
-        if options.active[INSTANCE] or options.active[SAMPLE]:
-            self._contrast_rows(student_labels, teacher_labels)
-        loss, terms = self.kernels.reduce_terms(self.per_anchor, tuple(self.terms), options.term_weight, self.weight)
+            indexed = kernels.index_labels(sides, options.ignore_index, student.shape[1], acc)
+            self.student_labels, self.teacher_labels = indexed[0], indexed[-1]
+
+    def outputs(self) -> LossOutputs:
+        if self.terms:
+            loss, terms = self.kernels.reduce_terms(
+                self.per_anchor[: len(self.terms)], tuple(self.terms), self.options.term_weight, self.weight
+            )
+        else:
+            loss, terms = self.per_anchor.new_zeros(()), self.per_anchor.new_zeros(3)
         return LossOutputs(
             loss=loss,
             terms=terms,
@@ -452,53 +443,48 @@ class _Composition:
             teacher_grad=self.teacher_grad.result(),
         )
 
-    def _contrast_columns(self, labels: Labels | None) -> None:
-        options, inputs = self.options, self.inputs
-        student, teacher = (
-            Side(unit=self.kernels.l2_normalize(logits.T, self.operand_dtype, options.eps), grad=grad, transposed=True)
-            for logits, grad in ((inputs.student, self.student_grad), (inputs.teacher, self.teacher_grad))
-        )
+    def contrast_columns(self, student_unit: UnitRows, teacher_unit: UnitRows) -> None:
+        """The category-wise term."""
+        options, labels = self.options, self.student_labels
+        student = Side(unit=student_unit, grad=self.student_grad, transposed=True)
+        teacher = Side(unit=teacher_unit, grad=self.teacher_grad, transposed=True)
         if options.present_only:
             assert labels is not None
             factor = labels.poison / labels.present.sum().clamp(min=1)
             weight = self._term_weight(CATEGORY, 1.0, factor, labels.present)
         else:
-            weight = self._term_weight(CATEGORY, 1 / inputs.student.shape[1])
+            weight = self._term_weight(CATEGORY, 1 / student_unit.n)
         anchors = self._anchors(student, (weight,))
         contrast(self.kernels, anchors, teacher, temperature=options.temperature[CATEGORY])
 
-    def _contrast_rows(self, student_labels: Labels | None, teacher_labels: Labels | None) -> None:
-        options, inputs = self.options, self.inputs
-        student, teacher = (
-            Side(unit=self.kernels.l2_normalize(logits, self.operand_dtype, options.eps), grad=grad, labels=labels)
-            for logits, grad, labels in (
-                (inputs.student, self.student_grad, student_labels),
-                (inputs.teacher, self.teacher_grad, teacher_labels),
-            )
-        )
+    def contrast_rows(self, student_unit: UnitRows, teacher_unit: UnitRows) -> None:
+        """The instance- and sample-wise terms."""
+        options, offset = self.options, self.inputs.offset
+        student = Side(unit=student_unit, grad=self.student_grad, labels=self.student_labels)
+        teacher = Side(unit=teacher_unit, grad=self.teacher_grad, labels=self.teacher_labels)
         pairs = {
-            "student": [(student, teacher, inputs.offset)],
-            "teacher": [(teacher, student, -inputs.offset)],
-            "symmetric": [(student, teacher, inputs.offset), (teacher, student, -inputs.offset)],
+            "student": [(student, teacher, offset)],
+            "teacher": [(teacher, student, -offset)],
+            "symmetric": [(student, teacher, offset), (teacher, student, -offset)],
         }[options.direction]
+        both = len(pairs) == 2 and not self.inputs.teacher_grad
         for group in row_groups(options):
             temperature = options.temperature[group[0]]
             masked = options.mask_same_class and group == (INSTANCE,)
-            both = len(pairs) == 2 and not inputs.teacher_grad
-            if both and self.kernels.can_reverse(self.operand_dtype, temperature):
+            if both and self.kernels.can_reverse(student_unit.rows.dtype, temperature):
                 anchors, reverse = (
                     self._anchors(side, self._row_weights(side, group, 2)) for side in (teacher, student)
                 )
                 contrast(
                     self.kernels, anchors, student,
-                    temperature=temperature, offset=-inputs.offset, mask_same_class=masked, reverse=reverse,
+                    temperature=temperature, offset=-offset, mask_same_class=masked, reverse=reverse,
                 )  # fmt: skip
                 continue
-            for side, candidates, offset in pairs:
+            for side, candidates, shift in pairs:
                 anchors = self._anchors(side, self._row_weights(side, group, len(pairs)))
                 contrast(
                     self.kernels, anchors, candidates,
-                    temperature=temperature, offset=offset, mask_same_class=masked,
+                    temperature=temperature, offset=shift, mask_same_class=masked,
                 )  # fmt: skip
 
     def _row_weights(self, side: Side, group: tuple[int, ...], directions: int) -> tuple[TermWeight, ...]:

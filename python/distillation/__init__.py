@@ -1,1 +1,1 @@
-"""The parts of the distillation trainer: data, models, training loop, report. ``train.py`` puts them together."""
+"""The modules of the distillation trainer: data, models, training loop, report. ``train.py`` runs them."""

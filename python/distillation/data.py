@@ -1,4 +1,4 @@
-"""Data sets by name. Each gives the teacher plenty of clean labels and the student few and noisy ones."""
+"""Data sets by name: many clean labels for the teacher, few and noisy ones for the student."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 @dataclass(frozen=True)
 class Splits:
-    """Images (N, channels, height, width) with labels (N,), four times. No image is in two of them, but the student's
-    training images are some of the teacher's."""
+    """Four sets of images (N, channels, height, width) with labels (N,).
+
+    They are disjoint, except that the student's training images are some of the teacher's.
+    """
 
     teacher: Dataset
     student: Dataset
     validation: Dataset  # for choosing options
     test: Dataset  # for reporting
     classes: int
-    flipped: int  # how many of the student's labels are wrong
+    flipped: int  # wrong labels among the student's
 
     def held_out(self, name: str) -> Dataset:
         return {"validation": self.validation, "test": self.test}[name]
@@ -49,7 +51,7 @@ class Shifted(Dataset):
 def digits(images: int, noise: float, seed: int) -> Splits:
     """scikit-learn's 1797 handwritten digits, 8 x 8: half trains the teacher, a fifth validates, the rest tests.
 
-    ``images`` of the teacher's are the student's, and a share ``noise`` of their labels is replaced by a wrong one.
+    ``images`` of the teacher's are the student's, and a fraction ``noise`` of their labels is replaced by a wrong one.
     ``seed`` draws the splits and the noise.
     """
     bundle = load_digits()
@@ -62,7 +64,7 @@ def digits(images: int, noise: float, seed: int) -> Splits:
     if not classes <= images <= len(train) - classes:
         raise ValueError(f"the student's images must be {classes} to {len(train) - classes} here; got {images}")
     if not 0 <= noise < 1:
-        raise ValueError(f"the share of wrong labels must be in [0, 1); got {noise}")
+        raise ValueError(f"the fraction of wrong labels must be in [0, 1); got {noise}")
     few, _ = train_test_split(train, train_size=images, stratify=labels[train], random_state=seed)
     noisy, flipped = _flip(labels[few], classes, noise, seed)
     return Splits(
@@ -75,10 +77,10 @@ def digits(images: int, noise: float, seed: int) -> Splits:
     )
 
 
-def _flip(labels: Tensor, classes: int, share: float, seed: int) -> tuple[Tensor, int]:
-    """Replace a share of the labels by one of the other classes each."""
+def _flip(labels: Tensor, classes: int, fraction: float, seed: int) -> tuple[Tensor, int]:
+    """Replace a fraction of the labels by one of the other classes each."""
     generator = torch.Generator().manual_seed(seed)
-    count = round(share * len(labels))
+    count = round(fraction * len(labels))
     chosen = torch.randperm(len(labels), generator=generator)[:count]
     step = torch.randint(1, classes, (count,), generator=generator)
     noisy = labels.clone()
@@ -90,6 +92,6 @@ DATASETS: dict[str, Callable[[int, float, int], Splits]] = {"digits": digits}
 
 
 def loader(data: Dataset, batch: int, train: bool, seed: int = 0, workers: int = 0) -> DataLoader:
-    """Batches in a random order that ``seed`` fixes, or in the data's own."""
+    """Batches in a random order that ``seed`` fixes, or in the order of the data."""
     generator = torch.Generator().manual_seed(seed)
     return DataLoader(data, batch, shuffle=train, generator=generator if train else None, num_workers=workers)

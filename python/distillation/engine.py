@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from sklearn.metrics import accuracy_score
@@ -53,8 +52,8 @@ def fit(
     if objective.needs_teacher and teacher is None:
         raise ValueError("this objective needs a teacher")
     model.to(device)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=epochs * len(batches))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=epochs * len(batches))
     history = History()
     if teacher is not None:
         teacher.to(device).eval().requires_grad_(False)
@@ -66,11 +65,11 @@ def fit(
             images, target = images.to(device, non_blocking=True), target.to(device, non_blocking=True)
             objective.set_epoch(epoch + number / len(batches))
             with torch.no_grad():
-                guide = teacher(images) if teacher is not None and objective.needs_teacher else None
-            loss, parts = objective(model(images), guide, target)
-            optimiser.zero_grad(set_to_none=True)
+                teacher_logits = teacher(images) if teacher is not None and objective.needs_teacher else None
+            loss, parts = objective(model(images), teacher_logits, target)
+            optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            optimiser.step()
+            optimizer.step()
             schedule.step()
             add(sums, {"loss": loss.detach(), **parts}, len(target))
             seen += len(target)
@@ -86,7 +85,7 @@ def fit(
 
 @torch.no_grad()
 def accuracy(model: nn.Module, batches: DataLoader, device: torch.device) -> float:
-    """Share of the images whose largest logit is that of their label."""
+    """The fraction of the images whose largest logit is that of their label."""
     model.to(device).eval()
     predicted, actual = [], []
     for images, target in batches:
@@ -95,24 +94,29 @@ def accuracy(model: nn.Module, batches: DataLoader, device: torch.device) -> flo
     return float(accuracy_score(torch.cat(actual), torch.cat(predicted)))
 
 
-def save(path: Path, model: nn.Module, name: str, classes: int, **facts: Any) -> None:
-    """Write a checkpoint: the weights and what is needed to build the model again."""
+def save(path: Path, model: nn.Module, name: str, *, classes: int, data: str) -> None:
+    """Write a checkpoint: the weights, the model's name and classes, and the data set that it was trained on."""
     state = {key: value.cpu() for key, value in model.state_dict().items()}
-    torch.save({"model": name, "classes": classes, "state": state, **facts}, path)
+    torch.save({"model": name, "classes": classes, "data": data, "state": state}, path)
 
 
-def load(path: Path, classes: int) -> tuple[nn.Module, dict[str, Any]]:
-    """A model from a checkpoint, and the facts saved with it. ValueError where it does not fit."""
+def load(path: Path, *, classes: int, data: str) -> tuple[nn.Module, str]:
+    """A model trained on ``data`` from a checkpoint, and its name. ValueError where it does not fit."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as fault:
         raise ValueError(f"cannot read the checkpoint {path}: {fault.strerror}") from None
     except Exception as fault:  # torch raises several kinds for a file that is no checkpoint
         raise ValueError(f"{path} is not a checkpoint: {type(fault).__name__}") from None
-    if not isinstance(saved, dict) or not {"model", "classes", "state"} <= saved.keys():
+    if not isinstance(saved, dict) or not {"model", "classes", "data", "state"} <= saved.keys():
         raise ValueError(f"{path} is not a checkpoint of this program")
     if saved["model"] not in MODELS or saved["classes"] != classes:
-        raise ValueError(f"{path} holds a {saved['model']} for {saved['classes']} classes; {classes} are wanted")
+        raise ValueError(f"{path} holds a {saved['model']} for {saved['classes']} classes; {classes} are needed")
+    if saved["data"] != data:
+        raise ValueError(f"{path} was trained on {saved['data']!r}; the student learns from {data!r}")
     model = MODELS[saved["model"]](classes)
-    model.load_state_dict(saved.pop("state"))
-    return model, saved
+    try:
+        model.load_state_dict(saved["state"])
+    except (RuntimeError, TypeError, AttributeError):
+        raise ValueError(f"{path} does not hold the weights of a {saved['model']}") from None
+    return model, saved["model"]

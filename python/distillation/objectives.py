@@ -1,4 +1,4 @@
-"""What a student is trained with: a map of student logits, teacher logits and labels to a loss and its named parts."""
+"""The objectives of a student: student logits, teacher logits and labels to a loss and its named parts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Objective(Protocol):
 
 
 class CrossEntropy(nn.Module):
-    """The labels alone."""
+    """Cross-entropy with the labels, without a teacher."""
 
     needs_teacher = False
 

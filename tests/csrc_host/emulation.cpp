@@ -272,7 +272,7 @@ void combine_ldmatrix_transposed(Lane* lanes) {
 
 namespace {
 
-// d (16, 8) += a (16, kDepth) b (kDepth, 8), sums in fp32 (a GPU's order and rounding of them is its own).
+// d (16, 8) += a (16, kDepth) b (kDepth, 8).
 template <int kDepth, class Decode> void multiply(Lane* lanes, const Decode& decode) {
   constexpr int kEach = kDepth / 8;  // values to a register: 2 of 16 bits, or 1 of 32
   float a[16][kDepth], b[8][kDepth], d[16][8];
@@ -289,9 +289,9 @@ template <int kDepth, class Decode> void multiply(Lane* lanes, const Decode& dec
   }
   for (int row = 0; row < 16; ++row) {
     for (int column = 0; column < 8; ++column) {
-      float sum = 0;
-      for (int k = 0; k < kDepth; ++k) sum += a[row][k] * b[column][k];
-      d[row][column] += sum;
+      double sum = d[row][column];
+      for (int k = 0; k < kDepth; ++k) sum += double(a[row][k]) * b[column][k];
+      d[row][column] = truncated(sum);
     }
   }
   for (int i = 0; i < kWarp; ++i) {

@@ -104,6 +104,15 @@ void combine_mma_bf16(Lane*);
 void combine_mma_fp16(Lane*);
 void combine_mma_tf32(Lane*);
 
+// A sum of tensor cores as they round it: products and additions of one instruction are exact here, and the accumulator is
+// truncated once an instruction. (Fasi, Higham, Mikaitis and Pranesh, "Numerical behavior of NVIDIA tensor cores", PeerJ
+// Computer Science 7:e330, 2021, found exact products and truncated sums on V100, T4 and A100. Alignment within an
+// instruction may lose a few more bits there.)
+inline float truncated(double sum) {
+  const float nearest = float(sum);
+  return std::fabs(double(nearest)) > std::fabs(sum) ? std::nextafter(nearest, 0.0f) : nearest;
+}
+
 struct MmaIn { float d[4]; uint32_t a[4]; uint32_t b[2]; };
 inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, void (*combine)(Lane*)) {
   const MmaIn in{{d[0], d[1], d[2], d[3]}, {a[0], a[1], a[2], a[3]}, {b0, b1}};

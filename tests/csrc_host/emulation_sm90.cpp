@@ -159,9 +159,9 @@ void combine_wgmma(Lane* lanes) {
     }
     for (int c = 0; c < op.columns; ++c) {
       float& d = of[r % 8 * 4 + c % 8 / 2].d[c / 8 * 4 + r / 8 * 2 + c % 2];
-      float sum = op.add ? d : 0;
-      for (int k = 0; k < 16; ++k) sum += as[k] * bs[k][c];
-      d = sum;
+      double sum = op.add ? d : 0;
+      for (int k = 0; k < 16; ++k) sum += double(as[k]) * bs[k][c];
+      d = truncated(sum);
     }
   }
 }

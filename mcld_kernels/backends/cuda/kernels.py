@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -51,11 +53,11 @@ class CudaKernels(KernelSet):
             return FlashContrast(self.launch, self.tuning, args)
         return TwoProductContrast(self.launch, self.tuning, args)
 
-    def mcld_low_latency(self, inputs: LossInputs) -> LossOutputs | None:
+    def mcld_low_latency(self, inputs: LossInputs) -> Callable[[LossInputs], LossOutputs] | None:
         operand_dtype = self.operand_dtype(inputs.dtype)
         if not low_latency.is_supported(inputs, operand_dtype, self.tuning.low_latency_limit):
             return None
-        return low_latency.evaluate(self.launch, inputs, operand_dtype)
+        return partial(low_latency.evaluate, launch=self.launch, operand_dtype=operand_dtype)
 
     def l2_normalize(self, x: Tensor, operand_dtype: torch.dtype, eps: float) -> UnitRows:
         launch, (n, d) = self.launch, x.shape

@@ -35,7 +35,7 @@ def is_supported(inputs: LossInputs, operand_dtype: torch.dtype, limit: int) -> 
     )
 
 
-def evaluate(launch: Launcher, inputs: LossInputs, operand_dtype: torch.dtype) -> LossOutputs:
+def evaluate(inputs: LossInputs, launch: Launcher, operand_dtype: torch.dtype) -> LossOutputs:
     """Loss, terms and the gradient by the student."""
     student, teacher, weight = inputs.student, inputs.teacher, inputs.weight
     options: MCLDOptions = inputs.options

@@ -39,6 +39,11 @@ def unavailable_reason() -> str | None:
         return f"triton {triton.__version__} is older than {'.'.join(map(str, MIN_VERSION))}"
     if interpreted():
         return None
+    if _variable_is_set():
+        return (
+            "TRITON_INTERPRET was set after the kernels had been imported, when Triton reads it: set it before "
+            "the first call, as in `TRITON_INTERPRET=1 python ...`"
+        )
     if torch.version.cuda is None or not torch.cuda.is_available():
         return (
             "there is no CUDA device (TRITON_INTERPRET=1, set before the first import, interprets the kernels on a CPU)"
@@ -97,6 +102,10 @@ def interpreted() -> bool:
     kernels = sys.modules.get(f"{__name__}.flash")
     if kernels is not None:
         return type(kernels.flash_kernel).__name__ == "InterpretedFunction"
+    return _variable_is_set()
+
+
+def _variable_is_set() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 
 
