@@ -1,11 +1,8 @@
-"""The benchmark: its counts, its gate, its clocks, its programs and what they write."""
+"""The benchmark's harness: counts, gate, clocks, providers, losses and kernels."""
 
 import csv
 import json
-import os
 import re
-import resource
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,27 +13,22 @@ from rich.console import Console
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # bench is not installed
 
-from bench import gpu_report, run, table
+from bench import run
 from bench.harness import (
     closed_form,
     gate,
     goals,
     kernels,
     losses,
-    machine,
     mcld_chunks,
     measure,
     memory,
     peers,
-    plots,
-    programs,
     providers,
     report,
-    screen,
     timing,
 )
-from bench.harness.cases import MODES, TERMS, Case, default_grid, inputs, product, smoke_grid
-from bench.harness.programs import Exit
+from bench.harness.cases import MODES, TERMS, Case, default_grid, inputs, smoke_grid
 from mcld_kernels import backends, reference
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -317,6 +309,16 @@ def provider(name, step, reason=None, extra=0):
     return providers.Provider(name, "", lambda *_: step, lambda *_: reason, lambda _: extra)
 
 
+def printed(*cases, width=120, kernel_rows=()):
+    """The report of one or more cases, each a row or a list of rows."""
+    console = Console(width=width, highlight=False)
+    shown = report.Report(console, "cpu")
+    with console.capture() as captured:
+        for rows in cases:
+            shown.show(rows if isinstance(rows, list) else [rows], kernel_rows)
+    return captured.get()
+
+
 class TestCaseRun:
     case = Case(40, 12)
     plan = measure.Plan(CPU, rounds=3, seconds=5)
@@ -336,7 +338,7 @@ class TestCaseRun:
     def test_a_wrong_result_has_no_speed(self):
         row = self.rows(provider("wrong", lambda: (torch.zeros(()), torch.zeros(40, 12))))["wrong"]
         assert row.status == "FAILED" and row.times is None and "times what is allowed" in row.reason
-        text = _printed(row)
+        text = printed(row)
         assert "FAILED" in text and not re.search(r"\d (ms|µs|ns|s)\b", text)
 
     def test_a_fault_is_shown_and_the_others_go_on(self):
@@ -351,285 +353,11 @@ class TestCaseRun:
         rows = self.rows(provider("absent", None, reason="not installed"), provider("huge", None, extra=1 << 50))
         assert rows["absent"].status == rows["huge"].status == "not run"
         assert rows["absent"].reason == "not installed" and "GiB may be used" in rows["huge"].reason
-        assert "not installed" in _printed(rows["absent"])
+        assert "not installed" in printed(rows["absent"])
 
     def test_without_the_reference_the_bar_is_eager_in_chunks(self):
         rows = measure.CaseRun(self.case, [providers.all_providers()["torch"]], self.plan).run()
         assert rows[0].status == "ok" and rows[0].time_ratio is None
-
-
-def _printed(*cases, width=120, kernel_rows=()):
-    """The report of one or more cases, each a row or a list of rows."""
-    console = Console(width=width, highlight=False)
-    shown = report.Report(console, "cpu")
-    with console.capture() as captured:
-        for rows in cases:
-            shown.show(rows if isinstance(rows, list) else [rows], kernel_rows)
-    return captured.get()
-
-
-class TestReport:
-    case = Case(4096, 1000)
-
-    def row(self, name="torch", samples=(1.0, 1.0, 1.0), **changed):
-        row = measure.Row(self.case, name, measure.OK, times=timing.Times(samples), ceiling=1e12, **changed)
-        row.memory, row.time_ratio, row.memory_ratio = {"allocator": 6331 << 20}, 1.5, 0.05
-        row.verdict = gate.judge(gate.Error(1e-7, 1e-7), gate.Error(1e-6, 1e-6))
-        return row
-
-    @pytest.mark.parametrize("width", [60, 80, 100, 120])
-    def test_no_line_is_wider_than_the_screen_and_no_cell_is_cut(self, width):
-        rows = [self.row(name) for name in providers.all_providers()]
-        lines = _printed(rows, width=width).splitlines()
-        assert max(map(len, lines)) <= width
-        table_lines = [line for line in lines if "metric-learning" in line]
-        assert len(table_lines) == 1 and "1 s" in table_lines[0] and "1.50x" in table_lines[0]
-        assert "…" not in "".join(lines)
-
-    def test_columns_left_out_are_named_once(self):
-        rows = [self.row(name) for name in providers.all_providers()]
-        text = _printed(rows, rows, width=80)
-        assert text.count("left out at 80 columns, see the CSV: p20 .. p80, Gflop/s") == 1
-        assert "left out" not in _printed(rows, width=120)
-
-    def test_an_unsteady_time_is_marked(self):
-        assert "1 s ~" in _printed(self.row(samples=(1.0, 1.0, 1.0, 2.0, 2.0)))
-        assert "unsteady: p80 / p20 above 1.5" in _printed(self.row(samples=(1.0, 1.0, 1.0, 2.0, 2.0)))
-        assert "~" not in _printed(self.row())
-
-    def test_a_reason_is_printed_under_the_first_case_only(self):
-        rows = [self.row(), measure.Row(self.case, "cuda", reason="there is no CUDA device")]
-        text = _printed(rows, rows, rows)
-        assert text.count("no CUDA device") == 1 and text.count("torch") == 3
-
-    def test_a_new_reason_is_printed(self):
-        first = measure.Row(self.case, "sdpa", reason="too wide")
-        assert "too large" in _printed([first], [measure.Row(self.case, "sdpa", reason="too large")])
-
-
-class TestScreen:
-    def test_a_pipe_gets_lines(self, capsys):
-        console = Console(width=80)
-        with screen.stages(console, 2) as progress:
-            progress.begin("B=4", 125.0)
-            progress.stage("fp64 truth")
-            progress.end()
-        assert "case 1 of 2: B=4 (about 2 min)" in capsys.readouterr().out
-
-    def test_a_long_stage_of_a_pipe_shows(self, capsys, monkeypatch):
-        monkeypatch.setattr(screen, "LINE_EVERY_S", 0.0)
-        with screen.stages(Console(width=80), 1) as progress:
-            progress.begin("B=4", 1.0)
-            progress.stage("gate torch")
-        assert "gate torch (after" in capsys.readouterr().out
-
-    def test_an_estimate_learns_from_the_cases_that_ran(self):
-        chosen = [providers.all_providers()["torch"]]
-        ceilings = {"gemm_float32_flop_per_s": 1e11, "copy_bytes_per_s": 1e10}
-        estimate = measure.Estimate(measure.Plan(CPU, rounds=5), chosen, ceilings)
-        small, large = Case(256, 1000), Case(16384, 1000)
-        before = estimate.seconds(large)
-        assert before > 20 * estimate.seconds(small)
-        estimate.learn(small, 3 * estimate.seconds(small))
-        assert estimate.seconds(large) == pytest.approx(3 * before)
-
-
-def test_a_run_leaves_json_csv_and_plot(tmp_path, capsys):
-    arguments = ["--batch", "32", "64", "--classes", "10", "--providers", "reference,torch,cuda", "--repeats", "3"]
-    assert run.main([*arguments, "--device", "cpu", "--output", str(tmp_path), "--profile"]) == 0
-    shown = capsys.readouterr().out
-    assert shown.count("not run: cuda") == 1 and "Gflop/s" in shown and "case 2 of 2" in shown
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert results["complete"] and len(results["rows"]) == 6
-    assert results["schema"] == report.SCHEMA and results["machine"]["load_1min_end"] is not None
-    assert results["machine"]["cpu"] and results["versions"]["torch"] == torch.__version__ and "commit" in results
-    assert results["ceilings"]["gemm_float32_flop_per_s"] > 1e8 and results["ceilings"]["copy_bytes_per_s"] > 1e8
-    ok = [row for row in results["rows"] if row["status"] == "ok"]
-    assert {row["provider"] for row in ok} == {"reference", "torch"}
-    assert all(row["gate"]["passed"] and row["time"]["p20_s"] <= row["time"]["median_s"] for row in ok)
-    assert str(ROOT) not in json.dumps({**results, "rows": [], "options": {}})
-    with (tmp_path / "results.csv").open() as file:
-        lines = list(csv.DictReader(file))
-    assert len(lines) == 6 and float(lines[0]["median_ms"]) > 0 and lines[0]["terms"] == "instance+sample+category"
-    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
-    lines = table.markdown(results).splitlines()
-    assert len(lines) == 2 + 4 + 2 and all(line.count("|") == 11 for line in lines[:6])
-    assert len(list(tmp_path.glob("trace_*.json.gz"))) == 4
-    assert "aten::" in next(tmp_path.glob("kernels_torch_B64*.txt")).read_text()
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--providers", "nobody"], "unknown provider nobody"),
-        (["--batch", "0"], "at least 1"),
-        (["--terms", "rows"], "must be some of"),
-        (["--temperature", "-1"], "must be positive"),
-        (["--temperature", "inf"], "must be positive and finite"),
-        (["--smoke", "--batch", "64"], "leave out --smoke or --batch"),
-        (["--device", "cpu", "--cold"], "--cold is for CUDA"),
-        (["--threads", "100000"], "must be at most"),
-        (["--loss", "kd", "--terms", "instance"], "--terms are those of mcld"),
-    ],
-)
-def test_bad_arguments_end_with_a_message(arguments, message, capsys):
-    with pytest.raises(SystemExit) as end:
-        run.main(arguments)
-    assert end.value.code == 2 and message in capsys.readouterr().err
-
-
-def test_smoke_takes_less_than_a_minute_of_one_cpu(tmp_path):
-    before = _cpu_seconds_of_children()
-    done = subprocess.run(
-        [sys.executable, "bench/run.py", "--smoke", "--device", "cpu", "--output", str(tmp_path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "compile is left out" in done.stdout and "FAILED" not in done.stdout
-    assert _cpu_seconds_of_children() - before < 60  # the clock on the wall depends on the machine's load
-
-
-def _cpu_seconds_of_children():
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
-
-
-def test_a_plot_of_nothing_is_no_file(tmp_path):
-    assert plots.plot([], tmp_path / "none.png", "") is None
-    assert not (tmp_path / "none.png").exists()
-
-
-def test_a_row_that_is_not_finite_is_written_as_null(tmp_path):
-    case = TestCaseRun.case
-    wrong = provider("wrong", lambda: (torch.full((), float("nan")), torch.full((40, 12), float("nan"))))
-    rows = measure.CaseRun(case, [wrong], TestCaseRun.plan).run()
-    report.write_json(tmp_path / "a.json", {"rows": [row.record() for row in rows]})
-    row = json.loads((tmp_path / "a.json").read_text(), parse_constant=lambda name: pytest.fail(name))["rows"][0]
-    assert row["status"] == "FAILED" and row["gate"]["error"]["loss"] is None
-    report.write_csv(tmp_path / "a.csv", [row])
-    assert "FAILED" in (tmp_path / "a.csv").read_text()
-
-
-def test_times_print_with_their_unit():
-    assert [report.seconds(value) for value in (1.5, 2.5e-3, 3.4e-5, 5e-9)] == ["1.5 s", "2.5 ms", "34 µs", "5 ns"]
-
-
-class TestGpuReport:
-    def phase(self, code, budget=20, **more):
-        return gpu_report.Phase("try", [sys.executable, "-c", code], budget, **more)
-
-    def test_output_and_values_are_recorded(self, tmp_path):
-        record = gpu_report.run_phase(self.phase("print('{\"a\": 1}')", read=gpu_report.last_json), tmp_path, 20)
-        assert record["status"] == "ok" and record["a"] == 1 and "seconds" in record
-
-    def test_the_output_of_a_failure_is_recorded(self, tmp_path):
-        record = gpu_report.run_phase(self.phase("print('so far'); raise SystemExit(4)"), tmp_path, 20)
-        assert record["status"] == "failed" and record["exit_code"] == 4 and "so far" in record["output_tail"]
-
-    def test_a_phase_out_of_time_can_write_its_results(self, tmp_path):
-        code = (
-            "import time\nprint('begun')\n"
-            "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('{\"kept\": true}')"
-        )
-        record = gpu_report.run_phase(self.phase(code, read=gpu_report.last_json), tmp_path, 1.5)
-        assert record["status"] == "timed out" and record["kept"] is True and record["seconds"] < 10
-
-    def test_a_phase_that_ignores_the_interrupt_is_killed_with_its_children(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(gpu_report, "GRACE_S", 0.5)
-        code = (
-            "import signal, subprocess, sys, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
-            "child = subprocess.Popen(['sleep', '60'])\nprint(child.pid)\ntime.sleep(60)"
-        )
-        record = gpu_report.run_phase(self.phase(code), tmp_path, 1.5)
-        assert record["status"] == "timed out" and record["seconds"] < 10
-        child = int(record["output_tail"].split()[0])
-        for _ in range(50):
-            if not _running(child):
-                break
-            time.sleep(0.1)
-        assert not _running(child)
-
-    def test_a_phase_without_time_or_program_has_a_reason(self, tmp_path):
-        assert gpu_report.run_phase(self.phase(""), tmp_path, 0)["reason"] == "the time was used up"
-        missing = gpu_report.Phase("try", ["/nowhere/program"], 5)
-        assert gpu_report.run_phase(missing, tmp_path, 5)["status"] == "failed"
-
-    def test_the_dry_run_names_every_phase_and_no_path(self, capsys):
-        assert gpu_report.main(["--dry-run", "--skip", "tests"]) == 0
-        shown = capsys.readouterr().out
-        for name in ("info", "build", "ceilings", "tests", "bench", *gpu_report.SANITIZERS):
-            assert name in shown
-        assert "left out by --skip" in shown and str(ROOT) not in shown
-
-    def test_it_is_planned_to_end_within_eight_minutes(self):
-        assert gpu_report.TOTAL_S + gpu_report.GRACE_S < 480
-
-    @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
-    def test_without_a_gpu_it_says_so(self, capsys):
-        assert gpu_report.main([]) == 3
-        assert "no CUDA device" in capsys.readouterr().err
-
-    def test_a_rehearsal_writes_the_report(self, tmp_path, capsys):
-        assert gpu_report.main(["--rehearse", "--skip", "ceilings", "bench", "--output", str(tmp_path)]) == 0
-        record = json.loads((tmp_path / "report.json").read_text())
-        assert record["rehearsal"] and record["phases"]["info"]["status"] == "ok"
-        assert record["phases"]["build"]["reason"] == "a rehearsal builds nothing"
-
-    def test_the_grid_of_the_sanitizer_runs(self):
-        environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-        command = [sys.executable, "bench/sanitize.py", "--device", "cpu"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "18 combinations ran, 0 were not repeatable" in done.stdout
-
-    def test_a_test_run_is_read(self, tmp_path):
-        path = tmp_path / "tests.xml"
-        path.write_text(
-            '<testsuites><testsuite tests="3" failures="1" errors="0" skipped="1">'
-            '<testcase classname="a" name="good"/><testcase classname="a" name="bad"><failure/></testcase>'
-            "</testsuite></testsuites>"
-        )
-        record = gpu_report.read_junit(path)
-        assert record["counts"] == {"tests": 3, "failures": 1, "errors": 0, "skipped": 1}
-        assert record["failed"] == ["a::bad"]
-
-    def test_goals_are_judged_against_rows_of_the_same_case(self):
-        def row(name, median, **more):
-            case = {"batch": 4096, "classes": 1000, "dtype": "bfloat16", "terms": ["instance", "sample"]}
-            case |= {"mode": "forward-backward", "status": "ok", "provider": name, "time": {"median_s": median}}
-            return case | {"fraction_of_gemm": 0.9, "peak_extra_bytes": 100 << 20} | more
-
-        rows = [row("triton", 1.0), row("cuda", 0.9, fraction_of_gemm=0.8), row("library", 1.2)]
-        rows += [row("reference", 2.7), row("compile", 9.0, batch=16384)]
-        judged = {goal["goal"].rpartition(" >=")[0] or goal["goal"]: goal for goal in goals.judge(rows)}
-        assert {goal["backend"] for goal in judged.values()} == {"cuda"}
-        assert judged["fraction of the GEMM ceiling"]["reached"] is False
-        assert judged["times the library path"]["value"] == pytest.approx(1.2 / 0.9)
-        assert judged["times the library path"]["reached"] is True
-        assert judged["times eager"]["reached"] is True  # 3.0
-        assert judged["times torch.compile"]["reached"] is None  # measured at another batch size alone
-        assert judged["extra memory / (256 MiB + 3 half copies) <= 1"]["reached"] is True
-
-
-def _running(pid):
-    stat = Path(f"/proc/{pid}/stat")
-    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
-
-
-def test_the_grid_of_the_options():
-    options = run.parser().parse_args(["--batch", "8", "4", "--classes", "3", "--terms", "category,instance"])
-    grid = run.grid(options, CPU)
-    assert grid == product([4, 8], [3], ["float32"], ("instance", "category"), ["forward-backward"])
-
-
-@pytest.mark.parametrize("arguments", [[], ["--smoke"], ["--batch", "4"]])
-def test_every_grid_has_the_temperature_and_the_seed_asked_for(arguments):
-    options = run.parser().parse_args([*arguments, "--temperature", "0.5", "--seed", "3"])
-    assert {(case.temperature, case.seed) for case in run.grid(options, CPU)} == {(0.5, 3)}
 
 
 class TestLosses:
@@ -745,144 +473,3 @@ class TestKernels:
         assert {"flop", "bytes", "flop_per_s", "bytes_per_s", "fraction_of_ceiling"} <= records[0].keys()
         with (tmp_path / "kernels.csv").open() as file:
             assert len(list(csv.DictReader(file))) == len(records) == 12
-
-
-class TestPlots:
-    def record(self, provider, batch, seconds=1.0, **changed):
-        time_s = {"median_s": seconds, "p20_s": 0.9 * seconds, "p80_s": 1.2 * seconds}
-        made = {"loss": "mcld", "batch": batch, "classes": 1000, "dtype": "float32", "terms": TERMS}
-        made |= {"mode": "forward-backward", "provider": provider, "status": "ok", "reason": None}
-        return made | {"time": time_s, "peak_extra_bytes": 1 << 20} | changed
-
-    @pytest.fixture
-    def figure(self, monkeypatch):
-        """The figure that `plot` has drawn."""
-        drawn = []
-        monkeypatch.setattr(plots.plt, "close", drawn.append)
-        yield drawn
-        monkeypatch.undo()
-        plots.plt.close("all")
-
-    def texts(self, figure, column):
-        return [text.get_text() for text in figure[0].axes[column].texts]
-
-    def test_line_ends_have_their_ratio_and_memory_ends_are_named(self, figure, tmp_path):
-        missing = {"time": None, "status": "not run", "reason": f"{memory.SHORTAGE} 100 GiB, 5 GiB may be used"}
-        records = [self.record("reference", batch, 4.0 * batch) for batch in (64, 256)]
-        records += [self.record("torch", batch, 1.0 * batch) for batch in (64, 256, 1024)]
-        records.append(self.record("reference", 1024, **missing))
-        assert plots.plot(records, tmp_path / "a.png", "the machine").exists()
-        assert set(self.texts(figure, 0)) == {"reference, memory ends", "torch 4x at 256"}
-        assert set(self.texts(figure, 1)) == {"reference, memory ends", "torch 1x at 256"}
-
-    def test_both_columns_have_titles(self, figure, tmp_path):
-        plots.plot([self.record("torch", 64), self.record("torch", 256)], tmp_path / "a.png", "")
-        left, right = (axis.get_title(loc="left") for axis in figure[0].axes)
-        assert left.startswith("Time of one step") and right.startswith("Peak extra memory")
-        assert "C = 1,000, float32, all three terms" in left and "C = 1,000" in right
-
-    def test_one_batch_size_is_drawn_as_bars(self, figure, tmp_path):
-        plots.plot([self.record("reference", 64, 2.0), self.record("torch", 64)], tmp_path / "a.png", "")
-        assert len(figure[0].axes[0].patches) == 2 and "1,000   2x" in self.texts(figure, 0)
-
-    def test_labels_of_one_end_do_not_overlap(self, figure, tmp_path):
-        records = [self.record(name, batch) for name in ("reference", "library", "torch") for batch in (64, 256)]
-        plots.plot(records, tmp_path / "a.png", "")
-        heights = sorted(text.xyann[1] for text in figure[0].axes[0].texts)
-        assert all(b - a >= 10.9 for a, b in zip(heights, heights[1:]))
-
-    def test_the_caption_has_the_load(self):
-        head = {"machine": {"cpu": "A CPU", "threads": 2, "load_1min": 0.5, "load_1min_end": 1.25}, "commit": "abc"}
-        head |= {"dirty": True, "versions": {"torch": "2.0", "mcld_kernels": "0.1"}, "started": "2020-01-01T10:00:00Z"}
-        assert (
-            machine.caption(head)
-            == "A CPU, 2 threads; load 0.5 to 1.25; mcld_kernels 0.1; torch 2.0; commit abc with changes; 2020-01-01"
-        )
-
-    def test_recorded_runs_are_drawn_into_one_figure(self, tmp_path):
-        recorded = sorted((ROOT / "bench" / "results").glob("*/results.json"))
-        assert plots.main([*map(str, recorded), "--output", str(tmp_path / "a.png")]) == 0
-        assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-
-
-SMALL = ["--batch", "16", "--classes", "5", "--providers", "reference,torch", "--repeats", "3", "--device", "cpu"]
-
-
-class TestOutput:
-    def test_two_runs_in_one_second_have_two_folders(self, tmp_path):
-        with programs.claimed(None, tmp_path / "now", "results.json") as first:
-            (first / "results.json").write_text("{}")
-            with programs.claimed(None, tmp_path / "now", "results.json") as second:
-                assert first.name == "now" and second.name == "now-2"
-
-    def test_an_output_in_use_is_not_overwritten(self, tmp_path, capsys):
-        assert run.main([*SMALL, "--output", str(tmp_path)]) == Exit.OK
-        before = (tmp_path / "results.json").read_text()
-        assert run.main([*SMALL, "--output", str(tmp_path)]) == Exit.USAGE
-        assert (tmp_path / "results.json").read_text() == before
-        assert "holds results.json of another run" in capsys.readouterr().err
-
-    def test_a_folder_that_cannot_be_made_is_one_message(self, tmp_path, capsys):
-        (tmp_path / "file").write_text("")
-        assert run.main([*SMALL, "--output", str(tmp_path / "file" / "folder")]) == Exit.OUTPUT
-        assert "the output cannot be written" in capsys.readouterr().err
-
-    def test_a_full_disk_is_one_message(self, tmp_path, capsys, monkeypatch):
-        def full(*rest, **more):
-            raise OSError(28, "No space left on device")
-
-        monkeypatch.setattr(report.Path, "write_text", full)
-        assert run.main([*SMALL, "--output", str(tmp_path / "folder")]) == Exit.OUTPUT
-        assert "No space left on device" in capsys.readouterr().err
-        assert not (tmp_path / "folder").exists()
-
-    def test_ctrl_c_keeps_the_cases_that_are_done(self, tmp_path, capsys, monkeypatch):
-        real = measure.CaseRun.run
-
-        def interrupted(case_run):
-            if case_run.case.batch == 32:
-                raise KeyboardInterrupt
-            return real(case_run)
-
-        monkeypatch.setattr(measure.CaseRun, "run", interrupted)
-        arguments = [*SMALL, "--batch", "16", "32", "--output", str(tmp_path / "folder")]
-        assert run.main(arguments) == Exit.INTERRUPTED
-        results = json.loads((tmp_path / "folder" / "results.json").read_text())
-        assert not results["complete"] and {row["batch"] for row in results["rows"]} == {16}
-        assert (tmp_path / "folder" / "results.csv").exists() and "interrupted" in capsys.readouterr().out
-
-    def test_the_report_of_another_run_is_not_overwritten(self, tmp_path, capsys):
-        (tmp_path / "report.json").write_text("{}")
-        assert gpu_report.main(["--rehearse", "--output", str(tmp_path)]) == Exit.USAGE
-        assert "another run" in capsys.readouterr().err
-
-    @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
-    def test_every_program_has_one_exit_code_without_a_gpu(self, capsys):
-        assert run.main(["--device", "cuda"]) == gpu_report.main([]) == Exit.NO_DEVICE
-        command = [sys.executable, "bench/sanitize.py"]
-        assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120).returncode == Exit.NO_DEVICE
-
-
-@pytest.mark.parametrize("program", ["run", "calibrate", "gpu_report", "sanitize", "table"])
-def test_programs_start_without_docstrings_and_document_their_exit_codes(program):
-    command = [sys.executable, "-OO", f"bench/{program}.py", "--help"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "exit codes: 0 done; 1 a result is wrong or missing" in " ".join(done.stdout.split())
-
-
-def test_an_ascii_terminal_gets_the_whole_report(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "bench/run.py", *SMALL, "--output", str(tmp_path / "a")],
-        cwd=ROOT,
-        capture_output=True,
-        timeout=120,
-        env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr.decode()
-    assert b"reference" in done.stdout and max(done.stdout) < 128
-
-
-def test_characters_that_ascii_lacks_are_spelled_out():
-    programs.make_output_printable()
-    assert "5 µs ± 1 ☃".encode("ascii", "mcld_replace") == b"5 us +- 1 ?"
