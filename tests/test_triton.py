@@ -395,6 +395,7 @@ class TestReasons:
 
     def test_cpu_tensors_without_the_interpreter(self, monkeypatch):
         monkeypatch.setattr(backend, "interpreted", lambda: False)
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         assert "CUDA" in backends.unsupported_reason("triton", torch.zeros(2, 2), torch.zeros(2, 2), False)
 
     def test_no_triton(self, monkeypatch):
