@@ -38,14 +38,7 @@ from .kernels import (
     UnitRows,
 )
 from .labels import Labels
-
-
-def grad_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that holds a gradient until the upstream gradient is known.
-
-    A mean over a large batch has gradients below the range of fp16, and a GradScaler's factor comes only in backward.
-    """
-    return torch.float32 if dtype == torch.float16 else dtype
+from .options import grad_dtype
 
 
 class GradBuffer:

@@ -16,9 +16,8 @@ from torch.autograd import forward_ad
 from torch.utils import _python_dispatch
 
 from . import backends
-from .infonce import grad_dtype
 from .kernels import KernelSet, LossInputs, LossOutputs
-from .options import acc_dtype, is_readable, no_autocast
+from .options import acc_dtype, grad_dtype, is_readable, no_autocast
 
 _LIBRARY = torch.library.Library("mcld_kernels", "DEF")
 _OPERATORS: dict[str, LossOperator] = {}

@@ -69,6 +69,14 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def grad_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that holds a gradient until the upstream gradient is known.
+
+    A mean over a large batch has gradients below the range of fp16, and a GradScaler's factor comes only in backward.
+    """
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Switch autocast off for the device; "meta" has none."""
     return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

@@ -256,3 +256,11 @@ def test_number_of_operations(name):
 def test_an_instruction_set_that_is_not_there():
     with pytest.raises(ValueError), backends.tuned(isa="none"):
         mcld_kernels.mcld_loss(*logits("random", 4, 3, torch.float32), torch.zeros(4, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("batch", [1, 9, 33])
+def test_a_class_of_one_row_has_no_gap(batch, path):
+    """Its mean is the partner: late in training nothing else may remain of the sample-wise term."""
+    student, teacher = logits("random", batch, 40, torch.float32)
+    terms = mcld_kernels.mcld_terms(student, teacher, torch.arange(batch), weight=(1.0, 1.0, 0.0))
+    assert torch.equal(terms.instance, terms.sample)

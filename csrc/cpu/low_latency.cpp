@@ -63,6 +63,20 @@ inline float dot(const float* a, const float* b, int64_t pitch) {
   return add_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
+// x . (a - b): exactly 0 where a and b are equal, as for a class of one row.
+inline float dot_difference(const float* x, const float* a, const float* b, int64_t pitch) {
+  Vector sums[2] = {};
+  int64_t c = 0;
+  for (; c + 2 * kLanes <= pitch; c += 2 * kLanes) {
+    for (int u = 0; u < 2; ++u) {
+      const int64_t at = c + u * kLanes;
+      sums[u] += load(x + at) * (load(a + at) - load(b + at));
+    }
+  }
+  for (; c < pitch; c += kLanes) sums[0] += load(x + c) * (load(a + c) - load(b + c));
+  return add_lanes(sums[0] + sums[1]);
+}
+
 // 1 / norm; 0 for norm <= eps, NaN for a norm that is not finite: an overflow must show, not read as a zero direction.
 inline float inverse_norm(float square, float eps) {
   const float norm = sqrtf(square);
@@ -296,7 +310,7 @@ struct Call : LowLatency {
         const float positive = exp(e[i] * inverse);
         if (sample) {
           const float* mean = class_means + class_index[i] * pitch;
-          label_gap()[i] = e[i] * inverse - dot(student_rows + i * pitch, mean, pitch) * inverse;
+          label_gap()[i] = dot_difference(student_rows + i * pitch, teacher_rows + i * pitch, mean, pitch) * inverse;
         }
         Vector total[4] = {};
         const auto add = [&](int64_t begin, int64_t end) {

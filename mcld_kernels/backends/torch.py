@@ -113,7 +113,7 @@ class _TorchContrast:
         assert self.candidate_product is not None
         x, factor, peak = self.args.anchors.rows[chunk.rows], coefficients.product, None
         if x.dtype == torch.float16:  # means over a large batch are below its range: the largest becomes 1
-            peak = factor.amax().clamp(min=torch.finfo(self.acc_dtype).tiny)
+            peak = factor.abs().amax().clamp(min=torch.finfo(self.acc_dtype).tiny)
             factor = factor / peak
         _add_mm(self.candidate_product, self.exponentials.T, x * factor[:, None].to(x.dtype), peak)
 

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import reference
-from ..infonce import grad_dtype
 from ..kernels import KernelSet, LossInputs, LossOutputs, slices
 from ..ops import LossOperator
-from ..options import Backend, check_backend, check_logits, check_positive
+from ..options import Backend, check_backend, check_logits, check_positive, grad_dtype
 
 
 class KDOptions(NamedTuple):

@@ -47,7 +47,7 @@ class FlashContrast:
         factor, gain = coefficients.product, None
         if self.dtype == torch.float16:
             # The largest partner_i p_ij becomes FP16_PEAK at most; the product is divided again in fp32.
-            gain = FP16_PEAK / coefficients.partner.amax().clamp(min=1e-30)
+            gain = FP16_PEAK / coefficients.partner.abs().amax().clamp(min=1e-30)
             factor = factor * gain
         mask = None if args.mask is None else (args.mask[1], args.mask[0])
         splits = tuning.flash_splits(self.tuning, launch.constants, args.candidates.n, args.anchors.n)

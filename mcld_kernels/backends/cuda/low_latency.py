@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...infonce import grad_dtype
 from ...kernels import LossInputs, LossOutputs, has_fixed_shift
-from ...options import MCLDOptions
+from ...options import MCLDOptions, grad_dtype
 from .launcher import Launcher
 
 

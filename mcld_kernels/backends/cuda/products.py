@@ -95,7 +95,7 @@ class TwoProductContrast:
         factor, alpha = coefficients.product, None
         if self.dtype == torch.float16:
             # Coefficients of 1 / (n m) are below fp16's range: they are taken relative to the chunk's largest.
-            alpha = factor.amax().clamp(min=1e-30) / FP16_PEAK
+            alpha = factor.abs().amax().clamp(min=1e-30) / FP16_PEAK
             factor = factor / alpha
         anchors = self.args.anchors.rows[chunk.rows.start : chunk.rows.start + padded]
         weighted = torch.empty_like(anchors)
