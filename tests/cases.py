@@ -70,8 +70,8 @@ def logits(kind: str, batch: int, classes: int, dtype=torch.float64, seed=0, dev
 def labels(batch: int, classes: int, seed=0, ignored=0.0, device="cpu") -> Tensor:
     """Labels (batch,) of which about a part ``ignored`` is -100. At most 7 classes occur, so that classes repeat."""
     generator = torch.Generator().manual_seed(77 + seed)
-    kinds = torch.randperm(classes, generator=generator)[:7]
-    target = kinds[torch.randint(len(kinds), (batch,), generator=generator)]
+    present = torch.randperm(classes, generator=generator)[:7]
+    target = present[torch.randint(len(present), (batch,), generator=generator)]
     target[torch.rand(batch, generator=generator) < ignored] = -100
     return target.to(device)
 
@@ -144,7 +144,7 @@ class Bar(NamedTuple):
     """The floor under twice eager's error: it matters only where eager is exact by luck.
 
     ulps: of the truth, at the logits' dtype: half a unit for what is rounded to it, operands or gradient.
-    natural: units of the statistics dtype, of the parts whose difference the truth is. Where the loss or its gradient
+    natural: units of the accumulator dtype, of the parts whose difference the truth is. Where the loss or its gradient
     vanishes (one row, one class, collinear rows) what remains is the rounding of cosines near 1.
     """
 

@@ -173,22 +173,22 @@ def run_all(student, teacher, target, weight, backend, **options):
     loss.backward()
 
 
-@pytest.mark.parametrize("wanted", [(False, False), (True, False), (True, True)], ids=str)
+@pytest.mark.parametrize("needed", [(False, False), (True, False), (True, True)], ids=str)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_computation_waits_for_nothing(backend, options, wanted, small_chunks):
+def test_the_computation_waits_for_nothing(backend, options, needed, small_chunks):
     """On the CPU, where waiting costs nothing and shows nowhere, the operators themselves are watched.
 
     Behind the checks of arguments (which may read labels on the CPU) and behind the operator (which hides its own).
     """
     small_chunks(4, 9)
-    student, teacher = (x.requires_grad_(w) for x, w in zip(logits("random", 9, 7, torch.float32), wanted, strict=True))
+    student, teacher = (x.requires_grad_(w) for x, w in zip(logits("random", 9, 7, torch.float32), needed, strict=True))
     target, weight = labels(9, 7), torch.tensor(WEIGHT)
     options, _ = options_of(**options)
     with RefuseToWait():
         if backend == "reference":
             loss = reference.mcld.evaluate(student, teacher, target, weight, options).loss
-            if any(wanted):
+            if any(needed):
                 loss.backward()
         else:
             with torch.no_grad():
@@ -198,8 +198,8 @@ def test_the_computation_waits_for_nothing(backend, options, wanted, small_chunk
                     target=target,
                     weight=weight,
                     options=options,
-                    student_grad=wanted[0],
-                    teacher_grad=wanted[1],
+                    student_grad=needed[0],
+                    teacher_grad=needed[1],
                 )
                 mcld.compute(backends.kernel_set("torch", student, teacher), inputs)
 

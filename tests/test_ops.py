@@ -39,11 +39,11 @@ def arguments(student, teacher, target=None, *, student_grad=True, teacher_grad=
     return (student, teacher, *values.values())
 
 
-@pytest.mark.parametrize("wanted", [(False, False), (True, False), (True, True)], ids=str)
+@pytest.mark.parametrize("needed", [(False, False), (True, False), (True, True)], ids=str)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_opcheck(options, wanted):
+def test_opcheck(options, needed):
     student, teacher = logits("random", 9, 7, torch.float32)
-    options = {"target": labels(9, 7), "student_grad": wanted[0], "teacher_grad": wanted[1], **options}
+    options = {"target": labels(9, 7), "student_grad": needed[0], "teacher_grad": needed[1], **options}
     values = arguments(student, teacher, **options)
     torch.library.opcheck(MCLD, values)
 
@@ -58,12 +58,12 @@ def test_opcheck_of_small_shapes(shape, dtype):
 
 @pytest.mark.parametrize("student_dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("teacher_dtype", DTYPES, ids=short)
-@pytest.mark.parametrize("wanted", [(False, False), (True, True)], ids=str)
+@pytest.mark.parametrize("needed", [(False, False), (True, True)], ids=str)
 @pytest.mark.parametrize("batch", [0, 6])
-def test_fake_tensors_are_like_the_real_ones(batch, wanted, student_dtype, teacher_dtype):
+def test_fake_tensors_are_like_the_real_ones(batch, needed, student_dtype, teacher_dtype):
     student, teacher = torch.randn(batch, 4, dtype=student_dtype), torch.randn(batch, 4, dtype=teacher_dtype)
     target = torch.zeros(batch, dtype=torch.int64)
-    options = {"student_grad": wanted[0], "teacher_grad": wanted[1]}
+    options = {"student_grad": needed[0], "teacher_grad": needed[1]}
     real = MCLD(*arguments(student, teacher, target, **options))
     with FakeTensorMode() as mode:
         fakes = [mode.from_tensor(x) for x in (student, teacher, target)]

@@ -129,7 +129,7 @@ class TestIndexLabels:
         assert all(getattr(indexed, name) is table for name, table in tables.items())
 
 
-def term_weights(kinds, n, dtype, weights):
+def term_weights(terms_taken, n, dtype, weights):
     """The weights of a term or two, as a loss makes them."""
     generator = torch.Generator().manual_seed(n)
     counted = torch.rand(n, generator=generator) < 0.7
@@ -151,12 +151,12 @@ def term_weights(kinds, n, dtype, weights):
         "category": make(2, 1 / n, 0.4),
         "present": make(2, 1.0, 0.4, factor, counted),
     }
-    return tuple(made[kind] for kind in kinds.split(" and "))
+    return tuple(made[kind] for kind in terms_taken.split(" and "))
 
 
-def anchor_terms(kinds, n, dtype, weights=False, temperature=0.3, width=None):
+def anchor_terms(terms_taken, n, dtype, weights=False, temperature=0.3, width=None):
     positive, label_positive = torch.randn(2, n, generator=torch.Generator().manual_seed(7), dtype=dtype).clamp(-1, 1)
-    weights = term_weights(kinds, n, dtype, weights)
+    weights = term_weights(terms_taken, n, dtype, weights)
     return AnchorTerms(
         positive=positive,
         label_positive=label_positive,
@@ -198,25 +198,25 @@ class TestLossEpilogue:
     @pytest.mark.parametrize("weights", [False, True], ids=["numbers", "tensor"])
     @pytest.mark.parametrize("dtype", ACC_DTYPES, ids=short)
     @pytest.mark.parametrize(
-        "kinds",
+        "terms_taken",
         ["instance", "masked instance", "sample", "category", "present", "instance and sample", "sample and instance"],
     )
-    def test_terms(self, kinds, dtype, weights, blocks):
+    def test_terms(self, terms_taken, dtype, weights, blocks):
         n = 61
         neg_lse = 3 * torch.randn(n, dtype=dtype, generator=torch.Generator().manual_seed(1))
-        self.check(anchor_terms(kinds, n, dtype, weights), negative_sums(neg_lse))
+        self.check(anchor_terms(terms_taken, n, dtype, weights), negative_sums(neg_lse))
 
-    @pytest.mark.parametrize("kinds", ["instance", "sample", "instance and sample"])
+    @pytest.mark.parametrize("terms_taken", ["instance", "sample", "instance and sample"])
     @pytest.mark.parametrize("rows", [slice(0, 16), slice(16, 47), slice(60, 61)], ids=str)
-    def test_a_chunk_of_rows(self, rows, kinds, blocks):
+    def test_a_chunk_of_rows(self, rows, terms_taken, blocks):
         neg_lse = torch.linspace(-2, 2, rows.stop - rows.start)
-        self.check(anchor_terms(kinds, 61, torch.float32, width=75), negative_sums(neg_lse, rows, neg_lse.exp()))
+        self.check(anchor_terms(terms_taken, 61, torch.float32, width=75), negative_sums(neg_lse, rows, neg_lse.exp()))
 
-    @pytest.mark.parametrize("kinds", ["instance", "instance and sample"])
+    @pytest.mark.parametrize("terms_taken", ["instance", "instance and sample"])
     @pytest.mark.parametrize("dtype", ACC_DTYPES, ids=short)
-    def test_one_row(self, kinds, dtype):
+    def test_one_row(self, terms_taken, dtype):
         one = torch.ones(1, dtype=dtype)
-        self.check(anchor_terms(kinds, 1, dtype), negative_sums(-one, inv_neg_sum=one))
+        self.check(anchor_terms(terms_taken, 1, dtype), negative_sums(-one, inv_neg_sum=one))
 
     @pytest.mark.parametrize("dtype", ACC_DTYPES, ids=short)
     def test_extremes(self, dtype):
@@ -241,10 +241,10 @@ class TestLossEpilogue:
         assert got.partner[0] == got.product[0] == terms.per_anchor[0, 0] == 0
         assert got.partner[1].isnan() and terms.per_anchor[0, 1].isnan()
 
-    @pytest.mark.parametrize("kinds", ["poisoned", "poisoned and sample"])
-    def test_poison_shows_in_every_row(self, kinds):
+    @pytest.mark.parametrize("terms_taken", ["poisoned", "poisoned and sample"])
+    def test_poison_shows_in_every_row(self, terms_taken):
         neg_lse = torch.linspace(-2, 2, 33)
-        terms = anchor_terms(kinds, 33, torch.float32)
+        terms = anchor_terms(terms_taken, 33, torch.float32)
         got = self.check(terms, negative_sums(neg_lse, inv_neg_sum=neg_lse.exp()))
         assert got.partner.isnan().all() and terms.per_anchor[0].isnan().all()
 

@@ -23,11 +23,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels import LossInputs, LossOutputs, Tuning
+from ..kernels import LossInputs, LossOutputs, Tuning, has_fixed_shift
 from ..options import MCLDOptions
 
-# exp(a) of similarities a without a shift, and ratios of sums of them, stay inside fp32: exp(80) x 4096 = 2e38.
-_LARGEST_SIMILARITY = 40.0
+# Where one shift serves all rows, similarities stay between -40 and 40: exp needs none at all, and ratios of sums of so
+# many exponentials stay inside fp32: exp(80) x 4096 = 2e38.
 _LARGEST_SIZE = 4096
 _SERIAL_ROWS = 64  # over columns vector_norm adds row after row; `sum` adds in parts, with less rounding error
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
@@ -90,7 +90,7 @@ def _options_apply(
         and size <= _LARGEST_SIZE
         and size * size * dtype.itemsize <= chunk_bytes
         and all(
-            1 / temperature <= _LARGEST_SIMILARITY
+            has_fixed_shift(dtype, temperature)
             for temperature, active in zip(options.temperature, options.active, strict=True)
             if active
         )

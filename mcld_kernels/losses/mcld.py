@@ -105,7 +105,7 @@ def mcld_loss(
         process_group: reserved for the loss over a global batch; only None for now.
 
     Returns:
-        Tensor of shape (), float64 for float64 logits and float32 otherwise: statistics and sums are taken in that
+        Tensor of shape (), float64 for float64 logits and float32 otherwise: sums are taken in that
         dtype. The gradient has the logits' dtype. Products follow the logits' dtype, for float32 the float32 matmul
         precision of torch; autocast does not change them. An empty batch, and a term without anchors, give 0.
 

@@ -23,7 +23,7 @@ class CudaTuning(Tuning):
     low_latency_limit: int  # rows and classes up to which the low-latency path is taken; the kernels' own at most
     flash_row_bytes: int  # rows of operands up to which flash is taken; the kernels' own at most
 
-    blocks: int = 264  # wanted where candidates, or a contraction, can be split
+    blocks: int = 264  # the number aimed at where candidates, or a contraction, can be split
     max_flash_splits: int = 16
     min_large_tiles: int = 128  # large tiles are taken where there are as many
     min_split_depth: int = 512  # of a split contraction: less does not pay for writing and adding its sums
