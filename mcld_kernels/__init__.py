@@ -1,17 +1,20 @@
 """Multi-perspective contrastive logit distillation (MCLD) at large batch: fused kernels and a PyTorch reference."""
 
 from . import backends, reference
+from .losses.info_nce import InfoNCELoss, info_nce
 from .losses.kd import KDLoss, kd_loss
 from .losses.mcld import MCLDLoss, mcld_loss, mcld_terms
 from .options import MCLDTerms
 from .version import __version__
 
 __all__ = [
+    "InfoNCELoss",
     "KDLoss",
     "MCLDLoss",
     "MCLDTerms",
     "__version__",
     "backends",
+    "info_nce",
     "kd_loss",
     "mcld_loss",
     "mcld_terms",

@@ -57,8 +57,8 @@ class LossOperator:
         tensors: what the operator's schema calls student, teacher, target and weight.
         extra: names of further optional tensors, which get no gradient: the last arguments of the operator, and
             `LossInputs.extra`. With any, ``flops`` takes the number of candidates as a fifth argument.
-        is_per_anchor: True for options with which loss and terms have shape (n,), one for each row of the student. A
-            gradient by the teacher then needs "anchor_weight" (n,) in ``extra``, which multiplies each anchor's loss:
+        is_per_anchor: True for options with which loss and terms have shape (n,), one for each row of the student, False
+            where both have shape (). A gradient by the teacher then needs "anchor_weight" (n,) in ``extra``, which multiplies each anchor's loss:
             backward calls the operator again with the upstream gradient as that weight.
         has_teacher_kernels: the kernels of every backend give the gradient by the teacher.
     """
@@ -111,7 +111,7 @@ class LossOperator:
 
         labels_are_classes: as in `LossInputs`; None where it is not known yet. extra: the further tensors, all of them.
         """
-        student_grad, teacher_grad, weight_grad = _needs_grad(student), _needs_grad(teacher), _needs_grad(weight)
+        student_grad, teacher_grad, weight_grad = needs_grad(student), needs_grad(teacher), needs_grad(weight)
         if student_grad or teacher_grad or weight_grad:
             is_transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
             if not (is_transformed or _is_observed(student)):
@@ -236,12 +236,15 @@ class LossOperator:
             for logits, needed in ((call.student, call.student_grad), (call.teacher, call.teacher_grad))
         )
         rows = (call.student.shape[0],)
-        shapes = (rows, rows) if self.is_per_anchor(call) else ((), (self.num_terms,))
+        if self._is_per_anchor is None:
+            shapes: tuple[tuple[int, ...], ...] = (), (self.num_terms,)
+        else:
+            shapes = (rows, rows) if self.is_per_anchor(call) else ((), ())
         loss, terms = (make(shape, dtype=acc, device=device) for shape in shapes)
         return loss, terms, student_grad, teacher_grad
 
 
-def _needs_grad(tensor: Tensor | None) -> bool:
+def needs_grad(tensor: Tensor | None) -> bool:
     """True where a derivative by the tensor may be asked for, in reverse or in forward mode."""
     if tensor is None:
         return False

@@ -177,15 +177,7 @@ def check_backend(name: Any) -> None:
 def check_logits(student: Tensor, teacher: Tensor) -> None:
     """Student and teacher: dense floating tensors (batch, classes) of one shape and device, with a class."""
     for name, logits in (("student", student), ("teacher", teacher)):
-        if not isinstance(logits, Tensor):
-            raise TypeError(f"{name} must be a tensor of logits (batch, classes); got {type(logits).__name__}")
-        if type(logits) is not Tensor or logits.layout is not torch.strided or logits.is_nested:
-            _check_dense(name, logits)
-        if logits.dtype not in DTYPES:
-            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-            raise TypeError(f"{name} must be of a floating dtype ({names}); got {logits.dtype}")
-        if logits.ndim != 2:
-            raise ValueError(f"{name} must have shape (batch, classes); got {tuple(logits.shape)}")
+        check_matrix(name, logits, "logits", "(batch, classes)")
     if student.shape != teacher.shape:
         raise ValueError(
             "student and teacher must have the same shape (batch, classes); "
@@ -195,6 +187,19 @@ def check_logits(student: Tensor, teacher: Tensor) -> None:
         raise ValueError(f"student and teacher must be on one device; got {student.device} and {teacher.device}")
     if student.shape[1] == 0:
         raise ValueError(f"student and teacher need at least one class; got shape {tuple(student.shape)}")
+
+
+def check_matrix(name: str, x: Tensor, content: str, shape: str) -> None:
+    """A dense floating tensor of two dimensions, which the messages call ``content`` of ``shape``."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor of {content} {shape}; got {type(x).__name__}")
+    if type(x) is not Tensor or x.layout is not torch.strided or x.is_nested:
+        _check_dense(name, x)
+    if x.dtype not in DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise TypeError(f"{name} must be of a floating dtype ({names}); got {x.dtype}")
+    if x.ndim != 2:
+        raise ValueError(f"{name} must have shape {shape}; got {tuple(x.shape)}")
 
 
 def _check_dense(name: str, tensor: Tensor) -> None:
