@@ -111,8 +111,11 @@ def check_info_nce_inputs(
     temperature: Tensor | None,
     options: InfoNCEOptions,
     backend: str = "reference",
-) -> None:
-    """Check the tensors of a call against its options. Reads no value of a tensor that is not on the CPU."""
+) -> bool:
+    """Check the tensors of a call against its options. Reads no value of a tensor that is not on the CPU.
+
+    Returns True where all labels that are needed were read, and are good.
+    """
     check_backend(backend)
     for name, tensor in (("anchors", anchors), ("candidates", candidates)):
         check_matrix(name, tensor, "embeddings", "(rows, d)")
@@ -141,11 +144,11 @@ def check_info_nce_inputs(
             raise ValueError(f"anchor_target is None, but {reason} needs labels (n,) or (n, classes): pass them")
         if candidate_target is not None:
             raise ValueError("candidate_target without anchor_target: pass both, or neither")
-        return
+        return False
     read_values = needs_labels(options)
-    _check_labels("anchor_target", anchor_target, anchors, options.ignore_index, read_values)
+    were_read = _check_labels("anchor_target", anchor_target, anchors, options.ignore_index, read_values)
     if candidate_target is not None:
-        _check_labels("candidate_target", candidate_target, candidates, options.ignore_index, read_values)
+        were_read &= _check_labels("candidate_target", candidate_target, candidates, options.ignore_index, read_values)
         if anchor_target.ndim == candidate_target.ndim == 2 and anchor_target.shape[1] != candidate_target.shape[1]:
             raise ValueError(
                 "anchor_target and candidate_target must have the same number of classes; got "
@@ -156,9 +159,11 @@ def check_info_nce_inputs(
             f"candidate_target is None, which stands for anchor_target where there are as many candidates as anchors; "
             f"got {n} anchors and {m} candidates: pass candidate_target"
         )
+    return were_read
 
 
-def _check_labels(name: str, target: Tensor, rows: Tensor, ignore_index: int, read_values: bool) -> None:
+def _check_labels(name: str, target: Tensor, rows: Tensor, ignore_index: int, read_values: bool) -> bool:
+    """Returns True where the values were read."""
     n = rows.shape[0]
     if not isinstance(target, Tensor):
         raise TypeError(f"{name} must be a tensor of labels ({n},), int64, or ({n}, classes); got {type(target).__name__}")
@@ -166,17 +171,20 @@ def _check_labels(name: str, target: Tensor, rows: Tensor, ignore_index: int, re
         raise ValueError(f"{name} must be on the embeddings' device {rows.device}; got {target.device}")
     if target.ndim == 2 and target.is_floating_point():
         check_soft_labels(name, target, n, read_values=read_values)
-        return
+        return False
     if target.dtype != torch.int64:
         raise TypeError(f"{name} must be of dtype int64, or soft labels ({n}, classes) floating; got {target.dtype}")
     if target.shape != (n,):
         raise ValueError(f"{name} must have shape ({n},), a label for each row; got {tuple(target.shape)}")
-    if read_values and n and is_readable(target):
+    if not read_values or not is_readable(target):
+        return False
+    if n:
         bad = target[((target < 0) | (target > MAX_LABEL)) & (target != ignore_index)]
         if bad.numel():
             raise ValueError(
                 f"{name} holds {int(bad[0])}; labels must be in [0, {MAX_LABEL}] or equal ignore_index={ignore_index}"
             )
+    return True
 
 
 def check_soft_labels(name: str, target: Tensor, n: int, *, num_classes: int | None = None, read_values: bool) -> None:

@@ -26,7 +26,7 @@ from ..kernels import (
     slices,
 )
 from ..options import float32_precision
-from . import torch_low_latency
+from . import torch_info_nce, torch_low_latency
 from .chunks import chunk_bytes
 from .torch_low_latency import LowLatencyTuning
 
@@ -66,6 +66,11 @@ class TorchKernels(KernelSet):
         if self.operand_dtype(inputs.dtype) != inputs.student.dtype:
             return None
         return torch_low_latency.mcld(inputs, self.tuning)
+
+    def info_nce_low_latency(self, inputs: LossInputs) -> Callable[[LossInputs], LossOutputs] | None:
+        if self.operand_dtype(inputs.dtype) != inputs.student.dtype:
+            return None
+        return torch_info_nce.info_nce(inputs, self.tuning)
 
 
 class _TorchContrast:

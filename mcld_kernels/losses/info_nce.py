@@ -119,7 +119,9 @@ def evaluate(
     backend: str,
 ) -> Tensor:
     """Check the tensors and run a backend."""
-    check_info_nce_inputs(anchors, candidates, anchor_target, candidate_target, temperature, options, backend)
+    labels_are_good = check_info_nce_inputs(
+        anchors, candidates, anchor_target, candidate_target, temperature, options, backend
+    )
     if backend == "reference":
         return evaluate_reference(anchors, candidates, anchor_target, candidate_target, temperature, options)
     if not needs_labels(options):
@@ -127,7 +129,7 @@ def evaluate(
     if needs_grad(temperature):
         options = options._replace(temperature_grad=True)
     extra = candidate_target, None
-    return _OPERATOR(anchors, candidates, anchor_target, temperature, options, backend, False, extra)[0]
+    return _OPERATOR(anchors, candidates, anchor_target, temperature, options, backend, labels_are_good, extra)[0]
 
 
 class InfoNCELoss(nn.Module):
