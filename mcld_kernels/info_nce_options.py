@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .kernels import Positives
-from .labels import SUM_TOLERANCE
 from .options import (
     check_backend,
     check_eps,
@@ -17,6 +16,7 @@ from .options import (
     check_ignore_index,
     check_matrix,
     check_positive,
+    check_soft_labels,
     is_readable,
 )
 
@@ -185,24 +185,3 @@ def _check_labels(name: str, target: Tensor, rows: Tensor, ignore_index: int, re
                 f"{name} holds {int(bad[0])}; labels must be in [0, {MAX_LABEL}] or equal ignore_index={ignore_index}"
             )
     return True
-
-
-def check_soft_labels(name: str, target: Tensor, n: int, *, num_classes: int | None = None, read_values: bool) -> None:
-    """Soft labels (n, C) floating: rows >= 0 that add up to 1, or zeros; their values where they can be read."""
-    if target.shape[0] != n or (num_classes is not None and target.shape[1] != num_classes):
-        shown = "classes" if num_classes is None else num_classes
-        raise ValueError(f"{name} as soft labels must have shape ({n}, {shown}); got {tuple(target.shape)}")
-    if target.shape[1] == 0:
-        raise ValueError(f"{name} as soft labels needs at least one class; got shape {tuple(target.shape)}")
-    if target.requires_grad:
-        raise ValueError(f"{name} gets no gradient: pass {name}.detach()")
-    if not read_values or n == 0 or not is_readable(target):
-        return
-    total = target.to(torch.float64).sum(1)
-    bad = ~(((total - 1).abs() <= SUM_TOLERANCE) | (total == 0)) | (target < 0).any(1)
-    if bad.any():
-        row = int(bad.nonzero()[0, 0])
-        raise ValueError(
-            f"{name} as soft labels must have rows >= 0 with a sum of 1 (or of 0: no class); row {row} has a sum of "
-            f"{float(total[row]):.4g} and a minimum of {float(target[row].min()):.4g}"
-        )

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IndexedLabels = TypeVar("IndexedLabels", bound="Labels")
+from .options import SUM_TOLERANCE
 
-SUM_TOLERANCE = 1e-2  # of a row of soft labels: fp16 and bf16 weights add up to 1 within it
+IndexedLabels = TypeVar("IndexedLabels", bound="Labels")
 
 
 @dataclass(frozen=True, kw_only=True)
