@@ -4,6 +4,7 @@ from . import backends, reference
 from .losses.info_nce import InfoNCELoss, info_nce
 from .losses.kd import KDLoss, kd_loss
 from .losses.mcld import MCLDLoss, mcld_loss, mcld_terms
+from .losses.teacher_queue import TeacherQueue
 from .options import MCLDTerms
 from .version import __version__
 
@@ -12,6 +13,7 @@ __all__ = [
     "KDLoss",
     "MCLDLoss",
     "MCLDTerms",
+    "TeacherQueue",
     "__version__",
     "backends",
     "info_nce",

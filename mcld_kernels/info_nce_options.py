@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from typing import Any, Literal, NamedTuple, SupportsIndex
+from typing import Literal, NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -166,7 +166,9 @@ def _check_labels(name: str, target: Tensor, rows: Tensor, ignore_index: int, re
     """Returns True where the values were read."""
     n = rows.shape[0]
     if not isinstance(target, Tensor):
-        raise TypeError(f"{name} must be a tensor of labels ({n},), int64, or ({n}, classes); got {type(target).__name__}")
+        raise TypeError(
+            f"{name} must be a tensor of labels ({n},), int64, or ({n}, classes); got {type(target).__name__}"
+        )
     if target.device != rows.device:
         raise ValueError(f"{name} must be on the embeddings' device {rows.device}; got {target.device}")
     if target.ndim == 2 and target.is_floating_point():

@@ -15,12 +15,13 @@ Label positives (the sample-wise term) share all of it; with M_c the mean of the
     L'_i      = L_i + a_i,i+offset - A_i . M_y(i) / temperature
     dL'_i/dA_i = dL_i/dA_i + (K_i+offset - M_y(i)) / temperature
 
-With soft labels M is a row of each anchor (`labels.SoftLabels`). Label positives need no partner: without one (`Anchors.
-has_partner` False) the sums run over all candidates, and L'_i = lse_i - A_i . M_y(i) / temperature.
+With soft labels M is a row of each anchor (`labels.SoftLabels`). Label positives need no partner: without one
+(`Anchors.has_partner` False) the sums run over all candidates, and L'_i = lse_i - A_i . M_y(i) / temperature.
 
 The gradient by the candidates is the transpose: dL/dK_j = sum_i w_i p_ij A_i / temperature less the positives. Both end
 in `KernelSet.grad_epilogue`. With frozen candidates that is 4 n m d flop, and no matrix larger than a chunk of rows is
-ever held. The gradient by the temperature is -(A_i . dL_i/dA_i) / temperature, whose dot product is that of the projection.
+ever held. The gradient by the temperature is -(A_i . dL_i/dA_i) / temperature, whose dot product is that of the
+projection.
 """
 
 from __future__ import annotations
@@ -125,7 +126,8 @@ def contrast(
         is_bounded=is_bounded,
     )
     pass_ = kernels.contrast(args)
-    partner, class_mean = [], []
+    partner: list[Tensor] = []
+    class_mean: list[Tensor] = []
     loss_epilogue = kernels.loss_epilogue if anchors.has_partner else _loss_without_partner
     for sums in pass_.chunks():
         coefficients = loss_epilogue(forward_terms, sums)
@@ -152,7 +154,8 @@ def contrast(
         if args.candidate_grad:
             pass_.add_candidates(sums, coefficients)
             partner.append(coefficients.partner)
-            class_mean.append(coefficients.class_mean)
+            if not anchors.has_partner and coefficients.class_mean is not None:
+                class_mean.append(coefficients.class_mean)
     if side.grad.needed:
         side.grad.is_written = True
     if not args.candidate_grad and not args.reverse:
@@ -166,7 +169,7 @@ def contrast(
 def _anchor_terms(
     kernels: KernelSet, anchors: Anchors, candidates: Side, temperature: float, offset: int
 ) -> tuple[AnchorTerms, Tensor | None, Tensor | None]:
-    """The anchors' positives and, if a term has label positives, class means of the candidates and their row for each."""
+    """The anchors' positives; for a term with label positives, class means of the candidates and their row for each."""
     labels, soft, means, class_index = anchors.side.labels, anchors.side.soft, None, None
     if any(weight.positives == "label" for weight in anchors.weights):
         assert labels is not None and candidates.labels is not None
@@ -243,7 +246,9 @@ def _finish_without_partner(
             unit=candidates.projection or unit,
             rows=slice(0, unit.n),
             product=product,
-            coefficients=GradCoefficients(partner=torch.zeros_like(ones), product=torch.ones_like(ones), class_mean=ones),
+            coefficients=GradCoefficients(
+                partner=torch.zeros_like(ones), product=torch.ones_like(ones), class_mean=ones
+            ),
             partner=side.unit,
             offset=n,  # of no anchor
             class_means=means,

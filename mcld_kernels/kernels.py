@@ -296,8 +296,8 @@ class KernelSet:
     def positive_cosines(
         self, anchors: UnitRows, candidates: UnitRows, offset: int, means: Tensor | None, class_index: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """A_i . K_(i + offset), 0 without such a candidate, and, given class means, A_i . means[class_index_i] (else the
-        first again). (n,) each, acc dtype. ``class_index``: (n,) int64.
+        """A_i . K_(i + offset), 0 without such a candidate, and, given class means, A_i . means[class_index_i] (else
+        the first again). (n,) each, acc dtype. ``class_index``: (n,) int64.
         """
         acc, device = anchors.inv_norm.dtype, anchors.rows.device
         positive = torch.empty(anchors.n, dtype=acc, device=device)

@@ -57,9 +57,10 @@ class LossOperator:
         tensors: what the operator's schema calls student, teacher, target and weight.
         extra: names of further optional tensors, which get no gradient: the last arguments of the operator, and
             `LossInputs.extra`. With any, ``flops`` takes the number of candidates as a fifth argument.
-        is_per_anchor: True for options with which loss and terms have shape (n,), one for each row of the student, False
-            where both have shape (). A gradient by the teacher then needs "anchor_weight" (n,) in ``extra``, which multiplies each anchor's loss:
-            backward calls the operator again with the upstream gradient as that weight.
+        is_per_anchor: True for options with which loss and terms have shape (n,), one for each row of the student,
+            False where both have shape (). A gradient by the teacher then needs "anchor_weight" (n,) in ``extra``,
+            which multiplies each anchor's loss: backward calls the operator again with the upstream gradient as that
+            weight.
         has_teacher_kernels: the kernels of every backend give the gradient by the teacher.
     """
 
@@ -69,7 +70,7 @@ class LossOperator:
         options_type: Any,
         num_terms: int,
         compute: Callable[[KernelSet, LossInputs], LossOutputs],
-        flops: Callable[[int, int, Any, bool], int],
+        flops: Callable[..., int],
         supported: tuple[str, ...] = ("torch", "triton", "cuda"),
         *,
         tensors: tuple[str, str, str, str] = _TENSORS,
@@ -146,16 +147,15 @@ class LossOperator:
         fields = [tuple(field) if isinstance(field, list) else field for field in rest[:count]]
         extra = (*rest[count + 3 :], *[None] * (len(self._extra) - (len(rest) - count - 3)))
         options, choices = self._options_type(*fields), rest[count : count + 3]
-        return _Call(self.name, student, teacher, target, weight, options, *choices, None, extra)
+        return _Call(self.name, student, teacher, target, weight, options, *choices)._replace(extra=extra)
 
     def _implementation(self, *args: Any) -> Outputs:
         return self.run(self._call(*args))
 
-    def weighted(self, call: _Call, upstream: Tensor) -> _Call:
-        """The call that gives the teacher's gradient of the sum of each anchor's loss times ``upstream`` (n,)."""
-        extra = list(call.extra)
-        extra[self._extra.index("anchor_weight")] = upstream
-        return call._replace(student_grad=False, teacher_grad=True, extra=tuple(extra))
+    def weighted(self, extra: tuple[Tensor | None, ...], upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """The further tensors with ``upstream`` (n,) as "anchor_weight"."""
+        place = self._extra.index("anchor_weight")
+        return (*extra[:place], upstream, *extra[place + 1 :])
 
     def is_per_anchor(self, call: _Call) -> bool:
         """True where loss and terms have shape (n,)."""
@@ -320,7 +320,7 @@ def _save(ctx: Any, call: _Call, outputs: Outputs) -> tuple[Tensor | None, ...]:
     ctx.call, ctx.is_per_anchor = None, _OPERATORS[call.name].is_per_anchor(call)
     if call.teacher_grad and ctx.is_per_anchor:
         # Backward computes the teacher's gradient, for the upstream gradient of each anchor.
-        ctx.call = call._replace(student=None, teacher=None, target=None, weight=None, extra=())
+        ctx.call = call.name, call.options, call.backend
         saved = (*saved, call.student, call.teacher, call.target, call.weight, *call.extra)
     ctx.save_for_backward(*saved)
     return saved
@@ -352,36 +352,39 @@ def _gradients(ctx: Any, upstream: Tensor, indices: tuple[int, int, int]) -> lis
         if dtype is None or not ctx.needs_input_grad[needed]:
             results.append(None)
             continue
-        factor = upstream
-        if i == 1 and ctx.call is not None:
-            gradient, factor = _weighted_teacher_grad(ctx.call, saved[6:], upstream), None
+        is_weighted = i == 1 and ctx.call is not None
+        if is_weighted:
+            gradient = _weighted_teacher_grad(ctx.call, saved[6:], upstream)
         # Grad mode is on in backward where a graph of it was asked for (create_graph=True).
         if torch.is_grad_enabled():
-            gradient = _NoSecondDerivative.apply(gradient, *inputs, upstream if factor is None else None)
-        if factor is None:
+            gradient = _NoSecondDerivative.apply(gradient, *inputs, upstream if is_weighted else None)
+        if is_weighted:
             product = gradient
-        elif factor.ndim == 0:
-            product = gradient * factor
+        elif upstream.ndim == 0:
+            product = gradient * upstream
         else:
-            product = gradient * factor[:, None] if gradient.ndim == 2 else (gradient * factor).sum()
+            product = gradient * upstream[:, None] if gradient.ndim == 2 else (gradient * upstream).sum()
         results.append(product if product.dtype == dtype else product.to(dtype))
     return results
 
 
-def _weighted_teacher_grad(call: _Call, tensors: tuple[Any, ...], upstream: Tensor) -> Tensor:
+def _weighted_teacher_grad(kept: tuple[str, Any, str], tensors: tuple[Any, ...], upstream: Tensor) -> Tensor:
     """The gradient by the teacher of the sum of each anchor's loss times ``upstream`` (n,)."""
+    name, options, backend = kept
     student, teacher, target, weight, *extra = tensors
-    call = call._replace(student=student, teacher=teacher, target=target, weight=weight, extra=tuple(extra))
-    operator = _OPERATORS[call.name]
+    operator = _OPERATORS[name]
     with torch.no_grad():
-        call = operator.weighted(call, upstream)
+        call = _Call(
+            name, student, teacher, target, weight, options, backend, False, True,
+            extra=operator.weighted(tuple(extra), upstream),
+        )  # fmt: skip
         return (operator.dispatch(call) if _is_observed(student) else operator.run(call))[3]
 
 
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        call = _Call(*args[:9], None, args[9:])
+        call = _Call(*args[:9])._replace(extra=args[9:])
         outputs = _forward(call)
         _save(ctx, call, outputs)
         ctx.mark_non_differentiable(outputs[1])
@@ -420,11 +423,11 @@ class _TransformableLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> Outputs:
-        return _forward(_Call(*args[:9], None, args[9:]))
+        return _forward(_Call(*args[:9])._replace(extra=args[9:]))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-        ctx.save_for_forward(*_save(ctx, _Call(*inputs[:9], None, inputs[9:]), output))
+        ctx.save_for_forward(*_save(ctx, _Call(*inputs[:9])._replace(extra=inputs[9:]), output))
         ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod

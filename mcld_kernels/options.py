@@ -173,9 +173,7 @@ def check_mcld_inputs(
     return check_target(target, student, options.ignore_index, read_values=any(_label_terms(options)))
 
 
-def _check_candidates(
-    candidates: Any, candidate_target: Tensor | None, teacher: Tensor, options: MCLDOptions
-) -> None:
+def _check_candidates(candidates: Any, candidate_target: Tensor | None, teacher: Tensor, options: MCLDOptions) -> None:
     """Further teacher rows (rows, classes), constants, and their labels."""
     if candidates is None:
         raise ValueError("candidate_target without candidates: pass both, or candidates alone")
@@ -189,8 +187,8 @@ def _check_candidates(
         raise ValueError("candidates are rows of earlier steps and get no gradient: pass candidates.detach()")
     if options.direction == "teacher":
         raise ValueError(
-            "candidates are teacher rows, for student anchors; with direction='teacher' the candidates are student rows: "
-            "pass direction='student' or 'symmetric', or no candidates"
+            "candidates are teacher rows, for student anchors; with direction='teacher' the candidates are student "
+            "rows: pass direction='student' or 'symmetric', or no candidates"
         )
     if candidate_target is not None:
         check_target(

@@ -3,8 +3,8 @@ r"""InfoNCE of embeddings: function, module and the composition from one contras
 Anchors A (n, d) against candidates K (m, d), L_i = logsumexp_j(a_ij) - positive_i (van den Oord et al., arXiv
 1807.03748). `infonce` has the derivation: frozen candidates give loss and gradient in one pass, 4 n m d flop.
 
-A temperature that is a tensor on the CPU is read. On a GPU that would synchronize, so the unit anchors are divided by it
-on the device, and the kernels run at temperature 1 with a maximum for each row. Its gradient is that of L_i,
+A temperature that is a tensor on the CPU is read. On a GPU that would synchronize, so the unit anchors are divided by
+it on the device, and the kernels run at temperature 1 with a maximum for each row. Its gradient is that of L_i,
 -(A_i . dL_i/dA_i) / temperature.
 """
 
@@ -53,34 +53,34 @@ def info_nce(
     .. math::
         a_{ij} = A_i \cdot K_j / t, \qquad L_i = logsumexp_j a_{ij} - positive_i
 
-    where ``positive_i`` is ``a[i, i + offset]`` or the mean of ``a[i, j]`` over the candidates of the anchor's label. In
-    eager PyTorch, with the default options::
+    where ``positive_i`` is ``a[i, i + offset]`` or the mean of ``a[i, j]`` over the candidates of the anchor's label.
+    In eager PyTorch, with the default options::
 
         similarities = F.normalize(anchors) @ F.normalize(candidates).T / temperature  # (n, m)
         loss = F.cross_entropy(similarities, torch.arange(len(anchors)) + offset)
 
-    Source: van den Oord, Li and Vinyals, "Representation Learning with Contrastive Predictive Coding", arXiv 1807.03748.
-    Label positives are those of SupCon (Khosla et al., arXiv 2004.11362, the sum outside the logarithm), with the positives
-    in the denominator; soft labels are this package's extension.
+    Source: van den Oord, Li and Vinyals, "Representation Learning with Contrastive Predictive Coding", arXiv
+    1807.03748. Label positives are those of SupCon (Khosla et al., arXiv 2004.11362, the sum outside the logarithm),
+    with the positives in the denominator; soft labels are this package's extension.
 
     Args:
         anchors: embeddings, (n, d), float16, bfloat16, float32 or float64, any strides.
-        candidates: embeddings, (m, d), on the same device: a locked tower, a teacher, the keys of a queue. Constants give
-            loss and gradient in one pass; candidates that require grad get theirs.
-        temperature: > 0. A tensor of shape () on the embeddings' device can change without recompiling, gets its gradient,
-            and is not read on a GPU: 0 or less makes the loss NaN there.
+        candidates: embeddings, (m, d), on the same device: a locked tower, a teacher, the keys of a queue. Constants
+            give loss and gradient in one pass; candidates that require grad get theirs.
+        temperature: > 0. A tensor of shape () on the embeddings' device can change without recompiling, gets its
+            gradient, and is not read on a GPU: 0 or less makes the loss NaN there.
         positives: "diagonal" (candidate i + offset) or "label" (all candidates with the anchor's label, averaged).
         offset: the candidate that is the positive of anchor 0, as where anchors are a part of a batch.
-        anchor_target: labels, (n,), int64, in [0, 2^31 - 2] or ``ignore_index``; or soft labels, (n, classes), floating, with
-            rows >= 0 of sum 1, for which candidate j is a positive of anchor i by ``w = Y @ Y.T``, divided by its sum over
-            j. A row of zeros has no class.
+        anchor_target: labels, (n,), int64, in [0, 2^31 - 2] or ``ignore_index``; or soft labels, (n, classes),
+            floating, with rows >= 0 of sum 1, for which candidate j is a positive of anchor i by ``w = Y @ Y.T``,
+            divided by its sum over j. A row of zeros has no class.
         candidate_target: the same for the candidates; None: ``anchor_target``, where n == m.
-        mask_same_class: with diagonal positives, drop candidates with the anchor's label (other than its positive) from the
-            denominator; of soft labels the class with the largest weight counts.
+        mask_same_class: with diagonal positives, drop candidates with the anchor's label (other than its positive) from
+            the denominator; of soft labels the class with the largest weight counts.
         normalize: divide the rows by their L2 norm; False: dot products of the rows as they are.
         reduction: "mean" over the anchors that have a positive, "sum", or "none": (n,), 0 for an anchor without one.
-        ignore_index: label of rows without a class. They stay candidates and anchors of diagonal positives, and are of the
-            same class as no row.
+        ignore_index: label of rows without a class. They stay candidates and anchors of diagonal positives, and are of
+            the same class as no row.
         eps: a row with L2 norm <= eps has no direction: it is normalised to zeros and gets no gradient.
         backend: "auto" (the fastest that can run), "reference", "torch", "triton" or "cuda". All give the same loss and
             gradient; only "reference" can be differentiated twice.
@@ -142,8 +142,8 @@ class InfoNCELoss(nn.Module):
             positive.
 
     Shapes:
-        anchors: (n, d); candidates: (m, d); anchor_target: (n,) or (n, classes); candidate_target likewise; output: () or
-        (n,).
+        anchors: (n, d); candidates: (m, d); anchor_target: (n,) or (n, classes), candidate_target likewise; output: ()
+        or (n,).
 
     Example::
 
@@ -214,7 +214,7 @@ class InfoNCELoss(nn.Module):
 
 
 def compute(kernels: KernelSet, inputs: LossInputs) -> LossOutputs:
-    """Loss and gradients of a call; ``weight`` of the inputs is the temperature, and `LossOutputs.terms` its gradient."""
+    """Loss and gradients; ``weight`` of the inputs is the temperature, `LossOutputs.terms` the gradient by it."""
     if (low_latency := kernels.info_nce_low_latency(inputs)) is not None:
         return low_latency(inputs)
     options, acc = inputs.options, inputs.acc_dtype

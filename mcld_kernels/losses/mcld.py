@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .. import reference
 from ..infonce import Anchors, GradBuffer, Side, contrast
 from ..kernels import KernelSet, LossInputs, LossOutputs, TermWeight, UnitRows
-from ..labels import SoftLabels, class_weights, hard_labels
+from ..labels import Labels, SoftLabels, class_weights, hard_labels
 from ..ops import LossOperator
 from ..options import (
     Backend,
@@ -89,10 +89,10 @@ def mcld_loss(
         student: logits, (batch, classes), float16, bfloat16, float32 or float64, any strides.
         teacher: logits of the same shape and device. Usually a constant; if it requires grad (mutual learning) it gets
             its gradient, from backends "torch" and "reference". Logits of two dtypes are computed in the wider one.
-        target: labels, (batch,), int64, in [0, classes) or ``ignore_index``; or soft labels, (batch, classes), floating,
-            rows >= 0 with a sum of 1, as mixup and label smoothing make them: in the sample-wise term teacher row j is
-            then a positive of row i by ``w = target @ target.T``, divided by its sum over j, and elsewhere the class
-            with the largest weight counts (this package's extension). A row of zeros has no class. Needed by the
+        target: labels, (batch,), int64, in [0, classes) or ``ignore_index``; or soft labels, (batch, classes),
+            floating, rows >= 0 with a sum of 1, as mixup and label smoothing make them: in the sample-wise term teacher
+            row j is then a positive of row i by ``w = target @ target.T``, divided by its sum over j, and elsewhere the
+            class with the largest weight counts (this package's extension). A row of zeros has no class. Needed by the
             sample-wise term, ``mask_same_class`` and ``present_only``.
         candidates: further teacher rows, (rows, classes), for the row terms of student anchors: those of earlier steps
             in a :class:`mcld_kernels.TeacherQueue`. Constants, normalised like the teacher's rows.
@@ -460,14 +460,17 @@ class _Composition:
         candidates = inputs.extra.get("candidates")
         self.candidates = candidates if candidates is not None and candidates.shape[0] > 0 else None
         self.extended_grad: GradBuffer | None = None  # by the teacher's rows and the further candidates
-        self.student_labels = self.teacher_labels = self.extended_labels = None
-        self.soft = self.extended_soft = None
+        self.student_labels: Labels | None = None
+        self.teacher_labels: Labels | None = None
+        self.extended_labels: Labels | None = None  # of the teacher's rows and the further candidates
+        self.soft: SoftLabels | None = None
+        self.extended_soft: SoftLabels | None = None
         if inputs.target is not None and any(options.label_terms):
             self._index_labels(inputs.target)
 
     def _index_labels(self, target: Tensor) -> None:
         kernels, inputs, options = self.kernels, self.inputs, self.options
-        acc, (n, num_classes), ignore_index = inputs.acc_dtype, inputs.student.shape, options.ignore_index
+        acc, num_classes, ignore_index = inputs.acc_dtype, inputs.student.shape[1], options.ignore_index
         targets = [target] if inputs.teacher_target is None else [target, inputs.teacher_target]
         if self.candidates is not None:
             theirs = inputs.extra["candidate_target"]
@@ -500,9 +503,7 @@ class _Composition:
             by_candidates = self.extended_grad.result()
             assert by_candidates is not None
             teacher_grad += by_candidates[: teacher_grad.shape[0]]
-        return LossOutputs(
-            loss=loss, terms=terms, student_grad=self.student_grad.result(), teacher_grad=teacher_grad
-        )
+        return LossOutputs(loss=loss, terms=terms, student_grad=self.student_grad.result(), teacher_grad=teacher_grad)
 
     def contrast_columns(self, student_unit: UnitRows, teacher_unit: UnitRows) -> None:
         """The category-wise term."""
@@ -535,7 +536,7 @@ class _Composition:
             extended = Side(
                 unit=l2_normalize(rows), grad=self.extended_grad, labels=self.extended_labels, soft=self.extended_soft
             )
-        pairs = []
+        pairs: list[tuple[Side | None, Side | None, int]] = []
         if options.direction != "teacher":
             pairs.append((student, extended or teacher, offset))
         if options.direction != "student":

@@ -53,10 +53,13 @@ def evaluate(
         if options.mask_same_class:
             assert anchor_target is not None
             theirs = anchor_target if candidate_target is None else candidate_target
-            ours, theirs = (classes(target, options.ignore_index, acc) for target in (anchor_target, theirs))
-            same = (ours[0][:, None] == theirs[0]) & ours[1][:, None] & theirs[1]
+            (hard, valid, poison), (other_hard, other_valid, other_poison) = (
+                classes(target, options.ignore_index, acc) for target in (anchor_target, theirs)
+            )
+            same = (hard[:, None] == other_hard) & valid[:, None] & other_valid
             same.diagonal(options.offset)[:n].fill_(False)
-            a = a.masked_fill(same, -torch.inf) * (ours[2] * theirs[2])
+            positive = positive * (poison * other_poison)
+            a = a.masked_fill(same, -torch.inf)
         return _reduce(a.logsumexp(1) - positive, None, options.reduction)
 
 

@@ -76,7 +76,7 @@ def similarities(anchors: Tensor, candidates: Tensor, dtype: torch.dtype, temper
 
 
 def _both(direction: str, a: Tensor, of: Any) -> Tensor:
-    """The term ``of(matrix)`` with student anchors (rows of a), teacher anchors (its first B columns), or their mean."""
+    """The term ``of(matrix)`` with student anchors (rows of a), teacher anchors (its first B columns), or both."""
     if direction == "student":
         return of(a)
     by_teacher = a[:, : a.shape[0]].T
