@@ -43,12 +43,6 @@ def has_fixed_shift(operand_dtype: torch.dtype, temperature: float) -> bool:
     return 2 / temperature <= _SHIFT_RANGE.get(operand_dtype, _SHIFT_RANGE_DEFAULT)
 
 
-def paired_rows(rows: slice, offset: int, m: int) -> tuple[int, int]:
-    """The part [first, last) of ``rows`` whose row r has a partner, row r + offset of m."""
-    first = min(max(rows.start, -offset), rows.stop)
-    return first, max(first, min(rows.stop, m - offset))
-
-
 def projection_coefficient(gradient: Tensor, unit: Tensor) -> Tensor:
     """g . x / x . x of rows (n, d): (n,); 0 for a zero row.
 
@@ -307,7 +301,8 @@ class KernelSet:
             if 0 <= rows.start + offset and rows.stop + offset <= candidates.n:
                 positive[rows] = (x * candidates.rows[rows.start + offset : rows.stop + offset]).sum(1)
             else:
-                first, last = paired_rows(rows, offset, candidates.n)
+                first = min(max(rows.start, -offset), rows.stop)
+                last = max(first, min(rows.stop, candidates.n - offset))
                 positive[rows] = 0
                 partner = candidates.rows[first + offset : last + offset]
                 positive[first:last] = (x[first - rows.start : last - rows.start] * partner).sum(1)
@@ -359,7 +354,9 @@ class KernelSet:
         rows, unit, c = args.rows, args.unit, args.coefficients
         product, out, acc = args.product[:, : unit.d], args.out, args.product.dtype
         g = product.mul_(c.product[:, None])
-        first, last = paired_rows(rows, args.offset, args.partner.n)
+        # Rows first to last have a partner.
+        first = min(max(rows.start, -args.offset), rows.stop)
+        last = max(first, min(rows.stop, args.partner.n - args.offset))
         paired = slice(first - rows.start, last - rows.start)
         partner = args.partner.rows[first + args.offset : last + args.offset].to(acc)
         pull = -c.partner[paired] if c.class_mean is None else c.class_mean[paired] - c.partner[paired]

@@ -80,6 +80,7 @@ class LossOperator:
     ):
         self.name, self.num_terms, self._options_type, self._compute = name, num_terms, options_type, compute
         self.supported, self._extra, self._is_per_anchor = supported, extra, is_per_anchor
+        self.can_be_per_anchor = is_per_anchor is not None
         self._has_teacher_kernels, self._has_classes = has_teacher_kernels, tensors == _TENSORS
         hints = typing.get_type_hints(options_type)
         fields = ", ".join(f"{_schema_type(hints[field])} {field}" for field in options_type._fields)
@@ -317,7 +318,8 @@ def _save(ctx: Any, call: _Call, outputs: Outputs) -> tuple[Tensor | None, ...]:
         None if call.weight is None else call.weight.dtype,
     )
     saved = (outputs[2], outputs[3], terms, *inputs)
-    ctx.call, ctx.is_per_anchor = None, _OPERATORS[call.name].is_per_anchor(call)
+    operator = _OPERATORS[call.name]
+    ctx.call, ctx.is_per_anchor = None, operator.can_be_per_anchor and operator.is_per_anchor(call)
     if call.teacher_grad and ctx.is_per_anchor:
         # Backward computes the teacher's gradient, for the upstream gradient of each anchor.
         ctx.call = call.name, call.options, call.backend
@@ -408,7 +410,7 @@ class _EagerLoss(torch.autograd.Function):
         teacher: Tensor,
         weight: Tensor | None,
     ) -> Tensor:
-        outputs = operator.run(_forward_call(operator, call))
+        outputs = operator.run(_forward_call(operator, call) if call.teacher_grad else call)
         _save(ctx, call, outputs)
         terms.append(outputs[1])
         return outputs[0]

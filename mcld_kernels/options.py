@@ -206,7 +206,14 @@ def check_backend(name: Any) -> None:
 def check_logits(student: Tensor, teacher: Tensor) -> None:
     """Student and teacher: dense floating tensors (batch, classes) of one shape and device, with a class."""
     for name, logits in (("student", student), ("teacher", teacher)):
-        check_matrix(name, logits, "logits", "(batch, classes)")
+        if (
+            type(logits) is not Tensor
+            or logits.layout is not torch.strided
+            or logits.is_nested
+            or logits.dtype not in DTYPES
+            or logits.ndim != 2
+        ):
+            check_matrix(name, logits, "logits", "(batch, classes)")
     if student.shape != teacher.shape:
         raise ValueError(
             "student and teacher must have the same shape (batch, classes); "

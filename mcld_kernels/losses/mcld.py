@@ -466,25 +466,28 @@ class _Composition:
         self.soft: SoftLabels | None = None
         self.extended_soft: SoftLabels | None = None
         if inputs.target is not None and any(options.label_terms):
-            self._index_labels(inputs.target)
+            if self.candidates is not None or inputs.target.is_floating_point():
+                self._index_labels(inputs.target)
+            else:
+                sides = (inputs.target,) if inputs.teacher_target is None else (inputs.target, inputs.teacher_target)
+                indexed = kernels.index_labels(sides, options.ignore_index, student.shape[1], acc)
+                self.student_labels, self.teacher_labels = indexed[0], indexed[-1]
 
     def _index_labels(self, target: Tensor) -> None:
-        kernels, inputs, options = self.kernels, self.inputs, self.options
-        acc, num_classes, ignore_index = inputs.acc_dtype, inputs.student.shape[1], options.ignore_index
-        targets = [target] if inputs.teacher_target is None else [target, inputs.teacher_target]
+        """Labels where some are soft, or with those of the further candidates."""
+        inputs, options, acc = self.inputs, self.options, self.inputs.acc_dtype
+        num_classes, ignore_index = inputs.student.shape[1], options.ignore_index
+        targets = [target]
         if self.candidates is not None:
             theirs = inputs.extra["candidate_target"]
-            targets.append(target.new_full(self.candidates.shape[:1], ignore_index, dtype=torch.int64)
-                           if theirs is None else theirs)  # fmt: skip
+            if theirs is None:
+                theirs = target.new_full(self.candidates.shape[:1], ignore_index, dtype=torch.int64)
+            targets.append(theirs)
         hard = [hard_labels(t.to(acc), ignore_index) if t.is_floating_point() else t for t in targets]
-        if self.candidates is not None:
-            hard = [hard[0], torch.cat(hard)]
-        indexed = kernels.index_labels(tuple(hard), ignore_index, num_classes, acc)
+        sides = (hard[0],) if self.candidates is None else (hard[0], torch.cat(hard))
+        indexed = self.kernels.index_labels(sides, ignore_index, num_classes, acc)
         self.student_labels = self.teacher_labels = indexed[0]
-        if self.candidates is not None:
-            self.extended_labels = indexed[1]
-        else:
-            self.teacher_labels = indexed[-1]
+        self.extended_labels = indexed[-1]
         if options.active[SAMPLE] and any(t.is_floating_point() for t in targets):
             weights = [class_weights(t, ignore_index, num_classes, acc) for t in targets]
             self.soft = SoftLabels(weights[0])
