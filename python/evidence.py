@@ -34,7 +34,15 @@ from bench.harness import machine, programs  # noqa: E402
 from bench.harness.programs import Exit, positive  # noqa: E402
 from bench.harness.screen import console, duration, stages  # noqa: E402
 
-QUICK = {"images": 100, "batches": (64,), "examples": 1024, "seeds": 3, "tuning_seeds": 1, "settings": 2}
+QUICK: dict[str, Any] = {
+    "images": 100,
+    "batches": (64,),
+    "examples": 1024,
+    "seeds": 3,
+    "tuning_seeds": 1,
+    "settings": 2,
+    "teacher_epochs": 3,
+}
 DEFAULT = Plan()
 
 

@@ -178,10 +178,8 @@ def plot(path: Path, results: Results, caption: str) -> None:
     all_rows = rows(results)
     batches = sorted({row.batch for row in all_rows})
     names = [method.name for method in METHODS if any(row.method == method.name for row in all_rows)]
-    figure, axes = plt.subplots(
-        1, len(batches), figsize=(2.5 + 3.7 * len(batches), 1.7 + 0.32 * len(names)), sharey=True, squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
+    size = (max(9.0, 2.5 + 3.7 * len(batches)), 1.7 + 0.32 * len(names))
+    figure, axes = plt.subplots(1, len(batches), figsize=size, sharey=True, squeeze=False, layout="constrained")
     for axis, batch in zip(axes[0], batches):
         here = {row.method: row for row in all_rows if row.batch == batch}
         if "alone" in here:
@@ -215,7 +213,7 @@ def plot_settings(path: Path, results: Results, caption: str, method: str = "mcl
         return False
     found.sort(key=lambda cell: cell["batch"])
     figure, axes = plt.subplots(
-        1, len(found), figsize=(1.0 + 3.9 * len(found), 3.8), squeeze=False, sharey=True, layout="constrained"
+        1, len(found), figsize=(max(9.0, 1.0 + 3.9 * len(found)), 3.8), squeeze=False, sharey=True, layout="constrained"
     )
     for axis, cell in zip(axes[0], found):
         settings = _settings(cell)
