@@ -374,6 +374,13 @@ class TestMdistiller:
         assert torch.equal(prediction, student(images)) and not distiller.teacher.training
         assert torch.equal(distiller.eval()(image=images), student(images))
 
+    def test_the_snippet_of_the_quickstart_runs(self, distiller_dict):
+        page = (PYTHON.parent / "docs" / "quickstart.md").read_text()
+        code = page.split("## mdistiller")[1].split("```python\n")[1].split("```")[0]
+        exec(code, {"MCLDLoss": MCLDLoss})
+        distiller = distiller_dict["MCLD"](*small_models())
+        assert distiller.loss.temperature == (0.2, 0.2, 0.2) and distiller.loss.warmup == 20
+
     def test_another_loss_is_one_method(self, distiller_dict):
         class KD(distiller_dict["MCLD"]):
             def make_loss(self, cfg):
