@@ -55,7 +55,8 @@ def _info_nce(inputs: LossInputs) -> LossOutputs:
             (anchors, candidates), inv_norm = rows.unbind(), inv_norms[0]
         else:
             (anchors, inv_norm), (candidates, _) = (_unit_rows(x, options.eps) for x in (anchors, candidates))
-    e = torch.addmm(anchors[:1, :1], anchors, candidates.T, beta=0, alpha=1 / temperature)  # (n, m)
+    unread = anchors[:1, :1] if inv_norm is None else inv_norm  # an addmm of beta 0 asks for it
+    e = torch.addmm(unread, anchors, candidates.T, beta=0, alpha=1 / temperature)  # (n, m)
     same = _same_labels(inputs) if needs_labels(options) else None
     with_grad = inputs.student_grad or options.temperature_grad
     count = n
@@ -66,17 +67,17 @@ def _info_nce(inputs: LossInputs) -> LossOutputs:
         fixed = options.normalize and has_fixed_shift(e.dtype, temperature)
         values, factor = (_diagonal if fixed else _diagonal_with_shift)(e, options.offset, same, with_grad)
 
+    constant = 1 / max(count, 1) if options.reduction == "mean" else 1.0
     if options.reduction == "none":
-        loss, constant = values, 1.0
+        loss = values
+    elif options.reduction == "mean" and count == n:
+        loss = values.mean()
     else:
-        constant = 1 / max(count, 1) if options.reduction == "mean" else 1.0
-        loss = values.sum()
-        if constant != 1:
-            loss.mul_(constant)
+        loss = values.sum().mul_(constant)
     gradient, by_temperature = None, torch.zeros_like(loss)
     if factor is not None:
         factor = factor.unsqueeze(1)
-        gradient = torch.addmm(anchors[:1, :1], e, candidates, beta=0, alpha=constant / temperature)
+        gradient = torch.addmm(unread, e, candidates, beta=0, alpha=constant / temperature)
         if inv_norm is not None or options.temperature_grad:
             radial = (gradient * anchors).sum(1, keepdim=True)  # before the factor
             if options.temperature_grad:
