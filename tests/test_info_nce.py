@@ -1,4 +1,4 @@
-"""info_nce: the reference against its definition in loops, every backend against the reference in fp64, and its edges."""
+"""info_nce: the reference against its definition in loops, each backend against the reference in fp64, and edges."""
 
 import math
 
@@ -77,7 +77,9 @@ class TestDefinition:
 
         each = reference.info_nce(anchors, candidates, temperature=0.4, reduction="none", **options)
         want = by_loops(anchors.tolist(), candidates.tolist())
-        torch.testing.assert_close(each, torch.tensor([x or 0.0 for x in want], dtype=torch.float64), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            each, torch.tensor([x or 0.0 for x in want], dtype=torch.float64), rtol=1e-12, atol=1e-12
+        )
         for reduction in ("mean", "sum"):
             got = evaluate(
                 reference.info_nce,
@@ -87,11 +89,15 @@ class TestDefinition:
                 **options,
             )
             assert float(got["loss"]) == pytest.approx(loops.reduce(want, reduction), rel=1e-12)
-            lists_of = anchors.tolist(), candidates.tolist()
+            rows, others = anchors.tolist(), candidates.tolist()
+
+            def total(*args, reduction=reduction):
+                return loops.reduce(by_loops(*args), reduction)
+
             slopes = [
-                loops.slopes(lambda rows: loops.reduce(by_loops(rows, lists_of[1]), reduction), lists_of[0]),
-                loops.slopes(lambda rows: loops.reduce(by_loops(lists_of[0], rows), reduction), lists_of[1]),
-                loops.slopes(lambda t: loops.reduce(by_loops(*lists_of, t[0][0]), reduction), [[0.4]])[0][0],
+                loops.slopes(lambda x, total=total, others=others: total(x, others), rows),
+                loops.slopes(lambda x, total=total, rows=rows: total(rows, x), others),
+                loops.slopes(lambda t, total=total, both=(rows, others): total(*both, t[0][0]), [[0.4]])[0][0],
             ]
             for key, slope in zip(NAMES, slopes, strict=True):
                 torch.testing.assert_close(got[key], torch.tensor(slope, dtype=torch.float64), rtol=1e-6, atol=1e-7)
@@ -130,7 +136,7 @@ def test_fp64_is_the_reference(way, name, temperature):
     upstream = torch.linspace(-0.5, 1.5, len(anchors), dtype=torch.float64)
     for reduction, normalize in (("mean", True), ("sum", False), ("none", True), ("none", False)):
         if backend == "triton" and (reduction, normalize) in (("sum", False), ("none", True)):
-            continue  # the interpreter is slow; these differ outside the kernels
+            continue  # the interpreter is slow, and these differ outside the kernels
         both = {**options, "reduction": reduction, "normalize": normalize}
         want = evaluate(reference.info_nce, tensors, upstream[-1:] if reduction != "none" else upstream, **both)
         with backends.tuned(**tuning):
@@ -144,7 +150,9 @@ def test_fp64_is_the_reference(way, name, temperature):
             frozen = info_nce(leaf, candidates, temperature=temperature, backend=backend, **both)
             frozen.backward((upstream[-1:] if reduction != "none" else upstream).reshape(frozen.shape))
         for key, value in want.items():
-            torch.testing.assert_close(got[key], value, rtol=1e-10, atol=1e-12, msg=lambda text: f"{both} {key}: {text}")
+            torch.testing.assert_close(
+                got[key], value, rtol=1e-10, atol=1e-12, msg=lambda text: f"{both} {key}: {text}"
+            )
         torch.testing.assert_close(frozen.detach(), want["loss"], rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(leaf.grad, want["anchors"], rtol=1e-10, atol=1e-12)
 
@@ -172,7 +180,10 @@ def hold_to_the_bar(backend, name, dtype, shape, device="cpu", draws=3, **option
         for key, value in want.items():
             # A similarity is off by the rounding of its exponent, which is relative to 1 / temperature.
             natural = float(value.norm()) + float(upstream.norm()) * (1 / temperature if key == "temperature" else 1)
-            floor = torch.finfo(got[key].dtype).eps * float(value.norm()) + 16 * torch.finfo(stat).eps * natural / temperature
+            floor = (
+                torch.finfo(got[key].dtype).eps * float(value.norm())
+                + 16 * torch.finfo(stat).eps * natural / temperature
+            )
             errors = (*(float((x[key].double().cpu() - value).norm()) for x in (got, eager)), floor)
             totals[key] = [total + error**2 for total, error in zip(totals[key], errors, strict=True)]
     for key, (ours, theirs, floor) in totals.items():
@@ -347,7 +358,9 @@ class TestDerivatives:
             def slow(rows, others, r=reduction):
                 return reference.info_nce(rows, others, reduction=r)
 
-            by_anchors = [torch.func.jvp(lambda x: f(x, candidates), (anchors,), directions[:1]) for f in (fast, slow)]
+            by_anchors = [
+                torch.func.jvp(lambda x, f=f: f(x, candidates), (anchors,), directions[:1]) for f in (fast, slow)
+            ]
             torch.testing.assert_close(*by_anchors, rtol=1e-10, atol=1e-12)
             jacobians = [torch.func.jacrev(f, argnums=(0, 1))(anchors, candidates) for f in (fast, slow)]
             torch.testing.assert_close(*jacobians, rtol=1e-10, atol=1e-12)
@@ -389,7 +402,9 @@ class TestEdges:
                 assert not leaf.grad[[2, 3]].any()
                 none = info_nce(leaf, candidates, anchor_target=torch.full((5,), 9), **options)
                 assert float(none) == 0
-                nothing = info_nce(leaf, candidates[:0], anchor_target=target, **{**options, "candidate_target": theirs[:0]})
+                nothing = info_nce(
+                    leaf, candidates[:0], anchor_target=target, **{**options, "candidate_target": theirs[:0]}
+                )
                 nothing.backward()
                 assert float(nothing) == 0
 
@@ -461,7 +476,11 @@ class TestEdges:
         "integers": ({"candidates": torch.zeros(4, 3).long()}, TypeError, "candidates must be of a floating dtype"),
         "list": ({"anchors": [[1.0]]}, TypeError, "anchors must be a tensor of embeddings .* got list"),
         "device": ({"candidates": torch.zeros(4, 3, device="meta")}, ValueError, "one device; got cpu and meta"),
-        "no width": ({"anchors": torch.zeros(4, 0), "candidates": torch.zeros(4, 0)}, ValueError, "at least one column"),
+        "no width": (
+            {"anchors": torch.zeros(4, 0), "candidates": torch.zeros(4, 0)},
+            ValueError,
+            "at least one column",
+        ),
         "too few": ({"offset": 1}, ValueError, "4 anchors and offset=1 need 5 candidates; got 4"),
         "negative offset": ({"offset": -1}, ValueError, "offset must be >= 0"),
         "offset text": ({"offset": "1"}, TypeError, "offset must be an int; got str"),
