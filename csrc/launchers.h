@@ -153,11 +153,11 @@ struct Flash {
   const float* candidate_factor;  // (m,) or null: multiplies candidate j in `product`
   const float* candidate_shift;   // (m,) or null: candidate j's own shift; then no row_maxima
   const int64_t *anchor_keys, *candidate_keys;  // (n,), (m,) or null: pairs of equal keys are not negatives
-  int64_t n, m, pitch, padded_rows, offset;
+  int64_t n, m, d, pitch, padded_rows, offset;
   int splits;  // of the candidates
   float scale_log2, shift;
   MCLD_FIELDS(anchors, candidates, product, row_sums, row_maxima, candidate_factor, candidate_shift, anchor_keys,
-              candidate_keys, n, m, pitch, padded_rows, offset, splits, scale_log2, shift)
+              candidate_keys, n, m, d, pitch, padded_rows, offset, splits, scale_log2, shift)
 };
 void flash(const Flash&, Precision, cudaStream_t);
 

@@ -38,6 +38,8 @@ FLASH_SHAPES = [
     (1, 1, 1, 0, 1),
     (130, 300, 64, 3, 3),
     (70, 290, 100, -7, 2),
+    (130, 1200, 100, 40, 1),  # an even number of tiles, several rounds of the ring
+    (130, 900, 105, 20, 2),  # one column too many for the narrow product; an odd number of tiles
     (129, 700, 129, 5, 2),  # several rounds of the ring
     (65, 449, 250, 380, 1),
 ]
@@ -107,7 +109,7 @@ def check_flash(module, shape, dtype, device="cpu", stream=0):
     sums = torch.full((splits, rows), torch.nan, device=device)
     module.hopper_flash(
         anchors=a.data_ptr(), candidates=k.data_ptr(), product=out.data_ptr(), row_sums=sums.data_ptr(), row_maxima=0,
-        candidate_factor=0, candidate_shift=0, anchor_keys=0, candidate_keys=0, n=n, m=m, pitch=pitch,
+        candidate_factor=0, candidate_shift=0, anchor_keys=0, candidate_keys=0, n=n, m=m, d=d, pitch=pitch,
         padded_rows=rows, offset=offset, splits=splits, scale_log2=scale, shift=shift, precision=PRECISION[dtype],
         device=0, stream=stream,
     )  # fmt: skip

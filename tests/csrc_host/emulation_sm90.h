@@ -66,9 +66,9 @@ template <Precision kPrecision, int kCount>
 void wgmma_shared(PrecisionTag<kPrecision>, float (&d)[kCount], uint64_t a, uint64_t b, bool add) {
   emulation::wgmma_issue({d, 2 * kCount, nullptr, a, b, add, kPrecision == Precision::fp16});
 }
-template <Precision kPrecision>
-void wgmma_registers(PrecisionTag<kPrecision>, float (&d)[32], const uint32_t* a, uint64_t b, bool add) {
-  emulation::wgmma_issue({d, 64, a, 0, b, add, kPrecision == Precision::fp16});
+template <Precision kPrecision, int kCount>
+void wgmma_registers(PrecisionTag<kPrecision>, float (&d)[kCount], const uint32_t* a, uint64_t b, bool add) {
+  emulation::wgmma_issue({d, 2 * kCount, a, 0, b, add, kPrecision == Precision::fp16});
 }
 
 }  // namespace mcld
