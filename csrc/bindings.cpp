@@ -136,7 +136,7 @@ void bind_launchers(py::module_& module) {
   bind<GradEpilogue, Type, Precision>(module, "grad_epilogue", grad_epilogue, {"type", "precision"});
   bind<LowLatency, Type, Type, Precision>(module, "low_latency", low_latency, {"type", "gradient_type", "precision"});
 #if MCLD_HAS_HOPPER
-  bind<Similarity, Precision>(module, "hopper_similarity", hopper::similarity, {"precision"});
+  bind<Similarity, Precision, int>(module, "hopper_similarity", hopper::similarity, {"precision", "skew"});
   bind<Flash, Precision>(module, "hopper_flash", hopper::flash, {"precision"});
 #endif
 }

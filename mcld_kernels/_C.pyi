@@ -401,6 +401,7 @@ def hopper_similarity(
     scale_log2: float,
     shift: float,
     precision: int,
+    skew: int,
     device: int,
     stream: int,
 ) -> None: ...

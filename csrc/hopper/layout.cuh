@@ -50,11 +50,11 @@ constexpr bool registers_fit(int loader, int consumer, int consumers) {
 
 // The order of tiles: bands of kBand tile rows; in a band down the rows first, so that blocks that run together share their
 // candidates while the band's anchors stay in L2.
-MCLD_EVERYWHERE void tile_in_bands(int64_t index, int64_t tile_rows, int64_t tile_columns, int64_t& row, int64_t& column) {
-  constexpr int64_t kBand = 16;
-  const int64_t first = index / (kBand * tile_columns) * kBand;
-  const int64_t rows = tile_rows - first < kBand ? tile_rows - first : kBand;
-  const int64_t within = index - first * tile_columns;
+MCLD_EVERYWHERE void tile_in_bands(int index, int tile_rows, int tile_columns, int& row, int& column) {
+  constexpr int kBand = 16;
+  const int first = index / (kBand * tile_columns) * kBand;
+  const int rows = tile_rows - first < kBand ? tile_rows - first : kBand;
+  const int within = index - first * tile_columns;
   row = first + within % rows;
   column = within / rows;
 }

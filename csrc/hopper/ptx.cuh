@@ -22,13 +22,6 @@ using TensorMap = CUtensorMap;
 MCLD_DEVICE uint32_t shuffle_xor_bits(uint32_t value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 MCLD_DEVICE int grid_blocks() { return gridDim.x; }
 
-// 2 to the power x, relative error 2^-22; exp2(-inf) is 0.
-MCLD_DEVICE float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // --- mbarriers: 8 bytes of shared memory; a phase ends when all arrivals and all announced bytes are in.
 
 MCLD_DEVICE void barrier_init(uint32_t barrier, int arrivals) {

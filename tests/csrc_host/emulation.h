@@ -139,6 +139,13 @@ template <class V> void write_vector(void* p, const V& v) {
   std::memcpy(p, &v, sizeof v);
 }
 
+// As inexact as ex2.approx.ftz may be: off by 2^-22, up or down by a bit of the argument; subnormal results are 0.
+inline float exp2_fast(float x) {
+  const double exact = std::exp2(double(x));
+  if (exact < 0x1p-126) return 0;
+  return float(exact * (1 + (as_bits(x) * 0x9e3779b9u >> 31 ? 0x1p-22 : -0x1p-22)));
+}
+
 inline uint32_t ballot(bool value) {
   uint32_t out;
   emulation::collective(&value, sizeof value, &out, sizeof out, emulation::combine_ballot);

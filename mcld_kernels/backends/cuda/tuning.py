@@ -31,6 +31,8 @@ class CudaTuning(Tuning):
     max_small_tile_splits: int = 32
 
     hopper_blocks: int = 132  # of flash, whose shared memory leaves room for one block a multiprocessor
+    # Slices that the second warpgroup of product 1 begins behind the first: to be decided by a clock (bench/NOTES.md).
+    hopper_skew: int = 0
     # Below as many tiles most multiprocessors are idle, and the portable kernels' smaller tiles do better.
     min_hopper_similarity_tiles: int = 132
     min_hopper_flash_tiles: int = 132
