@@ -58,9 +58,8 @@ class TwoProductContrast:
     def chunks(self) -> Iterator[NegativeSums]:
         args, launch = self.args, self.launch
         n = args.anchors.n
-        multiple = launch.constants["row_padding"]
-        step = self.tuning.chunk_bytes // (self.columns * args.anchors.rows.itemsize) // multiple * multiple
-        step = max(multiple, min(step, launch.padded_rows(n)))
+        itemsize, multiple = args.anchors.rows.itemsize, launch.constants["row_padding"]
+        step = tuning.chunk_rows(self.tuning, n, self.columns, self.pitch, itemsize, multiple)
         needs_exponentials = args.anchor_grad or args.candidate_grad
         buffer = args.anchors.rows.new_empty(step, self.columns) if needs_exponentials else None
         neg_lse, inv_neg_sum = launch.empty(n), launch.empty(n)
