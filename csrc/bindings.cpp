@@ -69,6 +69,9 @@ py::dict constants() {
   result["fp16_lift"] = kFp16Lift;
   result["flash_rows"] = kFlashRows;
   result["flash_row_bytes"] = kFlashRowBytes;
+  result["max_sorted_classes"] = kMaxSortedClasses;
+  result["max_sort_blocks"] = kMaxSortBlocks;
+  result["sort_rows"] = kSortRows;
   result["low_latency_limit"] = kLowLatencyLimit;
   result["low_latency_tile"] = kLowLatencyTile;
   result["hopper_similarity_rows"] = hopper::kSimilarityRows;

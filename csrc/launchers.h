@@ -43,19 +43,29 @@ struct IndexLabels {
   int64_t* key;          // (n,) the label, or a negative number that equals no other where it is ignored
   int64_t* class_index;  // (n,) the label, or num_classes where it is ignored
   bool* valid;           // (n,) not ignored
-  float* poison;         // () 1, or NaN if a label is out of range
-  float* mean_factor;    // () poison / the number of valid rows
-  MCLD_FIELDS(target, n, num_classes, ignore_index, key, class_index, valid, poison, mean_factor)
+  int* histogram;        // (blocks, num_classes + 1) rows of each class index among those of a block
+  int* rank;             // (n,) earlier rows of the same class index in the block
+  int* sums;             // (2, blocks) rows that are valid, and whose label is out of range
+  int blocks;            // each takes the next rows_per_block rows
+  int rows_per_block;    // a multiple of 32
+  MCLD_FIELDS(target, n, num_classes, ignore_index, key, class_index, valid, histogram, rank, sums, blocks, rows_per_block)
 };
+// For at most kMaxSortedClasses class indices.
 void index_labels(const IndexLabels&, cudaStream_t);
 
 struct SortLabels {
   const int64_t* class_index;  // (n,) in [0, num_classes_present)
+  const int *histogram, *rank, *sums;  // of index_labels
   int64_t n, num_classes_present;
-  int64_t* counts;  // (num_classes_present,)
-  int64_t* starts;  // (num_classes_present + 1,)
-  int64_t* order;   // (n,) rows by class index, ties by row
-  MCLD_FIELDS(class_index, n, num_classes_present, counts, starts, order)
+  int blocks, rows_per_block;
+  int* first;          // (blocks, num_classes_present) workspace: the place in `order` of a block's first row of a class index
+  int64_t* counts;     // (num_classes_present,)
+  int64_t* starts;     // (num_classes_present + 1,)
+  int64_t* order;      // (n,) rows by class index, ties by row
+  float* poison;       // () 1, or NaN if a label is out of range
+  float* mean_factor;  // () poison / the number of valid rows
+  MCLD_FIELDS(class_index, histogram, rank, sums, n, num_classes_present, blocks, rows_per_block, first, counts, starts, order,
+              poison, mean_factor)
 };
 void sort_labels(const SortLabels&, cudaStream_t);
 

@@ -48,6 +48,10 @@ MCLD_DEVICE void sync_block() { __syncthreads(); }
 // The lanes of the warp for which it is true, a bit each.
 MCLD_DEVICE uint32_t ballot(bool value) { return __ballot_sync(0xffffffffu, value); }
 MCLD_DEVICE int count_bits(uint32_t bits) { return __popc(bits); }
+MCLD_DEVICE int leading_zeros(uint32_t bits) { return __clz(int(bits)); }
+// The lanes of the warp with the same value, a bit each.
+MCLD_DEVICE uint32_t match_lanes(int value) { return __match_any_sync(0xffffffffu, value); }
+MCLD_DEVICE int shuffle_from(int value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
 MCLD_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
 MCLD_DEVICE float to_float(float x) { return x; }

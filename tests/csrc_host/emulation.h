@@ -97,6 +97,8 @@ void check_vector(const void* p, int bytes);
 extern int64_t vector_accesses[17];
 
 void combine_shuffle(Lane*);
+void combine_shuffle_from(Lane*);
+void combine_match(Lane*);
 void combine_ballot(Lane*);
 void combine_ldmatrix(Lane*);
 void combine_ldmatrix_transposed(Lane*);
@@ -152,6 +154,18 @@ inline uint32_t ballot(bool value) {
   return out;
 }
 inline int count_bits(uint32_t bits) { return __builtin_popcount(bits); }
+inline int leading_zeros(uint32_t bits) { return bits ? __builtin_clz(bits) : 32; }
+inline uint32_t match_lanes(int value) {
+  uint32_t out;
+  emulation::collective(&value, sizeof value, &out, sizeof out, emulation::combine_match);
+  return out;
+}
+inline int shuffle_from(int value, int lane) {
+  struct { int value, lane; } in{value, lane};
+  int out;
+  emulation::collective(&in, sizeof in, &out, sizeof out, emulation::combine_shuffle_from);
+  return out;
+}
 inline float shuffle_xor(float value, int mask) {
   struct { float value; int mask; } in{value, mask};
   float out;

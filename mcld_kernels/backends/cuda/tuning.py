@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 MULTIPROCESSORS = 132  # of a large GPU (H100, H200)
 _GEMM_TILE = 128, 256  # the usual tile of a library's GEMM of 16-bit operands, as of product 1 on Hopper
 _CHUNK_DEPTH = 512  # the launches of a chunk, in elements of a tile's contraction
-_WAVE_GAIN = 0.97  # of the cost at the usual budget: what a larger chunk must save
+_WAVE_GAIN = 0.97  # of the cost at the usual budget: what is left at best
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +81,7 @@ def similarity_tile(tuning: CudaTuning, constants: Constants, rows: int, columns
 
 @lru_cache(maxsize=256)
 def chunk_rows(tuning: CudaTuning, rows: int, columns: int, pitch: int, itemsize: int, multiple: int) -> int:
-    """The rows of a chunk of E (rows, columns), a multiple of ``multiple``, by the waves of blocks that all chunks take.
+    """The rows of a chunk of E (rows, columns), a multiple of ``multiple``, by the waves of blocks of all chunks.
 
     A wave is one tile for each multiprocessor: product 1 has tiles of E with a contraction of ``pitch``, product 2
     tiles of (rows, pitch) with a contraction of ``columns``. At 65,536 candidates and a pitch of 1024 a chunk of 2048
