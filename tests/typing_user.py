@@ -10,6 +10,8 @@ import mcld_kernels
 from mcld_kernels import (
     CKDLoss,
     CKDTerms,
+    CLKDLoss,
+    CLKDTerms,
     KDLoss,
     MCLDLoss,
     MCLDTerms,
@@ -17,6 +19,8 @@ from mcld_kernels import (
     backends,
     ckd_loss,
     ckd_terms,
+    clkd_loss,
+    clkd_terms,
     kd_loss,
     mcld_loss,
     mcld_terms,
@@ -75,7 +79,13 @@ def family(student: Tensor, teacher: Tensor, target: Tensor, weight: Tensor) -> 
     losses.append(ckd_loss(student, teacher, weight=weight, eps=1e-6, backend="torch"))
     losses.append(reference.ckd_loss(student, teacher, negatives="teacher"))
     losses.append(reference.ckd_terms(student, teacher).contrast)
-    criteria: list[nn.Module] = [CKDLoss(temperature=0.5, weight=weight, negatives="student", backend="auto")]
+    clkd: CLKDTerms = clkd_terms(student, teacher, target, weight=(0.5, 1, 0), reduction="sum")
+    losses += [*clkd, clkd.loss, clkd.instance, clkd.category, clkd.correlation]
+    losses.append(clkd_loss(student, teacher, weight=weight, eps=1e-6, backend="torch"))
+    losses.append(reference.clkd_loss(student, teacher, reduction="mean"))
+    losses.append(reference.clkd_terms(student, teacher).instance)
+    criteria: list[nn.Module] = [CLKDLoss(weight=[0.5, 1.0, 0.4], reduction="sum")]
+    criteria += [CKDLoss(temperature=0.5, weight=weight, negatives="student", backend="auto")]
     losses.extend(criterion(student, teacher, target) for criterion in criteria)
     return losses
 
@@ -97,6 +107,7 @@ def mistakes(student: Tensor, teacher: Tensor) -> None:
     MCLDLoss(direction="both", backend="triton")  # type: ignore[arg-type]
     MCLDLoss(0.1)  # type: ignore[call-arg]
     ckd_loss(student, teacher, negatives="both")  # type: ignore[arg-type]
+    clkd_loss(student, teacher, reduction="none")  # type: ignore[arg-type]
     CKDLoss(1.0)  # type: ignore[call-arg]
     kd_loss(student, teacher, backend="gpu")  # type: ignore[arg-type]
     reference.mcld_loss(student, teacher, temperature="cold")  # type: ignore[arg-type]

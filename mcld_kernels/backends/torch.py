@@ -123,6 +123,7 @@ class _TorchContrast:
         _add_mm(self.candidate_product, self.exponentials.T, x * factor[:, None].to(x.dtype), peak)
 
     def sums(self) -> ContrastSums:
+        self.exponentials = self.exponentials.new_empty(0)  # the last chunk's are not needed any more
         if self.reverse_sum is None:
             return ContrastSums(candidate_product=self.candidate_product)
         total = self.reverse_sum
