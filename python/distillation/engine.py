@@ -11,7 +11,6 @@ import torch
 from sklearn.metrics import accuracy_score
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-
 from trainer.step import Micro, Step
 
 from distillation.models import MODELS

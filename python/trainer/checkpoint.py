@@ -31,8 +31,10 @@ FIXED = (
     "data.channels", "loss.name", "optimizer.name", "precision.dtype", "parallel.kind",
 )  # fmt: skip
 # Settings that change no result.
-FREE = ("output", "log.", "checkpoint.", "data.workers", "data.root", "threads", "device", "parallel.timeout",
-        "parallel.backend", "validate_every", "teacher.checkpoint", "student.checkpoint", "student.pretrained")  # fmt: skip
+FREE = (
+    "output", "log.", "checkpoint.", "data.workers", "data.root", "threads", "device", "parallel.timeout",
+    "parallel.backend", "validate_every", "teacher.checkpoint", "student.checkpoint", "student.pretrained",
+)  # fmt: skip
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

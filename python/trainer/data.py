@@ -25,7 +25,7 @@ from trainer.sources import READ_ERRORS, Source
 PADDING = -1  # the index, and the label, of a place that holds no image
 TRIES = 100  # readable images are looked for among so many that follow a faulty one
 WINDOW = 16  # shards whose images are shuffled among one another
-_SHUFFLE, _IMAGE, _MIX = range(3)  # what a seed is for
+_SHUFFLE, _IMAGE, _MIX, _PROCESS = range(4)  # what a seed is for
 
 Key = tuple[int, int]  # (epoch, index)
 
@@ -47,6 +47,14 @@ class Batch:
 
 def numpy_generator(*words: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence(words))
+
+
+def seed_all(*words: int) -> None:
+    """Seed every generator of this process, the GPU's too."""
+    seed = int(numpy_generator(*words, _PROCESS).integers(2**62))
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 @contextlib.contextmanager

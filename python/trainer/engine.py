@@ -11,18 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from bench.harness import machine
-from trainer import checkpoint, data, losses, models, settings
+from trainer import checkpoint, data, models, settings
+from trainer.assembly import Parts
 from trainer.cache import LogitCache
 from trainer.config import Config
 from trainer.faults import ConfigFault, DataFault, Diverged, OutputFault, RunFault, Stopped
-from trainer.ranks import Ranks, no_sync, wrapped
+from trainer.interval import Interval
+from trainer.ranks import Ranks
 from trainer.record import SHARES, Silent
 from trainer.sources import open_sources, some
-from trainer.step import Micro, Outcome, Step
+from trainer.step import Micro, Outcome
 from trainer.validation import accuracy
 
 # What the ranks agree on before a step: the largest code wins.
@@ -45,130 +46,33 @@ class Run:
         self.mix = None
         if config.augment.mixup or config.augment.cutmix:
             self.mix = data.Mix(config, len(self.classes), self.order.micro)
-        self._check_steps()
-        torch.manual_seed(config.seed)  # the same first weights on every rank
-        ranks.all(self._build_models)
-        self.objective = ranks.all(lambda: losses.objective(config, ranks.size, _world(ranks))).to(self.device)
-        self.average = self._make_average()
-        if config.precision.compile:
-            self.student.compile()
-        self.model = wrapped(self.student, config, ranks)
-        if config.parallel.kind == "fsdp2":
-            if self.average is not None:
-                self.average.module = wrapped(self.average.module, config, ranks)
-            if list(self.objective.parameters()):
-                raise ConfigFault("parallel.kind=fsdp2 shards the student alone: a loss that learns weights needs ddp")
-        self.optimizer, self.rate = self._make_optimizer()
-        self.scheduler = self._make_scheduler()
-        self.scaler = self._make_scaler()
-        self.step = Step(
-            self.model, self.objective, self.optimizer, device=self.device, teacher=self.teacher,
-            autocast=self._autocast, scaler=self.scaler, clip_norm=config.optimizer.clip_norm, no_sync=no_sync,
-            reduce=ranks.mean,
-        )  # fmt: skip
+        limit = config.epochs * self.order.steps
+        self.total_steps = limit if config.steps is None else min(config.steps, limit)
+        self.parts = Parts(config, ranks, self.classes, self.order.steps)
+        self.model = self.parts.model
         self.epoch = self.steps = 0
         self.best = -1.0
         self.sums: dict[str, float] = {}  # of the epoch so far, on this rank
         self.faults: set[str] = set()  # training images that this rank could not read
         self.validation_faults: set[str] = set()
         self.signal: int | None = None
-        # Each rank draws its own dropout; from here on, as all ranks have made the same models.
-        torch.manual_seed(int(data.numpy_generator(config.seed, ranks.rank, 3).integers(2**62)))
+        data.seed_all(config.seed, ranks.rank, 0)  # each rank draws its own dropout, now that all have the same models
         if state is not None:
             assert path is not None
             self._restore(state, path)
-
-    # Parts
-
-    def _check_steps(self) -> None:
-        config, steps = self.config, self.order.steps
-        self.total_steps = config.epochs * steps if config.steps is None else min(config.steps, config.epochs * steps)
-        if config.schedule.warmup_epochs >= config.epochs:
-            raise ConfigFault(
-                f"schedule.warmup_epochs={config.schedule.warmup_epochs:g} must be less than epochs={config.epochs}"
-            )
-
-    def _build_models(self) -> None:
-        config = self.config
-        self.teacher: nn.Module | None = None
-        if config.loss.name != "ce":
-            self.teacher = models.teacher(config, self.classes, self.device)
-            torch.manual_seed(config.seed)  # the student's weights do not depend on the teacher
-        self.student = models.student(config, self.classes, self.device)
-        models.check_output(self.student, "student", config, len(self.classes), self.device)
-        if self.teacher is not None:
-            models.check_output(self.teacher, "teacher", config, len(self.classes), self.device)
-
-    def _make_average(self) -> Any:
-        if not self.config.ema.decay:
-            return None
-        from timm.utils import ModelEmaV3
-
-        return ModelEmaV3(self.student, decay=self.config.ema.decay, use_warmup=self.config.ema.warmup)
-
-    def _make_optimizer(self) -> tuple[torch.optim.Optimizer, float]:
-        from timm.optim import create_optimizer_v2, list_optimizers
-
-        section = self.config.optimizer
-        ratio = self.config.batch / section.base_batch
-        rate = section.rate * {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[section.scaling]
-        if section.name not in list_optimizers():
-            raise ConfigFault(
-                f"optimizer.name={section.name} is unknown to timm; it has {', '.join(list_optimizers())}"
-            )
-        options = {key: tuple(value) if isinstance(value, list) else value for key, value in section.options.items()}
-        try:
-            optimizer = create_optimizer_v2(
-                checkpoint.unwrapped(self.model), opt=section.name, lr=rate, weight_decay=section.weight_decay,
-                momentum=section.momentum, filter_bias_and_bn=not section.decay_norm_and_bias, **options,
-            )  # fmt: skip
-        except (TypeError, ValueError) as fault:
-            raise ConfigFault(f"optimizer: {section.name} refuses its options: {fault}") from None
-        if parameters := list(self.objective.parameters()):
-            optimizer.add_param_group({"params": parameters, "weight_decay": 0.0})
-        return optimizer, rate
-
-    def _make_scheduler(self) -> Any:
-        from timm.scheduler import create_scheduler_v2
-
-        section = self.config.schedule
-        scheduler, _ = create_scheduler_v2(
-            self.optimizer, sched=section.name, num_epochs=self.config.epochs, warmup_epochs=section.warmup_epochs,  # type: ignore[arg-type]
-            warmup_lr=section.warmup_rate, min_lr=section.min_rate, decay_epochs=section.decay_epochs,
-            decay_milestones=section.milestones, decay_rate=section.decay_rate, step_on_epochs=False,
-            updates_per_epoch=self.order.steps,
-        )  # fmt: skip
-        scheduler.step_update(0)
-        return scheduler
-
-    def _make_scaler(self) -> Any:
-        if self.config.precision.amp != "float16":
-            return None
-        if self.config.parallel.kind == "fsdp2":
-            raise ConfigFault(
-                "parallel.kind=fsdp2 with precision.amp=float16: a GradScaler sees one shard; take bfloat16"
-            )
-        return torch.amp.GradScaler(self.device.type)
-
-    def _autocast(self) -> contextlib.AbstractContextManager:
-        amp = self.config.precision.amp
-        if amp == "none":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=getattr(torch, amp))
 
     # Checkpoints
 
     def state(self, step_in_epoch: int) -> dict[str, Any]:
         """Everything that a resumed run needs. Every rank calls it."""
-        sharded = self.config.parallel.kind == "fsdp2"
-        average = None if self.average is None else self.average.module
+        average = self.parts.average_model
         own = {
             "random": checkpoint.random_state(self.device),
             "buffers": checkpoint.buffers(checkpoint.unwrapped(self.model)),
             "ema_buffers": checkpoint.buffers(average),
             "sums": dict(self.sums),
         }
-        scaler = None if self.scaler is None else self.scaler.state_dict()
+        scaler = None if self.parts.scaler is None else self.parts.scaler.state_dict()
         return {
             "kind": models.KIND,
             "schema": checkpoint.SCHEMA,
@@ -182,11 +86,9 @@ class Run:
             "faults": sorted(set().union(*self.ranks.gather(self.faults))),
             "model": checkpoint.model_state(self.model),
             "ema": None if average is None else checkpoint.model_state(average),
-            "optimizer": checkpoint.optimizer_state(self.model, self.optimizer),
-            "sharded": sharded,
-            "scheduler": self.scheduler.state_dict(),
+            "optimizer": checkpoint.optimizer_state(self.model, self.parts.optimizer),
             "scaler": scaler,
-            "loss": self.objective.state_dict(),
+            "loss": self.parts.objective.state_dict(),
             "ranks": self.ranks.gather(own),
         }
 
@@ -194,30 +96,29 @@ class Run:
         checkpoint.check_classes(state, self.classes, path)
         try:
             checkpoint.load_model_state(self.model, state["model"])
-            if self.average is not None and state["ema"] is not None:
-                checkpoint.load_model_state(self.average.module, state["ema"])
-            checkpoint.load_optimizer_state(self.model, self.optimizer, state["optimizer"])
-            self.objective.load_state_dict(state["loss"])
+            if self.parts.average is not None and state["ema"] is not None:
+                checkpoint.load_model_state(self.parts.average.module, state["ema"])
+            self.parts.load_optimizer(state["optimizer"])
+            self.parts.objective.load_state_dict(state["loss"])
         except (RuntimeError, KeyError, ValueError) as fault:
             lines = str(fault).splitlines()
             raise ConfigFault(
                 f"the checkpoint {path} is of another model, optimizer or loss: {' '.join(lines[:3])}"
             ) from None
-        self.scheduler.load_state_dict(state["scheduler"])
-        if self.scaler is not None and state["scaler"] is not None:
-            self.scaler.load_state_dict(state["scaler"])
+        if self.parts.scaler is not None and state["scaler"] is not None:
+            self.parts.scaler.load_state_dict(state["scaler"])
         self.epoch, self.order.first, self.steps = state["epoch"], state["step_in_epoch"], state["steps"]
+        self.parts.scheduler.step_update(self.steps)  # the rate is a function of the step alone
         self.best, self.faults = state["best"], set(state["faults"])
         same = len(state["ranks"]) == self.ranks.size
         own = state["ranks"][self.ranks.rank if same else 0]
         checkpoint.load_buffers(checkpoint.unwrapped(self.model), own["buffers"])
-        checkpoint.load_buffers(None if self.average is None else self.average.module, own["ema_buffers"])
+        checkpoint.load_buffers(self.parts.average_model, own["ema_buffers"])
         if same:
             checkpoint.set_random_state(own["random"], self.device)
             self.sums = dict(own["sums"])
         else:
-            words = (self.config.seed, self.ranks.rank, 3, self.steps)
-            torch.manual_seed(int(data.numpy_generator(*words).integers(2**62)))
+            data.seed_all(self.config.seed, self.ranks.rank, self.steps)
             total = {name: sum(each["sums"].get(name, 0.0) for each in state["ranks"]) for name in own["sums"]}
             self.sums = {name: value / self.ranks.size for name, value in total.items()}
 
@@ -251,7 +152,7 @@ class Run:
         self.signal = number
 
     def _make_cache(self, folder: Path) -> LogitCache | None:
-        if not self.config.teacher.cache or self.teacher is None:
+        if not self.config.teacher.cache or self.parts.teacher is None:
             return None
         return self.ranks.from_first(
             lambda: LogitCache.make(folder, self.config, len(self.training_source), len(self.classes))
@@ -259,19 +160,19 @@ class Run:
 
     def _report_start(self) -> None:
         config, ranks, record = self.config, self.ranks, self.record
-        student = sum(x.numel() for x in self.student.parameters())
-        teacher = {} if self.teacher is None else {"model": config.teacher.name}
-        if self.teacher is not None:
-            teacher["parameters"] = sum(x.numel() for x in self.teacher.parameters())
+        student = sum(x.numel() for x in self.parts.student.parameters())
+        teacher = {} if self.parts.teacher is None else {"model": config.teacher.name}
+        if self.parts.teacher is not None:
+            teacher["parameters"] = sum(x.numel() for x in self.parts.teacher.parameters())
         kinds = f"{ranks.size} rank{'s' * (ranks.size > 1)} ({config.parallel.kind}), {self.device.type}"
         record.line(
             f"{config.teacher.name or 'no teacher'} to {config.student.name} ({student / 1e6:.2f} M parameters), "
-            f"{config.loss.name}, {config.data.source}: {len(self.training_source)} images, {len(self.classes)} classes; "
-            f"{kinds}"
+            f"{config.loss.name}, {config.data.source}: {len(self.training_source)} images, {len(self.classes)} "
+            f"classes; {kinds}"
         )
         record.line(
-            f"{self.order.steps} steps an epoch of {config.batch} images, {self.total_steps} in all; {config.optimizer.name} "
-            f"at rate {self.rate:.6g} ({config.optimizer.scaling} scaling)"
+            f"{self.order.steps} steps an epoch of {config.batch} images, {self.total_steps} in all; "
+            f"{config.optimizer.name} at rate {self.parts.rate:.6g} ({config.optimizer.scaling} scaling)"
         )
         faults = [*self.training_source.faults, *(self.validation_source.faults if self.validation_source else ())]
         if faults:
@@ -280,11 +181,11 @@ class Run:
                 record.faults(faults)
         record.save(
             ranks=ranks.size, machine=machine.describe(self.device), config=settings.tree(config), teacher=teacher,
-            student={"model": config.student.name, "parameters": student}, rate=self.rate,
-            steps_an_epoch=self.order.steps, parts=list(self.objective.weights()),
+            student={"model": config.student.name, "parameters": student}, rate=self.parts.rate,
+            steps_an_epoch=self.order.steps, parts=list(self.parts.objective.weights()),
         )  # fmt: skip
-        if self.teacher is not None and self.validation is not None:
-            top1, top5, _ = self._validate(self.teacher)
+        if self.parts.teacher is not None and self.validation is not None:
+            top1, top5, _ = self._validate(self.parts.teacher)
             teacher |= {"accuracy": top1, "accuracy_top5": top5}
             record.line(f"teacher: {100 * top1:.2f} % of the validation images")
             if top1 < 2 / len(self.classes) and not config.teacher.allow_untrained:
@@ -298,17 +199,17 @@ class Run:
         config, first = self.config, self.order.first
         self.order.epoch = self.epoch
         self.model.train()
-        self.objective.train()
+        self.parts.objective.train()
         self.record.begin_epoch(self.epoch, self.order.steps, first)
-        self.interval = _Interval(self.step)
+        self.interval = Interval(self.parts.step)
         profiler = self._profiler() if self.epoch == 0 or first else contextlib.nullcontext()
         with profiler as profile:
             iterator = iter(batches)
             for number in range(first, self.order.steps):
                 micros = self._next(iterator, number)
-                self.objective.set_epoch(self.epoch + number / self.order.steps)
+                self.parts.objective.set_epoch(self.epoch + number / self.order.steps)
                 norms = config.loss.gradient_norms
-                outcome = self.step(micros, norms=bool(norms) and self.steps % norms == 0)
+                outcome = self.parts.step(micros, norms=bool(norms) and self.steps % norms == 0)
                 self._after_step(outcome, micros, number)
                 if profile is not None:
                     profile.step()
@@ -377,8 +278,8 @@ class Run:
         if cached is not None:
             cached = cached.to(self.device, cache_dtype, non_blocking=True)
         micro = Micro(images=images, target=target.to(self.device, non_blocking=True), teacher=cached)
-        if self.cache is not None and cached is None and self.teacher is not None:
-            logits = self.step.ask_teacher(micro)
+        if self.cache is not None and cached is None and self.parts.teacher is not None:
+            logits = self.parts.step.ask_teacher(micro)
             assert logits is not None
             micro.teacher = self.cache.put(self.epoch, batch.indices, logits.cpu()).to(self.device, cache_dtype)
         return micro
@@ -398,9 +299,9 @@ class Run:
 
     def _after_step(self, outcome: Outcome, micros: list[Micro], number: int) -> None:
         self.steps += 1
-        self.scheduler.step_update(self.steps)
-        if self.average is not None:
-            self.average.update(checkpoint.unwrapped(self.model), step=self.steps)
+        self.parts.scheduler.step_update(self.steps)
+        if self.parts.average is not None:
+            self.parts.average.update(checkpoint.unwrapped(self.model), step=self.steps)
         self.interval.add(outcome)
         self.record.advance(self.interval.text)
         if self.steps % self.config.log.every == 0:
@@ -433,14 +334,14 @@ class Run:
         self.sums["steps"] = self.sums.get("steps", 0.0) + count
         shares = {f"share_{name}": seconds.get(name, 0.0) / wall for name in SHARES}
         row = {"step": self.steps, "epoch": self.epoch + 1, **means}
-        row |= {f"weight_{name}": value for name, value in self.objective.weights().items()}
+        row |= {f"weight_{name}": value for name, value in self.parts.objective.weights().items()}
         row |= {
-            "rate": self.optimizer.param_groups[0]["lr"],
+            "rate": self.parts.optimizer.param_groups[0]["lr"],
             "images_per_s": count * self.config.batch / wall,
             **shares,
         }
-        if self.scaler is not None:
-            row["scale"] = self.scaler.get_scale()
+        if self.parts.scaler is not None:
+            row["scale"] = self.parts.scaler.get_scale()
         self.record.step(row)
         parts = "  ".join(f"{name} {value:.4g}" for name, value in means.items() if not name.startswith("norm_"))
         self.record.line(
@@ -448,7 +349,7 @@ class Run:
             f"loss {100 * shares['share_loss']:.1f} % of the time"
         )
         self.last_row = row
-        self.interval = _Interval(self.step)
+        self.interval = Interval(self.parts.step)
 
     def _end_epoch(self, number: int) -> None:
         """Validate and save. ``number``: steps of this epoch."""
@@ -481,10 +382,11 @@ class Run:
 
     def _validate_student(self, row: dict[str, Any]) -> bool:
         """Validate the student and its average; is either better than any before?"""
-        average = None if self.average is None else self.average.module
+        average = self.parts.average_model
         self.ranks.average_buffers(*(x for x in (checkpoint.unwrapped(self.model), average) if x is not None))
         row["accuracy"], row["accuracy_top5"], skipped = self._validate(self.model)
-        text = f"epoch {self.epoch + 1}: {100 * row['accuracy']:.2f} % of the validation images, top 5 {100 * row['accuracy_top5']:.2f} %"
+        top1, top5 = 100 * row["accuracy"], 100 * row["accuracy_top5"]
+        text = f"epoch {self.epoch + 1}: {top1:.2f} % of the validation images, top 5 {top5:.2f} %"
         if average is not None:
             row["ema_accuracy"], row["ema_accuracy_top5"], _ = self._validate(average)
             text += f"; average {100 * row['ema_accuracy']:.2f} %"
@@ -498,7 +400,7 @@ class Run:
 
     def _validate(self, model: nn.Module) -> tuple[float, float, int]:
         top1, top5, skipped, names, fatal = accuracy(
-            model, self.validation, self.config, len(self.classes), self.device, self._autocast
+            model, self.validation, self.config, len(self.classes), self.device, self.parts.autocast
         )
         self.record.faults([name for name in names if name not in self.validation_faults])
         self.validation_faults.update(names)
@@ -533,37 +435,3 @@ class Run:
 
         return profile(activities=activities, schedule=schedule(wait=4, warmup=1, active=active, repeat=1),
                        on_trace_ready=write)  # fmt: skip
-
-
-class _Interval:
-    """Sums over the steps between two lines, without waiting for the device."""
-
-    def __init__(self, step: Step):
-        self.watch = step.watch
-        self.watch.read()
-        self.steps, self.data, self.start = 0, 0.0, time.perf_counter()
-        self.sums: dict[str, Tensor] = {}
-        self.norms: dict[str, Tensor] = {}
-        self.last: dict[str, Tensor] = {}
-        self.text = ""
-
-    def add(self, outcome: Outcome) -> None:
-        self.steps += 1
-        self.last = outcome.parts
-        for name, value in {"loss": outcome.loss, **outcome.parts}.items():
-            self.sums[name] = value.double() if name not in self.sums else self.sums[name] + value
-        if outcome.norms:
-            self.norms = outcome.norms
-        if outcome.loss.device.type == "cpu":
-            self.text = f"loss {float(outcome.loss):.4g}"
-
-    def read(self) -> tuple[dict[str, float], dict[str, float], float]:
-        """Means by name, seconds by part, and the seconds in all."""
-        means = {name: float(value) / self.steps for name, value in self.sums.items()}
-        means |= {f"norm_{name}": float(value) for name, value in self.norms.items()}
-        seconds = self.watch.read() | {"data": self.data}
-        return means, seconds, max(time.perf_counter() - self.start, 1e-9)
-
-
-def _world(ranks: Ranks) -> Any:
-    return dist.group.WORLD if ranks.size > 1 else None

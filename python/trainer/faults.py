@@ -20,9 +20,9 @@ class Exit(IntEnum):
 
 EXIT_CODES = (
     "exit codes: 0 done; 1 the loss is not finite, or a rank failed; 2 the configuration, a model or a checkpoint does "
-    "not fit; 3 no CUDA device; 4 the run folder cannot be written; 5 images cannot be read; 75 stopped by SIGTERM with "
-    "a checkpoint saved: --resume goes on; 130 interrupted. Under torchrun the launcher's own code is 1 for all of "
-    "these but 0; results.json of the run folder has the rank's as `exit`."
+    "not fit; 3 no CUDA device; 4 the run folder cannot be written; 5 images cannot be read; 75 stopped by SIGTERM "
+    "with a checkpoint saved: --resume goes on; 130 interrupted. Under torchrun the launcher's own code is 1 for all "
+    "of these but 0; results.json of the run folder has the rank's as `exit`."
 )
 
 

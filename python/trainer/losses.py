@@ -56,8 +56,8 @@ def _construct(name: str, options: Options, group: Any) -> nn.Module:
         return make(**arguments)
     except NotImplementedError:
         raise ConfigFault(
-            f"{name} over the batch of all ranks is not in mcld_kernels {mcld_kernels.__version__}: loss.over=rank gives "
-            "each rank the loss of its own rows"
+            f"{name} over the batch of all ranks is not in mcld_kernels {mcld_kernels.__version__}: loss.over=rank "
+            "gives each rank the loss of its own rows"
         ) from None
     except (ValueError, TypeError) as fault:
         raise ConfigFault(f"loss.options of {name}: {fault}") from None
@@ -188,8 +188,8 @@ class Distillation(nn.Module):
             self.loss.eval()  # no step is counted
             norm(self.name, lambda leaf: self._distillation(leaf, teacher, target)[0])
             self.loss.train(training)
+        labels = (target,) if self.takes_target else ()
         for name, term in self.terms_alone.items():
-            labels = (target,) if self.takes_target else ()
             norm(name, lambda leaf, term=term: term(leaf, teacher, *labels))  # type: ignore[misc]
         return norms
 

@@ -81,7 +81,7 @@ def tiny_cnn(classes: int, channels: int, width: int = 8, dropout: float = 0.0) 
     )
 
 
-def tiny_bn(classes: int, channels: int, width: int = 8) -> nn.Module:
+def tiny_bn(classes: int, channels: int, width: int = 8, dropout: float = 0.0) -> nn.Module:
     """One convolution with batch normalization and global pooling: for trials."""
     return nn.Sequential(
         nn.Conv2d(channels, width, 3, 2, 1, bias=False),
@@ -89,6 +89,7 @@ def tiny_bn(classes: int, channels: int, width: int = 8) -> nn.Module:
         nn.ReLU(),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
+        nn.Dropout(dropout),
         nn.Linear(width, classes),
     )
 

@@ -279,7 +279,8 @@ def _reference_rows(kind: type, prefix: str) -> Iterator[str]:
             sections.append(field.name)
             continue
         default = field.default_factory() if field.default is dataclasses.MISSING else field.default  # type: ignore[misc]
-        yield f"| `{prefix}{field.name}` | {_shown(default)} | {field.metadata['doc']}{_limits(hints[field.name], field.metadata)} |"
+        limits = _limits(hints[field.name], field.metadata)
+        yield f"| `{prefix}{field.name}` | {_shown(default)} | {field.metadata['doc']}{limits} |"
     yield ""
     for name in sections:
         yield from _reference_rows(hints[name], f"{prefix}{name}.")

@@ -136,8 +136,8 @@ class Shards:
         return _decode(io.BytesIO(data), self.channels), label
 
     def name(self, index: int) -> str:
-        shard = int(self.table[index, 0])
-        return f"{self.paths[shard].name}, sample {index - int(self.blocks[np.searchsorted(self.blocks, index, 'right') - 1])}"
+        first = int(self.blocks[np.searchsorted(self.blocks, index, "right") - 1])
+        return f"{self.paths[int(self.table[index, 0])].name}, sample {index - first}"
 
 
 @functools.lru_cache(maxsize=64)

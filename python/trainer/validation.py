@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from trainer import vision
 from trainer.config import Config
 from trainer.data import PADDING
 
@@ -26,7 +27,8 @@ def accuracy(
 
     Every rank runs as many batches, so that a sharded model gathers its weights in step.
     """
-    from torchmetrics.classification import MulticlassAccuracy
+    vision.import_torchvision()
+    from torchmetrics.classification import MulticlassAccuracy  # imports torchvision
 
     tops = [
         MulticlassAccuracy(classes, top_k=k, average="micro", ignore_index=PADDING, validate_args=False).to(device)

@@ -40,5 +40,8 @@ def import_torchvision() -> ModuleType:
 import_torchvision()
 
 import timm  # noqa: E402 - timm imports torchvision
+import timm.optim  # noqa: E402
+import timm.scheduler  # noqa: E402
+import timm.utils  # noqa: E402
 
 __all__ = ["import_torchvision", "timm"]
