@@ -64,3 +64,60 @@ def test_a_run_killed_within_an_epoch_and_resumed_ends_bitwise_as_an_undisturbed
     rows = [(folder / "steps.csv").read_text().splitlines() for folder in (whole, killed)]
     steps = [[int(row.split(",")[0]) for row in table[1:]] for table in rows]
     assert steps[1] == sorted(set(steps[1]))  # no step stands twice in the log
+
+
+@pytest.mark.parametrize("loss", ["kd", "dkd"])
+def test_two_ranks_equal_one_process_at_the_same_global_batch(loss, tmp_path):
+    changes = {
+        "batch": 16, "steps": 20, "accumulate": 2, "ema": {"decay": 0.9},
+        "data": {"images": 160, "validation_images": 13}, "precision": {"dtype": "float64"}, "loss": {"name": loss},
+    }  # fmt: skip
+    config = write_config(tmp_path, **changes)
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert in_processes(1, ["--config", str(config), "--output", str(one)]) == [0]
+    assert in_processes(2, ["--config", str(config), "--output", str(two)]) == [0, 0]
+    states = [last_state(folder) for folder in (one, two)]
+    assert states[0]["steps"] == states[1]["steps"] == 20
+    for kind in ("model", "ema"):
+        for name, value in states[0][kind].items():
+            torch.testing.assert_close(states[1][kind][name], value, rtol=0, atol=1e-6)
+    rows = [results(folder)["last"] for folder in (one, two)]
+    for name in ("loss", "cross-entropy", "accuracy", "accuracy_top5", "ema_accuracy"):
+        assert rows[0][name] == pytest.approx(rows[1][name], abs=1e-9)
+
+
+def test_sigterm_saves_and_ends_every_rank_with_its_own_code(tmp_path):
+    config = write_config(tmp_path, checkpoint={"every_epochs": 0})
+    output = tmp_path / "out"
+    arguments = ["--config", str(config), "--output", str(output)]
+    # The last rank alone gets the signal; an epoch has 5 steps.
+    assert in_processes(2, arguments, signal_at=(3, signal.SIGTERM)) == [Exit.STOPPED] * 2
+    assert results(output)["state"] == "stopped" and results(output)["exit"] == Exit.STOPPED
+    state = last_state(output)
+    assert (state["steps"], state["epoch"], state["step_in_epoch"]) == (3, 0, 3)
+    assert "stopped by SIGTERM after step 3" in (output / "log.txt").read_text()
+    # One rank goes on with what two have begun, and says what that changes.
+    assert in_processes(1, [*arguments, "--resume"]) == [0]
+    log = (output / "log.txt").read_text()
+    assert "the checkpoint is of 2 ranks, and this is 1: every step sees the same images" in log
+    assert results(output)["state"] == "done" and results(output)["steps"] == 10
+
+
+def test_fsdp2_trains_and_resumes_as_ddp_does(tmp_path):
+    changes = {
+        "ema": {"decay": 0.9}, "precision": {"dtype": "float64"}, "optimizer": {"name": "adamw", "rate": 0.01},
+        "checkpoint": {"every_steps": 3, "every_epochs": 0},
+    }  # fmt: skip
+    states = []
+    for kind in ("ddp", "fsdp2"):
+        config = write_config(tmp_path / kind, parallel={"kind": kind}, **changes)
+        arguments = ["--config", str(config), "--output", str(tmp_path / kind / "out")]
+        if kind == "ddp":
+            assert in_processes(2, arguments) == [0, 0]
+        else:
+            assert in_processes(2, arguments, signal_at=(5, signal.SIGKILL)) == [-signal.SIGKILL] * 2
+            assert in_processes(2, [*arguments, "--resume"]) == [0, 0]
+        states.append(last_state(tmp_path / kind / "out"))
+    for part in ("model", "ema"):
+        for name, value in states[0][part].items():
+            torch.testing.assert_close(states[1][part][name], value, rtol=0, atol=1e-10)

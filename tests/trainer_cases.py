@@ -117,7 +117,7 @@ def free_port() -> int:
 
 # The server imports everything once; each rank is forked from it before any gradient was taken.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["trainer_cases", "trainer.program", "torchmetrics.classification"])
+_CONTEXT.set_forkserver_preload(["trainer_cases", "trainer.program", "torchmetrics.classification", "torch._dynamo", "distillation.data"])
 
 
 def in_processes(size: int, arguments: list[str], *, signal_at: tuple[int, int] | None = None) -> list[int | None]:
