@@ -202,10 +202,12 @@ def read(path: Path) -> dict[str, Any]:
         ConfigFault: it cannot be read, is cut off, or is another program's; the message names an earlier one.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        path.open("rb").close()
     except OSError as fault:
-        raise ConfigFault(f"the checkpoint {path} cannot be read: {fault.strerror or fault}") from None
-    except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError) as fault:
+        raise ConfigFault(f"the checkpoint {path} cannot be read: {fault.strerror}") from None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError) as fault:
         earlier = [other for other in newest_first(path.parent) if other.name < path.name]
         hint = f"; before it is {earlier[0]}: --resume {earlier[0]}" if earlier else "; there is none before it"
         reason = str(fault).partition("\n")[0]

@@ -326,7 +326,7 @@ class Run:
         totals = self.ranks.sum_floats([*means.values()])
         means = {name: value / self.ranks.size for name, value in zip(names, totals)}
         if not math.isfinite(means["loss"]):
-            self.bad_loss = self.bad_loss or f"the loss is {means['loss']} at step {self.steps}"
+            self.bad_loss = self.bad_loss or f"the loss is not finite at step {self.steps} or just before"
         count = self.interval.steps
         for name in means:
             if not name.startswith("norm_"):

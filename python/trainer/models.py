@@ -175,10 +175,12 @@ def read_weights(path: Path, key: str) -> dict[str, Any]:
         except Exception as fault:
             raise ConfigFault(f"{key}.checkpoint: {path} cannot be read: {fault}") from None
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        path.open("rb").close()
     except OSError as fault:
-        raise ConfigFault(f"{key}.checkpoint: {path} cannot be read: {fault.strerror or fault}") from None
-    except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError) as fault:
+        raise ConfigFault(f"{key}.checkpoint: {path} cannot be read: {fault.strerror}") from None
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError) as fault:
         reason = str(fault).partition("\n")[0]
         raise ConfigFault(f"{key}.checkpoint: {path} is cut off, or holds more than weights: {reason}") from None
     if isinstance(saved, dict) and saved.get("kind") == KIND:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import math
@@ -63,6 +64,7 @@ def load(path: Path, overrides: Iterable[str] = (), loss_options: Iterable[str] 
 
 def override(tree: dict[str, Any], overrides: Iterable[str], loss_options: Iterable[str], where: str) -> Config:
     """The settings of a plain tree with overrides; raises ConfigFault as `load` does."""
+    tree = copy.deepcopy(tree)
     for text in overrides:
         _override(tree, text, "--set")
     for text in loss_options:
