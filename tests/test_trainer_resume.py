@@ -4,7 +4,7 @@ import signal
 
 import pytest
 import torch
-from trainer_cases import in_processes, last_state, results, run, write_config
+from trainer_cases import in_processes, last_state, results, write_config
 
 from trainer.faults import Exit  # isort: skip
 

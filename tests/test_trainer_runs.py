@@ -55,7 +55,9 @@ class TestImagesOnDisk:
         left = results(tmp_path / "out")
         assert left["state"] == "done" and left["steps"] == 24 and left["faulty"] == 3
         named = (tmp_path / "out" / "faults.txt").read_text().splitlines()
-        assert sorted(line.partition(":")[0] for line in named) == [f"class-0/{x}.jpg" for x in ("cut", "empty", "text")]
+        assert sorted(line.partition(":")[0] for line in named) == [
+            f"class-0/{x}.jpg" for x in ("cut", "empty", "text")
+        ]
         assert 0 <= left["last"]["accuracy"] <= 1
         assert "3 images could not be read: class-0/cut.jpg" in (tmp_path / "out" / "log.txt").read_text()
         if workers:  # the weights do not depend on who reads the images

@@ -19,8 +19,9 @@ import yaml
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT / "python") not in sys.path:
-    sys.path.append(str(ROOT / "python"))
+for _folder in (ROOT, ROOT / "python"):
+    if str(_folder) not in sys.path:
+        sys.path.append(str(_folder))
 
 SMALL = {
     "epochs": 2,
@@ -117,7 +118,9 @@ def free_port() -> int:
 
 # The server imports everything once; each rank is forked from it before any gradient was taken.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["trainer_cases", "trainer.program", "torchmetrics.classification", "torch._dynamo", "distillation.data"])
+_CONTEXT.set_forkserver_preload(
+    ["trainer_cases", "trainer.program", "torchmetrics.classification", "torch._dynamo", "distillation.data"]
+)
 
 
 def in_processes(size: int, arguments: list[str], *, signal_at: tuple[int, int] | None = None) -> list[int | None]:

@@ -69,7 +69,8 @@ class Parts:
     def _make_average(self) -> Any:
         if not self.config.ema.decay:
             return None
-        return vision.timm.utils.ModelEmaV3(self.student, decay=self.config.ema.decay, use_warmup=self.config.ema.warmup)
+        section = self.config.ema
+        return vision.timm.utils.ModelEmaV3(self.student, decay=section.decay, use_warmup=section.warmup)
 
     def _check_sharded(self) -> None:
         if self.average is not None:

@@ -90,8 +90,8 @@ def transform(augment: Augment, data: Data, training: bool) -> Callable[[Any], T
         return create_transform(
             (data.channels, data.image_size, data.image_size),
             is_training=True,
-            scale=tuple(augment.scale),
-            ratio=tuple(augment.ratio),
+            scale=(augment.scale[0], augment.scale[1]),
+            ratio=(augment.ratio[0], augment.ratio[1]),
             hflip=augment.flip,
             color_jitter=augment.color_jitter or None,
             auto_augment=augment.auto_augment or None,

@@ -276,7 +276,7 @@ def teacher(config: Config, classes: tuple[str, ...], device: torch.device) -> n
 
 def _placed(model: nn.Module, device: torch.device, dtype: torch.dtype, config: Config) -> nn.Module:
     memory = torch.channels_last if config.precision.channels_last else torch.preserve_format
-    return model.to(device=device, dtype=dtype, memory_format=memory)
+    return model.to(device=device, dtype=dtype, memory_format=memory)  # type: ignore[call-overload]
 
 
 @torch.no_grad()

@@ -280,7 +280,7 @@ def _reference_rows(kind: type, prefix: str) -> Iterator[str]:
         if dataclasses.is_dataclass(hints[field.name]):
             sections.append(field.name)
             continue
-        default = field.default_factory() if field.default is dataclasses.MISSING else field.default  # type: ignore[misc]
+        default = field.default_factory() if field.default is dataclasses.MISSING else field.default  # type: ignore[operator, misc]
         limits = _limits(hints[field.name], field.metadata)
         yield f"| `{prefix}{field.name}` | {_shown(default)} | {field.metadata['doc']}{limits} |"
     yield ""

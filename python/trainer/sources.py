@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,20 +31,22 @@ READ_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.er
 SHOWN = 5  # names in a message
 
 
-class Source(Protocol):
+class Source:
     """Images by index."""
 
     classes: tuple[str, ...]  # names, in the order of the labels
-    blocks: np.ndarray | None  # first index of each shard: files that are best read from end to end
+    blocks: np.ndarray | None = None  # first index of each shard: files that are best read from end to end
     faults: list[str]  # what was left out when the source was opened
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        raise NotImplementedError
 
-    def read(self, index: int) -> tuple[Image.Image | Tensor, int]:
-        """Image and label. Raises one of READ_ERRORS."""
-        ...
+    def read(self, index: int) -> tuple[Any, int]:
+        """Image (PIL's, or a tensor) and label. Raises one of READ_ERRORS."""
+        raise NotImplementedError
 
-    def name(self, index: int) -> str: ...
+    def name(self, index: int) -> str:
+        raise NotImplementedError
 
 
 def some(names: Sequence[str]) -> str:
@@ -58,10 +60,8 @@ def _decode(stream: io.IOBase | Path, channels: int) -> Image.Image:
         return image.convert("L" if channels == 1 else "RGB")
 
 
-class Folder:
+class Folder(Source):
     """ROOT/CLASS/*.jpg and so on, as torchvision's ImageFolder finds them."""
-
-    blocks = None
 
     def __init__(self, root: Path, channels: int, classes: tuple[str, ...] | None = None):
         vision.import_torchvision()
@@ -69,7 +69,8 @@ class Folder:
 
         if not root.is_dir():
             raise DataFault(f"there is no folder {root}")
-        self.root, self.channels, self.faults = root, channels, []
+        self.root, self.channels = root, channels
+        self.faults = []
         found = tuple(sorted(entry.name for entry in root.iterdir() if entry.is_dir()))
         if not found:
             raise DataFault(f"{root} has no folder of a class: one a class, with its images, is wanted")
@@ -98,7 +99,7 @@ class Folder:
         return str(Path(self.samples[index][0]).relative_to(self.root))
 
 
-class Shards:
+class Shards(Source):
     """Tar files in WebDataset's format, samples of KEY.jpg (png, webp, ...) and KEY.cls, uncompressed, on disk."""
 
     IMAGES = ("jpg", "jpeg", "png", "ppm", "webp", "bmp", "tif", "tiff")
@@ -193,10 +194,8 @@ def _scan(path: Path) -> tuple[list[tuple[int, int, int, int]], str]:
     return rows, fault
 
 
-class Digits:
+class Digits(Source):
     """scikit-learn's handwritten digits, 8 x 8, as grey images."""
-
-    blocks = None
 
     def __init__(self, training: bool):
         from distillation.data import digits
@@ -209,7 +208,8 @@ class Digits:
             pixels, labels = splits.validation.tensors  # type: ignore[attr-defined]
         self.images = (pixels[:, 0] * 255).round().to(torch.uint8).numpy()
         self.labels = labels.tolist()
-        self.classes, self.faults = tuple(str(digit) for digit in range(splits.classes)), []
+        self.classes = tuple(str(digit) for digit in range(splits.classes))
+        self.faults = []
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -221,10 +221,8 @@ class Digits:
         return f"digit {index}"
 
 
-class Cifar100:
+class Cifar100(Source):
     """CIFAR-100 as torchvision reads it; it is not downloaded."""
-
-    blocks = None
 
     def __init__(self, root: Path, training: bool):
         vision.import_torchvision()
@@ -234,7 +232,8 @@ class Cifar100:
             self.data = CIFAR100(str(root), train=training, download=False)
         except RuntimeError as fault:
             raise DataFault(f"no CIFAR-100 (cifar-100-python) in {root}: {fault}") from None
-        self.classes, self.faults = tuple(self.data.classes), []
+        self.classes = tuple(self.data.classes)
+        self.faults = []
 
     def __len__(self) -> int:
         return len(self.data)
@@ -246,14 +245,14 @@ class Cifar100:
         return f"image {index}"
 
 
-class Synthetic:
+class Synthetic(Source):
     """Noise with labels in turn. A few images are drawn once, so that reading costs nothing."""
 
-    blocks = None
     DISTINCT = 64
 
     def __init__(self, images: int, classes: int, channels: int, size: int):
-        self.length, self.classes, self.faults = images, tuple(str(label) for label in range(classes)), []
+        self.length, self.classes = images, tuple(str(label) for label in range(classes))
+        self.faults = []
         generator = torch.Generator().manual_seed(0)
         self.pool = torch.randn(min(images, self.DISTINCT), channels, size, size, generator=generator)
 
