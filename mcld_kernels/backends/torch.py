@@ -22,6 +22,7 @@ from ..kernels import (
     LossInputs,
     LossOutputs,
     NegativeSums,
+    SelfContrast,
     UnitRows,
     slices,
 )
@@ -29,6 +30,7 @@ from ..options import float32_precision
 from . import torch_info_nce, torch_low_latency
 from .chunks import chunk_bytes
 from .torch_low_latency import LowLatencyTuning
+from .torch_self_contrast import TorchSelfContrast
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +63,9 @@ class TorchKernels(KernelSet):
     def contrast(self, args: ContrastArgs) -> _TorchContrast:
         without_shift = args.is_bounded and self.can_reverse(args.anchors.rows.dtype, args.temperature)
         return _TorchContrast(args, self.tuning.chunk_bytes, without_shift)
+
+    def self_contrast(self, unit: UnitRows, temperature: float, with_grad: bool) -> SelfContrast:
+        return TorchSelfContrast(unit, temperature, self.tuning.chunk_bytes)
 
     def mcld_low_latency(self, inputs: LossInputs) -> Callable[[LossInputs], LossOutputs] | None:
         if self.operand_dtype(inputs.dtype) != inputs.student.dtype:
@@ -124,6 +129,7 @@ class _TorchContrast:
         _add_mm(self.candidate_product, self.exponentials.T, x * factor[:, None].to(x.dtype), peak)
 
     def sums(self) -> ContrastSums:
+        self.exponentials = self.exponentials.new_empty(0)  # the last chunk's are not needed any more
         if self.reverse_sum is None:
             return ContrastSums(candidate_product=self.candidate_product)
         total = self.reverse_sum
