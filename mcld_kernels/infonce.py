@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from .kernels import (
+    AnchorPassArgs,
     AnchorTerms,
     Contrast,
     ContrastArgs,
@@ -95,7 +96,6 @@ def contrast(
     reverse: the candidates as anchors, where both directions come from one set of exponentials.
     """
     side = anchors.side
-    forward_terms, means = _anchor_terms(kernels, anchors, candidates, temperature, offset)
     mask = None
     if mask_same_class:
         assert side.labels is not None and candidates.labels is not None
@@ -110,6 +110,9 @@ def contrast(
         candidate_grad=candidates.grad.needed,
         reverse=reverse is not None,
     )
+    if _anchor_pass(kernels, args, anchors, candidates):
+        return
+    forward_terms, means = _anchor_terms(kernels, anchors, candidates, temperature, offset)
     pass_ = kernels.contrast(args)
     partner = []
     for sums in pass_.chunks():
@@ -139,15 +142,44 @@ def contrast(
         _finish(kernels, pass_, args, anchors, candidates, partner, reverse)
 
 
+def _anchor_pass(kernels: KernelSet, args: ContrastArgs, anchors: Anchors, candidates: Side) -> bool:
+    """Compute the contrast by `KernelSet.anchor_pass`; False, with nothing done, where there is none for it."""
+    grad = anchors.side.grad
+    if not grad.needed or args.candidate_grad or args.reverse:
+        return False
+    out = grad.view(anchors.side.transposed)
+    compute = kernels.anchor_pass(args, out)
+    if compute is None:
+        return False
+    means, class_index = _class_means(kernels, anchors, candidates)
+    compute(
+        AnchorPassArgs(
+            weights=anchors.weights,
+            per_anchor=anchors.per_anchor,
+            out=out,
+            class_means=means,
+            class_index=class_index,
+            accumulate=grad.is_written,
+        )
+    )
+    grad.is_written = True
+    return True
+
+
+def _class_means(kernels: KernelSet, anchors: Anchors, candidates: Side) -> tuple[Tensor | None, Tensor | None]:
+    """For a term with label positives: class means of the candidates, and the row of each anchor's class."""
+    if all(weight.positives != "label" for weight in anchors.weights):
+        return None, None
+    labels = anchors.side.labels
+    assert labels is not None and candidates.labels is not None
+    return kernels.class_means(candidates.unit, candidates.labels, candidates.labels.counts), labels.class_index
+
+
 def _anchor_terms(
     kernels: KernelSet, anchors: Anchors, candidates: Side, temperature: float, offset: int
 ) -> tuple[AnchorTerms, Tensor | None]:
     """The anchors' positives, and the class means of the candidates if a term has label positives."""
-    labels, means, class_index = anchors.side.labels, None, None
-    if any(weight.positives == "label" for weight in anchors.weights):
-        assert labels is not None and candidates.labels is not None
-        means = kernels.class_means(candidates.unit, candidates.labels, candidates.labels.counts)
-        class_index = labels.class_index
+    means, class_index = _class_means(kernels, anchors, candidates)
     positive, label_positive = kernels.positive_cosines(anchors.side.unit, candidates.unit, offset, means, class_index)
     terms = AnchorTerms(
         positive=positive,

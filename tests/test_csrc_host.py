@@ -141,7 +141,8 @@ def test_splits_by_shape(module):
 def test_splits_of_flash(splits, temperature, poison):
     with backends.tuned(**PATHS["flash"], max_flash_splits=splits):
         for direction in ("student", "teacher"):
-            check("random", 330, 20, torch.bfloat16, direction=direction, temperature=temperature)
+            # 5 tiles of candidates: parts of 2 and 3, and of one
+            check("random", 290, 20, torch.bfloat16, direction=direction, temperature=temperature)
 
 
 LOW_LATENCY_OPTIONS = {

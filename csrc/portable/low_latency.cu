@@ -43,7 +43,7 @@ template <Precision kPrecision> void launch_similarity(const LowLatency& p, cuda
     const int64_t tiles = padded_rows(p.matrices.item[i].n) / kLowLatencyTile;
     blocks += tiles * tiles;
   }
-  if (p.counts) blocks += p.num_classes * tiles_of(p.matrices.item[0].pitch, Kernel::kThreads * 4);
+  if (p.counts) blocks += p.batch;  // the class means
   launch(low_latency_similarity_kernel<kPrecision>, "launch of low_latency_similarity", dim3(unsigned(blocks)), Kernel::kThreads,
          Kernel::kSharedBytes, stream, p);
 }
