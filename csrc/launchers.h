@@ -291,6 +291,7 @@ struct LowLatency {
   int64_t batch, num_classes;
   float eps;
   bool present_only, mask_same_class;
+  bool dependent;  // launches may begin while the one before ends
   List<LowLatencyMatrix, 3> matrices;
   int64_t* key;                // (batch,) the class, or a negative number that equals no other where ignored
   float *num_valid, *poison;   // () rows with a class; 1, or NaN if a label is out of range
@@ -299,7 +300,7 @@ struct LowLatency {
   float *loss, *terms;         // (), (3,)
   void* gradient;              // (batch, num_classes) contiguous, or null
   MCLD_FIELDS(student, teacher, student_strides, teacher_strides, target, ignore_index, weight, term_weight, batch,
-              num_classes, eps, present_only, mask_same_class, matrices, key, num_valid, poison, counts, class_means, loss,
+              num_classes, eps, present_only, mask_same_class, dependent, matrices, key, num_valid, poison, counts, class_means, loss,
               terms, gradient)
 };
 void low_latency(const LowLatency&, Type logits, Type gradient, Precision, cudaStream_t);

@@ -411,6 +411,7 @@ def low_latency(
     eps: float,
     present_only: bool,
     mask_same_class: bool,
+    dependent: bool,
     matrices: Sequence[LowLatencyMatrix],
     key: int,
     num_valid: int,

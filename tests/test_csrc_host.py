@@ -171,6 +171,13 @@ def test_low_latency_options(takes_low_latency, batch, classes, dtype, options, 
     check("random", batch, classes, dtype, ignored=0.2, **options)
 
 
+@pytest.mark.parametrize("direction", ["student", "symmetric"])
+def test_low_latency_launches_await_the_one_before(takes_low_latency, direction, poison):
+    """The emulation stops where a dependent launch touches global memory before it has awaited the one before."""
+    with backends.tuned(dependent_launches=True):
+        check("random", 65, 130, torch.bfloat16, direction=direction, ignored=0.2)
+
+
 def test_teacher_anchors_in_fp16_do_not_take_the_low_latency_path(monkeypatch):
     """Their coefficients have no range in fp16."""
     monkeypatch.setattr(low_latency, "evaluate", None)

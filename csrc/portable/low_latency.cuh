@@ -41,6 +41,7 @@ MCLD_HOST_DEVICE Normalize matrix_side(const LowLatency& p, const LowLatencyMatr
 
 // Block x: 8 rows of a matrix, or 32 columns; the last one: the labels. Block y: student, teacher.
 template <class In, class Out, int kWidth> MCLD_KERNEL(kLowLatencyThreads, 2) low_latency_normalize_kernel(MCLD_PARAMETERS(LowLatency) p) {
+  let_launch_after_begin();
   int64_t block = block_index();
   float* shared = reinterpret_cast<float*>(shared_memory());
   for (int i = 0; i < p.matrices.count; ++i) {
@@ -139,6 +140,7 @@ template <class T, int kThreads> MCLD_DEVICE void class_mean(const LowLatency& p
 template <Precision kPrecision>
 MCLD_KERNEL(SimilarityTile<kPrecision, kLowLatencyTile>::kThreads, SimilarityTile<kPrecision, kLowLatencyTile>::kBlocks)
 low_latency_similarity_kernel(MCLD_PARAMETERS(LowLatency) p) {
+  await_launch_before();
   using Kernel = SimilarityTile<kPrecision, kLowLatencyTile>;
   int64_t block = block_index();
   for (int i = 0; i < p.matrices.count; ++i) {
@@ -168,6 +170,7 @@ MCLD_HOST_DEVICE int product_count(const LowLatencyMatrix& q) { return (q.produc
 template <Precision kPrecision>
 MCLD_KERNEL(ProductTile<kPrecision, kLowLatencyTile, false>::kThreads, ProductTile<kPrecision, kLowLatencyTile, false>::kBlocks)
 low_latency_product_kernel(MCLD_PARAMETERS(LowLatency) p) {
+  await_launch_before();
   int64_t block = block_index();
   for (int i = 0; i < p.matrices.count; ++i) {
     const LowLatencyMatrix& q = p.matrices.item[i];
@@ -260,6 +263,7 @@ template <class T> MCLD_DEVICE void weigh_teacher(const LowLatencyMatrix& q, int
 
 // kTeacherAnchors: there are teacher anchors, and the products are not yet computed.
 template <class T, bool kTeacherAnchors> MCLD_KERNEL(kLowLatencyThreads) low_latency_loss_kernel(MCLD_PARAMETERS(LowLatency) p) {
+  await_launch_before();
   int64_t row = int64_t(block_index()) * kLowLatencyWarps + thread_index() / kWarp;
   const int lane = thread_index() % kWarp;
   const int which = matrix_of(p, row);
@@ -326,6 +330,7 @@ template <class T, bool kTeacherAnchors> MCLD_KERNEL(kLowLatencyThreads) low_lat
 
 // One warp a row.
 template <class T> MCLD_KERNEL(kLowLatencyThreads) low_latency_projection_kernel(MCLD_PARAMETERS(LowLatency) p) {
+  await_launch_before();
   int64_t row = int64_t(block_index()) * kLowLatencyWarps + thread_index() / kWarp;
   const int which = matrix_of(p, row);
   if (which == p.matrices.count || row >= p.matrices.item[which].n) return;
@@ -345,6 +350,7 @@ MCLD_DEVICE float term_sum(const float* per_anchor, int64_t n, LowLatencySum::St
 
 // Block 0: the loss; the others: 32 x 32 of the gradient.
 template <class T, class Out> MCLD_KERNEL(kLowLatencyThreads) low_latency_outputs_kernel(MCLD_PARAMETERS(LowLatency) p) {
+  await_launch_before();
   float* shared = reinterpret_cast<float*>(shared_memory());  // (32, 33)
   if (block_index() == 0) {
     // A term has one matrix, so no two sums share a storage.

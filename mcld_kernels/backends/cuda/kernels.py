@@ -91,7 +91,12 @@ class CudaKernels(KernelSet):
         operand_dtype = self.operand_dtype(inputs.dtype)
         if not low_latency.is_supported(inputs, operand_dtype, self.tuning.low_latency_limit):
             return None
-        return partial(low_latency.evaluate, launch=self.launch, operand_dtype=operand_dtype)
+        return partial(
+            low_latency.evaluate,
+            launch=self.launch,
+            operand_dtype=operand_dtype,
+            dependent=self.tuning.dependent_launches,
+        )
 
     def l2_normalize(self, x: Tensor, operand_dtype: torch.dtype, eps: float) -> UnitRows:
         launch, (n, d) = self.launch, x.shape

@@ -32,6 +32,8 @@ class CudaTuning(Tuning):
     hopper: bool  # take the Hopper kernels where they can run
     library_product: bool | None = None  # take the library's GEMM for product 2; None: `takes_library_product`
     low_latency_limit: int  # rows and classes up to which the low-latency path is taken; the kernels' own at most
+    # Launches of the low-latency path begin while the one before ends: to be decided by a clock (bench/NOTES.md).
+    dependent_launches: bool = False
     flash_row_bytes: int  # rows of operands up to which flash is taken; the kernels' own at most
 
     one_epilogue: bool = True  # all that follows product 2 in one launch, where it can be
