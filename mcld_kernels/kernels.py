@@ -220,6 +220,10 @@ class KernelSet:
         """True if `contrast` can give both directions from one set of exponentials."""
         return operand_dtype != torch.float16 and has_fixed_shift(operand_dtype, temperature)
 
+    def operand_shape(self, n: int, d: int, operand_dtype: torch.dtype) -> tuple[int, int]:
+        """The shape of `UnitRows.rows` for n rows of d."""
+        return n, d
+
     def contrast(self, args: ContrastArgs) -> Contrast:
         """Begin a contrast."""
         raise NotImplementedError

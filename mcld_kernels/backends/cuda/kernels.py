@@ -59,6 +59,9 @@ class CudaKernels(KernelSet):
             return None
         return partial(low_latency.evaluate, launch=self.launch, operand_dtype=operand_dtype)
 
+    def operand_shape(self, n: int, d: int, operand_dtype: torch.dtype) -> tuple[int, int]:
+        return self.launch.padded_rows(n), self.launch.pitch(d)
+
     def l2_normalize(self, x: Tensor, operand_dtype: torch.dtype, eps: float) -> UnitRows:
         launch, (n, d) = self.launch, x.shape
         rows = torch.empty(launch.padded_rows(n), launch.pitch(d), dtype=operand_dtype, device=x.device)

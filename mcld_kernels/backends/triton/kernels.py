@@ -18,7 +18,8 @@ from ...kernels import (
 from ...labels import Labels
 from ...options import float32_precision
 from . import class_means, flash, grad_epilogue, labels, loss_epilogue, normalize, reduce_terms, similarity
-from .configs import Configs, TritonTuning
+from .common import round_up
+from .configs import ROWS, Configs, TritonTuning
 
 
 class TritonKernels(KernelSet):
@@ -29,6 +30,9 @@ class TritonKernels(KernelSet):
     def operand_dtype(self, dtype: torch.dtype) -> torch.dtype:
         medium = dtype == torch.float32 and float32_precision() == "medium"
         return torch.bfloat16 if medium else dtype
+
+    def operand_shape(self, n: int, d: int, operand_dtype: torch.dtype) -> tuple[int, int]:
+        return round_up(n, ROWS), self.configs.pitch(d, operand_dtype)
 
     def l2_normalize(self, x: Tensor, operand_dtype: torch.dtype, eps: float) -> UnitRows:
         return normalize.l2_normalize(x, operand_dtype, eps, self.configs)
