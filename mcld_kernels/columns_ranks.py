@@ -1,8 +1,8 @@
 """InfoNCE of the columns of logits over ranks: their norms and cosines are all-reduced, all else is local.
 
-A column is as long as the global batch. Every rank computes all anchors from the sums of (C, C) cosines, and the gradient
-by its own rows from the same sums: with W the weights of the candidates' columns, dL/du_k = sum_l W_kl v_l row by row,
-and the projection needs dL/du_k . u_k = sum_l W_kl u_k . v_l, of cosines that are there already.
+A column is as long as the global batch. Every rank computes all anchors from the summed (C, C) cosines, and so the
+gradient by its own rows: with W the weights of the candidates' columns, dL/du_k = sum_l W_kl v_l, row by row, and the
+projection needs dL/du_k . u_k = sum_l W_kl u_k . v_l, of cosines that are there already.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 r"""InfoNCE over ranks: this rank's anchors against the candidates of all ranks, and the other way round.
 
 Every rank holds its own rows of two sides: the *local* side stays, the *remote* side is gathered, or travels around the
-ranks by blocks (`RemoteSide`). B rows in all, b of them here. Notation as in `infonce`. All sums run over negatives, and
-a sum over parts of them is again a log-sum-exp with a normalized product, so that blocks and ranks add up.
+ranks by blocks (`RemoteSide`). B rows in all, b of them here. Notation as in `infonce`. All sums run over negatives; a
+sum over parts of them is again a log-sum-exp with a normalized product, so that blocks and ranks add up.
 
 Local anchors need no communication but the remote rows. A remote anchor j meets the local candidates of every rank:
 its sum over them is an all-reduce of (B,) numbers, and with it the gradient by the local candidates is local,

@@ -46,7 +46,7 @@ class _Call(NamedTuple):
     @classmethod
     def of(cls, *args: Any) -> _Call:
         """The call from the arguments of an autograd Function: those up to teacher_grad, ranks, further tensors."""
-        return cls(*args[:9], None, args[10:], args[9])
+        return cls._make((*args[:9], None, args[10:], args[9]))
 
 
 class LossOperator:
@@ -170,21 +170,7 @@ class LossOperator:
         fields = [tuple(field) if isinstance(field, list) else field for field in rest[:count]]
         extra = (*rest[count + 3 :], *[None] * (len(self._extra) - (len(rest) - count - 3)))
         options, choices = self._options_type(*fields), rest[count : count + 3]
-        backend, student_grad, teacher_grad = choices
-        return _Call(
-            self.name,
-            student,
-            teacher,
-            target,
-            weight,
-            options,
-            backend,
-            student_grad,
-            teacher_grad,
-            None,
-            extra,
-            ranks,
-        )
+        return _Call._make((self.name, student, teacher, target, weight, options, *choices, None, extra, ranks))
 
     def _implementation(self, *args: Any) -> Outputs:
         return self.run(self._call(*args))

@@ -125,10 +125,10 @@ class _RankComposition:
                 factor = self._poisoned(labels.mean_factor)
                 weights.append(self._term_weight(SAMPLE, self.ranks.count / directions, factor, labels.valid))
                 continue
-            masked = self.options.mask_same_class and labels is not None
-            factor = self._poisoned(labels.poison) if masked and labels is not None else self.poison
+            masked = labels is not None and self.options.mask_same_class
+            poison = self._poisoned(labels.poison) if masked else self.poison  # type: ignore[union-attr]
             constant = self.ranks.count / (self.ranks.total * directions)
-            weights.append(self._term_weight(INSTANCE, constant, factor))
+            weights.append(self._term_weight(INSTANCE, constant, poison))
         return Anchors(side=side, weights=tuple(weights), per_anchor=self._per_anchor(tuple(weights)))
 
     def _poisoned(self, factor: Tensor) -> Tensor:
