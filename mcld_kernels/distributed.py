@@ -350,7 +350,7 @@ def join(options: RanksOptions, rows: int, facts: Mapping[str, Any], device: tor
     text = json.dumps(known | {"rows": rows} if options.even else known, default=str)
     integers = (_AGREED, rows, *_digest(text))
     where = _exchange_device(group, options.even, device)
-    if where.type != "cpu" and options.even:
+    if not _is_read(options.even, where):
         mine = _integers_on(where, integers)
         everything = mine.new_empty(count * _INTEGERS)
         _exchange(group, everything, mine)
@@ -388,7 +388,7 @@ def report(options: RanksOptions | None, error: Exception) -> None:
     mine = torch.tensor((_REFUSED, 0, 0, 0), dtype=torch.int64, device=where)
     everything = mine.new_empty(count * _INTEGERS)
     _exchange(group, everything, mine)
-    if where.type == "cpu" or not options.even:
+    if _is_read(options.even, where):
         _exchange_texts(group, f"{type(error).__name__}: {error}", where)
 
 
@@ -404,6 +404,11 @@ def _exchange_device(group: dist.ProcessGroup, even: bool, device: torch.device)
         return cpu
     is_gloo_alone = dist.get_backend(group) == "gloo"
     return cpu if is_gloo_alone or (not even and cpu in group._device_types) else device
+
+
+def _is_read(even: bool, device: torch.device) -> bool:
+    """True where an exchange on the device is read on the host."""
+    return device.type == "cpu" or not even
 
 
 def _exchange_texts(group: dist.ProcessGroup, text: str, device: torch.device) -> list[str]:

@@ -1,0 +1,210 @@
+"""The loss over ranks with the rest of PyTorch: DDP, FSDP2, checkpointing, compile, derivatives, pickling."""
+
+import copy
+import pickle
+import re
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import labels, logits
+from test_distributed import OPTIONS, arguments, mean_over_ranks, one_process, part, problem
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import mcld_kernels
+from mcld_kernels import MCLDLoss, distributed
+
+
+def model(classes, seed=0, width=5):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(width, 8), nn.Tanh(), nn.Linear(8, classes)).double()
+
+
+def batch(rows, classes, width=5, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(rows, width, generator=generator, dtype=torch.float64)
+    return images, logits("random", rows, classes, seed=seed)[1], labels(rows, classes, seed)
+
+
+def gradients(network):
+    return [parameter.grad for parameter in network.parameters()]
+
+
+def close(got, want):
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+def data_parallel(group):
+    sizes, classes = (6, 3), 7
+    single, ranked = model(classes), DistributedDataParallel(model(classes), process_group=group)
+    criterion, alone = MCLDLoss(direction="symmetric", process_group=group), MCLDLoss(direction="symmetric")
+    steps = [batch(sum(sizes), classes, seed=seed) for seed in range(2)]
+    for whole in steps:
+        images, teacher, target = whole
+        alone(single(images), teacher, target).backward()
+    with ranked.no_sync():
+        images, teacher, target = (part(x, sizes, group) for x in steps[0])
+        criterion(ranked(images), teacher, target).backward()
+    images, teacher, target = (part(x, sizes, group) for x in steps[1])
+    criterion(ranked(images), teacher, target).backward()
+    close(gradients(ranked), gradients(single))
+
+
+def test_distributed_data_parallel_with_accumulation_under_no_sync(pool):
+    pool.run(data_parallel, ranks=2)
+
+
+def sharded(group):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    # Two meshes of data-parallel ranks: a sub-group of the four for each.
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "dp"))
+    sizes, classes, member = (6, 2), 7, mesh.get_local_rank("dp")
+    single, ranked = model(classes), model(classes)
+    fully_shard(ranked, mesh=mesh["dp"])
+    criterion = MCLDLoss(process_group=mesh.get_group("dp"), gather="ring")
+    whole = batch(sum(sizes), classes, seed=mesh.get_local_rank("copies"))
+    images, teacher, target = whole
+    MCLDLoss()(single(images), teacher, target).backward()
+    images, teacher, target = (x.split(sizes)[member] for x in whole)
+    criterion(ranked(images), teacher, target).backward()
+    close([gradient.full_tensor() for gradient in gradients(ranked)], gradients(single))
+    with pytest.raises(TypeError, match=re.escape("mesh.get_group('dp')")):
+        MCLDLoss(process_group=mesh["dp"])
+
+
+def test_fsdp2_and_the_sub_group_of_a_mesh(pool):
+    pool.run(sharded)
+
+
+def checkpointed(group):
+    from torch.utils.checkpoint import checkpoint
+
+    sizes, classes = (6, 3, 4), 7
+    single, ranked = model(classes), model(classes)
+    criterion = MCLDLoss(process_group=group, direction="symmetric")
+    whole = batch(sum(sizes), classes)
+    images, teacher, target = whole
+    MCLDLoss(direction="symmetric")(single(images), teacher, target).backward()
+    images, teacher, target = (part(x, sizes, group) for x in whole)
+    loss = checkpoint(lambda x: criterion(ranked(x), teacher, target), images, use_reentrant=False)
+    loss.backward()
+    close([mean_over_ranks(gradient, group) for gradient in gradients(ranked)], gradients(single))
+
+
+def test_activation_checkpointing(pool):
+    pool.run(checkpointed, ranks=3)
+
+
+def compiled(group):
+    sizes = (4, 4)
+    student, teacher, target, options = problem(sizes, 6, OPTIONS["masked-symmetric"])
+    truth = one_process(group, sizes, student, teacher, target, backend="reference", **options)
+    module = MCLDLoss(process_group=group, **options)
+
+    def function(student, teacher, target):
+        return mcld_kernels.mcld_loss(student, teacher, target, process_group=group, gather="ring", **options)
+
+    for call in (function, module):
+        torch._dynamo.reset()
+        program = torch.compile(call, backend="aot_eager", fullgraph=True)
+        own = [part(x, sizes, group).clone() for x in (student, teacher, target)]
+        own[0].requires_grad_()
+        loss = program(*own)
+        loss.backward()
+        close(mean_over_ranks(loss, group), truth["values"][0])
+        close(own[0].grad / 2, truth["student"])
+    options = [0.1] * 3, [1.0, 0.5, 0.25], "student", False, False, -100, 1e-12
+    torch.library.opcheck(
+        torch.ops.mcld_kernels.mcld_ranks.default,
+        (
+            own[0].detach(), *own[1:], None, *options, "torch", True, False, group.group_name, "all", False,
+        ),
+    )  # fmt: skip
+
+
+def test_compile_without_graph_breaks(pool):
+    pool.run(compiled, ranks=2)
+
+
+def derivatives(group):
+    sizes = (3, 4)
+    student, teacher = logits("random", 7, 5)
+    target = labels(7, 5)
+    rows = [part(x, sizes, group) for x in (student, teacher, target)]
+    rows[0].requires_grad_()
+    (gradient,) = torch.autograd.grad(mcld_kernels.mcld_loss(*rows, process_group=group), rows[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        gradient.sum().backward()
+
+    # The reference over ranks is exact to the second order: the gradient of the summed squares of all gradients.
+    def penalty(loss, x):
+        return torch.autograd.grad(loss, x, create_graph=True)[0].square().sum()
+
+    whole = student.clone().requires_grad_()
+    penalty(mcld_kernels.reference.mcld_loss(whole, teacher, target), whole).backward()
+    own = rows[0].detach().clone().requires_grad_()
+    loss = mcld_kernels.reference.mcld_loss(own, *rows[1:], process_group=group)
+    penalty(loss, own).backward()
+    # Rank r has the gradient of (number of ranks)^2 x the sum over ranks by its own rows.
+    close(own.grad / 4, part(whole.grad, sizes, group))
+    from torch.autograd import forward_ad
+
+    with forward_ad.dual_level():
+        tangent = torch.ones_like(own)
+        dual = forward_ad.make_dual(own.detach(), tangent)
+        loss = mcld_kernels.mcld_loss(dual, *rows[1:], process_group=group)
+        slope = forward_ad.unpack_dual(loss).tangent
+    close(slope, (gradient.detach() * tangent).sum())
+
+
+def test_derivatives_beyond_the_first(pool):
+    pool.run(derivatives, ranks=2)
+
+
+def pickled(group):
+    module = MCLDLoss(process_group=group, direction="symmetric", weight=torch.ones(3))
+    inputs = arguments(group)
+    want = module(*inputs)
+    assert module.process_group == group.group_name
+    for other in (pickle.loads(pickle.dumps(module)), copy.deepcopy(module)):
+        assert torch.equal(other(*inputs), want)
+    assert not any("group" in name for name in module.state_dict())
+    alone = MCLDLoss(direction="symmetric", weight=torch.ones(3))
+    alone.process_group = group
+    assert torch.equal(alone(*inputs), want)
+    alone.process_group = None
+    assert not torch.equal(alone(*inputs), want)
+    return pickle.dumps(module)
+
+
+def test_a_module_keeps_the_groups_name_alone(pool):
+    payload, _ = pool.run(pickled, ranks=2)
+    module = pickle.loads(payload)
+    student, teacher = logits("random", 4, 3)
+    with pytest.raises(ValueError, match="assign module.process_group"):
+        module(student, teacher, labels(4, 3))
+    module.process_group = None
+    assert module(student, teacher, labels(4, 3)).isfinite()
+    assert MCLDLoss().process_group is None
+
+
+def one_rank(tmp):
+    student, teacher = logits("random", 5, 4)
+    student.requires_grad_()
+    target = labels(5, 4)
+    want = mcld_kernels.mcld_loss(student, teacher, target)
+    got = mcld_kernels.mcld_loss(student, teacher, target, process_group=dist.group.WORLD)
+    assert torch.equal(got, want)
+
+
+def test_one_rank_is_one_process(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with distributed.count_collectives() as counted:
+            one_rank(tmp_path)
+        assert counted == []
+    finally:
+        dist.destroy_process_group()
