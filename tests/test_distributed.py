@@ -5,6 +5,7 @@ group run in the processes of `ranks.Pool`.
 """
 
 import functools
+import runpy
 import sys
 from pathlib import Path
 
@@ -249,46 +250,16 @@ def test_a_global_batch_of_no_rows_or_labels(pool):
 
 
 # What ranks receive, as docs/distributed.md states it.
+COMMUNICATION = runpy.run_path(str(Path(__file__).resolve().parents[1] / "docs" / "communication.py"))
 
 
-def documented(count, rows, classes, options, gather, itemsize, teacher_grad, with_grad=True, chunk_bytes=32 << 20):
-    """(kind, bytes) of a call, in order; even ranks, default weights."""
-    direction, batch = options.get("direction", "student"), count * rows
-    temperature = options.get("temperature", 0.1)
-    temperature = (temperature,) * 3 if isinstance(temperature, float) else temperature
-    weight = options.get("weight", (1.0, 1.0, 1.0))
-    masked = options.get("mask_same_class", False)
-
-    def reduced(numbers):
-        return 2 * numbers * itemsize * (count - 1) // count
-
-    found = [("exchange", (count - 1) * 32)]
-    if weight[1] or (weight[0] and masked) or (weight[2] and options.get("present_only")):
-        found.append(("all-gather", (count - 1) * rows * 8))
-    if weight[2]:
-        found += [("all-reduce", reduced(2 * classes))] * (2 if with_grad else 1)
-        step = max(1, chunk_bytes // (classes * itemsize))
-        found += [("all-reduce", reduced(min(step, classes - k) * classes)) for k in range(0, classes, step)]
-    block = ("shift", rows * classes * itemsize)
-    groups = [(i,) for i in (0, 1) if weight[i]]
-    if len(groups) == 2 and not masked and temperature[0] == temperature[1]:
-        groups = [(0, 1)]
-    if groups and gather == "all":
-        found.append(("all-gather", (count - 1) * rows * classes * itemsize))
-    for group in groups:
-        if gather == "ring":
-            found += [block] * (count - 1)
-        if direction != "student":
-            if 2 / temperature[group[0]] > 80:
-                found.append(("all-reduce", reduced(batch)))
-            found.append(("all-reduce", reduced((3 if 1 in group else 2) * batch)))
-        if gather == "ring" and teacher_grad:
-            found += [block, block] * (count - 1) + [block]
-        elif gather == "ring" and direction != "student" and with_grad:
-            found += [block] * (count - 1)
-        if teacher_grad and gather == "all":
-            found.append(("reduce-scatter", (count - 1) * rows * classes * itemsize))
-    return found
+def documented(count, rows, classes, options, **rest):
+    options = {key: value for key, value in options.items() if key not in ("weight", "ignore_index")} | (
+        {} if isinstance(options.get("weight", 1), (int, torch.Tensor)) else {"weight": options["weight"]}
+    )
+    if isinstance(options.get("temperature"), float):
+        options["temperature"] = (options["temperature"],) * 3
+    return COMMUNICATION["collectives"](count, rows, classes, operand=8, acc=8, **options, **rest)
 
 
 def count_traffic(group):
@@ -312,10 +283,10 @@ def count_traffic(group):
                         student, teacher, target, process_group=group, gather=gather, **options
                     )
                 forward = [tuple(collective) for collective in counted]
-                plain = {k: v for k, v in options.items() if not isinstance(v, torch.Tensor)}
                 want = documented(
-                    count, rows, classes, plain, gather, 8, teacher_grad, name != "no gradient", chunk_bytes
-                )
+                    count, rows, classes, options, gather=gather, teacher_grad=teacher_grad,
+                    with_grad=name != "no gradient", chunk=chunk_bytes,
+                )  # fmt: skip
                 assert forward == want, (name, gather, forward, want)
                 if loss.requires_grad:
                     with distributed.count_collectives() as counted:
@@ -329,10 +300,14 @@ def test_collectives_and_bytes_are_those_documented(pool, count):
     pool.run(count_traffic, ranks=count)
 
 
-def test_student_anchors_take_one_all_gather():
-    """The default of the row terms without labels: the exchange, the teacher's rows, and nothing more."""
-    kinds = [kind for kind, _ in documented(8, 4, 6, {"weight": (1.0, 0.0, 0.0)}, "all", 8, False)]
-    assert kinds == ["exchange", "all-gather"]
+def test_the_table_of_communication_is_computed():
+    kinds = [kind for kind, _ in documented(8, 4, 6, {"weight": (1.0, 0.0, 0.0)})]
+    assert kinds == ["exchange", "all-gather"]  # student anchors, no labels
+    page = (Path(__file__).resolve().parents[1] / "docs" / "distributed.md").read_text(encoding="utf-8")
+    for line in COMMUNICATION["table"]():
+        assert "| " + " | ".join(line) + " |" in page
+    assert 8 * 8192 * 1000 * 2 == 131_072_000 and COMMUNICATION["held"](8, 8192, 1000, "all") == 7 / 8 * 131_072_000
+    assert COMMUNICATION["held"](8, 8192, 1000, "ring") + 8192 * 1000 * 2 <= 4 * 8192 * 1000 * 2
 
 
 def peak(group):

@@ -208,3 +208,89 @@ def test_one_rank_is_one_process(tmp_path):
         assert counted == []
     finally:
         dist.destroy_process_group()
+
+
+# Accumulated batches.
+
+
+def large_batch(network, images, teacher, target, criterion):
+    network(images)  # the first pass of `accumulate` draws random numbers as well
+    loss = criterion(network(images), teacher, target)
+    loss.backward()
+    return loss.detach()
+
+
+def test_an_accumulated_batch_has_the_gradient_of_the_large_one():
+    images, teacher, target = batch(11, 7)
+    criterion = MCLDLoss(direction="symmetric", weight=nn.Parameter(torch.tensor([1.0, 0.5, 2.0]).double()))
+    whole, parts = model(7), model(7)
+    want = large_batch(whole, images, teacher, target, criterion)
+    weight_grad, criterion.weight.grad = criterion.weight.grad, None
+    for chunks in (images.split(4), [(x,) for x in images.split(11)], [{"input": x} for x in images.split(3)]):
+        parts.zero_grad()
+        criterion.weight.grad = None
+        got = mcld_kernels.accumulate(parts, chunks, lambda student: criterion(student, teacher, target))
+        close(got, want)
+        close(gradients(parts), gradients(whole))
+        close(criterion.weight.grad, weight_grad)
+        assert not got.requires_grad
+
+
+def test_an_accumulated_batch_replays_dropout_and_keeps_buffers():
+    images, teacher, target = batch(8, 7)
+    network = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 7)).double()
+    alone = copy.deepcopy(network)
+    chunks, seen = images.split(4), []
+
+    def loss(student):
+        seen.append(student)
+        return MCLDLoss()(student, teacher, target)
+
+    torch.manual_seed(3)
+    mcld_kernels.accumulate(network, chunks, loss)
+    state = torch.get_rng_state()
+    # The same by hand, with the masks of the first pass for both and statistics of each chunk.
+    torch.manual_seed(3)
+    logits = torch.cat([alone(chunk) for chunk in chunks])
+    assert torch.equal(torch.get_rng_state(), state)
+    close(seen[0].detach(), logits.detach())
+    loss(logits).backward()
+    close(gradients(network), gradients(alone))
+    close(list(network.buffers()), list(alone.buffers()))  # advanced once
+
+
+def test_what_accumulate_refuses():
+    with pytest.raises(ValueError, match="at least one chunk"):
+        mcld_kernels.accumulate(model(7), [], lambda student: student.sum())
+    with pytest.raises(ValueError, match=r"shape \(\); got \(2, 7\)"):
+        mcld_kernels.accumulate(model(7), [torch.zeros(2, 5).double()], lambda student: student)
+    with pytest.raises(TypeError, match="tensor of logits; got tuple"):
+        mcld_kernels.accumulate(lambda x: (x,), [torch.zeros(2, 5)], lambda student: student.sum())
+
+
+def accumulated(group):
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import fully_shard
+
+    sizes, classes = (6, 3), 7
+    single, ranked, split = model(classes), model(classes), model(classes)
+    whole = batch(sum(sizes), classes)
+    images, teacher, target = whole
+    want = MCLDLoss()(single(images), teacher, target)
+    want.backward()
+    fully_shard(split, mesh=DeviceMesh.from_group(group, "cpu"))
+    images, teacher, target = (part(x, sizes, group) for x in whole)
+    criterion = MCLDLoss(process_group=group)
+    for network in (DistributedDataParallel(ranked, process_group=group), split):
+        chunks = images.split(2)  # three chunks on one rank, two on the other
+        if network is split:  # a forward pass of FSDP is a collective
+            chunks = images.split((2, 4) if len(images) == 6 else (1, 2))
+        got = mcld_kernels.accumulate(network, chunks, lambda student: criterion(student, teacher, target))
+        close(mean_over_ranks(got, group), want.detach())
+    close(gradients(ranked), gradients(single))
+    close([gradient.full_tensor() for gradient in gradients(split)], gradients(single))
+
+
+def test_an_accumulated_batch_over_ranks(pool):
+    """Through DistributedDataParallel and FSDP2, which reduce gradients once."""
+    pool.run(accumulated, ranks=2)
