@@ -64,9 +64,10 @@ class LossOperator:
         tensors: what the operator's schema calls student, teacher, target and weight.
         extra: names of further optional tensors, which get no gradient: the last arguments of the operator, and
             `LossInputs.extra`. With any, ``flops`` takes the number of candidates as a fifth argument.
-        is_per_anchor: True for options with which loss and terms have shape (n,), one for each row of the student. A
-            gradient by the teacher then needs "anchor_weight" (n,) in ``extra``, which multiplies each anchor's loss:
-            backward calls the operator again with the upstream gradient as that weight.
+        is_per_anchor: True for options with which loss and terms have shape (n,), one for each row of the student,
+            False where both have shape (). A gradient by the teacher then needs "anchor_weight" (n,) in ``extra``,
+            which multiplies each anchor's loss: backward calls the operator again with the upstream gradient as that
+            weight.
         has_teacher_kernels: the kernels of every backend give the gradient by the teacher.
         compute_over_ranks: this rank's part of the loss over ranks. It defines a second operator,
             ``mcld_kernels::<name>_ranks``, which takes the name of the process group and runs the collectives.
@@ -78,7 +79,7 @@ class LossOperator:
         options_type: Any,
         num_terms: int,
         compute: Callable[[KernelSet, LossInputs], LossOutputs],
-        flops: Callable[[int, int, Any, bool], int],
+        flops: Callable[..., int],
         supported: tuple[str, ...] = ("torch", "triton", "cuda"),
         *,
         tensors: tuple[str, str, str, str] = _TENSORS,
@@ -89,6 +90,7 @@ class LossOperator:
     ):
         self.name, self.num_terms, self._options_type, self._compute = name, num_terms, options_type, compute
         self.supported, self._extra, self._is_per_anchor = supported, extra, is_per_anchor
+        self.can_be_per_anchor = is_per_anchor is not None
         self._has_teacher_kernels, self._has_classes = has_teacher_kernels, tensors == _TENSORS
         self._compute_over_ranks = compute_over_ranks
         hints = typing.get_type_hints(options_type)
@@ -125,7 +127,7 @@ class LossOperator:
         labels_are_classes: as in `LossInputs`; None where it is not known yet. extra: the further tensors, all of them.
         ranks: over ranks, this rank's part of both.
         """
-        student_grad, teacher_grad, weight_grad = _needs_grad(student), _needs_grad(teacher), _needs_grad(weight)
+        student_grad, teacher_grad, weight_grad = needs_grad(student), needs_grad(teacher), needs_grad(weight)
         if student_grad or teacher_grad or weight_grad:
             is_transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
             if not (is_transformed or _is_observed(student)):
@@ -178,11 +180,10 @@ class LossOperator:
     def _implementation_over_ranks(self, *args: Any) -> Outputs:
         return self.run(self._call(*args, over_ranks=True))
 
-    def weighted(self, call: _Call, upstream: Tensor) -> _Call:
-        """The call that gives the teacher's gradient of the sum of each anchor's loss times ``upstream`` (n,)."""
-        extra = list(call.extra)
-        extra[self._extra.index("anchor_weight")] = upstream
-        return call._replace(student_grad=False, teacher_grad=True, extra=tuple(extra))
+    def weighted(self, extra: tuple[Tensor | None, ...], upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """The further tensors with ``upstream`` (n,) as "anchor_weight"."""
+        place = self._extra.index("anchor_weight")
+        return (*extra[:place], upstream, *extra[place + 1 :])
 
     def is_per_anchor(self, call: _Call) -> bool:
         """True where loss and terms have shape (n,)."""
@@ -277,8 +278,8 @@ class LossOperator:
         assert call.ranks is not None
         count = distributed.resolve(call.ranks.group).size()
         batch, classes = getattr(student, "shape", student)
-        with_grad = bool(call.student_grad or call.teacher_grad)
-        return self._flops(batch * count, classes, call.options, with_grad) // count
+        arguments = batch * count, classes, call.options, bool(call.student_grad or call.teacher_grad)
+        return self._flops(*arguments, *([batch * count] if self._extra else [])) // count
 
     def _fake(self, *args: Any) -> Outputs:
         return self._like(self._call(*args), torch.empty)
@@ -294,7 +295,10 @@ class LossOperator:
             for logits, needed in ((call.student, call.student_grad), (call.teacher, call.teacher_grad))
         )
         rows = (call.student.shape[0],)
-        shapes = (rows, rows) if self.is_per_anchor(call) else ((), (self.num_terms,))
+        if self._is_per_anchor is None:
+            shapes: tuple[tuple[int, ...], ...] = (), (self.num_terms,)
+        else:
+            shapes = (rows, rows) if self.is_per_anchor(call) else ((), ())
         loss, terms = (make(shape, dtype=acc, device=device) for shape in shapes)
         return loss, terms, student_grad, teacher_grad
 
@@ -319,7 +323,7 @@ def _facts(kernels: KernelSet, inputs: LossInputs) -> dict[str, Any]:
     return {**common, "student gradient": inputs.student_grad, "teacher gradient": inputs.teacher_grad}
 
 
-def _needs_grad(tensor: Tensor | None) -> bool:
+def needs_grad(tensor: Tensor | None) -> bool:
     """True where a derivative by the tensor may be asked for, in reverse or in forward mode."""
     if tensor is None:
         return False
@@ -394,10 +398,11 @@ def _save(ctx: Any, call: _Call, outputs: Outputs) -> tuple[Tensor | None, ...]:
         None if call.weight is None else call.weight.dtype,
     )
     saved = (outputs[2], outputs[3], terms, *inputs)
-    ctx.call, ctx.is_per_anchor = None, _OPERATORS[call.name].is_per_anchor(call)
+    operator = _OPERATORS[call.name]
+    ctx.call, ctx.is_per_anchor = None, operator.can_be_per_anchor and operator.is_per_anchor(call)
     if call.teacher_grad and ctx.is_per_anchor:
         # Backward computes the teacher's gradient, for the upstream gradient of each anchor.
-        ctx.call = call._replace(student=None, teacher=None, target=None, weight=None, extra=())
+        ctx.call = call.name, call.options, call.backend
         saved = (*saved, call.student, call.teacher, call.target, call.weight, *call.extra)
     ctx.save_for_backward(*saved)
     return saved
@@ -429,29 +434,32 @@ def _gradients(ctx: Any, upstream: Tensor, indices: tuple[int, int, int]) -> lis
         if dtype is None or not ctx.needs_input_grad[needed]:
             results.append(None)
             continue
-        factor = upstream
-        if i == 1 and ctx.call is not None:
-            gradient, factor = _weighted_teacher_grad(ctx.call, saved[6:], upstream), None
+        is_weighted = i == 1 and ctx.call is not None
+        if is_weighted:
+            gradient = _weighted_teacher_grad(ctx.call, saved[6:], upstream)
         # Grad mode is on in backward where a graph of it was asked for (create_graph=True).
         if torch.is_grad_enabled():
-            gradient = _NoSecondDerivative.apply(gradient, *inputs, upstream if factor is None else None)
-        if factor is None:
+            gradient = _NoSecondDerivative.apply(gradient, *inputs, upstream if is_weighted else None)
+        if is_weighted:
             product = gradient
-        elif factor.ndim == 0:
-            product = gradient * factor
+        elif upstream.ndim == 0:
+            product = gradient * upstream
         else:
-            product = gradient * factor[:, None] if gradient.ndim == 2 else (gradient * factor).sum()
+            product = gradient * upstream[:, None] if gradient.ndim == 2 else (gradient * upstream).sum()
         results.append(product if product.dtype == dtype else product.to(dtype))
     return results
 
 
-def _weighted_teacher_grad(call: _Call, tensors: tuple[Any, ...], upstream: Tensor) -> Tensor:
+def _weighted_teacher_grad(kept: tuple[str, Any, str], tensors: tuple[Any, ...], upstream: Tensor) -> Tensor:
     """The gradient by the teacher of the sum of each anchor's loss times ``upstream`` (n,)."""
+    name, options, backend = kept
     student, teacher, target, weight, *extra = tensors
-    call = call._replace(student=student, teacher=teacher, target=target, weight=weight, extra=tuple(extra))
-    operator = _OPERATORS[call.name]
+    operator = _OPERATORS[name]
     with torch.no_grad():
-        call = operator.weighted(call, upstream)
+        call = _Call(
+            name, student, teacher, target, weight, options, backend, False, True,
+            extra=operator.weighted(tuple(extra), upstream),
+        )  # fmt: skip
         return (operator.dispatch(call) if _is_observed(student) else operator.run(call))[3]
 
 
@@ -482,7 +490,7 @@ class _EagerLoss(torch.autograd.Function):
         teacher: Tensor,
         weight: Tensor | None,
     ) -> Tensor:
-        outputs = operator.run(_forward_call(operator, call))
+        outputs = operator.run(_forward_call(operator, call) if call.teacher_grad else call)
         _save(ctx, call, outputs)
         terms.append(outputs[1])
         return outputs[0]

@@ -6,7 +6,8 @@ primitive, InfoNCE of anchors A (n, d) against candidates K (m, d) with similari
     L_i = logsumexp_j(a_ij) - positive_i
 
 instance-wise: A = rn(S), K = rn(T), positive_i = a_ii;
-sample-wise:   A = rn(S), K = rn(T), positive_i = mean of a_ij over the teacher rows j of the anchor's label;
+sample-wise:   A = rn(S), K = rn(T), positive_i = mean of a_ij over the teacher rows j of the anchor's label; with soft
+               labels Y (B, C) the mean weighted by <Y_i, Y_j>;
 category-wise: A = cn(S)^T, K = cn(T)^T, positive_k = a_kk.
 
 A reconstruction of Multi-perspective Contrastive Logit Distillation (Wang and Zhou, arXiv 2411.10693) from its
@@ -29,20 +30,48 @@ from ..options import Direction, MCLDOptions, MCLDTerms, acc_dtype, check_mcld_i
 
 
 class _Labels:
-    """The labels of a batch, and the rows and classes that count. ranks: whose rows the batch has, over ranks."""
+    """The labels of a batch and of further candidates, and the rows and classes that count.
+
+    ranks: whose rows the batch has, over ranks.
+    """
 
     def __init__(
-        self, target: Tensor | None, ignore_index: int, num_classes: int, acc: torch.dtype, ranks: Ranks | None = None
+        self,
+        target: Tensor | None,
+        ignore_index: int,
+        num_classes: int,
+        acc: torch.dtype,
+        others: Tensor | None,
+        ranks: Ranks | None = None,
     ):
         self.ranks = ranks
-        if target is not None:
-            self.valid = target != ignore_index  # (B,)
-            bad = self.valid & ((target < 0) | (target >= num_classes))
-            # On the CPU a bad label has already raised; elsewhere it turns the mean over the anchors into NaN.
-            self.poison = torch.ones((), dtype=acc, device=target.device).masked_fill(bad.any(), torch.nan)
-            self.same = (target[:, None] == target[None, :]) & self.valid[:, None]  # (B, B)
-            class_id = torch.arange(num_classes, device=target.device)
-            self.present = ((target[:, None] == class_id) & self.valid[:, None]).any(0)  # (C,) the class occurs
+        if target is None:
+            return
+        class_id = torch.arange(num_classes, device=target.device)
+        targets = (target,) if others is None else (target, others)
+        hard, valid, bad = zip(*(self._hard(t, ignore_index, num_classes) for t in targets), strict=True)
+        self.valid = valid[0]  # (B,)
+        # On the CPU a bad label has already raised; elsewhere it turns the mean over the anchors into NaN.
+        self.poison = torch.ones((), dtype=acc, device=target.device).masked_fill(torch.cat(bad).any(), torch.nan)
+        self.same = (hard[0][:, None] == torch.cat(hard)) & valid[0][:, None] & torch.cat(valid)  # (B, B + q)
+        self.present = ((hard[0][:, None] == class_id) & valid[0][:, None]).any(0)  # (C,) the class occurs
+        self.shared = self.same  # how far two rows share their classes
+        if any(t.is_floating_point() for t in targets):
+            weights = [
+                (t if t.is_floating_point() else t[:, None] == class_id).to(acc) * counts[:, None]
+                for t, counts in zip(targets, valid, strict=True)
+            ]
+            self.shared = weights[0] @ torch.cat(weights).T
+
+    @staticmethod
+    def _hard(target: Tensor, ignore_index: int, num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The label of each row (n,), of soft labels that of the largest weight; if it counts, and if it is bad."""
+        if not target.is_floating_point():
+            valid = target != ignore_index
+            return target, valid, valid & ((target < 0) | (target >= num_classes))
+        total, label = target.sum(1, dtype=torch.float32), target.argmax(1)
+        bad = ~(((total - 1).abs() <= 1e-2) | (total == 0)) | (target < 0).any(1)
+        return label, (total != 0) & (label != ignore_index), bad
 
     def mean(self, values: Tensor, counted: Tensor | None = None) -> Tensor:
         """Mean of ``values`` (B,) over the rows that count; 0 where none does, NaN where any value is.
@@ -71,12 +100,13 @@ def similarities(anchors: Tensor, candidates: Tensor, dtype: torch.dtype, temper
 
 
 def _both(direction: str, a: Tensor, of: Any) -> Tensor:
-    """The term ``of(matrix)`` with student anchors (rows of a), teacher anchors (its columns), or the mean of both."""
+    """The term ``of(matrix)`` with student anchors (rows of a), teacher anchors (its first B columns), or both."""
     if direction == "student":
         return of(a)
+    by_teacher = a[:, : a.shape[0]].T
     if direction == "teacher":
-        return of(a.T)
-    return (of(a) + of(a.T)) / 2
+        return of(by_teacher)
+    return (of(a) + of(by_teacher)) / 2
 
 
 def instance(s: Tensor, t: Tensor, labels: _Labels, dtype: torch.dtype, options: MCLDOptions) -> Tensor:
@@ -84,20 +114,24 @@ def instance(s: Tensor, t: Tensor, labels: _Labels, dtype: torch.dtype, options:
     a = similarities(unit_rows(s, options.eps), unit_rows(t, options.eps), dtype, options.temperature[0])  # (B, B)
     if not options.mask_same_class:
         return _both(options.direction, a, lambda m: labels.mean(m.logsumexp(1) - m.diagonal()))
-    dropped = labels.same.clone().fill_diagonal_(False)
-    term = _both(
-        options.direction, a, lambda m: labels.mean(m.masked_fill(dropped, -torch.inf).logsumexp(1) - m.diagonal())
-    )
-    return term * labels.poison
+    dropped = labels.same.clone()
+    dropped.diagonal().fill_(False)
+
+    def of(m: Tensor) -> Tensor:
+        # The block of the batch is symmetric: it serves both directions.
+        return labels.mean(m.masked_fill(dropped[:, : m.shape[1]], -torch.inf).logsumexp(1) - m.diagonal())
+
+    return _both(options.direction, a, of) * labels.poison
 
 
 def sample(s: Tensor, t: Tensor, labels: _Labels, dtype: torch.dtype, options: MCLDOptions) -> Tensor:
     """Sample-wise: the positives of row i are all rows of the other side with its label, averaged."""
     a = similarities(unit_rows(s, options.eps), unit_rows(t, options.eps), dtype, options.temperature[1])  # (B, B)
-    same = labels.same.to(a.dtype)
-    positives = same / same.sum(1, keepdim=True).clamp(min=1)  # (B, B), rows sum to 1
 
     def of(m: Tensor) -> Tensor:
+        shared = labels.shared[:, : m.shape[1]].to(m.dtype)
+        total = shared.sum(1, keepdim=True)
+        positives = shared / total.masked_fill(total == 0, 1)  # (B, B), rows sum to 1
         return labels.mean(m.logsumexp(1) - (m * positives).sum(1), labels.valid)
 
     return _both(options.direction, a, of) * labels.poison
@@ -118,6 +152,8 @@ def evaluate(
     target: Tensor | None,
     weight: Tensor | None,
     options: MCLDOptions,
+    candidates: Tensor | None = None,
+    candidate_target: Tensor | None = None,
     over_ranks: RanksOptions | None = None,
 ) -> MCLDTerms:
     """The loss and its terms for arguments that are already checked; over ranks, from all logits, gathered."""
@@ -134,11 +170,17 @@ def evaluate(
         zero = s[:0].sum() + t[:0].sum()  # differentiable, also where no term is computed
         terms = [zero, zero, zero]
         if s.shape[0] > 0:
-            labels = _Labels(target, options.ignore_index, student.shape[1], acc, ranks)
+            others, rows = None, t
+            if candidates is not None:
+                rows = torch.cat((t, candidates.to(teacher.dtype).to(acc)))  # (B + q, C)
+                others = candidate_target
+                if others is None:
+                    others = torch.full(candidates.shape[:1], options.ignore_index, device=candidates.device)
+            labels = _Labels(target, options.ignore_index, student.shape[1], acc, others, ranks)
             if options.active[0]:
-                terms[0] = instance(s, t, labels, dtype, options)
+                terms[0] = instance(s, rows, labels, dtype, options)
             if options.active[1]:
-                terms[1] = sample(s, t, labels, dtype, options)
+                terms[1] = sample(s, rows, labels, dtype, options)
             if options.active[2]:
                 terms[2] = category(s, t, labels, dtype, options)
         loss = zero
@@ -155,6 +197,8 @@ def mcld_loss(
     teacher: Tensor,
     target: Tensor | None = None,
     *,
+    candidates: Tensor | None = None,
+    candidate_target: Tensor | None = None,
     temperature: float | Sequence[float] = 0.1,
     weight: float | Sequence[float] | Tensor = (1.0, 1.0, 1.0),
     direction: Direction = "student",
@@ -171,6 +215,8 @@ def mcld_loss(
         student,
         teacher,
         target,
+        candidates=candidates,
+        candidate_target=candidate_target,
         temperature=temperature,
         weight=weight,
         direction=direction,
@@ -189,6 +235,8 @@ def mcld_terms(
     teacher: Tensor,
     target: Tensor | None = None,
     *,
+    candidates: Tensor | None = None,
+    candidate_target: Tensor | None = None,
     temperature: float | Sequence[float] = 0.1,
     weight: float | Sequence[float] | Tensor = (1.0, 1.0, 1.0),
     direction: Direction = "student",
@@ -202,6 +250,7 @@ def mcld_terms(
 ) -> MCLDTerms:
     """The MCLD loss and its three terms. Arguments and errors as :func:`mcld_kernels.mcld_terms`."""
     ranks = ranks_options(process_group, gather, even)
+    further = candidates, candidate_target
     try:
         options, weight_tensor = mcld_options(
             temperature=temperature,
@@ -212,8 +261,8 @@ def mcld_terms(
             ignore_index=ignore_index,
             eps=eps,
         )
-        check_mcld_inputs(student, teacher, target, weight_tensor, options)
+        check_mcld_inputs(student, teacher, target, weight_tensor, options, "reference", *further)
     except (TypeError, ValueError) as error:
         report(ranks, error)
         raise
-    return evaluate(student, teacher, target, weight_tensor, options, ranks)
+    return evaluate(student, teacher, target, weight_tensor, options, *further, ranks)

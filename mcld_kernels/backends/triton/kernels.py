@@ -18,8 +18,7 @@ from ...kernels import (
 from ...labels import Labels
 from ...options import float32_precision
 from . import class_means, flash, grad_epilogue, labels, loss_epilogue, normalize, reduce_terms, similarity
-from .common import round_up
-from .configs import ROWS, Configs, TritonTuning
+from .configs import Configs, TritonTuning
 
 
 class TritonKernels(KernelSet):
@@ -31,11 +30,17 @@ class TritonKernels(KernelSet):
         medium = dtype == torch.float32 and float32_precision() == "medium"
         return torch.bfloat16 if medium else dtype
 
-    def operand_shape(self, n: int, d: int, operand_dtype: torch.dtype) -> tuple[int, int]:
-        return round_up(n, ROWS), self.configs.pitch(d, operand_dtype)
-
     def l2_normalize(self, x: Tensor, operand_dtype: torch.dtype, eps: float) -> UnitRows:
         return normalize.l2_normalize(x, operand_dtype, eps, self.configs)
+
+    def operand_shape(self, n: int, d: int, operand_dtype: torch.dtype) -> tuple[int, int]:
+        return normalize.operand_shape(n, d, operand_dtype, self.configs)
+
+    def operand_rows(self, x: Tensor, operand_dtype: torch.dtype) -> UnitRows:
+        return normalize.rounded(super().operand_rows(x, operand_dtype), self.configs)
+
+    def scale_rows(self, unit: UnitRows, factor: Tensor) -> UnitRows:
+        return normalize.rounded(super().scale_rows(unit, factor), self.configs)
 
     def index_labels(
         self, sides: tuple[Tensor, ...], ignore_index: int, num_classes: int, dtype: torch.dtype
