@@ -1,8 +1,13 @@
 """The loss over ranks with the rest of PyTorch: DDP, FSDP2, checkpointing, compile, derivatives, pickling."""
 
 import copy
+import json
 import pickle
 import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -208,6 +213,46 @@ def test_one_rank_is_one_process(tmp_path):
         assert counted == []
     finally:
         dist.destroy_process_group()
+
+
+def benchmarked(group, folder):
+    import types
+
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from rich.console import Console
+
+    from bench.harness import cases as bench_cases
+    from bench.harness import global_batch
+
+    options = types.SimpleNamespace(
+        batch=[64], classes=[9], dtype=["float32"], terms=None, temperature=None, repeats=1, seed=0, smoke=True
+    )
+    screen = Console(quiet=True)
+    own = Path(folder) if dist.get_rank(group) == 0 else None
+    assert global_batch.run(options, torch.device("cpu"), screen, own, {"schema": 0}) == 0
+    options.terms, options.dtype = bench_cases.TERMS[:1], ["bfloat16"]
+    assert global_batch.run(options, torch.device("cpu"), screen, None, {}) == 0
+
+
+def test_the_benchmark_over_ranks(pool, tmp_path):
+    """Every provider passes its gate, and what was received is what docs/communication.py computes."""
+    pool.run(benchmarked, str(tmp_path))
+    record = json.loads((tmp_path / "results.json").read_text())
+    rows = {(row["terms"], row["direction"], row["provider"]): row for row in record["rows"]}
+    assert len(rows) == 10 and {row["status"] for row in record["rows"]} == {"ok"}
+    row = rows["instance", "symmetric", "all"]
+    formula = runpy.run_path(str(Path(__file__).resolve().parents[1] / "docs" / "communication.py"))["received"]
+    options = {"weight": (1.0, 0.0, 0.0), "direction": "symmetric", "operand": 4}
+    assert row["received_bytes"] == formula(4, 16, 9, **options) and row["peak_bytes"] > 0
+    assert row["milliseconds"] > 0 and rows["instance", "symmetric", "open_clip"]["exposed_milliseconds"] is None
+
+
+def test_the_benchmark_over_ranks_wants_torchrun():
+    done = subprocess.run(
+        [sys.executable, "bench/run.py", "--global"],
+        cwd=Path(__file__).resolve().parents[1], capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2 and "torchrun --nproc-per-node 2 bench/run.py --global" in done.stderr
 
 
 # Accumulated batches.
