@@ -22,7 +22,12 @@ settings.register_profile("explore", max_examples=1000, **_COMMON)
 settings.load_profile("fixed")
 
 
+# The longest tests by far. They start first: at the end of a run, one worker would do them and the others nothing.
+LONGEST = ("test_memory_of_the_kernels", "test_compiled_kernels", "test_inductor")
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: not item.name.startswith(LONGEST))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no CUDA device: torch.cuda.is_available() is False")
