@@ -1,17 +1,23 @@
 """Multi-perspective contrastive logit distillation (MCLD) at large batch: fused kernels and a PyTorch reference."""
 
 from . import backends, reference
+from .family_options import CKDTerms
+from .losses.ckd import CKDLoss, ckd_loss, ckd_terms
 from .losses.kd import KDLoss, kd_loss
 from .losses.mcld import MCLDLoss, mcld_loss, mcld_terms
 from .options import MCLDTerms
 from .version import __version__
 
 __all__ = [
+    "CKDLoss",
+    "CKDTerms",
     "KDLoss",
     "MCLDLoss",
     "MCLDTerms",
     "__version__",
     "backends",
+    "ckd_loss",
+    "ckd_terms",
     "kd_loss",
     "mcld_loss",
     "mcld_terms",

@@ -95,6 +95,38 @@ def _mcld_magnitude(case: Case, student: Tensor) -> tuple[float, float]:
     return loss, gradient
 
 
+def _unit_row_gradient(student: Tensor) -> float:
+    """The norm of 1 / (norm of a row), over the rows: a gradient by unit rows of size 1, by the logits."""
+    norm = torch.linalg.vector_norm(student.double(), dim=1)
+    return torch.linalg.vector_norm(torch.where(norm == 0, 0.0, 1 / norm)).item() / len(norm)
+
+
+def _ckd(negatives: str, title: str) -> Loss:
+    return Loss(
+        title=title,
+        function=mcld_kernels.ckd_loss,
+        reference=reference.ckd_loss,
+        options=lambda case: {"temperature": case.temperature, "negatives": negatives},
+        # 2 n n d for the similarities and 2 n n d for the gradient; similarities of rows with one another are half.
+        flop=lambda case: (
+            {"teacher": (2, 4), "student": (1, 3)}[negatives][case.backward] * case.batch**2 * case.classes
+        ),
+        eager_bytes=lambda case: case.matrix_bytes(0, 0) + _ckd_matrices(case, negatives),
+        magnitude=lambda case, student: (
+            10 / case.temperature,
+            20 / case.temperature * _unit_row_gradient(student),
+        ),
+        terms=("contrast",),
+        temperature=1.0,
+    )
+
+
+def _ckd_matrices(case: Case, negatives: str) -> int:
+    """The (B, B) matrices that eager holds at its peak."""
+    matrices = {"teacher": (2.0, 4.0), "student": (3.0, 5.0)}[negatives][case.backward]
+    return int((8 if case.dtype == "float64" else 4) * matrices * case.batch**2)
+
+
 LOSSES = {
     "mcld": Loss(
         title="MCLD",
@@ -124,4 +156,6 @@ LOSSES = {
         temperature=4.0,
         is_gemm_bound=False,
     ),
+    "ckd": _ckd("teacher", "CKD, as released"),
+    "ckd-student": _ckd("student", "CKD, negatives among the students"),
 }
