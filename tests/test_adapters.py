@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import inspect
 import sys
 import types
 from pathlib import Path
@@ -393,6 +394,25 @@ class TestMdistiller:
         logits, target = torch.randn(4, 10), torch.randint(10, (4,))
         _, losses = distiller.forward_train(logits, target, epoch=1)
         torch.testing.assert_close(losses["loss_kd"], KDLoss(temperature=2.0)(logits, logits.flip(1)))
+
+
+@needs("timm", "lightning", "transformers", "torchdistill")
+def test_over_ranks_the_loss_gets_their_group_or_an_error_says_why_not(monkeypatch):
+    import torch.distributed as dist
+    from adapters import hf_trainer, lightning_module, timm_task, torchdistill_loss
+
+    modules = (hf_trainer, lightning_module, timm_task, torchdistill_loss)
+    assert len({inspect.getsource(module.sync_over_ranks) for module in modules}) == 1
+    sync_over_ranks = lightning_module.sync_over_ranks
+    sync_over_ranks(nn.Identity())  # one process
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    loss = nn.Identity()
+    loss.process_group = None
+    sync_over_ranks(loss)
+    assert loss.process_group is dist.group.WORLD
+    with pytest.raises(ValueError, match="Identity has no process_group, so each rank would see its own rows alone"):
+        sync_over_ranks(nn.Identity())
 
 
 def test_an_adapter_takes_every_loss_of_the_package():
