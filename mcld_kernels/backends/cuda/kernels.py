@@ -24,7 +24,6 @@ from ...kernels import (
     NegativeSums,
     TermWeight,
     UnitRows,
-    has_fixed_shift,
 )
 from ...labels import Labels
 from ...options import float32_precision
@@ -59,8 +58,7 @@ class CudaKernels(KernelSet):
 
     def anchor_pass(self, args: ContrastArgs, out: Tensor) -> Callable[[AnchorPassArgs], None] | None:
         # The one epilogue takes a fixed shift and a gradient whose rows are contiguous.
-        fixed = has_fixed_shift(args.anchors.rows.dtype, args.temperature)
-        if not self.tuning.one_epilogue or not fixed or (out.stride(1) != 1 and out.shape[1] > 1):
+        if not self.tuning.one_epilogue or not args.has_fixed_shift() or (out.stride(1) != 1 and out.shape[1] > 1):
             return None
         return partial(self._anchor_pass, args)
 
@@ -100,7 +98,7 @@ class CudaKernels(KernelSet):
 
     def l2_normalize(self, x: Tensor, operand_dtype: torch.dtype, eps: float) -> UnitRows:
         launch, (n, d) = self.launch, x.shape
-        rows = torch.empty(launch.padded_rows(n), launch.pitch(d), dtype=operand_dtype, device=x.device)
+        rows = torch.empty(self.operand_shape(n, d, operand_dtype), dtype=operand_dtype, device=x.device)
         inv_norm = launch.empty(n)
         by_columns = x.stride(0) < x.stride(1) and n > 1
         splits = max(1, min(64, d // 256)) if by_columns else 0
@@ -112,6 +110,9 @@ class CudaKernels(KernelSet):
             precision=launch.precision(operand_dtype),
         )  # fmt: skip
         return UnitRows(rows=rows, inv_norm=inv_norm, n=n, d=d)
+
+    def operand_shape(self, n: int, d: int, operand_dtype: torch.dtype) -> tuple[int, int]:
+        return self.launch.padded_rows(n), self.launch.pitch(d)
 
     def index_labels(
         self, sides: tuple[Tensor, ...], ignore_index: int, num_classes: int, dtype: torch.dtype

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...kernels import ContrastArgs, ContrastSums, GradCoefficients, NegativeSums, has_fixed_shift
+from ...kernels import ContrastArgs, ContrastSums, GradCoefficients, NegativeSums
 from . import autotune
 from .common import LN2, LOG2E, headroom, tl_dtype, to_operand
 from .configs import Configs, Launch
@@ -188,6 +188,7 @@ def _exchanged(args: ContrastArgs) -> ContrastArgs:
         temperature=args.temperature,
         offset=-args.offset,
         mask=None if args.mask is None else (args.mask[1], args.mask[0]),
+        is_bounded=args.is_bounded,
     )
 
 
@@ -195,7 +196,7 @@ def _negative_sums(args: ContrastArgs, with_product: bool, configs: Configs) -> 
     """The sums over the negatives of all anchors."""
     anchors = args.anchors
     neg_lse, inv_neg_sum = torch.empty_like(anchors.inv_norm), torch.empty_like(anchors.inv_norm)
-    fixed = has_fixed_shift(anchors.rows.dtype, args.temperature)
+    fixed = args.has_fixed_shift()
     shift = (LOG2E / args.temperature if fixed else 0.0) - headroom(anchors.rows.dtype)
     tile = configs.flash(anchors.rows.dtype, anchors.rows.shape[1], "fixed")
     splits = configs.flash_splits(triton.cdiv(anchors.n, tile.block_m), triton.cdiv(args.candidates.n, tile.block_n))
