@@ -94,7 +94,7 @@ def run(backend: str, student: Tensor, teacher: Tensor, target=None, *, upstream
 
 
 def truth(student: Tensor, teacher: Tensor, target=None, **options) -> Outcome:
-    """The reference in fp64, on the logits' own device: a GPU has fp64, and a CPU would take most of the test's time."""
+    """The reference in fp64, on the logits' own device: the CPU's fp64 would take most of a GPU test's time."""
     weight = options.get("weight")
     if isinstance(weight, Tensor):
         options["weight"] = weight.detach().double()
