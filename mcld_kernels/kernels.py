@@ -10,7 +10,7 @@ what it does differently. The accumulator dtype (`acc_dtype`) is fp64 for fp64 l
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -160,6 +160,7 @@ class LossInputs:
     offset: int = 0  # the positive of student row i is teacher row i + offset
     teacher_target: Tensor | None = None  # (m,) int64, where n != m
     labels_are_classes: bool = False  # known to be in [0, C), none ignored
+    extra: Mapping[str, Tensor | None] = field(default_factory=dict)  # the further tensors of the loss's operator
     dtype: torch.dtype = field(init=False)  # the wider one of both sides
     acc_dtype: torch.dtype = field(init=False)  # of sums and of the loss
 

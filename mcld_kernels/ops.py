@@ -21,7 +21,7 @@ from .options import acc_dtype, grad_dtype, is_readable, no_autocast
 
 _LIBRARY = torch.library.Library("mcld_kernels", "DEF")
 _OPERATORS: dict[str, LossOperator] = {}
-_TENSORS = "Tensor student, Tensor teacher, Tensor? target, Tensor? weight"
+_TENSORS = ("student", "teacher", "target", "weight")
 _OUTPUTS = "(Tensor loss, Tensor terms, Tensor student_grad, Tensor teacher_grad)"
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -39,10 +39,13 @@ class _Call(NamedTuple):
     student_grad: bool
     teacher_grad: bool
     labels_are_classes: bool | None = None  # None: not known yet
+    extra: tuple[Tensor | None, ...] = ()  # the operator's further tensors, which get no gradient
 
 
 class LossOperator:
     """The operator ``mcld_kernels::<name>`` of a loss between student and teacher logits, and its gradient.
+
+    `LossOutputs.terms` is the gradient of the loss by ``weight``, the fourth tensor.
 
     Args:
         name: of the operator.
@@ -51,6 +54,13 @@ class LossOperator:
         compute: the loss from a kernel set and its inputs.
         flops: floating-point operations of a call, by batch, classes, options and whether a gradient is computed.
         supported: the backends whose kernel sets ``compute`` can use.
+        tensors: what the operator's schema calls student, teacher, target and weight.
+        extra: names of further optional tensors, which get no gradient: the last arguments of the operator, and
+            `LossInputs.extra`. With any, ``flops`` takes the number of candidates as a fifth argument.
+        is_per_anchor: True for options with which loss and terms have shape (n,), one for each row of the student. A
+            gradient by the teacher then needs "anchor_weight" (n,) in ``extra``, which multiplies each anchor's loss:
+            backward calls the operator again with the upstream gradient as that weight.
+        has_teacher_kernels: the kernels of every backend give the gradient by the teacher.
     """
 
     def __init__(
@@ -61,13 +71,22 @@ class LossOperator:
         compute: Callable[[KernelSet, LossInputs], LossOutputs],
         flops: Callable[[int, int, Any, bool], int],
         supported: tuple[str, ...] = ("torch", "triton", "cuda"),
+        *,
+        tensors: tuple[str, str, str, str] = _TENSORS,
+        extra: tuple[str, ...] = (),
+        is_per_anchor: Callable[[Any], bool] | None = None,
+        has_teacher_kernels: bool = False,
     ):
         self.name, self.num_terms, self._options_type, self._compute = name, num_terms, options_type, compute
-        self.supported = supported
+        self.supported, self._extra, self._is_per_anchor = supported, extra, is_per_anchor
+        self._has_teacher_kernels, self._has_classes = has_teacher_kernels, tensors == _TENSORS
         hints = typing.get_type_hints(options_type)
         fields = ", ".join(f"{_schema_type(hints[field])} {field}" for field in options_type._fields)
+        first, second, third, fourth = tensors
+        further = "".join(f", Tensor? {tensor}=None" for tensor in extra)
         _LIBRARY.define(
-            f"{name}({_TENSORS}, {fields}, str backend, bool student_grad, bool teacher_grad) -> {_OUTPUTS}"
+            f"{name}(Tensor {first}, Tensor {second}, Tensor? {third}, Tensor? {fourth}, {fields}, str backend, "
+            f"bool student_grad, bool teacher_grad{further}) -> {_OUTPUTS}"
         )
         for key in ("CPU", "CUDA"):
             _LIBRARY.impl(name, self._implementation, key)
@@ -86,10 +105,11 @@ class LossOperator:
         options: Any,
         backend: str,
         labels_are_classes: bool | None = None,
+        extra: tuple[Tensor | None, ...] = (),
     ) -> tuple[Tensor, Tensor]:
         """The loss () with its gradient, and the terms (num_terms,), for arguments that are already checked.
 
-        labels_are_classes: as in `LossInputs`; None where it is not known yet.
+        labels_are_classes: as in `LossInputs`; None where it is not known yet. extra: the further tensors, all of them.
         """
         student_grad, teacher_grad, weight_grad = _needs_grad(student), _needs_grad(teacher), _needs_grad(weight)
         if student_grad or teacher_grad or weight_grad:
@@ -97,16 +117,18 @@ class LossOperator:
             if not (is_transformed or _is_observed(student)):
                 call = _Call(
                     self.name, student, teacher, target, weight, options, backend,
-                    student_grad, teacher_grad, labels_are_classes,
+                    student_grad, teacher_grad, labels_are_classes, extra,
                 )  # fmt: skip
                 terms: list[Tensor] = []
                 return _EagerLoss.apply(self, call, terms, student, teacher, weight), terms[0]
             function = _TransformableLoss if is_transformed else _Loss
             outputs = function.apply(
-                self.name, student, teacher, target, weight, options, backend, student_grad, teacher_grad
+                self.name, student, teacher, target, weight, options, backend, student_grad, teacher_grad, *extra
             )
             return outputs[0], outputs[1]
-        call = _Call(self.name, student, teacher, target, weight, options, backend, False, False, labels_are_classes)
+        call = _Call(
+            self.name, student, teacher, target, weight, options, backend, False, False, labels_are_classes, extra
+        )
         outputs = self.dispatch(call) if _is_observed(student) else self.run(call)
         return outputs[0], outputs[1]
 
@@ -116,18 +138,35 @@ class LossOperator:
             self._tell_flop_counters()
         tensors = call.student, call.teacher, call.target, call.weight
         choices = call.backend, call.student_grad, call.teacher_grad
-        return self._operator(*tensors, *call.options, *choices)  # type: ignore[no-any-return]
+        return self._operator(*tensors, *call.options, *choices, *call.extra)  # type: ignore[no-any-return]
 
-    def _implementation(self, student: Tensor, teacher: Tensor, target: Any, weight: Any, *rest: Any) -> Outputs:
-        fields = [tuple(field) if isinstance(field, list) else field for field in rest[:-3]]
-        call = _Call(self.name, student, teacher, target, weight, self._options_type(*fields), *rest[-3:])
-        return self.run(call)
+    def _call(self, student: Tensor, teacher: Tensor, target: Any, weight: Any, *rest: Any) -> _Call:
+        """The arguments of the operator by name. The dispatcher leaves out further tensors that are None."""
+        count = len(self._options_type._fields)
+        fields = [tuple(field) if isinstance(field, list) else field for field in rest[:count]]
+        extra = (*rest[count + 3 :], *[None] * (len(self._extra) - (len(rest) - count - 3)))
+        options, choices = self._options_type(*fields), rest[count : count + 3]
+        return _Call(self.name, student, teacher, target, weight, options, *choices, None, extra)
+
+    def _implementation(self, *args: Any) -> Outputs:
+        return self.run(self._call(*args))
+
+    def weighted(self, call: _Call, upstream: Tensor) -> _Call:
+        """The call that gives the teacher's gradient of the sum of each anchor's loss times ``upstream`` (n,)."""
+        extra = list(call.extra)
+        extra[self._extra.index("anchor_weight")] = upstream
+        return call._replace(student_grad=False, teacher_grad=True, extra=tuple(extra))
+
+    def is_per_anchor(self, call: _Call) -> bool:
+        """True where loss and terms have shape (n,)."""
+        return self._is_per_anchor is not None and self._is_per_anchor(call.options)
 
     def run(self, call: _Call) -> Outputs:
         """Loss (), terms (num_terms,), gradients of the loss by student and teacher: (batch, classes), else (0,)."""
         student, teacher = call.student, call.teacher
-        kernels = backends.kernel_set(call.backend, student, teacher, call.teacher_grad, self.supported)
-        if student.shape[0] == 0:
+        needs_teacher_grad = call.teacher_grad and not self._has_teacher_kernels
+        kernels = backends.kernel_set(call.backend, student, teacher, needs_teacher_grad, self.supported)
+        if student.shape[0] == 0 or teacher.shape[0] == 0:
             return self._like(call, torch.zeros)
         inputs = LossInputs(
             student=student,
@@ -138,10 +177,12 @@ class LossOperator:
             student_grad=call.student_grad,
             teacher_grad=call.teacher_grad,
             labels_are_classes=(
-                _are_classes(call.target, student.shape[1], getattr(call.options, "ignore_index", -1))
+                self._has_classes
+                and _are_classes(call.target, student.shape[1], getattr(call.options, "ignore_index", -1))
                 if call.labels_are_classes is None
                 else call.labels_are_classes
             ),
+            extra=dict(zip(self._extra, call.extra, strict=True)) if call.extra else {},
         )
         device = student.device
         if device.type == "cuda" or torch.is_autocast_enabled(device.type):
@@ -175,11 +216,17 @@ class LossOperator:
         **_: Any,
     ) -> int:
         """The formula, as torch's flop counters call it: with tensors or with their shapes."""
+        call = self._call(student, teacher, target, weight, *rest)
         batch, classes = getattr(student, "shape", student)
-        return self._flops(batch, classes, self._options_type(*rest[:-3]), bool(rest[-2] or rest[-1]))
+        arguments = batch, classes, call.options, bool(call.student_grad or call.teacher_grad)
+        if not self._extra:
+            return self._flops(*arguments)
+        further = dict(zip(self._extra, call.extra, strict=True)).get("candidates")
+        rows = [getattr(x, "shape", x)[0] for x in (teacher, further) if x is not None]
+        return self._flops(*arguments, sum(rows))
 
-    def _fake(self, student: Tensor, teacher: Tensor, target: Any, weight: Any, *rest: Any) -> Outputs:
-        return self._like(_Call(self.name, student, teacher, target, weight, None, *rest[-3:]), torch.empty)
+    def _fake(self, *args: Any) -> Outputs:
+        return self._like(self._call(*args), torch.empty)
 
     def _like(self, call: _Call, make: Callable[..., Tensor]) -> Outputs:
         acc = acc_dtype(torch.promote_types(call.student.dtype, call.teacher.dtype))
@@ -188,7 +235,9 @@ class LossOperator:
             make(logits.shape, dtype=grad_dtype(logits.dtype), device=device) if needed else logits.new_empty(0)
             for logits, needed in ((call.student, call.student_grad), (call.teacher, call.teacher_grad))
         )
-        loss, terms = make((), dtype=acc, device=device), make((self.num_terms,), dtype=acc, device=device)
+        rows = (call.student.shape[0],)
+        shapes = (rows, rows) if self.is_per_anchor(call) else ((), (self.num_terms,))
+        loss, terms = (make(shape, dtype=acc, device=device) for shape in shapes)
         return loss, terms, student_grad, teacher_grad
 
 
@@ -203,7 +252,7 @@ def _needs_grad(tensor: Tensor | None) -> bool:
 
 def _are_classes(target: Tensor | None, num_classes: int, ignore_index: int) -> bool:
     """True where every label is known to be a class. Labels on a GPU are not read: that would synchronize."""
-    if target is None or 0 <= ignore_index < num_classes or not is_readable(target):
+    if target is None or 0 <= ignore_index < num_classes or target.dtype != torch.int64 or not is_readable(target):
         return False
     low, high = torch.aminmax(target)
     return int(low) >= 0 and int(high) < num_classes
@@ -265,38 +314,72 @@ def _save(ctx: Any, call: _Call, outputs: Outputs) -> tuple[Tensor | None, ...]:
         None if call.weight is None else call.weight.dtype,
     )
     saved = (outputs[2], outputs[3], terms, *inputs)
+    ctx.call, ctx.is_per_anchor = None, _OPERATORS[call.name].is_per_anchor(call)
+    if call.teacher_grad and ctx.is_per_anchor:
+        # Backward computes the teacher's gradient, for the upstream gradient of each anchor.
+        ctx.call = call._replace(student=None, teacher=None, target=None, weight=None, extra=())
+        saved = (*saved, call.student, call.teacher, call.target, call.weight, *call.extra)
     ctx.save_for_backward(*saved)
     return saved
+
+
+def _forward_call(operator: LossOperator, call: _Call) -> _Call:
+    """What forward computes: where each anchor has a loss, the teacher's gradient is left to backward."""
+    return call._replace(teacher_grad=False) if call.teacher_grad and operator.is_per_anchor(call) else call
+
+
+def _forward(call: _Call) -> Outputs:
+    operator = _OPERATORS[call.name]
+    call = _forward_call(operator, call)
+    return operator.dispatch(call) if _is_observed(call.student) else operator.run(call)
 
 
 def _backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
     """Gradients by the arguments of a call."""
     student, teacher, weight = _gradients(ctx, upstream, (1, 2, 4))
-    return None, student, teacher, None, weight, None, None, None, None
+    return None, student, teacher, None, weight, *[None] * (len(ctx.needs_input_grad) - 5)
 
 
 def _gradients(ctx: Any, upstream: Tensor, indices: tuple[int, int, int]) -> list[Tensor | None]:
     """Gradients by student, teacher and weight, which are the inputs ``indices``."""
-    *gradients, student, teacher, weight = ctx.saved_tensors
+    saved = ctx.saved_tensors
+    gradients, inputs = saved[:3], saved[3:6]
     results: list[Tensor | None] = []
-    for gradient, dtype, needed in zip(gradients, ctx.dtypes, indices, strict=True):
+    for i, (gradient, dtype, needed) in enumerate(zip(gradients, ctx.dtypes, indices, strict=True)):
         if dtype is None or not ctx.needs_input_grad[needed]:
             results.append(None)
             continue
+        factor = upstream
+        if i == 1 and ctx.call is not None:
+            gradient, factor = _weighted_teacher_grad(ctx.call, saved[6:], upstream), None
         # Grad mode is on in backward where a graph of it was asked for (create_graph=True).
         if torch.is_grad_enabled():
-            gradient = _NoSecondDerivative.apply(gradient, student, teacher, weight)
-        product = gradient * upstream
+            gradient = _NoSecondDerivative.apply(gradient, *inputs, upstream if factor is None else None)
+        if factor is None:
+            product = gradient
+        elif factor.ndim == 0:
+            product = gradient * factor
+        else:
+            product = gradient * factor[:, None] if gradient.ndim == 2 else (gradient * factor).sum()
         results.append(product if product.dtype == dtype else product.to(dtype))
     return results
+
+
+def _weighted_teacher_grad(call: _Call, tensors: tuple[Any, ...], upstream: Tensor) -> Tensor:
+    """The gradient by the teacher of the sum of each anchor's loss times ``upstream`` (n,)."""
+    student, teacher, target, weight, *extra = tensors
+    call = call._replace(student=student, teacher=teacher, target=target, weight=weight, extra=tuple(extra))
+    operator = _OPERATORS[call.name]
+    with torch.no_grad():
+        call = operator.weighted(call, upstream)
+        return (operator.dispatch(call) if _is_observed(student) else operator.run(call))[3]
 
 
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        call = _Call(*args)
-        operator = _OPERATORS[call.name]
-        outputs = operator.dispatch(call) if _is_observed(call.student) else operator.run(call)
+        call = _Call(*args[:9], None, args[9:])
+        outputs = _forward(call)
         _save(ctx, call, outputs)
         ctx.mark_non_differentiable(outputs[1])
         return outputs[0], outputs[1]
@@ -319,7 +402,7 @@ class _EagerLoss(torch.autograd.Function):
         teacher: Tensor,
         weight: Tensor | None,
     ) -> Tensor:
-        outputs = operator.run(call)
+        outputs = operator.run(_forward_call(operator, call))
         _save(ctx, call, outputs)
         terms.append(outputs[1])
         return outputs[0]
@@ -334,13 +417,11 @@ class _TransformableLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> Outputs:
-        call = _Call(*args)
-        operator = _OPERATORS[call.name]
-        return operator.dispatch(call) if _is_observed(call.student) else operator.run(call)
+        return _forward(_Call(*args[:9], None, args[9:]))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-        ctx.save_for_forward(*_save(ctx, _Call(*inputs), output))
+        ctx.save_for_forward(*_save(ctx, _Call(*inputs[:9], None, inputs[9:]), output))
         ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
@@ -349,12 +430,20 @@ class _TransformableLoss(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Any, ...]:
-        *gradients, student, teacher, weight = ctx.saved_tensors
-        parts = [
-            (_NoSecondDerivative.apply(gradient, student, teacher, weight) * tangents[index]).sum()
-            for gradient, dtype, index in zip(gradients, ctx.dtypes, (1, 2, 4), strict=True)
-            if dtype is not None and tangents[index] is not None
-        ]
+        *gradients, student, teacher, weight = ctx.saved_tensors[:6]
+        if ctx.call is not None and tangents[2] is not None:
+            raise NotImplementedError(
+                "the fast backends of mcld_kernels have no forward-mode derivative of each anchor's loss by the "
+                "candidates; reduction='mean' has, and so has backend='reference'"
+            )
+        parts = []
+        for gradient, dtype, index in zip(gradients, ctx.dtypes, (1, 2, 4), strict=True):
+            if dtype is not None and tangents[index] is not None:
+                product = _NoSecondDerivative.apply(gradient, student, teacher, weight) * tangents[index]
+                if ctx.is_per_anchor:
+                    parts.append(product.sum(1) if product.ndim == 2 else product)
+                else:
+                    parts.append(product.sum())
         return sum(parts[1:], parts[0]), None, None, None
 
     @staticmethod

@@ -1,0 +1,58 @@
+"""torchdistill: the losses of mcld_kernels as a registered middle-level loss, ``torchdistill_loss.yaml`` beside it.
+
+Import this file before the YAML is read: list it under ``dependencies`` of a configuration for torchdistill's own
+scripts (``- name: 'torchdistill_loss'``), or import it in yours.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torchdistill.core.interfaces.pre_epoch_proc import default_pre_epoch_process_with_teacher
+from torchdistill.core.interfaces.registry import register_pre_epoch_proc_func
+from torchdistill.losses.registry import register_mid_level_loss
+
+import mcld_kernels
+
+
+@register_mid_level_loss
+class LogitLoss(nn.Module):
+    """A loss of mcld_kernels between the logits of two modules.
+
+    ``loss`` names it, as in the package; further keys are its options. ``student_path``, ``teacher_path`` and ``io``
+    name the modules in torchdistill's io-dicts; the defaults are the models' own outputs.
+    """
+
+    def __init__(
+        self,
+        loss: str = "MCLDLoss",
+        student_path: str = ".",
+        teacher_path: str = ".",
+        io: str = "output",
+        **options: Any,
+    ):
+        super().__init__()
+        if not loss.endswith("Loss") or not hasattr(mcld_kernels, loss):
+            losses = ", ".join(name for name in mcld_kernels.__all__ if name.endswith("Loss"))
+            raise ValueError(f"mcld_kernels has no loss {loss!r}; it has {losses}")
+        self.student_path, self.teacher_path, self.io = student_path, teacher_path, io
+        self.loss = getattr(mcld_kernels, loss)(**options)
+
+    def forward(
+        self, student_io_dict: Any, teacher_io_dict: Any, targets: Any = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        student, teacher = student_io_dict[self.student_path][self.io], teacher_io_dict[self.teacher_path][self.io]
+        return self.loss(student, teacher.detach(), targets)
+
+
+@register_pre_epoch_proc_func
+def pre_epoch_process_with_warmup(self: Any, epoch: int | None = None, **kwargs: Any) -> None:
+    """torchdistill's default, and the epoch for the losses that have a warm-up; epochs count from 0.
+
+    torchdistill saves no state of a loss: a warm-up by epochs is right after a resume, and one by steps begins again.
+    """
+    default_pre_epoch_process_with_teacher(self, epoch=epoch, **kwargs)
+    for criterion, _ in self.criterion.term_dict.values():
+        if isinstance(criterion, LogitLoss) and hasattr(criterion.loss, "set_epoch"):
+            criterion.loss.set_epoch(epoch)
