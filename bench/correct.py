@@ -2,8 +2,8 @@
 
 Truth, eager's error and the result are computed on the device. float32 at the matmul precision "highest" comes first;
 then the shapes at which a kernel changes, odd and misaligned ones, every option, and sizes whose element numbers pass
-2^31. A line of JSON is written after every case, so that a kernel that hangs costs the cases behind it alone. Each result is
-computed twice, and the two must agree bit by bit.
+2^31. A line of JSON is written after every case, so that a kernel that hangs costs the cases behind it alone. Each
+result is computed twice, and the two must agree bit by bit.
 """
 
 from __future__ import annotations

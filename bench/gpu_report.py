@@ -6,8 +6,8 @@
 
 Phases run in processes of their own, each within its budget and all within ``--minutes``. After every phase one
 archive, ``gpu-<command>.tar.gz``, is rewritten with everything: logs, JSON, CSV and plots. It goes to ``--output``,
-else to the folder that the environment variable OUT names, else to bench/out. ``--dry-run`` prints the plan; ``--rehearse``
-runs it on a CPU at a toy size. ``bench/publish.py`` turns an archive into recorded results.
+else to the folder that the environment variable OUT names, else to bench/out. ``--dry-run`` prints the plan;
+``--rehearse`` runs it on a CPU at a toy size. ``bench/publish.py`` turns an archive into recorded results.
 """
 
 from __future__ import annotations
