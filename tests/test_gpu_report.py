@@ -197,7 +197,7 @@ class TestPlan:
     def test_every_form_is_a_provider(self):
         for case, names in (forms.FORMS | forms.SMALL_FORMS).items():
             chosen = providers.choose(",".join(names))
-            assert [provider.name for provider in chosen if "[" in provider.name] == [n for n in names if "[" in n]
+            assert [provider.name for provider in chosen if ":" in provider.name] == [n for n in names if ":" in n]
             assert len(chosen) == len(names) and isinstance(case, Case)
 
     def test_a_form_is_the_backend_with_other_fields(self):
@@ -214,7 +214,7 @@ class TestPlan:
         tensors = [torch.randn(64, 20), torch.randn(64, 20), torch.zeros(64, dtype=torch.int64)]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(backends.torch, "TorchKernels", Spy)
-            providers.form("torch[chunk_bytes=4096, low_latency=False]").make(case, *tensors)()
+            providers.tuned_backend("torch:chunk_bytes=4096+low_latency=False").make(case, *tensors)()
         assert 4096 in seen
 
     @pytest.mark.parametrize("command", commands.COMMANDS)

@@ -1,6 +1,6 @@
 """Forms of a kernel that only a clock can decide between, each reachable by name: ``bench/run.py --forms``.
 
-A form is a provider ``backend[field=value, ...]``: a backend with other fields of its Tuning. It is compared with the
+A form is a provider ``backend:field=value+field=value``: a backend with other fields of its Tuning. It is compared with the
 backend as it is, at the cases at which the choice matters.
 """
 
@@ -17,29 +17,29 @@ FORMS: dict[Case, tuple[str, ...]] = {
         "triton",
         "cuda",
         "hopper",
-        "hopper[library_product=False]",
-        "triton[library_product=False]",
-        "triton[library_product=True]",
+        "hopper:library_product=False",
+        "triton:library_product=False",
+        "triton:library_product=True",
     ),
     Case(16384, 1000, "bfloat16", ROWS): (
         "hopper",
-        *(f"hopper[chunk_bytes={size * MIB}]" for size in (32, 64, 128, 512)),
-        f"triton[chunk_bytes={64 * MIB}]",
+        *(f"hopper:chunk_bytes={size * MIB}" for size in (32, 64, 128, 512)),
+        f"triton:chunk_bytes={64 * MIB}",
         "triton",
     ),
-    Case(65536, 1000, "bfloat16", ROWS): ("hopper", f"hopper[chunk_bytes={4224 * 65536 * 2}]"),
-    Case(16384, 100, "bfloat16", ROWS): ("triton", "cuda", "hopper", "hopper[flash_row_bytes=0]"),
-    Case(256, 1000, "bfloat16", TERMS): ("cuda", "cuda[low_latency_limit=0]"),
-    Case(1024, 1000, "bfloat16", TERMS): ("cuda", "cuda[low_latency_limit=0]", "hopper[low_latency_limit=0]"),
+    Case(65536, 1000, "bfloat16", ROWS): ("hopper", f"hopper:chunk_bytes={4224 * 65536 * 2}"),
+    Case(16384, 100, "bfloat16", ROWS): ("triton", "cuda", "hopper", "hopper:flash_row_bytes=0"),
+    Case(256, 1000, "bfloat16", TERMS): ("cuda", "cuda:low_latency_limit=0"),
+    Case(1024, 1000, "bfloat16", TERMS): ("cuda", "cuda:low_latency_limit=0", "hopper:low_latency_limit=0"),
     Case(256, 21841, "bfloat16", ("category",)): (
         "cuda",
         "hopper",
-        "hopper[min_hopper_flash_tiles=1]",
-        "cuda[max_flash_splits=4]",
+        "hopper:min_hopper_flash_tiles=1",
+        "cuda:max_flash_splits=4",
     ),
-    Case(4096, 1000, "float32", ROWS): ("cuda", "cuda[library_product=True]"),
+    Case(4096, 1000, "float32", ROWS): ("cuda", "cuda:library_product=True"),
 }
 
 SMALL_FORMS: dict[Case, tuple[str, ...]] = {
-    Case(64, 20): ("torch", f"torch[chunk_bytes={64 * 20 * 4}]", "torch[low_latency=False]")
+    Case(64, 20): ("torch", f"torch:chunk_bytes={64 * 20 * 4}", "torch:low_latency=False")
 }

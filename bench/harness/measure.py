@@ -212,7 +212,7 @@ class CaseRun:
             return
         graphs = {}
         for row in self._ok():
-            if self.case.batch > GRAPH_BATCH and row.provider.partition("[")[0] not in CAPTURED:
+            if self.case.batch > GRAPH_BATCH and row.provider.partition(":")[0] not in CAPTURED:
                 continue
             try:
                 graphs[row.provider] = clock.sample(timing.capture(self.steps[row.provider], self.plan.device))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ast
-import dataclasses
 import functools
 import importlib
-import re
+import typing
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,8 +82,8 @@ def _compiled(case: Case, *tensors: Tensor) -> Step:
     return autograd_step(lambda s, t, y: compiled(s, t, y, **options), case, *tensors)
 
 
-def _backend(name: str, title: str, hopper: bool = False, shown: str = "", **fields: object) -> Provider:
-    """A backend with ``fields`` of its Tuning; "cuda" with its Hopper kernels is the provider "hopper"."""
+def _backend(name: str, title: str, hopper: bool = False, shown: str | None = None, **fields: Any) -> Provider:
+    """A backend; "cuda" with its Hopper kernels is the provider "hopper". ``fields`` of its Tuning."""
 
     def make(case: Case, *tensors: Tensor) -> Step:
         loss, options = LOSSES[case.loss], LOSSES[case.loss].options(case)
@@ -99,7 +98,8 @@ def _backend(name: str, title: str, hopper: bool = False, shown: str = "", **fie
         return backend_unsupported_reason(name, hopper, student, teacher)
 
     # Half copies of the inputs, vectors, one chunk; the chunk's budget is the backend's own, 256 MB at most by design.
-    return Provider(shown or name, title, make, unsupported_reason, lambda case: case.matrix_bytes(0, 0) + (768 << 20))
+    shown = shown or ("hopper" if hopper else name)
+    return Provider(shown, title, make, unsupported_reason, lambda case: case.matrix_bytes(0, 0) + (768 << 20))
 
 
 def _closed_form(name: str, title: str, attend: closed_form.Attend, matrices: float) -> Provider:
@@ -148,7 +148,7 @@ def all_providers() -> dict[str, Provider]:
         _backend("torch", "closed-form gradient by row chunks"),
         _backend("triton", "Triton kernels"),
         _backend("cuda", "CUDA C++ kernels, the portable ones alone"),
-        _backend("cuda", "CUDA C++ kernels, the Hopper ones where they can", hopper=True, shown="hopper"),
+        _backend("cuda", "CUDA C++ kernels, the Hopper ones where they can", hopper=True),
         _closed_form("sdpa", "PyTorch's flash attention, Q = anchors, K = V = candidates", closed_form.flash, 0.0),
         _closed_form("cudnn", "cuDNN's attention, Q = anchors, K = V = candidates", closed_form.cudnn, 0.0),
         *(_peer(peer) for peer in peers.PEERS),
@@ -156,37 +156,39 @@ def all_providers() -> dict[str, Provider]:
     return {provider.name: provider for provider in providers}
 
 
-def form(text: str) -> Provider:
-    """The provider ``backend[field=value, ...]``: a backend with other fields of its Tuning. Raises ValueError."""
-    match = re.fullmatch(r"(torch|triton|cuda|hopper)\[(.+)\]", text)
-    if match is None:
-        raise ValueError(f"{text!r} is no form; write backend[field=value, ...]")
-    backend = "cuda" if match[1] == "hopper" else match[1]
-    known = {field.name for field in dataclasses.fields(backends._MODULES[backend].TUNING)}
-    fields = {}
-    for part in match[2].split(","):
-        field, _, value = (piece.strip() for piece in part.partition("="))
-        if field not in known:
-            raise ValueError(f"{backend} has no tuning field {field!r}; it has {', '.join(sorted(known))}")
-        try:
-            fields[field] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            raise ValueError(f"{field}={value!r}: the value must be a number, True, False, None or a string") from None
-    hopper = bool(fields.pop("hopper", match[1] == "hopper"))
-    return _backend(backend, f"{match[1]} with {match[2]}", hopper=hopper, shown=text, **fields)
+def tuned_backend(name: str) -> Provider:
+    """The provider of "backend:field=value+field=value". Raises ValueError for what no Tuning has."""
+    shown, _, text = name.partition(":")
+    known = {"triton": "triton", "cuda": "cuda", "hopper": "cuda", "torch": "torch"}
+    if shown not in known:
+        raise ValueError(f"{name}: only {', '.join(known)} have tuning fields")
+    types = typing.get_type_hints(importlib.import_module(f"mcld_kernels.backends.{known[shown]}").TUNING)
+    fields: dict[str, Any] = {}
+    for item in text.split("+"):
+        field, _, value = item.partition("=")
+        if types.get(field) is int and value.lstrip("-").isdecimal():
+            fields[field] = int(value)
+        elif types.get(field) in (bool, bool | None) and value in ("True", "False"):
+            fields[field] = value == "True"
+        else:
+            numbers = [key for key, kind in types.items() if kind in (int, bool, bool | None)]
+            raise ValueError(f"{name}: write field=value with a whole number, or True or False; {', '.join(numbers)}")
+    if fields.pop("hopper", None) is not None:
+        raise ValueError(f"{name}: the providers cuda and hopper differ by the field hopper")
+    return _backend(known[shown], f"{shown} with {text}", hopper=shown == "hopper", shown=name, **fields)
 
 
 def choose(names: str | None) -> list[Provider]:
     """The providers of a comma-separated list, in the table's order; all for None. Unknown names raise ValueError.
 
-    A form, ``backend[field=value, ...]``, comes after those of the table.
+    "hopper:hopper_skew=2" is the provider with fields of its backend's Tuning, joined by "+", and follows the others.
     """
     known = all_providers()
     if names is None:
         return list(known.values())
-    chosen = [name.strip() for name in re.split(r",(?![^\[]*\])", names) if name.strip()]
-    unknown = [name for name in chosen if name not in known and "[" not in name]
+    chosen = [name.strip() for name in names.split(",") if name.strip()]
+    known |= {name: tuned_backend(name) for name in chosen if ":" in name}
+    unknown = [name for name in chosen if name not in known]
     if unknown or not chosen:
         raise ValueError(f"unknown provider {', '.join(unknown) or '(none given)'}; known: {', '.join(known)}")
-    forms = [form(name) for name in dict.fromkeys(chosen) if "[" in name]
-    return [provider for name, provider in known.items() if name in chosen] + forms
+    return [provider for name, provider in known.items() if name in chosen]
