@@ -212,6 +212,10 @@ class KernelSet:
     def __init__(self, tuning: Tuning):
         self.tuning = tuning
 
+    def run(self, compute: Callable[[KernelSet, LossInputs], LossOutputs], inputs: LossInputs) -> LossOutputs:
+        """Compute a loss with these kernels. A backend may run a call that it has recorded instead."""
+        return compute(self, inputs)
+
     def operand_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype in which GEMMs of logits of ``dtype`` take their operands."""
         return dtype

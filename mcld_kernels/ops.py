@@ -188,9 +188,9 @@ class LossOperator:
         if device.type == "cuda" or torch.is_autocast_enabled(device.type):
             on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
             with on_device, no_autocast(device):
-                outputs = self._compute(kernels, inputs)
+                outputs = kernels.run(self._compute, inputs)
         else:
-            outputs = self._compute(kernels, inputs)
+            outputs = kernels.run(self._compute, inputs)
         student_grad = student.new_empty(0) if outputs.student_grad is None else outputs.student_grad
         teacher_grad = teacher.new_empty(0) if outputs.teacher_grad is None else outputs.teacher_grad
         return outputs.loss, outputs.terms, student_grad, teacher_grad

@@ -19,6 +19,7 @@ class CudaTuning(Tuning):
     """Constants of the choice. A large GPU has 132 multiprocessors (H100, H200); a portable one holds two blocks."""
 
     hopper: bool  # take the Hopper kernels where they can run
+    plans: bool = True  # record calls and run them again (`plans`)
     library_product: bool | None = None  # take the library's GEMM for product 2; None: `takes_library_product`
     low_latency_limit: int  # rows and classes up to which the low-latency path is taken; the kernels' own at most
     flash_row_bytes: int  # rows of operands up to which flash is taken; the kernels' own at most
