@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -163,6 +163,16 @@ class LossOperator:
 
     def run(self, call: _Call) -> Outputs:
         """Loss (), terms (num_terms,), gradients of the loss by student and teacher: (batch, classes), else (0,)."""
+        loss, terms, student_grad, teacher_grad = self.evaluate(call)
+        return (
+            loss,
+            terms,
+            call.student.new_empty(0) if student_grad is None else student_grad,
+            call.teacher.new_empty(0) if teacher_grad is None else teacher_grad,
+        )
+
+    def evaluate(self, call: _Call) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """As `run`, with None for a gradient that is not asked for."""
         student, teacher = call.student, call.teacher
         needs_teacher_grad = call.teacher_grad and not self._has_teacher_kernels
         kernels = backends.kernel_set(call.backend, student, teacher, needs_teacher_grad, self.supported)
@@ -185,15 +195,14 @@ class LossOperator:
             extra=dict(zip(self._extra, call.extra, strict=True)) if call.extra else {},
         )
         device = student.device
-        if device.type == "cuda" or torch.is_autocast_enabled(device.type):
-            on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+        is_elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+        if is_elsewhere or torch.is_autocast_enabled(device.type):
+            on_device = torch.cuda.device(device) if is_elsewhere else contextlib.nullcontext()
             with on_device, no_autocast(device):
                 outputs = kernels.run(self._compute, inputs)
         else:
             outputs = kernels.run(self._compute, inputs)
-        student_grad = student.new_empty(0) if outputs.student_grad is None else outputs.student_grad
-        teacher_grad = teacher.new_empty(0) if outputs.teacher_grad is None else outputs.teacher_grad
-        return outputs.loss, outputs.terms, student_grad, teacher_grad
+        return outputs.loss, outputs.terms, outputs.student_grad, outputs.teacher_grad
 
     def _tell_flop_counters(self) -> None:
         """Give the flop formula to the counters that are running.
@@ -302,12 +311,12 @@ class _NoSecondDerivative(torch.autograd.Function):
 _TWICE = "the fast backends of mcld_kernels cannot be differentiated twice; backend='reference' can, at its own cost"
 
 
-def _save(ctx: Any, call: _Call, outputs: Outputs) -> tuple[Tensor | None, ...]:
+def _save(ctx: Any, call: _Call, outputs: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """Save what the derivatives need; returns it."""
     # The inputs that a second derivative is taken by; a constant may be an inference tensor, which cannot be saved.
     inputs = (x if x is not None and x.requires_grad else None for x in (call.student, call.teacher, call.weight))
     # A copy, since whoever logs the terms may change them in place.
-    terms = outputs[1].clone() if call.weight is not None else None
+    terms = outputs[1].clone() if call.weight is not None and outputs[1] is not None else None
     ctx.dtypes = (
         call.student.dtype if call.student_grad else None,
         call.teacher.dtype if call.teacher_grad else None,
@@ -402,7 +411,7 @@ class _EagerLoss(torch.autograd.Function):
         teacher: Tensor,
         weight: Tensor | None,
     ) -> Tensor:
-        outputs = operator.run(_forward_call(operator, call))
+        outputs = operator.evaluate(_forward_call(operator, call))
         _save(ctx, call, outputs)
         terms.append(outputs[1])
         return outputs[0]

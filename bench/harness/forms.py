@@ -1,7 +1,7 @@
 """Forms of a kernel that only a clock can decide between, each reachable by name: ``bench/run.py --forms``.
 
-A form is a provider ``backend:field=value+field=value``: a backend with other fields of its Tuning. It is compared with the
-backend as it is, at the cases at which the choice matters.
+A form is a provider ``backend:field=value+field=value``: a backend with other fields of its Tuning. It is compared with
+the backend as it is, at the cases at which the choice matters.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ FORMS: dict[Case, tuple[str, ...]] = {
         "triton",
         "cuda",
         "hopper",
+        *(f"hopper:hopper_skew={slices}" for slices in (1, 2, 3)),
         "hopper:library_product=False",
         "triton:library_product=False",
         "triton:library_product=True",
@@ -27,7 +28,7 @@ FORMS: dict[Case, tuple[str, ...]] = {
         f"triton:chunk_bytes={64 * MIB}",
         "triton",
     ),
-    Case(65536, 1000, "bfloat16", ROWS): ("hopper", f"hopper:chunk_bytes={4224 * 65536 * 2}"),
+    Case(65536, 1000, "bfloat16", ROWS): ("hopper", "hopper:wave_bytes=0", "hopper:hopper_skew=2"),
     Case(16384, 100, "bfloat16", ROWS): ("triton", "cuda", "hopper", "hopper:flash_row_bytes=0"),
     Case(256, 1000, "bfloat16", TERMS): ("cuda", "cuda:low_latency_limit=0"),
     Case(1024, 1000, "bfloat16", TERMS): ("cuda", "cuda:low_latency_limit=0", "hopper:low_latency_limit=0"),

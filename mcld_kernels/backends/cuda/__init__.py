@@ -20,11 +20,11 @@ from torch import Tensor
 
 from ... import installation
 from .. import timings
-from ..chunks import chunk_bytes
+from ..chunks import chunk_bytes, wave_bytes
 from . import extension
 from .kernels import CudaKernels
 from .launcher import Launcher
-from .tuning import CudaTuning
+from .tuning import MULTIPROCESSORS, CudaTuning
 
 TUNING = CudaTuning
 MIN_CAPABILITY = (8, 0)
@@ -80,17 +80,25 @@ def _find_reason(student: Tensor, teacher: Tensor) -> str | None:
 
 def kernel_set(student: Tensor, teacher: Tensor, **overrides: Any) -> CudaKernels:
     """The kernel set for these logits; ``overrides`` are fields of `CudaTuning`."""
-    hopper, fields = timings.takes_hopper(student, teacher), tuple(sorted(overrides.items()))
-    return _kernel_set(_module(), student.device, chunk_bytes(student.device), hopper, fields)
+    device, fields = student.device, tuple(sorted(overrides.items()))
+    # A budget given by hand holds.
+    budgets = chunk_bytes(device), 0 if "chunk_bytes" in overrides else wave_bytes(device)
+    return _kernel_set(_module(), device, budgets, timings.takes_hopper(student, teacher), fields)
 
 
 @functools.lru_cache(maxsize=64)
 def _kernel_set(
-    module: ModuleType, device: torch.device, chunk_bytes: int, hopper: bool, fields: tuple[tuple[str, Any], ...]
+    module: ModuleType,
+    device: torch.device,
+    budgets: tuple[int, int],
+    hopper: bool,
+    fields: tuple[tuple[str, Any], ...],
 ) -> CudaKernels:
     """One kernel set for all calls: it keeps their plans."""
     tuning = CudaTuning(
-        chunk_bytes=chunk_bytes,
+        chunk_bytes=budgets[0],
+        wave_bytes=budgets[1],
+        multiprocessors=_multiprocessors(device),
         hopper=hopper,
         low_latency_limit=module.constants["low_latency_limit"],
         flash_row_bytes=module.constants["flash_row_bytes"],
@@ -114,6 +122,13 @@ def runs_on(architecture: str, capability: tuple[int, int], *, jit: bool = True)
     binary = kind != "-virtual" and capability[0] == major and capability[1] >= minor
     # All but "-real" also hold PTX, which the driver compiles for any later device.
     return binary or (jit and kind != "-real" and not special and capability >= (major, minor))
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _device_reason(module: ModuleType, device: torch.device) -> str | None:
