@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import re
 import sys
@@ -59,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
     )
     grid.add_argument("--short", action="store_true", help="a case of each regime of a GPU, the most telling first")
     grid.add_argument("--forms", action="store_true", help="forms of the kernels against each other (harness/forms.py)")
+    grid.add_argument("--host", action="store_true", help="instead, the host's cost of backend cuda, on a CPU")
     grid.add_argument("--smoke", action="store_true", help="a few small shapes, in under a minute on two cores")
     grid.add_argument("--kernels", action="store_true", help="beside each call, each kernel of the backends alone")
     how = made.add_argument_group("the measurement")
@@ -85,14 +87,14 @@ def check(options: argparse.Namespace, device: torch.device) -> str | None:
     """The reason why the options contradict each other or the machine; None if they do not."""
     shape_options = ("batch", "classes", "dtype", "terms", "mode")
     given = [f"--{name}" for name in shape_options if getattr(options, name) is not None]
-    own = [f"--{name}" for name in ("smoke", "short", "forms") if getattr(options, name)]
+    own = [f"--{name}" for name in ("smoke", "short", "forms", "host") if getattr(options, name)]
     if own and given:
         return f"{own[0]} has its own shapes: leave out {own[0]} or {' and '.join(given)}"
     if len(own) > 1:
         return f"{' and '.join(own)} exclude each other"
-    if options.forms and options.providers is not None:
-        return "--forms has its own providers: leave out --providers"
-    if (options.short or options.forms) and options.loss != "mcld":
+    if (options.forms or options.host) and options.providers is not None:
+        return f"{own[0]} has its own providers: leave out --providers"
+    if (options.short or options.forms or options.host) and options.loss != "mcld":
         return f"{own[0]} is of mcld"
     if options.cold and device.type == "cpu":
         return "--cold is for CUDA: on a CPU no cache is overwritten"
@@ -158,7 +160,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         screen.print("smoke: compile is left out (starting it takes most of a minute); ask by --providers")
     default = ROOT / "bench" / "out" / time.strftime("%Y%m%d-%H%M%S")
     try:
-        with programs.claimed(options.output, default, "results.json") as folder:
+        with programs.claimed(options.output, default, "host.json" if options.host else "results.json") as folder:
+            if options.host:
+                return measure_host(options, folder)
             return Run(options, device, providers, screen, folder).run()
     except programs.FolderInUse as fault:
         print(f"run: {fault}", file=sys.stderr)
@@ -166,6 +170,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as fault:
         print(f"run: the output cannot be written: {fault}", file=sys.stderr)
         return Exit.OUTPUT
+
+
+def measure_host(options: argparse.Namespace, folder: Path) -> int:
+    """The host's cost of a step, on a CPU with the launches stubbed: a table, and host.json."""
+    from bench.harness import host
+
+    costs = [host.measure(case, options.repeats or 400) for case in host.CASES]
+    print(host.table(costs))
+    head = header(options, torch.device("cpu"))
+    report.write_json(folder / "host.json", head | {"rows": [dataclasses.asdict(cost) for cost in costs]})
+    return Exit.OK
 
 
 class Run:

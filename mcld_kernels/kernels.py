@@ -231,8 +231,10 @@ class KernelSet:
     def __init__(self, tuning: Tuning):
         self.tuning = tuning
 
+    records_calls = False  # True: `run` is asked for a call, which may run a recorded one
+
     def run(self, compute: Callable[[KernelSet, LossInputs], LossOutputs], inputs: LossInputs) -> LossOutputs:
-        """Compute a loss with these kernels. A backend may run a call that it has recorded instead."""
+        """What ``compute`` gives with these kernels."""
         return compute(self, inputs)
 
     def operand_dtype(self, dtype: torch.dtype) -> torch.dtype:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import typing
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -195,13 +196,14 @@ class LossOperator:
             extra=dict(zip(self._extra, call.extra, strict=True)) if call.extra else {},
         )
         device = student.device
+        compute = partial(kernels.run, self._compute) if kernels.records_calls else partial(self._compute, kernels)
         is_elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
         if is_elsewhere or torch.is_autocast_enabled(device.type):
             on_device = torch.cuda.device(device) if is_elsewhere else contextlib.nullcontext()
             with on_device, no_autocast(device):
-                outputs = kernels.run(self._compute, inputs)
+                outputs = compute(inputs)
         else:
-            outputs = kernels.run(self._compute, inputs)
+            outputs = compute(inputs)
         return outputs.loss, outputs.terms, outputs.student_grad, outputs.teacher_grad
 
     def _tell_flop_counters(self) -> None:

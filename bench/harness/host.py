@@ -9,10 +9,11 @@ launch itself, its allocator in place of the CPU's, and two calls of PyTorch tha
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,15 @@ CASES = (
 )
 
 
+def keep_freed_memory() -> None:
+    """Let malloc keep what is freed, as a GPU's allocator does, instead of mapping large tensors anew at every call."""
+    mmap_threshold, trim_threshold, largest = -3, -1, 2**31 - 1  # of mallopt
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_threshold, largest)
+        libc.mallopt(trim_threshold, largest)
+
+
 @contextlib.contextmanager
 def stubbed() -> Iterator[Any]:
     """The emulated module, whose launches end at once; yields it."""
@@ -74,6 +84,7 @@ def stubbed() -> Iterator[Any]:
     def small_gemm(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
         torch.mm(small, small, out=small)
 
+    keep_freed_memory()
     module.stub_launches(1)
     gemm.gemm = small_gemm
     for part in (options, ops):
@@ -88,56 +99,89 @@ def stubbed() -> Iterator[Any]:
             part.is_readable = readable  # type: ignore[attr-defined]
 
 
-def make_step(case: HostCase, dtype: torch.dtype = torch.bfloat16) -> Callable[[], tuple[Tensor, Tensor]]:
-    """One step, forward and backward."""
-    student, teacher = (torch.randn(case.batch, CLASSES, dtype=dtype) for _ in range(2))
-    target = torch.randint(CLASSES, (case.batch,))
-    leaf = student.requires_grad_()
-
-    def step() -> tuple[Tensor, Tensor]:
-        loss = mcld_kernels.mcld_loss(leaf, teacher, target, backend="cuda", **case.options)
-        return loss, torch.autograd.grad(loss, leaf)[0]
-
-    return step
-
-
 @dataclass(frozen=True, kw_only=True)
 class HostCost:
-    """Microseconds of the thread's CPU time, and what a step asks of PyTorch and of the module."""
+    """Medians of the thread's CPU time in microseconds, and what a step asks of PyTorch and of the module.
 
-    microseconds: float  # median
-    forward_microseconds: float
+    ``pytorch_us``: a step of an autograd.Function that does nothing, interleaved with the others: PyTorch's own part.
+    ``unplanned_us``: the same step through the Python that a plan leaves out.
+    """
+
+    name: str
+    goal_us: float
+    step_us: float
+    forward_us: float
+    pytorch_us: float
+    unplanned_us: float
     launches: int
     allocations: int
     operations: int  # dispatched, allocations and views among them
 
 
+class _Nothing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return torch.empty(())
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream, None
+
+
 def measure(case: HostCase, rounds: int = 400) -> HostCost:
-    """The cost of a step that has run before."""
+    """The cost of a step that has run before; the kinds of steps are interleaved."""
     with stubbed() as module, backends.tuned(**case.tuning):
-        step = make_step(case)
-        for _ in range(5):
-            step()
-        before = module.stub_launches(1)
-        counts = count(step)
-        launches = (module.stub_launches(1) - before) // 2
-        forward, whole = [], []
         student, teacher = (torch.randn(case.batch, CLASSES, dtype=torch.bfloat16) for _ in range(2))
         target = torch.randint(CLASSES, (case.batch,))
+        gradient = torch.zeros_like(student)
         student.requires_grad_()
-        for _ in range(rounds):
+
+        def forward() -> Tensor:
+            return mcld_kernels.mcld_loss(student, teacher, target, backend="cuda", **case.options)
+
+        def step(loss_of: Callable[[], Tensor]) -> tuple[int, int]:
             begin = time.thread_time_ns()
-            loss = mcld_kernels.mcld_loss(student, teacher, target, backend="cuda", **case.options)
+            loss = loss_of()
             middle = time.thread_time_ns()
             torch.autograd.grad(loss, student)
-            whole.append(time.thread_time_ns() - begin)
-            forward.append(middle - begin)
+            return time.thread_time_ns() - begin, middle - begin
+
+        for _ in range(5):
+            step(forward)
+        before = module.stub_launches(1)
+        counts = count(lambda: step(forward))
+        launches = (module.stub_launches(1) - before) // 2
+        planned, nothing, unplanned = [], [], []
+        for _ in range(rounds):
+            planned.append(step(forward))
+            nothing.append(step(lambda: _Nothing.apply(student, gradient))[0])
+        with backends.tuned(plans=False):
+            for _ in range(max(20, rounds // 4)):
+                unplanned.append(step(forward)[0])
     return HostCost(
-        microseconds=statistics.median(whole) / 1e3,
-        forward_microseconds=statistics.median(forward) / 1e3,
+        name=case.name,
+        goal_us=case.goal_us,
+        step_us=statistics.median(whole for whole, _ in planned) / 1e3,
+        forward_us=statistics.median(part for _, part in planned) / 1e3,
+        pytorch_us=statistics.median(nothing) / 1e3,
+        unplanned_us=statistics.median(unplanned) / 1e3,
         launches=launches,
         **counts,
     )
+
+
+def table(costs: Sequence[HostCost]) -> str:
+    """A line for each case."""
+    lines = [
+        f"{'':<36}{'step':>8}{'forward':>9}{'PyTorch':>9}{'no plan':>9}{'goal':>7}  launches  allocations  operations"
+    ]
+    for cost in costs:
+        times = f"{cost.step_us:8.0f}{cost.forward_us:9.0f}{cost.pytorch_us:9.0f}{cost.unplanned_us:9.0f}"
+        counts = f"{cost.launches:10}{cost.allocations:13}{cost.operations:12}"
+        lines.append(f"{cost.name:<36}{times}{cost.goal_us:7.0f}{counts}")
+    return "\n".join([*lines, "microseconds of the thread's CPU time, median; nothing is launched"])
 
 
 def count(step: Callable[[], object]) -> dict[str, int]:

@@ -38,6 +38,7 @@ class CudaKernels(KernelSet):
     """The portable kernels, and the Hopper kernels where the tuning takes them and they can run."""
 
     tuning: CudaTuning
+    records_calls = True
 
     def __init__(self, launch: Launcher, tuning: CudaTuning):
         super().__init__(tuning)

@@ -98,8 +98,9 @@ class _View:
     stride: tuple[int, ...]
     dtype: torch.dtype
 
-    def of(self, workspace: Tensor) -> Tensor:
-        return workspace.view(self.dtype).as_strided(self.shape, self.stride, self.offset)
+    def of(self, typed: dict[torch.dtype, Tensor]) -> Tensor:
+        """The tensor, from the workspace as a tensor of each dtype."""
+        return typed[self.dtype].as_strided(self.shape, self.stride, self.offset)
 
 
 class Recorder(TorchDispatchMode):
@@ -170,7 +171,9 @@ class Recorder(TorchDispatchMode):
             self.plan.place(ranges)
         except ValueError as fault:
             raise NoPlan(str(fault)) from None
-        return CallPlan(plan=self.plan, steps=self._merged(kept), bytes=size, results=results, names=names)
+        steps = self._merged(kept)
+        dtypes = tuple({part.dtype for step in steps for part in step if isinstance(part, _View)})
+        return CallPlan(plan=self.plan, steps=steps, bytes=size, dtypes=dtypes, results=results, names=names)
 
     def _mark(self, blocks: list[_Block]) -> None:
         """Note the steps that use each block."""
@@ -239,6 +242,7 @@ class CallPlan:
     plan: Any  # csrc/plan.h
     steps: list[tuple[Any, ...]]  # ("launch", first, last), ("zero", view) or ("gemm", left, right, out, accumulate)
     bytes: int  # of the workspace
+    dtypes: tuple[torch.dtype, ...]  # of views of the workspace
     results: list[tuple[torch.Size, torch.dtype]]
     names: dict[str, int]  # field of `LossOutputs` -> number of the result
 
@@ -252,14 +256,15 @@ class CallPlan:
         for result in results:
             bases.append(result.data_ptr())
         index, stream = launch.place()
-        for step in self.steps:
-            if step[0] == "launch":
-                self.plan.run(bases, index, stream, step[1], step[2])
-            elif step[0] == "gemm":
-                left, right, out = (view.of(workspace) for view in step[1:4])
-                gemm.gemm(left, right, out, step[4])
+        typed = {dtype: workspace.view(dtype) for dtype in self.dtypes}
+        for kind, *step in self.steps:
+            if kind == "launch":
+                self.plan.run(bases, index, stream, step[0], step[1])
+            elif kind == "gemm":
+                left, right, out, accumulate = step
+                gemm.gemm(left.of(typed), right.of(typed), out.of(typed), accumulate)
             else:
-                step[1].of(workspace).zero_()
+                step[0].of(typed).zero_()
         fields = {name: results[number] for name, number in self.names.items()}
         return LossOutputs(
             loss=fields["loss"],
