@@ -160,9 +160,12 @@ def test_sums_alone(emulated):
     assert ((sums.double().sum(0)[:130] - total).abs() <= total * FP32).all()
 
 
-@pytest.mark.parametrize("dtype", PRECISION, ids=str)
+# Off and unmeasured take the portable kernels, whose values other tests hold to the bar: one dtype shows the choice.
+TAKEN = [*(("1", dtype) for dtype in PRECISION), ("0", torch.bfloat16), (None, torch.bfloat16)]
+
+
 @pytest.mark.parametrize(("kernel", "classes"), [("hopper_flash", 100), ("hopper_similarity", 300)])
-@pytest.mark.parametrize("setting", ["1", "0", None], ids=["on", "off", "unmeasured"])
+@pytest.mark.parametrize(("setting", "dtype"), TAKEN, ids=str)
 def test_the_backend_takes_them_and_stays_right(emulated, monkeypatch, poison, setting, kernel, classes, dtype):
     """The whole loss and gradient, with the kernels taken at the small shapes that an emulation can do."""
     monkeypatch.delenv("MCLD_HOPPER", raising=False)
@@ -225,11 +228,25 @@ def test_small_work_stays_with_the_portable_kernels(chosen):
     assert tuning.hopper_flash_splits(*chosen, 4096, 4096, 320) == 0, "no kernel for this pitch"
 
 
-@pytest.mark.parametrize("shape", [(4096, 4096, 128), (100, 200_000, 64), (65536, 300, 256)], ids=str)
+def test_candidates_are_split_over_a_second_round(chosen):
+    """The category-wise term of ImageNet-21k at B = 256: 171 tiles of anchors for 132 blocks."""
+    assert tuning.hopper_flash_splits(*chosen, 21841, 21841, 256) == 3
+    assert tuning.flash_splits(*chosen, 21841, 21841) == 3
+    assert tuning.hopper_flash_splits(*chosen, 65536, 65536, 128) == 1, "full rounds"
+    assert tuning.hopper_flash_splits(*chosen, 65536, 300, 256) == 1, "few candidates"
+
+
+@pytest.mark.parametrize(
+    "shape", [(4096, 4096, 128), (100, 200_000, 64), (65536, 300, 256), (21841, 21841, 256)], ids=str
+)
 def test_splits_leave_no_part_without_candidates(chosen, shape):
     anchors, candidates, pitch = shape
     fields, constants = chosen
     splits = tuning.hopper_flash_splits(fields, constants, anchors, candidates, pitch)
     tiles = math.ceil(candidates / constants["hopper_flash_columns"][pitch])
     assert 1 <= splits <= tiles
-    assert splits == 1 or splits * math.ceil(anchors / constants["hopper_flash_rows"]) <= fields.hopper_blocks
+    # No more rounds of blocks than without splits take for as many tiles of candidates each.
+    rows = math.ceil(anchors / constants["hopper_flash_rows"])
+    rounds, alone = math.ceil(rows * splits / fields.hopper_blocks), math.ceil(rows / fields.hopper_blocks)
+    assert rounds * math.ceil(tiles / splits) <= alone * tiles
+    assert rounds == 1 or splits == 1 or shape == (21841, 21841, 256)
