@@ -521,7 +521,12 @@ class _Composition:
         self.teacher_grad = GradBuffer(inputs.teacher, inputs.teacher_grad)
         # What each anchor adds to a term: a row for every term and direction.
         rows = 5 if options.direction == "symmetric" else 3
-        self.per_anchor = student.new_zeros(rows, max(student.shape), dtype=acc)
+        (n, classes), (instance, sample, category) = student.shape, options.active
+        by_row = instance or sample
+        # Rows of one width are written whole.
+        is_whole = n == inputs.teacher.shape[0] and (not by_row or not category or n == classes)
+        width = max(n if by_row else 1, classes if category else 1)
+        self.per_anchor = (student.new_empty if is_whole else student.new_zeros)((rows, width), dtype=acc)
         self.terms: list[int] = []  # the term of each row of `per_anchor` that is in use
         candidates = inputs.extra.get("candidates")
         self.candidates = candidates if candidates is not None and candidates.shape[0] > 0 else None
