@@ -1,6 +1,7 @@
 """Multi-perspective contrastive logit distillation (MCLD) at large batch: fused kernels and a PyTorch reference."""
 
 from . import backends, reference
+from .accumulation import accumulate
 from .family_options import CKDTerms, CLKDTerms
 from .losses.ckd import CKDLoss, ckd_loss, ckd_terms
 from .losses.clkd import CLKDLoss, clkd_loss, clkd_terms
@@ -22,6 +23,7 @@ __all__ = [
     "MCLDTerms",
     "TeacherQueue",
     "__version__",
+    "accumulate",
     "backends",
     "ckd_loss",
     "ckd_terms",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeVar
 
@@ -161,15 +161,9 @@ def index_labels(
 ) -> tuple[Labels, ...]:
     """Index the labels of each side, (n,) int64, with class indices in common. ``dtype`` is that of ``poison``."""
     target = torch.cat(sides) if len(sides) > 1 else sides[0]
-    valid = target != ignore_index
-    # Bad labels are clamped, so that no kernel reads out of bounds; the poison makes their terms NaN.
-    clamped = target.clamp(0, num_classes - 1)
-    bad = valid & (target != clamped)
-    poison = torch.where(bad.any(), torch.nan, 1.0).to(dtype)
-    class_id = torch.where(valid, clamped, num_classes)
+    valid, class_id, key, poison = _clamped(target, ignore_index, num_classes, dtype)
     n = target.shape[0]
     class_index = class_id if num_classes < n else _dense_index(class_id)
-    key = torch.where(valid, clamped, torch.arange(-1, -1 - n, -1, device=target.device))
     sizes = [side.shape[0] for side in sides]
     parts = zip(*(x.split(sizes) for x in (key, valid, class_index, class_id)), strict=True)
     return tuple(
@@ -184,6 +178,68 @@ def index_labels(
         )
         for key_part, valid_part, index_part, id_part in parts
     )
+
+
+def index_labels_over_ranks(
+    everything: Tensor, own: slice, ignore_index: int, num_classes: int, dtype: torch.dtype
+) -> tuple[Labels, Labels]:
+    """The labels of this rank's rows and of all rows, given those of all rows (B,).
+
+    Class indices are those of the classes of this rank's rows, and one more, the last, for ignored rows and for rows of
+    other classes: a table by class index has no more rows than this rank has, and one. `counts`, `mean_factor` and
+    `present` of the second are those of the global batch; so is the `mean_factor` of the first.
+    """
+    valid, class_id, key, poison = _clamped(everything, ignore_index, num_classes, dtype)
+    count = own.stop - own.start
+    if num_classes < count or count == 0:
+        present = num_classes + 1 if count else 1
+        class_index = class_id if count else torch.zeros_like(class_id)
+    else:
+        present = count + 1
+        ordered = class_id[own].sort().values
+        numbers = torch.zeros_like(ordered)
+        numbers[1:] = (ordered[1:] != ordered[:-1]).cumsum(0)
+        place = torch.searchsorted(ordered, class_id).clamp_(max=count - 1)
+        class_index = torch.where(valid & (ordered[place] == class_id), numbers[place], count)
+    both = [
+        Labels(
+            key=key[rows],
+            valid=valid[rows],
+            class_index=class_index[rows],
+            class_id=class_id[rows],
+            poison=poison,
+            num_classes_present=present,
+            num_classes=num_classes,
+        )
+        for rows in (own, slice(None))
+    ]
+    return with_tables(both[0], mean_factor=both[1].mean_factor), both[1]
+
+
+def part_of_labels(labels: Labels, rows: slice) -> Labels:
+    """The labels of some of the rows, without the tables."""
+    return replace(
+        labels,
+        key=labels.key[rows],
+        valid=labels.valid[rows],
+        class_index=labels.class_index[rows],
+        class_id=labels.class_id[rows],
+    )
+
+
+def _clamped(
+    target: Tensor, ignore_index: int, num_classes: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """valid, class_id, key (n,) and poison () of labels (n,)."""
+    valid = target != ignore_index
+    # Bad labels are clamped, so that no kernel reads out of bounds; the poison makes their terms NaN.
+    clamped = target.clamp(0, num_classes - 1)
+    bad = valid & (target != clamped)
+    poison = torch.where(bad.any(), torch.nan, 1.0).to(dtype)
+    class_id = torch.where(valid, clamped, num_classes)
+    n = target.shape[0]
+    key = torch.where(valid, clamped, torch.arange(-1, -1 - n, -1, device=target.device))
+    return valid, class_id, key, poison
 
 
 def _dense_index(class_id: Tensor) -> Tensor:

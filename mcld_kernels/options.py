@@ -18,6 +18,7 @@ Backend = Literal["auto", "reference", "torch", "triton", "cuda"]
 
 BACKENDS: tuple[Backend, ...] = ("auto", "reference", "torch", "triton", "cuda")
 TERMS = ("instance", "sample", "category")
+INSTANCE, SAMPLE, CATEGORY = range(3)
 DIRECTIONS: tuple[Direction, ...] = ("student", "teacher", "symmetric")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INT64 = 1 << 63
@@ -65,6 +66,14 @@ def _label_terms(options: MCLDOptions) -> tuple[bool, bool, bool]:
     return instance != 0 and options.mask_same_class, sample != 0, category != 0 and options.present_only
 
 
+def row_groups(options: MCLDOptions) -> list[tuple[int, ...]]:
+    """The active row terms, those together that share one contrast."""
+    instance, sample, _ = options.active
+    if instance and sample and not options.mask_same_class and options.temperature[0] == options.temperature[1]:
+        return [(INSTANCE, SAMPLE)]
+    return [(term,) for term, active in ((INSTANCE, instance), (SAMPLE, sample)) if active]
+
+
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     """The accumulator dtype, of sums and of the loss: fp64 for fp64 logits, fp32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -101,13 +110,8 @@ def mcld_options(
     present_only: bool,
     ignore_index: int,
     eps: float,
-    process_group: Any = None,
 ) -> tuple[MCLDOptions, Tensor | None]:
     """Check everything that does not depend on the logits. Returns the options and the weight tensor, if one came."""
-    if process_group is not None:
-        raise NotImplementedError(
-            "process_group: the loss over a global batch is not implemented yet; pass process_group=None"
-        )
     weight_tensor = weight if isinstance(weight, Tensor) else None
     if weight_tensor is not None:
         check_weight_tensor(weight_tensor)
@@ -195,6 +199,19 @@ def _check_candidates(candidates: Any, candidate_target: Tensor | None, teacher:
             candidate_target, candidates, options.ignore_index, read_values=any(_label_terms(options)),
             name="candidate_target", shape="rows",
         )  # fmt: skip
+
+
+def check_over_ranks(target: Tensor | None, candidates: Tensor | None) -> None:
+    """What the fast backends do not take over ranks."""
+    if target is not None and target.is_floating_point():
+        given, remedy = "soft labels", "pass hard labels, such as target.argmax(dim=1)"
+    elif candidates is not None:
+        given, remedy = "candidates", "pass candidates=None"
+    else:
+        return
+    raise ValueError(
+        f"process_group with {given} is given by backend='reference' alone: take it, or {remedy}, or process_group=None"
+    )
 
 
 def check_backend(name: Any) -> None:

@@ -113,7 +113,9 @@ BAD = {
     "ignore_index None": ((S, T, Y), {"ignore_index": None}, TypeError, ["ignore_index", "int", "NoneType"]),
     "eps < 0": ((S, T, Y), {"eps": -1e-12}, ValueError, ["eps", ">= 0", "-1e-12"]),
     "eps nan": ((S, T, Y), {"eps": math.nan}, ValueError, ["eps", "finite", "nan"]),
-    "process_group": ((S, T, Y), {"process_group": object()}, NotImplementedError, ["process_group", "None"]),
+    "process_group": ((S, T, Y), {"process_group": object()}, TypeError, ["process_group", "object", "None"]),
+    "gather": ((S, T, Y), {"gather": "none"}, ValueError, ["gather", "'all'", "'ring'", "'none'"]),
+    "even": ((S, T, Y), {"even": 1}, TypeError, ["even", "bool", "1"]),
 }  # fmt: skip
 
 

@@ -12,14 +12,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import reference
+from ..distributed import Gather, RanksOptions, ranks_options, report
 from ..infonce import Anchors, GradBuffer, Side, contrast
 from ..kernels import KernelSet, LossInputs, LossOutputs, TermWeight, UnitRows
 from ..labels import Labels, SoftLabels, class_weights, hard_labels
 from ..ops import LossOperator
 from ..options import (
+    CATEGORY,
+    INSTANCE,
+    SAMPLE,
     Backend,
     Direction,
     MCLDOptions,
@@ -27,14 +32,16 @@ from ..options import (
     check_backend,
     check_flag,
     check_mcld_inputs,
+    check_over_ranks,
     check_temperatures,
     check_weight_tensor,
     is_number,
     is_readable,
     mcld_options,
+    row_groups,
 )
+from .mcld_ranks import compute_over_ranks
 
-INSTANCE, SAMPLE, CATEGORY = range(3)
 _RAMP_ONE = 1 << 52  # the ramp as an integer: exact for every float64 in [0, 1] of that resolution
 
 
@@ -53,7 +60,9 @@ def mcld_loss(
     ignore_index: int = -100,
     eps: float = 1e-12,
     backend: Backend = "auto",
-    process_group: Any = None,
+    process_group: dist.ProcessGroup | str | None = None,
+    gather: Gather = "all",
+    even: bool = False,
 ) -> Tensor:
     r"""Multi-perspective contrastive logit distillation: three InfoNCE losses between student and teacher logits.
 
@@ -111,7 +120,15 @@ def mcld_loss(
         backend: "auto" (the fastest that can run), "reference", "torch", "triton" or "cuda"; see
             :func:`mcld_kernels.backends.explain`. All give the same loss and gradient; only "reference" can be
             differentiated twice.
-        process_group: reserved for the loss over a global batch; only None for now.
+        process_group: a torch.distributed process group (or its name), to take the loss of the global batch, the
+            rows of all its ranks; None: of this process's rows. Every rank must make the same calls; it returns
+            (number of ranks) x (the part of its own anchors), so that the mean over ranks of loss, terms and gradients,
+            as DistributedDataParallel takes it, is that of the global batch. Ranks may hold unequal numbers of rows,
+            or none.
+        gather: over ranks, "all" (the teacher's rows of all ranks are gathered) or "ring" (they travel around the ranks
+            in blocks, for batches whose gathered rows do not fit). Both give the same value and gradient.
+        even: over ranks, True says that all ranks hold the same number of rows: on a GPU nothing is read on the host
+            then, which a CUDA graph needs.
 
     Returns:
         Tensor of shape (), float64 for float64 logits and float32 otherwise: sums are taken in that
@@ -121,15 +138,18 @@ def mcld_loss(
         NaN or infinite logits give NaN. A row whose sum of squares overflows counts as infinite.
 
     Raises:
-        ValueError: shapes, devices, values or options do not fit, labels are missing, soft, or out of range.
+        ValueError: shapes, devices, values or options do not fit, labels are missing, soft, or out of range; over
+            ranks on all of them, with the rank and what is wrong there, or with the ranks' difference.
         TypeError: a dtype or type does not fit.
-        NotImplementedError: ``process_group`` is given.
+        RuntimeError: a collective failed: a rank has ended, or ran other code until the group's timeout.
         mcld_kernels.backends.BackendUnavailable: the backend asked for cannot run; the message says why.
 
     Labels out of range raise for labels on the CPU. Reading labels on a GPU would synchronise it, so there, and under
     torch.compile, they make the terms that use labels NaN.
     """
-    options, weight_tensor = mcld_options(
+    ranks = ranks_options(process_group, gather, even)
+    options, weight_tensor = _options(
+        ranks,
         temperature=temperature,
         weight=weight,
         direction=direction,
@@ -137,15 +157,10 @@ def mcld_loss(
         present_only=present_only,
         ignore_index=ignore_index,
         eps=eps,
-        process_group=process_group,
     )
-    labels_are_classes = check_mcld_inputs(
-        student, teacher, target, weight_tensor, options, backend, candidates, candidate_target
-    )
-    extra = candidates, candidate_target
-    if backend == "reference":
-        return reference.mcld.evaluate(student, teacher, target, weight_tensor, options, *extra).loss
-    return _OPERATOR(student, teacher, target, weight_tensor, options, backend, labels_are_classes, extra)[0]
+    return _loss_and_terms(
+        student, teacher, target, weight_tensor, options, backend, candidates, candidate_target, ranks
+    )[0]
 
 
 def mcld_terms(
@@ -163,14 +178,18 @@ def mcld_terms(
     ignore_index: int = -100,
     eps: float = 1e-12,
     backend: Backend = "auto",
-    process_group: Any = None,
+    process_group: dist.ProcessGroup | str | None = None,
+    gather: Gather = "all",
+    even: bool = False,
 ) -> MCLDTerms:
     """:func:`mcld_loss` and its parts: ``MCLDTerms(loss, instance, sample, category)``, each of shape ().
 
     ``loss`` is what :func:`mcld_loss` returns, with its gradient; the three terms are unweighted and detached, for
     logging. A term with weight 0 is not computed and reads 0. Arguments and errors as :func:`mcld_loss`.
     """
-    options, weight_tensor = mcld_options(
+    ranks = ranks_options(process_group, gather, even)
+    options, weight_tensor = _options(
+        ranks,
         temperature=temperature,
         weight=weight,
         direction=direction,
@@ -178,9 +197,43 @@ def mcld_terms(
         present_only=present_only,
         ignore_index=ignore_index,
         eps=eps,
-        process_group=process_group,
     )
-    return evaluate(student, teacher, target, weight_tensor, options, backend, candidates, candidate_target)
+    return evaluate(student, teacher, target, weight_tensor, options, backend, candidates, candidate_target, ranks)
+
+
+def _options(ranks: RanksOptions | None, **given: Any) -> tuple[MCLDOptions, Tensor | None]:
+    """`mcld_options`; a rank that refuses its own lets the others know."""
+    try:
+        return mcld_options(**given)
+    except (TypeError, ValueError) as error:
+        report(ranks, error)
+        raise
+
+
+def _loss_and_terms(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    weight: Tensor | None,
+    options: MCLDOptions,
+    backend: str,
+    candidates: Tensor | None,
+    candidate_target: Tensor | None,
+    ranks: RanksOptions | None,
+) -> tuple[Tensor, Tensor]:
+    """Check the tensors and run a backend: the loss (), with its gradient, and the terms (3,)."""
+    extra = candidates, candidate_target
+    try:
+        labels_are_classes = check_mcld_inputs(student, teacher, target, weight, options, backend, *extra)
+        if ranks is not None and backend != "reference":
+            check_over_ranks(target, candidates)
+    except (TypeError, ValueError) as error:
+        report(ranks, error)
+        raise
+    if backend == "reference":
+        result = reference.mcld.evaluate(student, teacher, target, weight, options, *extra, ranks)
+        return result.loss, torch.stack(result[1:])
+    return _OPERATOR(student, teacher, target, weight, options, backend, labels_are_classes, extra, ranks)
 
 
 def evaluate(
@@ -192,13 +245,11 @@ def evaluate(
     backend: str,
     candidates: Tensor | None = None,
     candidate_target: Tensor | None = None,
+    ranks: RanksOptions | None = None,
 ) -> MCLDTerms:
-    """Check the tensors and run a backend."""
+    """The loss and its terms, as `_loss_and_terms`."""
     extra = candidates, candidate_target
-    labels_are_classes = check_mcld_inputs(student, teacher, target, weight, options, backend, *extra)
-    if backend == "reference":
-        return reference.mcld.evaluate(student, teacher, target, weight, options, *extra)
-    loss, terms = _OPERATOR(student, teacher, target, weight, options, backend, labels_are_classes, extra)
+    loss, terms = _loss_and_terms(student, teacher, target, weight, options, backend, *extra, ranks)
     return MCLDTerms(loss, *terms.unbind())
 
 
@@ -209,9 +260,11 @@ class MCLDLoss(nn.Module):
     (``warmup_steps``), or by both, of which :meth:`set_epoch` takes precedence once it has been called.
 
     Args:
-        temperature, weight, direction, mask_same_class, present_only, ignore_index, eps, backend, process_group: as for
+        temperature, weight, direction, mask_same_class, present_only, ignore_index, eps, backend: as for
             :func:`mcld_kernels.mcld_loss`. ``weight`` as a tensor becomes a buffer, or a parameter if it is one.
             ``temperature`` can be assigned later, for a schedule.
+        process_group, gather, even: as for :func:`mcld_kernels.mcld_loss`. The module keeps the group's name alone, and
+            can be copied and pickled; ``process_group`` can be assigned later.
         warmup: epochs until the ramp is 1: ``min(epoch / warmup, 1)``, with the epoch from :meth:`set_epoch`, counted
             from 0, fractions welcome. 0: no ramp by epochs.
         warmup_steps: training steps until the ramp is 1: ``min(step / warmup_steps, 1)``. The module counts its calls
@@ -249,7 +302,9 @@ class MCLDLoss(nn.Module):
         ignore_index: int = -100,
         eps: float = 1e-12,
         backend: Backend = "auto",
-        process_group: Any = None,
+        process_group: dist.ProcessGroup | str | None = None,
+        gather: Gather = "all",
+        even: bool = False,
         warmup: float = 0,
         warmup_steps: int = 0,
         uncertainty_weighting: bool = False,
@@ -268,8 +323,9 @@ class MCLDLoss(nn.Module):
             present_only=present_only,
             ignore_index=ignore_index,
             eps=eps,
-            process_group=process_group,
         )
+        self.ranks = ranks_options(process_group, gather, even)
+        self._gather, self._even = gather, even
         self.uncertainty_weighting = check_flag("uncertainty_weighting", uncertainty_weighting)
         if uncertainty_weighting and tensor is None:
             # The gradient by a tensor of weights does not know of weights beside it.
@@ -297,6 +353,15 @@ class MCLDLoss(nn.Module):
     @temperature.setter
     def temperature(self, value: float | Sequence[float]) -> None:
         self.options = self.options._replace(temperature=check_temperatures(value))
+
+    @property
+    def process_group(self) -> str | None:
+        """The name of the process group; None: the loss of this process's rows. Assign a group, its name or None."""
+        return None if self.ranks is None else self.ranks.group
+
+    @process_group.setter
+    def process_group(self, value: dist.ProcessGroup | str | None) -> None:
+        self.ranks = ranks_options(value, self._gather, self._even)
 
     @property
     def effective_weight(self) -> Tensor:
@@ -358,8 +423,9 @@ class MCLDLoss(nn.Module):
         if is_training and self.warmup and not self.warmup_steps and not self._has_epoch:
             self._warn_of_missing_epoch()
         result = evaluate(
-            student, teacher, target, self._weight(), self.options, self.backend, candidates, candidate_target
-        )
+            student, teacher, target, self._weight(), self.options, self.backend, candidates, candidate_target,
+            self.ranks,
+        )  # fmt: skip
         if self.uncertainty_weighting:
             active = torch.tensor(self.options.active, device=self.log_variance.device)
             result = result._replace(loss=result.loss + (self.log_variance * active).sum().to(result.loss) / 2)
@@ -455,7 +521,12 @@ class _Composition:
         self.teacher_grad = GradBuffer(inputs.teacher, inputs.teacher_grad)
         # What each anchor adds to a term: a row for every term and direction.
         rows = 5 if options.direction == "symmetric" else 3
-        self.per_anchor = student.new_zeros(rows, max(student.shape), dtype=acc)
+        (n, classes), (instance, sample, category) = student.shape, options.active
+        by_row = instance or sample
+        # Rows of one width are written whole.
+        is_whole = n == inputs.teacher.shape[0] and (not by_row or not category or n == classes)
+        width = max(n if by_row else 1, classes if category else 1)
+        self.per_anchor = (student.new_empty if is_whole else student.new_zeros)((rows, width), dtype=acc)
         self.terms: list[int] = []  # the term of each row of `per_anchor` that is in use
         candidates = inputs.extra.get("candidates")
         self.candidates = candidates if candidates is not None and candidates.shape[0] > 0 else None
@@ -600,14 +671,6 @@ class _Composition:
         return Anchors(side=side, weights=weights, per_anchor=self.per_anchor[first : len(self.terms)])
 
 
-def row_groups(options: MCLDOptions) -> list[tuple[int, ...]]:
-    """The active row terms, those together that share one contrast."""
-    instance, sample, _ = options.active
-    if instance and sample and not options.mask_same_class and options.temperature[0] == options.temperature[1]:
-        return [(INSTANCE, SAMPLE)]
-    return [(term,) for term, active in ((INSTANCE, instance), (SAMPLE, sample)) if active]
-
-
 def _flops(batch: int, classes: int, options: MCLDOptions, with_grad: bool, candidates: int) -> int:
     """2 n m d for the similarities of a contrast, and as many again for its product with the candidates."""
     passes = 2 if with_grad else 1
@@ -623,4 +686,5 @@ _OPERATOR = LossOperator(
     compute=compute,
     flops=_flops,
     extra=("candidates", "candidate_target"),
+    compute_over_ranks=compute_over_ranks,
 )

@@ -22,17 +22,29 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from ..distributed import Gather, Ranks, RanksOptions, gather_with_grad, join, ranks_options, report, same_on_all_ranks
 from ..options import Direction, MCLDOptions, MCLDTerms, acc_dtype, check_mcld_inputs, mcld_options, no_autocast
 
 
 class _Labels:
-    """The labels of a batch and of further candidates, and the rows and classes that count."""
+    """The labels of a batch and of further candidates, and the rows and classes that count.
+
+    ranks: whose rows the batch has, over ranks.
+    """
 
     def __init__(
-        self, target: Tensor | None, ignore_index: int, num_classes: int, acc: torch.dtype, others: Tensor | None
+        self,
+        target: Tensor | None,
+        ignore_index: int,
+        num_classes: int,
+        acc: torch.dtype,
+        others: Tensor | None,
+        ranks: Ranks | None = None,
     ):
+        self.ranks = ranks
         if target is None:
             return
         class_id = torch.arange(num_classes, device=target.device)
@@ -61,6 +73,18 @@ class _Labels:
         bad = ~(((total - 1).abs() <= 1e-2) | (total == 0)) | (target < 0).any(1)
         return label, (total != 0) & (label != ignore_index), bad
 
+    def mean(self, values: Tensor, counted: Tensor | None = None) -> Tensor:
+        """Mean of ``values`` (B,) over the rows that count; 0 where none does, NaN where any value is.
+
+        Over ranks: (number of ranks) x (the part of this rank's rows), whose mean over ranks it is.
+        """
+        counted = torch.ones_like(values) if counted is None else counted
+        total = counted.sum().clamp(min=1)
+        if self.ranks is None:
+            return (values * counted).sum() / total
+        own = self.ranks.own
+        return (values[own] * counted[own]).sum() / total * self.ranks.count
+
 
 def unit_rows(x: Tensor, eps: float) -> Tensor:
     """Every row divided by its L2 norm; a row with norm <= eps becomes zeros and gets no gradient. (n, d) -> (n, d)."""
@@ -85,22 +109,17 @@ def _both(direction: str, a: Tensor, of: Any) -> Tensor:
     return (of(a) + of(by_teacher)) / 2
 
 
-def _mean(values: Tensor, counted: Tensor) -> Tensor:
-    """Mean of ``values`` (n,) over the anchors that count; 0 where none does, NaN where any value is."""
-    return (values * counted).sum() / counted.sum().clamp(min=1)
-
-
 def instance(s: Tensor, t: Tensor, labels: _Labels, dtype: torch.dtype, options: MCLDOptions) -> Tensor:
     """Instance-wise: the positive of row i is row i of the other side; the mask drops its same-label candidates."""
     a = similarities(unit_rows(s, options.eps), unit_rows(t, options.eps), dtype, options.temperature[0])  # (B, B)
     if not options.mask_same_class:
-        return _both(options.direction, a, lambda m: (m.logsumexp(1) - m.diagonal()).mean())
+        return _both(options.direction, a, lambda m: labels.mean(m.logsumexp(1) - m.diagonal()))
     dropped = labels.same.clone()
     dropped.diagonal().fill_(False)
 
     def of(m: Tensor) -> Tensor:
         # The block of the batch is symmetric: it serves both directions.
-        return (m.masked_fill(dropped[:, : m.shape[1]], -torch.inf).logsumexp(1) - m.diagonal()).mean()
+        return labels.mean(m.masked_fill(dropped[:, : m.shape[1]], -torch.inf).logsumexp(1) - m.diagonal())
 
     return _both(options.direction, a, of) * labels.poison
 
@@ -113,7 +132,7 @@ def sample(s: Tensor, t: Tensor, labels: _Labels, dtype: torch.dtype, options: M
         shared = labels.shared[:, : m.shape[1]].to(m.dtype)
         total = shared.sum(1, keepdim=True)
         positives = shared / total.masked_fill(total == 0, 1)  # (B, B), rows sum to 1
-        return _mean(m.logsumexp(1) - (m * positives).sum(1), labels.valid)
+        return labels.mean(m.logsumexp(1) - (m * positives).sum(1), labels.valid)
 
     return _both(options.direction, a, of) * labels.poison
 
@@ -124,7 +143,7 @@ def category(s: Tensor, t: Tensor, labels: _Labels, dtype: torch.dtype, options:
     per_class = a.logsumexp(1) - a.diagonal()
     if not options.present_only:
         return per_class.mean()
-    return _mean(per_class, labels.present) * labels.poison
+    return (per_class * labels.present).sum() / labels.present.sum().clamp(min=1) * labels.poison
 
 
 def evaluate(
@@ -135,22 +154,29 @@ def evaluate(
     options: MCLDOptions,
     candidates: Tensor | None = None,
     candidate_target: Tensor | None = None,
+    over_ranks: RanksOptions | None = None,
 ) -> MCLDTerms:
-    """The loss and its terms for arguments that are already checked."""
+    """The loss and its terms for arguments that are already checked; over ranks, from all logits, gathered."""
     dtype = torch.promote_types(student.dtype, teacher.dtype)
     acc = acc_dtype(dtype)
     with no_autocast(student.device):
-        s, t = student.to(acc), teacher.to(acc)
+        s, t, ranks = student.to(acc), teacher.to(acc), None
+        if over_ranks is not None:
+            facts = same_on_all_ranks(student, teacher, target, weight, options, "of the reference")
+            facts |= {"student gradient": student.requires_grad, "teacher gradient": teacher.requires_grad}
+            ranks = join(over_ranks, student.shape[0], facts, student.device)
+            s, t = gather_with_grad(s, ranks), gather_with_grad(t, ranks)
+            target = None if target is None else ranks.all_gather(target.contiguous())
         zero = s[:0].sum() + t[:0].sum()  # differentiable, also where no term is computed
         terms = [zero, zero, zero]
-        if student.shape[0] > 0:
+        if s.shape[0] > 0:
             others, rows = None, t
             if candidates is not None:
                 rows = torch.cat((t, candidates.to(teacher.dtype).to(acc)))  # (B + q, C)
                 others = candidate_target
                 if others is None:
                     others = torch.full(candidates.shape[:1], options.ignore_index, device=candidates.device)
-            labels = _Labels(target, options.ignore_index, student.shape[1], acc, others)
+            labels = _Labels(target, options.ignore_index, student.shape[1], acc, others, ranks)
             if options.active[0]:
                 terms[0] = instance(s, rows, labels, dtype, options)
             if options.active[1]:
@@ -160,6 +186,8 @@ def evaluate(
         loss = zero
         for i, term in enumerate(terms):
             if options.active[i]:
+                if ranks is not None and ranks.poison is not None:
+                    term = term * ranks.poison
                 loss = loss + options.term_weight[i] * (term if weight is None else weight[i].to(acc) * term)
     return MCLDTerms(loss, *(term.detach().clone() for term in terms))
 
@@ -178,7 +206,9 @@ def mcld_loss(
     present_only: bool = False,
     ignore_index: int = -100,
     eps: float = 1e-12,
-    process_group: Any = None,
+    process_group: dist.ProcessGroup | str | None = None,
+    gather: Gather = "all",
+    even: bool = False,
 ) -> Tensor:
     """The MCLD loss, shape (). Arguments and errors as :func:`mcld_kernels.mcld_loss`."""
     return mcld_terms(
@@ -195,6 +225,8 @@ def mcld_loss(
         ignore_index=ignore_index,
         eps=eps,
         process_group=process_group,
+        gather=gather,
+        even=even,
     ).loss
 
 
@@ -212,19 +244,25 @@ def mcld_terms(
     present_only: bool = False,
     ignore_index: int = -100,
     eps: float = 1e-12,
-    process_group: Any = None,
+    process_group: dist.ProcessGroup | str | None = None,
+    gather: Gather = "all",
+    even: bool = False,
 ) -> MCLDTerms:
     """The MCLD loss and its three terms. Arguments and errors as :func:`mcld_kernels.mcld_terms`."""
-    options, weight_tensor = mcld_options(
-        temperature=temperature,
-        weight=weight,
-        direction=direction,
-        mask_same_class=mask_same_class,
-        present_only=present_only,
-        ignore_index=ignore_index,
-        eps=eps,
-        process_group=process_group,
-    )
+    ranks = ranks_options(process_group, gather, even)
     further = candidates, candidate_target
-    check_mcld_inputs(student, teacher, target, weight_tensor, options, "reference", *further)
-    return evaluate(student, teacher, target, weight_tensor, options, *further)
+    try:
+        options, weight_tensor = mcld_options(
+            temperature=temperature,
+            weight=weight,
+            direction=direction,
+            mask_same_class=mask_same_class,
+            present_only=present_only,
+            ignore_index=ignore_index,
+            eps=eps,
+        )
+        check_mcld_inputs(student, teacher, target, weight_tensor, options, "reference", *further)
+    except (TypeError, ValueError) as error:
+        report(ranks, error)
+        raise
+    return evaluate(student, teacher, target, weight_tensor, options, *further, ranks)
