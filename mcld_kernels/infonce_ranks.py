@@ -50,10 +50,20 @@ class RemoteSide:
 
     make: this rank's own unit rows. They are made again where they are needed again: a ring overwrites them.
     labels: of all B rows.
+    further: unit rows that are candidates of the local anchors beside all B, the same on every rank; further_labels.
     """
 
-    def __init__(self, kernels: KernelSet, ranks: Ranks, make: Callable[[], UnitRows], labels: Labels | None = None):
+    def __init__(
+        self,
+        kernels: KernelSet,
+        ranks: Ranks,
+        make: Callable[[], UnitRows],
+        labels: Labels | None = None,
+        further: UnitRows | None = None,
+        further_labels: Labels | None = None,
+    ):
         self.kernels, self.ranks, self.make, self.labels = kernels, ranks, make, labels
+        self.further, self.further_labels = further, further_labels
         self.whole: UnitRows | None = None
         if ranks.gather == "all":
             own = make()
@@ -123,7 +133,7 @@ def contrast_over_ranks(
         for weight in anchors.weights
     ]
     if any(by_label):
-        contrast.begin_labels()
+        contrast.begin_labels(remote_anchors is not None or contrast.remote_grad)
     contrast.first_pass(local_anchors, remote_anchors is not None)
     if remote_anchors is not None:
         contrast.finish_remote_anchors(remote_anchors)
@@ -140,33 +150,34 @@ class _RankContrast:
     ):
         self.kernels, self.ranks, self.local, self.remote = kernels, ranks, local, remote
         self.temperature, self.masked = temperature, masked
-        self.remote_grad = False
+        self.remote_grad = self.has_second_pass = False
         unit = local.unit
         self.acc = unit.inv_norm.dtype
         self.like = unit.inv_norm.new_empty(0)
-        # Tables by class index (classes of this rank's rows and one more, d): means of the class over the global batch,
-        # of all remote rows and of the part that the local rows have in those of the local side.
+        # Tables by class index (classes of this rank's rows and one more, d), of means of the class: of all remote
+        # rows; of these and the further candidates; the part that the local rows have in those of the local side.
+        self.by_label = False
+        self.remote_means: Tensor | None = None
         self.means: Tensor | None = None
         self.local_means: Tensor | None = None
+        self.kept: Tensor | float = 1.0  # (classes,) the part of the remote rows in all candidates of the class
         self.positive = self.like.new_zeros(unit.n)  # cosines of own pairs (b,)
         self.lse = self.like.new_full((ranks.total,), -torch.inf)  # of remote anchors over the local candidates
         self.label_cosines = self.like.new_zeros(ranks.total)  # this rank's part of Y_j . mean of class j
         self.of_local: GradCoefficients | None = None  # (b,)
-        self.local_lse = self.like  # of local anchors over all candidates (b,), after a ring
+        self.local_lse = self.like  # of local anchors over all candidates (b,), where they came by blocks
         self.of_remote: GradCoefficients | None = None  # (B,)
         self.remote_product: Tensor | None = None  # gradient by all remote rows (B, d), or by own (b, d) after a ring
 
-    def begin_labels(self) -> None:
+    def begin_labels(self, needs_local: bool) -> None:
         """The class means that label positives take."""
         everything, own = self.remote.labels, self.local.labels
         assert everything is not None and own is not None
-        counts = everything.counts
-        if self.local.unit.n > 0:
-            self.local_means = self.kernels.class_means(self.local.unit, own, counts)
+        self.by_label = True
+        if needs_local and self.local.unit.n > 0:
+            self.local_means = self.kernels.class_means(self.local.unit, own, everything.counts)
             # The last row is that of ignored rows here, and of other ranks' classes elsewhere.
             self.local_means[-1].zero_()
-        if self.remote.whole is not None and self.local.unit.n > 0:
-            self.means = self.kernels.class_means(self.remote.whole, everything, counts)
 
     def first_pass(self, local_anchors: Anchors | None, with_remote: bool) -> None:
         """All of the local anchors, and the sums of the remote ones over the local candidates."""
@@ -174,38 +185,61 @@ class _RankContrast:
             for _ in self.remote.blocks():  # a rank without rows passes on those of the others
                 pass
             return
-        if self.remote.whole is not None:
-            self._own_positives(slice(0, self.ranks.total), self.remote.whole)
-            self._label_cosines(slice(0, self.ranks.total), self.remote.whole)
+        if self.remote.whole is not None and self.remote.further is None:
+            rows = slice(0, self.ranks.total)
+            self._begin_block(rows, self.remote.whole, with_remote)
+            self._finish_means()
             if local_anchors is None:
-                self._sum_remote(slice(0, self.ranks.total), self.remote.whole)
+                self._sum_remote(rows, self.remote.whole)
             else:
                 self._local_anchors_of_all(local_anchors, self.remote.whole, with_remote)
             return
-        sums = self._sums_around_the_ring(local_anchors is not None, with_remote)
+        sums = self._sums_by_blocks(local_anchors is not None, with_remote)
+        self._finish_means()
         if sums is None or local_anchors is None:
             return
         coefficients = self.kernels.loss_epilogue(self._local_terms(local_anchors), sums)
         self.of_local, self.local_lse = coefficients, sums.neg_lse
         if self.local.grad.needed:
             partner, first = self.remote.own()
-            self._local_epilogue(sums.rows, sums.product, coefficients, partner, first)
+            self._local_epilogue(sums.rows, sums.product, coefficients, partner, first, self.means)
             self.local.grad.is_written = True
 
-    def _sums_around_the_ring(self, with_local: bool, with_remote: bool) -> NegativeSums | None:
+    def _begin_block(self, rows: slice, block: UnitRows, with_remote: bool) -> None:
+        """What is taken of a block beside its sums: own positives, class means, cosines with class means."""
+        own = self.ranks.own
+        if rows.start <= own.start and own.stop <= rows.stop:
+            offset = own.start - rows.start
+            self.positive, _ = self.kernels.positive_cosines(self.local.unit, block, offset, None, None)
+        if not self.by_label:
+            return
+        labels = self.remote.labels
+        assert labels is not None
+        part = labels if block.n == self.ranks.total else part_of_labels(labels, rows)
+        means = self.kernels.class_means(block, part, labels.counts)
+        self.remote_means = means if self.remote_means is None else self.remote_means.add_(means)
+        if with_remote:
+            index = part.class_index.contiguous()
+            _, self.label_cosines[rows] = self.kernels.positive_cosines(block, block, 0, self.local_means, index)
+
+    def _finish_means(self) -> None:
+        """The class means of all candidates of the local anchors."""
+        self.means, further = self.remote_means, self.remote.further
+        if self.remote_means is None or further is None:
+            return
+        labels, theirs = self.remote.labels, self.remote.further_labels
+        assert labels is not None and theirs is not None
+        counts = labels.counts + theirs.counts
+        self.kept = labels.counts.to(self.acc) / counts.clamp(min=1)
+        self.means = self.kernels.class_means(further, theirs, counts).addcmul_(self.remote_means, self.kept[:, None])
+
+    def _sums_by_blocks(self, with_local: bool, with_remote: bool) -> NegativeSums | None:
         """The sums of local anchors over all blocks, and those of remote anchors."""
         sums = _RunningSums(self.local, self.acc) if with_local else None
         for rows, block in self.remote.blocks():
             if block.n == 0:
                 continue
-            if rows == self.ranks.own:
-                self._own_positives(rows, block)
-            self._label_cosines(rows, block)
-            if self.local_means is not None:
-                assert self.remote.labels is not None
-                part = part_of_labels(self.remote.labels, rows)
-                means = self.kernels.class_means(block, part, self.remote.labels.counts)
-                self.means = means if self.means is None else self.means.add_(means)
+            self._begin_block(rows, block, with_remote)
             reverse = with_local and with_remote and self._can_reverse()
             if sums is not None:
                 pass_ = self.kernels.contrast(self._local_args(rows, block, self.local.grad.needed, False, reverse))
@@ -215,7 +249,13 @@ class _RankContrast:
                     self._take_reverse(rows, pass_.sums().reverse)
             if with_remote and not reverse:
                 self._sum_remote(rows, block)
-        return None if sums is None else sums.result()
+        if sums is None:
+            return None
+        further = self.remote.further
+        if further is not None:
+            for chunk in self.kernels.contrast(self._further_args(further)).chunks():
+                sums.add(chunk)
+        return sums.result()
 
     def _local_anchors_of_all(self, anchors: Anchors, whole: UnitRows, with_remote: bool) -> None:
         """Local anchors where all candidates are here: a chunk is complete."""
@@ -228,7 +268,7 @@ class _RankContrast:
         for chunk in pass_.chunks():
             coefficients = self.kernels.loss_epilogue(terms, chunk)
             if args.anchor_grad:
-                self._local_epilogue(chunk.rows, chunk.product, coefficients, whole, self.ranks.own.start)
+                self._local_epilogue(chunk.rows, chunk.product, coefficients, whole, self.ranks.own.start, self.means)
             if args.candidate_grad:
                 pass_.add_candidates(chunk, coefficients)
                 parts.append(coefficients)
@@ -287,8 +327,11 @@ class _RankContrast:
         """The gradients that need every sum: by the candidates of remote anchors, and by remote rows."""
         local_grad = with_remote and self.local.grad.needed
         ring_grad = self.remote_grad and self.remote.whole is None
-        if not local_grad and not ring_grad and not (self.remote_grad and with_remote):
+        # Where the candidates came by blocks, their gradient needs the sums over all of them.
+        by_blocks = with_local and (ring_grad or (self.remote_grad and self.remote.further is not None))
+        if not local_grad and not ring_grad and not by_blocks and not (self.remote_grad and with_remote):
             return
+        self.has_second_pass = True
         products: list[Tensor] = []
 
         def parts() -> Iterator[Tensor]:
@@ -300,7 +343,7 @@ class _RankContrast:
                 if self.local.unit.n > 0 and block.n > 0:
                     if with_remote:
                         self._remote_anchors(rows, block, gradient, products if local_grad else None)
-                    if with_local and ring_grad:
+                    if by_blocks:
                         assert gradient is not None
                         self._candidates_of_local(rows, block, gradient)
                     if gradient is not None:
@@ -323,7 +366,7 @@ class _RankContrast:
             product = self.remote_product
             if product is None:
                 product = self.like.new_zeros(self.ranks.total, d)
-            if self.of_remote is None and n > 0:  # no second pass has pulled towards the class means
+            if not self.has_second_pass and n > 0:  # nothing has pulled towards the class means
                 self._label_pull(slice(0, self.ranks.total), product)
             self.remote_product = self.ranks.reduce_scatter(product)
         if n == 0:
@@ -348,17 +391,6 @@ class _RankContrast:
             )
         )
         side.grad.is_written = True
-
-    def _own_positives(self, rows: slice, block: UnitRows) -> None:
-        offset = self.ranks.own.start - rows.start
-        self.positive, _ = self.kernels.positive_cosines(self.local.unit, block, offset, None, None)
-
-    def _label_cosines(self, rows: slice, block: UnitRows) -> None:
-        if self.local_means is None:
-            return
-        assert self.remote.labels is not None
-        index = self.remote.labels.class_index[rows].contiguous()
-        _, self.label_cosines[rows] = self.kernels.positive_cosines(block, block, 0, self.local_means, index)
 
     def _local_terms(self, anchors: Anchors) -> AnchorTerms:
         label_positive = self.positive
@@ -393,6 +425,21 @@ class _RankContrast:
             anchor_grad=anchor_grad,
             candidate_grad=candidate_grad,
             reverse=reverse,
+        )
+
+    def _further_args(self, further: UnitRows) -> ContrastArgs:
+        """Local anchors, further candidates: no positive is among them."""
+        mask = None
+        if self.masked:
+            assert self.local.labels is not None and self.remote.further_labels is not None
+            mask = self.local.labels.key, self.remote.further_labels.key
+        return ContrastArgs(
+            anchors=self.local.unit,
+            candidates=further,
+            temperature=self.temperature,
+            offset=further.n,
+            mask=mask,
+            anchor_grad=self.local.grad.needed,
         )
 
     def _remote_args(self, rows: slice, block: UnitRows, anchor_grad: bool, candidate_grad: bool) -> ContrastArgs:
@@ -466,21 +513,27 @@ class _RankContrast:
             return
         labels = self.remote.labels
         assert labels is not None
-        weight = self.like.new_zeros(())
-        for part in (self.of_local, self.of_remote):
+        index = labels.class_index[rows]
+        pull = self.like.new_zeros(index.shape)
+        for part, kept in ((self.of_local, self.kept), (self.of_remote, 1.0)):
             if part is not None and part.class_mean is not None:
                 # The same for every row that counts, and 0 for the others.
-                weight = weight + part.class_mean.amax()
-        pull = labels.valid[rows] * weight
+                pull = pull + part.class_mean.amax() * (kept[index] if isinstance(kept, Tensor) else kept)
+        pull = pull * labels.valid[rows]
         n, d = pull.shape[0], gradient.shape[1]
         for some in slices(n, max(1, self.kernels.tuning.chunk_bytes // (d * gradient.itemsize))):
-            index = labels.class_index[rows][some]
-            gradient[some].addcmul_(self.local_means[index, :d], -pull[some, None])
+            gradient[some].addcmul_(self.local_means[index[some], :d], -pull[some, None])
 
     def _local_epilogue(
-        self, rows: slice, product: Tensor | None, coefficients: GradCoefficients, partner: UnitRows, offset: int
+        self,
+        rows: slice,
+        product: Tensor | None,
+        coefficients: GradCoefficients,
+        partner: UnitRows,
+        offset: int,
+        means: Tensor | None,
     ) -> None:
-        """The gradient by local anchors."""
+        """Write, or add, a gradient by local rows."""
         assert product is not None
         labels = self.local.labels
         self.kernels.grad_epilogue(
@@ -492,7 +545,7 @@ class _RankContrast:
                 coefficients=coefficients,
                 partner=partner,
                 offset=offset,
-                class_means=self.means,
+                class_means=means,
                 class_index=None if labels is None else labels.class_index,
                 accumulate=self.local.grad.is_written,
             )
@@ -507,7 +560,7 @@ class _RankContrast:
         coefficients = GradCoefficients(
             partner=own.partner, product=torch.ones_like(own.partner), class_mean=own.class_mean
         )
-        self._local_epilogue(slice(0, self.local.unit.n), product, coefficients, partner, first)
+        self._local_epilogue(slice(0, self.local.unit.n), product, coefficients, partner, first, self.remote_means)
         self.local.grad.is_written = True
 
 

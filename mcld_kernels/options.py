@@ -201,17 +201,14 @@ def _check_candidates(candidates: Any, candidate_target: Tensor | None, teacher:
         )  # fmt: skip
 
 
-def check_over_ranks(target: Tensor | None, candidates: Tensor | None) -> None:
+def check_over_ranks(target: Tensor | None, candidate_target: Tensor | None) -> None:
     """What the fast backends do not take over ranks."""
-    if target is not None and target.is_floating_point():
-        given, remedy = "soft labels", "pass hard labels, such as target.argmax(dim=1)"
-    elif candidates is not None:
-        given, remedy = "candidates", "pass candidates=None"
-    else:
-        return
-    raise ValueError(
-        f"process_group with {given} is given by backend='reference' alone: take it, or {remedy}, or process_group=None"
-    )
+    for name, labels in (("target", target), ("candidate_target", candidate_target)):
+        if labels is not None and labels.is_floating_point():
+            raise ValueError(
+                f"{name} holds soft labels, which over ranks (process_group) backend='reference' alone takes: take it, "
+                f"or pass hard labels, such as {name}.argmax(dim=1), or process_group=None"
+            )
 
 
 def check_backend(name: Any) -> None:

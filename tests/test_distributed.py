@@ -43,6 +43,9 @@ OPTIONS = {
     "sample alone": {"weight": (0.0, 1.0, 0.0), "direction": "symmetric"},
     "no labels": {"weight": (1.0, 0.0, 0.5), "labels": False},
     "weight tensor": {"weight": torch.tensor(WEIGHT, dtype=torch.float64), "direction": "symmetric"},
+    "queue": {"queue": 5},
+    "queue-masked": {"queue": 5, "direction": "symmetric", "mask_same_class": True, "temperature": (0.1, 0.3, 0.2)},
+    "queue-mutual": {"queue": 9, "direction": "symmetric", "teacher_grad": True},
     "a class ignored": {"ignore_index": 3, "mask_same_class": True, "present_only": True, "direction": "symmetric"},
 }  # fmt: skip
 
@@ -100,6 +103,9 @@ def problem(sizes, classes, options, dtype=torch.float64, kind="random"):
     target = labels(sum(sizes), classes, ignored=0.2) if options.pop("labels", True) else None
     if target is not None and "ignore_index" in options:
         target[target == -100] = options["ignore_index"]
+    if rows := options.pop("queue", 0):  # the same further candidates on every rank
+        options["candidates"] = logits("random", rows, classes, dtype, seed=9)[1]
+        options["candidate_target"] = labels(rows, classes, seed=0, ignored=0.2)
     return student, teacher, target, options
 
 
@@ -254,7 +260,8 @@ COMMUNICATION = runpy.run_path(str(Path(__file__).resolve().parents[1] / "docs" 
 
 
 def documented(count, rows, classes, options, **rest):
-    options = {key: value for key, value in options.items() if key not in ("weight", "ignore_index")} | (
+    unpriced = ("weight", "ignore_index", "candidates", "candidate_target")
+    options = {key: value for key, value in options.items() if key not in unpriced} | (
         {} if isinstance(options.get("weight", 1), (int, torch.Tensor)) else {"weight": options["weight"]}
     )
     if isinstance(options.get("temperature"), float):

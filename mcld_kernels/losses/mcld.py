@@ -226,7 +226,7 @@ def _loss_and_terms(
     try:
         labels_are_classes = check_mcld_inputs(student, teacher, target, weight, options, backend, *extra)
         if ranks is not None and backend != "reference":
-            check_over_ranks(target, candidates)
+            check_over_ranks(target, candidate_target)
     except (TypeError, ValueError) as error:
         report(ranks, error)
         raise

@@ -47,12 +47,19 @@ class _RankComposition:
         self.terms: list[int] = []  # the term of each row of `per_anchor` that is in use
         self.own_labels: Labels | None = None
         self.all_labels: Labels | None = None
+        self.further_labels: Labels | None = None
+        self.candidates: Tensor | None = inputs.extra.get("candidates")
         if any(options.label_terms):
             assert inputs.target is not None
             everything = ranks.all_gather(inputs.target.contiguous())
             classes = inputs.student.shape[1]
-            self.own_labels, self.all_labels = index_labels_over_ranks(
-                everything, ranks.own, options.ignore_index, classes, acc
+            further = None
+            if self.candidates is not None:
+                further = inputs.extra["candidate_target"]
+                if further is None:  # candidates of no class
+                    further = everything.new_full(self.candidates.shape[:1], options.ignore_index)
+            self.own_labels, self.all_labels, self.further_labels = index_labels_over_ranks(
+                everything, ranks.own, options.ignore_index, classes, acc, further
             )
 
     def outputs(self) -> LossOutputs:
@@ -100,7 +107,11 @@ class _RankComposition:
         student_unit = normalize_rows(kernels, inputs.student, operand, options.eps)
         student = Side(unit=student_unit, grad=self.student_grad, labels=self.own_labels)
         make = partial(normalize_rows, kernels, inputs.teacher, operand, options.eps)
-        remote = RemoteSide(kernels, self.ranks, make, self.all_labels)
+        further = None
+        if self.candidates is not None and self.candidates.shape[0] > 0 and direction != "teacher":
+            rows = self.candidates.to(inputs.teacher.dtype)
+            further = normalize_rows(kernels, rows, operand, options.eps)
+        remote = RemoteSide(kernels, self.ranks, make, self.all_labels, further, self.further_labels)
         teacher = Side(unit=student_unit, grad=self.teacher_grad, labels=self.all_labels)
         for group in row_groups(options):
             contrast_over_ranks(
