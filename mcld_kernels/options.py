@@ -201,16 +201,6 @@ def _check_candidates(candidates: Any, candidate_target: Tensor | None, teacher:
         )  # fmt: skip
 
 
-def check_over_ranks(target: Tensor | None, candidate_target: Tensor | None) -> None:
-    """What the fast backends do not take over ranks."""
-    for name, labels in (("target", target), ("candidate_target", candidate_target)):
-        if labels is not None and labels.is_floating_point():
-            raise ValueError(
-                f"{name} holds soft labels, which over ranks (process_group) backend='reference' alone takes: take it, "
-                f"or pass hard labels, such as {name}.argmax(dim=1), or process_group=None"
-            )
-
-
 def check_backend(name: Any) -> None:
     """Raise ValueError if ``name`` is neither "auto" nor a backend."""
     if name not in BACKENDS:

@@ -32,7 +32,6 @@ from ..options import (
     check_backend,
     check_flag,
     check_mcld_inputs,
-    check_over_ranks,
     check_temperatures,
     check_weight_tensor,
     is_number,
@@ -225,8 +224,6 @@ def _loss_and_terms(
     extra = candidates, candidate_target
     try:
         labels_are_classes = check_mcld_inputs(student, teacher, target, weight, options, backend, *extra)
-        if ranks is not None and backend != "reference":
-            check_over_ranks(target, candidate_target)
     except (TypeError, ValueError) as error:
         report(ranks, error)
         raise
