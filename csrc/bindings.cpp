@@ -137,6 +137,7 @@ void bind_launchers(py::module_& module) {
   bind<LossEpilogue>(module, "loss_epilogue", loss_epilogue, {});
   bind<ReduceTerms>(module, "reduce_terms", reduce_terms, {});
   bind<GradEpilogue, Type, Precision>(module, "grad_epilogue", grad_epilogue, {"type", "precision"});
+  bind<AnchorEpilogue, Type, Precision>(module, "anchor_epilogue", anchor_epilogue, {"type", "precision"});
   bind<LowLatency, Type, Type, Precision>(module, "low_latency", low_latency, {"type", "gradient_type", "precision"});
 #if MCLD_HAS_HOPPER
   bind<Similarity, Precision, int>(module, "hopper_similarity", hopper::similarity, {"precision", "skew"});
