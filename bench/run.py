@@ -51,7 +51,11 @@ def parser() -> argparse.ArgumentParser:
     grid.add_argument("--terms", type=_terms, metavar="T,T", help=f"of mcld: some of {','.join(cases.TERMS)}")
     grid.add_argument("--mode", choices=cases.MODES, nargs="+", help="default: forward-backward")
     grid.add_argument("--temperature", type=_temperature, help="default: the loss's own")
-    grid.add_argument("--providers", metavar="P,P", help="comma-separated; default: all that can run here")
+    grid.add_argument(
+        "--providers",
+        metavar="P,P",
+        help="comma-separated; default: all that can run here; hopper:FIELD=VALUE+.. sets tuning",
+    )
     grid.add_argument("--smoke", action="store_true", help="a few small shapes, in under a minute on two cores")
     grid.add_argument("--kernels", action="store_true", help="beside each call, each kernel of the backends alone")
     how = made.add_argument_group("the measurement")

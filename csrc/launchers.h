@@ -43,19 +43,29 @@ struct IndexLabels {
   int64_t* key;          // (n,) the label, or a negative number that equals no other where it is ignored
   int64_t* class_index;  // (n,) the label, or num_classes where it is ignored
   bool* valid;           // (n,) not ignored
-  float* poison;         // () 1, or NaN if a label is out of range
-  float* mean_factor;    // () poison / the number of valid rows
-  MCLD_FIELDS(target, n, num_classes, ignore_index, key, class_index, valid, poison, mean_factor)
+  int* histogram;        // (blocks, num_classes + 1) rows of each class index among those of a block
+  int* rank;             // (n,) earlier rows of the same class index in the block
+  int* sums;             // (2, blocks) rows that are valid, and whose label is out of range
+  int blocks;            // each takes the next rows_per_block rows
+  int rows_per_block;    // a multiple of 32
+  MCLD_FIELDS(target, n, num_classes, ignore_index, key, class_index, valid, histogram, rank, sums, blocks, rows_per_block)
 };
+// For at most kMaxSortedClasses class indices.
 void index_labels(const IndexLabels&, cudaStream_t);
 
 struct SortLabels {
   const int64_t* class_index;  // (n,) in [0, num_classes_present)
+  const int *histogram, *rank, *sums;  // of index_labels
   int64_t n, num_classes_present;
-  int64_t* counts;  // (num_classes_present,)
-  int64_t* starts;  // (num_classes_present + 1,)
-  int64_t* order;   // (n,) rows by class index, ties by row
-  MCLD_FIELDS(class_index, n, num_classes_present, counts, starts, order)
+  int blocks, rows_per_block;
+  int* first;          // (blocks, num_classes_present) workspace: the place in `order` of a block's first row of a class index
+  int64_t* counts;     // (num_classes_present,)
+  int64_t* starts;     // (num_classes_present + 1,)
+  int64_t* order;      // (n,) rows by class index, ties by row
+  float* poison;       // () 1, or NaN if a label is out of range
+  float* mean_factor;  // () poison / the number of valid rows
+  MCLD_FIELDS(class_index, histogram, rank, sums, n, num_classes_present, blocks, rows_per_block, first, counts, starts, order,
+              poison, mean_factor)
 };
 void sort_labels(const SortLabels&, cudaStream_t);
 
@@ -153,11 +163,11 @@ struct Flash {
   const float* candidate_factor;  // (m,) or null: multiplies candidate j in `product`
   const float* candidate_shift;   // (m,) or null: candidate j's own shift; then no row_maxima
   const int64_t *anchor_keys, *candidate_keys;  // (n,), (m,) or null: pairs of equal keys are not negatives
-  int64_t n, m, pitch, padded_rows, offset;
+  int64_t n, m, d, pitch, padded_rows, offset;
   int splits;  // of the candidates
   float scale_log2, shift;
   MCLD_FIELDS(anchors, candidates, product, row_sums, row_maxima, candidate_factor, candidate_shift, anchor_keys,
-              candidate_keys, n, m, pitch, padded_rows, offset, splits, scale_log2, shift)
+              candidate_keys, n, m, d, pitch, padded_rows, offset, splits, scale_log2, shift)
 };
 void flash(const Flash&, Precision, cudaStream_t);
 
@@ -277,7 +287,9 @@ namespace hopper {
 
 const char* similarity_unsupported(const Similarity&, Precision);
 const char* flash_unsupported(const Flash&, Precision);
-void similarity(const Similarity&, Precision, cudaStream_t);
+// skew: slices of the contraction that the second warpgroup of a block begins behind the first, so that each takes its
+// exponentials beside the other's products; 0 for none.
+void similarity(const Similarity&, Precision, int skew, cudaStream_t);
 void flash(const Flash&, Precision, cudaStream_t);
 
 }  // namespace hopper

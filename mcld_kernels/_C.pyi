@@ -36,6 +36,9 @@ class Constants(TypedDict):
     fp16_lift: int
     flash_rows: int
     flash_row_bytes: int
+    max_sorted_classes: int
+    max_sort_blocks: int
+    sort_rows: int
     low_latency_limit: int
     low_latency_tile: int
     hopper_similarity_rows: int
@@ -129,19 +132,30 @@ def index_labels(
     key: int,
     class_index: int,
     valid: int,
-    poison: int,
-    mean_factor: int,
+    histogram: int,
+    rank: int,
+    sums: int,
+    blocks: int,
+    rows_per_block: int,
     device: int,
     stream: int,
 ) -> None: ...
 def sort_labels(
     *,
     class_index: int,
+    histogram: int,
+    rank: int,
+    sums: int,
     n: int,
     num_classes_present: int,
+    blocks: int,
+    rows_per_block: int,
+    first: int,
     counts: int,
     starts: int,
     order: int,
+    poison: int,
+    mean_factor: int,
     device: int,
     stream: int,
 ) -> None: ...
@@ -270,6 +284,7 @@ def flash(
     candidate_keys: int,
     n: int,
     m: int,
+    d: int,
     pitch: int,
     padded_rows: int,
     offset: int,
@@ -400,6 +415,7 @@ def hopper_similarity(
     scale_log2: float,
     shift: float,
     precision: int,
+    skew: int,
     device: int,
     stream: int,
 ) -> None: ...
@@ -416,6 +432,7 @@ def hopper_flash(
     candidate_keys: int,
     n: int,
     m: int,
+    d: int,
     pitch: int,
     padded_rows: int,
     offset: int,

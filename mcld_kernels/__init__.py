@@ -1,17 +1,28 @@
 """Multi-perspective contrastive logit distillation (MCLD) at large batch: fused kernels and a PyTorch reference."""
 
 from . import backends, reference
+from .family_options import CKDTerms, CLKDTerms
+from .losses.ckd import CKDLoss, ckd_loss, ckd_terms
+from .losses.clkd import CLKDLoss, clkd_loss, clkd_terms
 from .losses.kd import KDLoss, kd_loss
 from .losses.mcld import MCLDLoss, mcld_loss, mcld_terms
 from .options import MCLDTerms
 from .version import __version__
 
 __all__ = [
+    "CKDLoss",
+    "CKDTerms",
+    "CLKDLoss",
+    "CLKDTerms",
     "KDLoss",
     "MCLDLoss",
     "MCLDTerms",
     "__version__",
     "backends",
+    "ckd_loss",
+    "ckd_terms",
+    "clkd_loss",
+    "clkd_terms",
     "kd_loss",
     "mcld_loss",
     "mcld_terms",

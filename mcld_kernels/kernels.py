@@ -203,6 +203,25 @@ class Contrast(Protocol):
         """The sums over all chunks."""
 
 
+class SelfContrast(Protocol):
+    """Rows A (n, d) against one another: the candidates of row i are all rows but itself.
+
+    Take every chunk once, in order, and `add` it before the next one; `product` is complete after the last.
+    """
+
+    def chunks(self) -> Iterator[NegativeSums]:
+        """Sums over the other rows, chunk by chunk; `NegativeSums.product` is not for the caller."""
+
+    def add(self, chunk: NegativeSums, coefficients: GradCoefficients) -> None:
+        """Give the coefficients of the chunk's rows: partner_i, and product_i = partner_i x inv_neg_sum_i."""
+
+    def product(self) -> Tensor:
+        """sum_{j != i} (partner_i p_ij + partner_j p_ji) A_j with p_ij = exp(a_ij) / neg_sum_i: (n, >= d), acc dtype.
+
+        It is the gradient by A_i of sum_i partner_i x temperature x neg_lse_i.
+        """
+
+
 class KernelSet:
     """The kernels of one backend, for tensors of one device.
 
@@ -223,6 +242,10 @@ class KernelSet:
     def contrast(self, args: ContrastArgs) -> Contrast:
         """Begin a contrast."""
         raise NotImplementedError
+
+    def self_contrast(self, unit: UnitRows, temperature: float, with_grad: bool) -> SelfContrast:
+        """Begin a contrast of rows with one another; ``with_grad``: `SelfContrast.add` and `product` will be used."""
+        return _SelfContrast(self, unit, temperature, with_grad)
 
     def mcld_low_latency(self, inputs: LossInputs) -> Callable[[LossInputs], LossOutputs] | None:
         """The function that computes a whole call of `mcld_loss` in few launches; None without one for these inputs."""
@@ -333,3 +356,34 @@ class KernelSet:
             torch.mul(g, inv_norm, out=out[rows])
         else:
             out[rows] = g.mul_(inv_norm)
+
+
+class _SelfContrast:
+    """As `SelfContrast`, by a contrast that knows nothing of the symmetry: the rows are anchors and candidates."""
+
+    def __init__(self, kernels: KernelSet, unit: UnitRows, temperature: float, with_grad: bool):
+        self._contrast = kernels.contrast(
+            ContrastArgs(
+                anchors=unit,
+                candidates=unit,
+                temperature=temperature,
+                offset=0,
+                anchor_grad=with_grad,
+                candidate_grad=with_grad,
+            )
+        )
+        self._of_anchors: list[Tensor] = []
+
+    def chunks(self) -> Iterator[NegativeSums]:
+        return self._contrast.chunks()
+
+    def add(self, chunk: NegativeSums, coefficients: GradCoefficients) -> None:
+        assert chunk.product is not None
+        self._of_anchors.append(chunk.product * coefficients.product[:, None])
+        self._contrast.add_candidates(chunk, coefficients)
+
+    def product(self) -> Tensor:
+        product = self._contrast.sums().candidate_product
+        assert product is not None
+        parts = self._of_anchors
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)) + product

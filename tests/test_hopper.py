@@ -38,6 +38,8 @@ FLASH_SHAPES = [
     (1, 1, 1, 0, 1),
     (130, 300, 64, 3, 3),
     (70, 290, 100, -7, 2),
+    (130, 1200, 100, 40, 1),  # an even number of tiles, several rounds of the ring
+    (130, 900, 105, 20, 2),  # one column too many for the narrow product; an odd number of tiles
     (129, 700, 129, 5, 2),  # several rounds of the ring
     (65, 449, 250, 380, 1),
 ]
@@ -74,7 +76,7 @@ def scale_and_shift(dtype: torch.dtype) -> tuple[float, float]:
     return scale, scale - (3 if dtype == torch.float16 else 0)
 
 
-def check_similarity(module, shape, dtype, device="cpu", stream=0):
+def check_similarity(module, shape, dtype, device="cpu", stream=0, skew=0):
     torch.manual_seed(0)
     n, m, d, offset = shape
     a, k = operand(n, d, dtype, device), operand(m, d, dtype, device)
@@ -86,7 +88,7 @@ def check_similarity(module, shape, dtype, device="cpu", stream=0):
         anchors=a.data_ptr(), candidates=k.data_ptr(), exponentials=e.data_ptr(), row_sums=sums.data_ptr(),
         row_maxima=0, column_sums=0, anchor_keys=0, candidate_keys=0, split_products=0, splits=1, rows=n, m=m,
         pitch=a.shape[1], exp_pitch=columns, padded_rows=rows, offset=offset, scale_log2=scale, shift=shift,
-        precision=PRECISION[dtype], device=0, stream=stream,
+        precision=PRECISION[dtype], skew=skew, device=0, stream=stream,
     )  # fmt: skip
     want = torch.zeros(rows, columns, dtype=torch.double, device=device)
     want[:n, :m] = exponentials(a, k, n, m, offset, scale, shift)
@@ -107,7 +109,7 @@ def check_flash(module, shape, dtype, device="cpu", stream=0):
     sums = torch.full((splits, rows), torch.nan, device=device)
     module.hopper_flash(
         anchors=a.data_ptr(), candidates=k.data_ptr(), product=out.data_ptr(), row_sums=sums.data_ptr(), row_maxima=0,
-        candidate_factor=0, candidate_shift=0, anchor_keys=0, candidate_keys=0, n=n, m=m, pitch=pitch,
+        candidate_factor=0, candidate_shift=0, anchor_keys=0, candidate_keys=0, n=n, m=m, d=d, pitch=pitch,
         padded_rows=rows, offset=offset, splits=splits, scale_log2=scale, shift=shift, precision=PRECISION[dtype],
         device=0, stream=stream,
     )  # fmt: skip
@@ -132,6 +134,12 @@ def test_flash(emulated, shape, dtype):
     check_flash(emulated, shape, dtype)
 
 
+@pytest.mark.parametrize(("shape", "skew"), [((200, 513, 321, -7), 2), ((129, 600, 70, 3), 4), ((300, 300, 20, 0), 2)])
+def test_similarity_with_a_skew(emulated, shape, skew):
+    """Blocks with several tiles; a skew of half the stages, of more slices than there are, and with one slice."""
+    check_similarity(emulated, shape, torch.bfloat16, skew=skew)
+
+
 def test_similarity_takes_every_tile_once(emulated):
     """17 rows of tiles: a band of 16 and one of 1. NaN in E or in a sum would be a tile nobody took."""
     check_similarity(emulated, (2100, 520, 20, 0), torch.bfloat16)
@@ -145,7 +153,8 @@ def test_sums_alone(emulated):
     emulated.hopper_similarity(
         anchors=a.data_ptr(), candidates=k.data_ptr(), exponentials=0, row_sums=sums.data_ptr(), row_maxima=0,
         column_sums=0, anchor_keys=0, candidate_keys=0, rows=130, m=300, pitch=64, exp_pitch=384, padded_rows=256,
-        split_products=0, splits=1, offset=0, scale_log2=scale, shift=shift, precision=0, device=0, stream=0,
+        split_products=0, splits=1, offset=0, scale_log2=scale, shift=shift, precision=0, skew=0,
+        device=0, stream=0,
     )  # fmt: skip
     total = exponentials(a, k, 130, 300, 0, scale, shift).sum(1)
     assert ((sums.double().sum(0)[:130] - total).abs() <= total * FP32).all()

@@ -8,11 +8,19 @@ from torch import Tensor, nn
 
 import mcld_kernels
 from mcld_kernels import (
+    CKDLoss,
+    CKDTerms,
+    CLKDLoss,
+    CLKDTerms,
     KDLoss,
     MCLDLoss,
     MCLDTerms,
     __version__,
     backends,
+    ckd_loss,
+    ckd_terms,
+    clkd_loss,
+    clkd_terms,
     kd_loss,
     mcld_loss,
     mcld_terms,
@@ -65,6 +73,23 @@ def functions(student: Tensor, teacher: Tensor, target: Tensor, weight: nn.Param
     return losses
 
 
+def family(student: Tensor, teacher: Tensor, target: Tensor, weight: Tensor) -> list[Tensor]:
+    ckd: CKDTerms = ckd_terms(student, teacher, target, temperature=0.5, weight=10, negatives="student")
+    losses: list[Tensor] = [*ckd, ckd.loss, ckd.contrast]
+    losses.append(ckd_loss(student, teacher, weight=weight, eps=1e-6, backend="torch"))
+    losses.append(reference.ckd_loss(student, teacher, negatives="teacher"))
+    losses.append(reference.ckd_terms(student, teacher).contrast)
+    clkd: CLKDTerms = clkd_terms(student, teacher, target, weight=(0.5, 1, 0), reduction="sum")
+    losses += [*clkd, clkd.loss, clkd.instance, clkd.category, clkd.correlation]
+    losses.append(clkd_loss(student, teacher, weight=weight, eps=1e-6, backend="torch"))
+    losses.append(reference.clkd_loss(student, teacher, reduction="mean"))
+    losses.append(reference.clkd_terms(student, teacher).instance)
+    criteria: list[nn.Module] = [CLKDLoss(weight=[0.5, 1.0, 0.4], reduction="sum")]
+    criteria += [CKDLoss(temperature=0.5, weight=weight, negatives="student", backend="auto")]
+    losses.extend(criterion(student, teacher, target) for criterion in criteria)
+    return losses
+
+
 def machine(student: Tensor, teacher: Tensor) -> str:
     names: tuple[str, ...] = backends.available()
     reasons: dict[str, str] = backends.explain(student, teacher)
@@ -81,5 +106,8 @@ def mistakes(student: Tensor, teacher: Tensor) -> None:
     mcld_terms(student, teacher, backend="cpu")  # type: ignore[arg-type]
     MCLDLoss(direction="both", backend="triton")  # type: ignore[arg-type]
     MCLDLoss(0.1)  # type: ignore[call-arg]
+    ckd_loss(student, teacher, negatives="both")  # type: ignore[arg-type]
+    clkd_loss(student, teacher, reduction="none")  # type: ignore[arg-type]
+    CKDLoss(1.0)  # type: ignore[call-arg]
     kd_loss(student, teacher, backend="gpu")  # type: ignore[arg-type]
     reference.mcld_loss(student, teacher, temperature="cold")  # type: ignore[arg-type]

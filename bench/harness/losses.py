@@ -95,6 +95,57 @@ def _mcld_magnitude(case: Case, student: Tensor) -> tuple[float, float]:
     return loss, gradient
 
 
+def _unit_row_gradient(student: Tensor) -> float:
+    """The norm of 1 / (norm of a row), over the rows: a gradient by unit rows of size 1, by the logits."""
+    norm = torch.linalg.vector_norm(student.double(), dim=1)
+    return torch.linalg.vector_norm(torch.where(norm == 0, 0.0, 1 / norm)).item() / len(norm)
+
+
+def _ckd(negatives: str, title: str) -> Loss:
+    return Loss(
+        title=title,
+        function=mcld_kernels.ckd_loss,
+        reference=reference.ckd_loss,
+        options=lambda case: {"temperature": case.temperature, "negatives": negatives},
+        # 2 n n d for the similarities and 2 n n d for the gradient; similarities of rows with one another are half.
+        flop=lambda case: (
+            {"teacher": (2, 4), "student": (1, 3)}[negatives][case.backward] * case.batch**2 * case.classes
+        ),
+        eager_bytes=lambda case: case.matrix_bytes(0, 0) + _ckd_matrices(case, negatives),
+        magnitude=lambda case, student: (
+            10 / case.temperature,
+            20 / case.temperature * _unit_row_gradient(student),
+        ),
+        terms=("contrast",),
+        temperature=1.0,
+    )
+
+
+def _ckd_matrices(case: Case, negatives: str) -> int:
+    """The (B, B) matrices that eager holds at its peak."""
+    matrices = {"teacher": (2.0, 4.0), "student": (3.0, 5.0)}[negatives][case.backward]
+    return int((8 if case.dtype == "float64" else 4) * matrices * case.batch**2)
+
+
+def _clkd_flop(case: Case) -> int:
+    """The products of the correlation, by (C, C) or (B, B) matrices."""
+    by_classes = (4 if case.backward else 2) * case.batch * case.classes**2
+    by_rows = (10 if case.backward else 6) * case.batch**2 * case.classes
+    return min(by_classes, by_rows)
+
+
+def _clkd_magnitude(case: Case, student: Tensor) -> tuple[float, float]:
+    """The squares of both sides, whose difference is small when the student is close to its teacher."""
+    student = student.double()
+    centred = student - student.mean(0)
+    gram, factor = centred.T @ centred, 0.4 / (max(case.classes - 1, 1) ** 2 * case.classes**2)
+    loss = 2 * (0.5 / case.classes + 1 / case.batch) + factor * gram.square().sum().item()
+    columns = torch.linalg.vector_norm(student, dim=0)
+    of_columns = torch.linalg.vector_norm(torch.where(columns == 0, 0.0, 1 / columns)).item() / case.classes
+    gradient = 2 * (0.5 / case.classes * _unit_row_gradient(student) + of_columns / case.batch)
+    return loss, gradient + 4 * factor * torch.linalg.matrix_norm(centred @ gram).item()
+
+
 LOSSES = {
     "mcld": Loss(
         title="MCLD",
@@ -123,5 +174,22 @@ LOSSES = {
         terms=("divergence",),
         temperature=4.0,
         is_gemm_bound=False,
+    ),
+    "ckd": _ckd("teacher", "CKD, as released"),
+    "ckd-student": _ckd("student", "CKD, negatives among the students"),
+    "clkd": Loss(
+        title="CLKD",
+        function=mcld_kernels.clkd_loss,
+        reference=reference.clkd_loss,
+        options=lambda case: {},
+        flop=_clkd_flop,
+        eager_bytes=lambda case: int(
+            (8 if case.dtype == "float64" else 4)
+            * ((8 if case.backward else 3.5) * case.batch + 2 * case.classes)
+            * case.classes
+        ),
+        magnitude=_clkd_magnitude,
+        terms=("instance", "category", "correlation"),
+        temperature=1.0,
     ),
 }

@@ -48,6 +48,10 @@ MCLD_DEVICE void sync_block() { __syncthreads(); }
 // The lanes of the warp for which it is true, a bit each.
 MCLD_DEVICE uint32_t ballot(bool value) { return __ballot_sync(0xffffffffu, value); }
 MCLD_DEVICE int count_bits(uint32_t bits) { return __popc(bits); }
+MCLD_DEVICE int leading_zeros(uint32_t bits) { return __clz(int(bits)); }
+// The lanes of the warp with the same value, a bit each.
+MCLD_DEVICE uint32_t match_lanes(int value) { return __match_any_sync(0xffffffffu, value); }
+MCLD_DEVICE int shuffle_from(int value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
 MCLD_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
 MCLD_DEVICE float to_float(float x) { return x; }
@@ -101,6 +105,13 @@ MCLD_DEVICE uint32_t round_tf32(float x) {
 MCLD_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 MCLD_DEVICE uint32_t as_bits(float x) { return __float_as_uint(x); }
 
+// 2 to the power x, relative error 2^-22; exp2(-inf) is 0, as is what is no normal number.
+MCLD_DEVICE float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 MCLD_DEVICE uint32_t shared_address(const void* pointer) { return uint32_t(__cvta_generic_to_shared(pointer)); }
 
 // 16 bytes from global to shared memory, both aligned to 16; there once wait_async has counted the group.
@@ -147,7 +158,7 @@ void launch(void (*kernel)(Parameters), const char* name, dim3 grid, int threads
             const Parameters& parameters) {
   if (grid.x == 0 || grid.y == 0) return;
   if (shared_bytes > 48 * 1024) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), name, __FILE__, __LINE__);
+    allow_shared_bytes(reinterpret_cast<const void*>(kernel), shared_bytes, name);
   }
   kernel<<<grid, threads, shared_bytes, stream>>>(parameters);
   check(cudaGetLastError(), name, __FILE__, __LINE__);

@@ -22,6 +22,7 @@ from ..kernels import (
     LossInputs,
     LossOutputs,
     NegativeSums,
+    SelfContrast,
     UnitRows,
     slices,
 )
@@ -29,6 +30,7 @@ from ..options import float32_precision
 from . import torch_low_latency
 from .chunks import chunk_bytes
 from .torch_low_latency import LowLatencyTuning
+from .torch_self_contrast import TorchSelfContrast
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +64,9 @@ class TorchKernels(KernelSet):
         return _TorchContrast(
             args, self.tuning.chunk_bytes, self.can_reverse(args.anchors.rows.dtype, args.temperature)
         )
+
+    def self_contrast(self, unit: UnitRows, temperature: float, with_grad: bool) -> SelfContrast:
+        return TorchSelfContrast(unit, temperature, self.tuning.chunk_bytes)
 
     def mcld_low_latency(self, inputs: LossInputs) -> Callable[[LossInputs], LossOutputs] | None:
         if self.operand_dtype(inputs.dtype) != inputs.student.dtype:
@@ -118,6 +123,7 @@ class _TorchContrast:
         _add_mm(self.candidate_product, self.exponentials.T, x * factor[:, None].to(x.dtype), peak)
 
     def sums(self) -> ContrastSums:
+        self.exponentials = self.exponentials.new_empty(0)  # the last chunk's are not needed any more
         if self.reverse_sum is None:
             return ContrastSums(candidate_product=self.candidate_product)
         total = self.reverse_sum

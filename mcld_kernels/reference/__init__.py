@@ -1,6 +1,8 @@
 """The losses as equations in eager PyTorch: the oracle that every kernel is compared with."""
 
+from .ckd import ckd_loss, ckd_terms
+from .clkd import clkd_loss, clkd_terms
 from .kd import kd_loss
 from .mcld import mcld_loss, mcld_terms
 
-__all__ = ["kd_loss", "mcld_loss", "mcld_terms"]
+__all__ = ["ckd_loss", "ckd_terms", "clkd_loss", "clkd_terms", "kd_loss", "mcld_loss", "mcld_terms"]

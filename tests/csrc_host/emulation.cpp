@@ -244,6 +244,18 @@ void combine_shuffle(Lane* lanes) {
   }
 }
 
+void combine_shuffle_from(Lane* lanes) {
+  for (int i = 0; i < kWarp; ++i) std::memcpy(lanes[i].out, lanes[bits_of<int>(lanes[i].in + 4) % kWarp].in, 4);
+}
+
+void combine_match(Lane* lanes) {
+  for (int i = 0; i < kWarp; ++i) {
+    uint32_t bits = 0;
+    for (int j = 0; j < kWarp; ++j) bits |= uint32_t(bits_of<int>(lanes[i].in) == bits_of<int>(lanes[j].in)) << j;
+    std::memcpy(lanes[i].out, &bits, 4);
+  }
+}
+
 void combine_ballot(Lane* lanes) {
   uint32_t bits = 0;
   for (int i = 0; i < kWarp; ++i) bits |= uint32_t(bits_of<bool>(lanes[i].in)) << i;

@@ -97,6 +97,8 @@ void check_vector(const void* p, int bytes);
 extern int64_t vector_accesses[17];
 
 void combine_shuffle(Lane*);
+void combine_shuffle_from(Lane*);
+void combine_match(Lane*);
 void combine_ballot(Lane*);
 void combine_ldmatrix(Lane*);
 void combine_ldmatrix_transposed(Lane*);
@@ -139,12 +141,31 @@ template <class V> void write_vector(void* p, const V& v) {
   std::memcpy(p, &v, sizeof v);
 }
 
+// As inexact as ex2.approx.ftz may be: off by 2^-22, up or down by a bit of the argument; subnormal results are 0.
+inline float exp2_fast(float x) {
+  const double exact = std::exp2(double(x));
+  if (exact < 0x1p-126) return 0;
+  return float(exact * (1 + (as_bits(x) * 0x9e3779b9u >> 31 ? 0x1p-22 : -0x1p-22)));
+}
+
 inline uint32_t ballot(bool value) {
   uint32_t out;
   emulation::collective(&value, sizeof value, &out, sizeof out, emulation::combine_ballot);
   return out;
 }
 inline int count_bits(uint32_t bits) { return __builtin_popcount(bits); }
+inline int leading_zeros(uint32_t bits) { return bits ? __builtin_clz(bits) : 32; }
+inline uint32_t match_lanes(int value) {
+  uint32_t out;
+  emulation::collective(&value, sizeof value, &out, sizeof out, emulation::combine_match);
+  return out;
+}
+inline int shuffle_from(int value, int lane) {
+  struct { int value, lane; } in{value, lane};
+  int out;
+  emulation::collective(&in, sizeof in, &out, sizeof out, emulation::combine_shuffle_from);
+  return out;
+}
 inline float shuffle_xor(float value, int mask) {
   struct { float value; int mask; } in{value, mask};
   float out;

@@ -98,9 +98,9 @@ class FlashContrast:
             kernel,
             anchors=anchors.rows, candidates=candidates.rows, product=products, row_sums=sums, row_maxima=row_maxima,
             candidate_factor=candidate_factor, candidate_shift=candidate_shift, anchor_keys=anchor_keys,
-            candidate_keys=candidate_keys, n=anchors.n, m=candidates.n, pitch=pitch, padded_rows=padded, offset=offset,
-            splits=splits, scale_log2=LOG2E / temperature, shift=launch.fixed_shift(self.dtype, temperature),
-            precision=launch.precision(self.dtype),
+            candidate_keys=candidate_keys, n=anchors.n, m=candidates.n, d=anchors.d, pitch=pitch, padded_rows=padded,
+            offset=offset, splits=splits, scale_log2=LOG2E / temperature,
+            shift=launch.fixed_shift(self.dtype, temperature), precision=launch.precision(self.dtype),
         )  # fmt: skip
         return products, sums
 

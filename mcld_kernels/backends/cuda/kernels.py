@@ -77,20 +77,26 @@ class CudaKernels(KernelSet):
     def index_labels(
         self, sides: tuple[Tensor, ...], ignore_index: int, num_classes: int, dtype: torch.dtype
     ) -> tuple[Labels, ...]:
-        n = sides[0].shape[0]
-        if len(sides) > 1 or num_classes >= n:
-            # A class index is not the class there, and takes a comparison sort.
+        n, constants = sides[0].shape[0], self.launch.constants
+        if len(sides) > 1 or num_classes >= min(n, constants["max_sorted_classes"]) or n >= 1 << 31:
+            # A class index is not the class there, or there are too many to count: it takes a comparison sort.
             return labelling.index_labels(sides, ignore_index, num_classes, dtype)
         target = sides[0].contiguous()
         key, class_index = torch.empty_like(target), torch.empty_like(target)
         valid = torch.empty_like(target, dtype=torch.bool)
         poison, mean_factor = self.launch.empty(), self.launch.empty()
+        present, unit = num_classes + 1, constants["sort_rows"]
+        step = -(-n // (unit * constants["max_sort_blocks"])) * unit
+        blocks = -(-n // step)
+        # The counts by block, the places of its first rows, each row's place among them, and two sums by block.
+        sizes = (blocks * present, blocks * present, n, 2 * blocks)
+        histogram, first, rank, sums = torch.empty(sum(sizes), dtype=torch.int32, device=target.device).split(sizes)
+        shared = {"n": n, "histogram": histogram, "rank": rank, "sums": sums, "blocks": blocks, "rows_per_block": step}
         self.launch(
             "index_labels",
-            target=target, n=n, num_classes=num_classes, ignore_index=ignore_index, key=key, class_index=class_index,
-            valid=valid, poison=poison, mean_factor=mean_factor,
+            target=target, num_classes=num_classes, ignore_index=ignore_index, key=key, class_index=class_index,
+            valid=valid, **shared,
         )  # fmt: skip
-        present = num_classes + 1
         labels = Labels(
             key=key,
             valid=valid,
@@ -103,7 +109,8 @@ class CudaKernels(KernelSet):
         counts, starts, order = (target.new_empty(size) for size in (present, present + 1, n))
         self.launch(
             "sort_labels",
-            class_index=class_index, n=n, num_classes_present=present, counts=counts, starts=starts, order=order,
+            class_index=class_index, num_classes_present=present, first=first, counts=counts, starts=starts,
+            order=order, poison=poison, mean_factor=mean_factor, **shared,
         )  # fmt: skip
         return (labelling.with_tables(labels, counts=counts, order=order, starts=starts, mean_factor=mean_factor),)
 

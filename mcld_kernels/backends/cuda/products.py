@@ -58,9 +58,8 @@ class TwoProductContrast:
     def chunks(self) -> Iterator[NegativeSums]:
         args, launch = self.args, self.launch
         n = args.anchors.n
-        multiple = launch.constants["row_padding"]
-        step = self.tuning.chunk_bytes // (self.columns * args.anchors.rows.itemsize) // multiple * multiple
-        step = max(multiple, min(step, launch.padded_rows(n)))
+        itemsize, multiple = args.anchors.rows.itemsize, launch.constants["row_padding"]
+        step = tuning.chunk_rows(self.tuning, n, self.columns, self.pitch, itemsize, multiple)
         needs_exponentials = args.anchor_grad or args.candidate_grad
         buffer = args.anchors.rows.new_empty(step, self.columns) if needs_exponentials else None
         neg_lse, inv_neg_sum = launch.empty(n), launch.empty(n)
@@ -121,6 +120,7 @@ class TwoProductContrast:
         if self._takes_hopper(count):
             kernel = "hopper_similarity"
             tile_rows, tile_columns = constants["hopper_similarity_rows"], constants["hopper_similarity_columns"]
+            choice["skew"] = self.tuning.hopper_skew
         else:
             tile_rows, splits = tuning.similarity_tile(self.tuning, constants, padded, self.columns, self.pitch)
             tile_columns = choice["tile"] = tile_rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,9 +15,18 @@ if TYPE_CHECKING:
     from mcld_kernels._C import Constants
 
 
+MULTIPROCESSORS = 132  # of a large GPU (H100, H200)
+_GEMM_TILE = 128, 256  # the usual tile of a library's GEMM of 16-bit operands, as of product 1 on Hopper
+_CHUNK_DEPTH = 512  # the launches of a chunk, in elements of a tile's contraction
+_WAVE_GAIN = 0.97  # of the cost at the usual budget: what is left at best
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CudaTuning(Tuning):
-    """Constants of the choice. A large GPU has 132 multiprocessors (H100, H200); a portable one holds two blocks."""
+    """Constants of the choice. A multiprocessor holds two blocks of the portable kernels."""
+
+    wave_bytes: int = 0  # what a chunk may take where that saves waves; 0: chunk_bytes
+    multiprocessors: int = MULTIPROCESSORS
 
     hopper: bool  # take the Hopper kernels where they can run
     library_product: bool | None = None  # take the library's GEMM for product 2; None: `takes_library_product`
@@ -31,6 +41,8 @@ class CudaTuning(Tuning):
     max_small_tile_splits: int = 32
 
     hopper_blocks: int = 132  # of flash, whose shared memory leaves room for one block a multiprocessor
+    # Slices that the second warpgroup of product 1 begins behind the first: to be decided by a clock (bench/NOTES.md).
+    hopper_skew: int = 0
     # Below as many tiles most multiprocessors are idle, and the portable kernels' smaller tiles do better.
     min_hopper_similarity_tiles: int = 132
     min_hopper_flash_tiles: int = 132
@@ -65,6 +77,35 @@ def similarity_tile(tuning: CudaTuning, constants: Constants, rows: int, columns
         if tiles * splits >= tuning.min_large_tiles:
             return tile, splits
     return tile, splits
+
+
+@lru_cache(maxsize=256)
+def chunk_rows(tuning: CudaTuning, rows: int, columns: int, pitch: int, itemsize: int, multiple: int) -> int:
+    """The rows of a chunk of E (rows, columns), a multiple of ``multiple``, by the waves of blocks of all chunks.
+
+    A wave is one tile for each multiprocessor: product 1 has tiles of E with a contraction of ``pitch``, product 2
+    tiles of (rows, pitch) with a contraction of ``columns``. At 65,536 candidates and a pitch of 1024 a chunk of 2048
+    rows fills half a wave of product 2, and one of 33 x 128 rows a whole one.
+    """
+    step_rows, step_columns = _GEMM_TILE
+    total, row_bytes = _ceil_div(rows, multiple), columns * itemsize
+
+    def waves(tiles: int, of_columns: int) -> int:
+        row_tiles = _ceil_div(tiles * multiple, step_rows)
+        return _ceil_div(row_tiles * _ceil_div(of_columns, step_columns), tuning.multiprocessors)
+
+    def depth(tiles: int) -> int:
+        return waves(tiles, columns) * pitch + waves(tiles, pitch) * columns + _CHUNK_DEPTH if tiles else 0
+
+    def cost(tiles: int) -> int:
+        return total // tiles * depth(tiles) + depth(total % tiles)
+
+    def within(budget: int) -> int:
+        most = max(1, min(total, budget // (row_bytes * multiple)))
+        return min(range(1, most + 1), key=lambda tiles: (cost(tiles), tiles))
+
+    usual, larger = within(tuning.chunk_bytes), within(max(tuning.chunk_bytes, tuning.wave_bytes))
+    return multiple * (larger if cost(larger) < _WAVE_GAIN * cost(usual) else usual)
 
 
 def takes_library_product(tuning: CudaTuning, operand_dtype: torch.dtype, device: torch.device) -> bool:

@@ -1,0 +1,252 @@
+"""Options, terms and checks of CKD, CLKD and MLKD, beside those of `options`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from .options import (
+    check_backend,
+    check_eps,
+    check_ignore_index,
+    check_logits,
+    check_positive,
+    check_target,
+    check_weight_values,
+    is_number,
+    is_readable,
+)
+
+Negatives = Literal["teacher", "student"]
+Reduction = Literal["mean", "sum"]
+Views = Literal[1, 2]
+
+CLKD_TERMS = ("instance", "category", "correlation")
+MLKD_TERMS = ("correlation", "alignment", "supervised")
+
+
+class CKDTerms(NamedTuple):
+    """The CKD loss and its term, each of shape () and of the loss's dtype.
+
+    ``loss`` carries the gradient; ``contrast`` is unweighted and detached, for logging; 0 if its weight is 0.
+    """
+
+    loss: Tensor
+    contrast: Tensor
+
+
+class CLKDTerms(NamedTuple):
+    """The CLKD loss and its three terms, each of shape () and of the loss's dtype.
+
+    ``loss`` carries the gradient; the terms are unweighted and detached, for logging. A term with weight 0 reads 0.
+    """
+
+    loss: Tensor
+    instance: Tensor
+    category: Tensor
+    correlation: Tensor
+
+
+class MLKDTerms(NamedTuple):
+    """The MLKD loss and its three terms, each of shape () and of the loss's dtype.
+
+    ``loss`` carries the gradient; the terms are unweighted and detached, for logging. A term with weight 0 reads 0.
+    """
+
+    loss: Tensor
+    correlation: Tensor
+    alignment: Tensor
+    supervised: Tensor
+
+
+class CKDOptions(NamedTuple):
+    """The options of a call after the checks."""
+
+    temperature: float
+    term_weight: float  # 0 removes the term and its cost
+    negatives: Negatives
+    eps: float
+
+
+class CLKDOptions(NamedTuple):
+    """The options of a call after the checks."""
+
+    term_weight: tuple[float, float, float]
+    reduction: Reduction
+    eps: float
+
+
+class MLKDOptions(NamedTuple):
+    """The options of a call after the checks."""
+
+    correlation_temperature: float
+    supervised_temperature: float
+    term_weight: tuple[float, float, float]
+    views: int
+    ignore_index: int
+    eps: float
+
+
+def ckd_options(
+    *, temperature: Any, weight: Any, negatives: Any, eps: Any, process_group: Any
+) -> tuple[CKDOptions, Tensor | None]:
+    """The options, and the weight tensor (1,) if one came."""
+    check_process_group(process_group)
+    numbers, tensor = _split_weight(weight, ("contrast",))
+    return _cached(_cached_ckd_options, _ckd_options, temperature, numbers, negatives, eps), tensor
+
+
+def _ckd_options(temperature: Any, weight: Any, negatives: Any, eps: Any) -> CKDOptions:
+    return CKDOptions(
+        temperature=check_positive("temperature", temperature),
+        term_weight=_check_weights(weight, ("contrast",))[0],
+        negatives=_check_choice("negatives", negatives, ("teacher", "student")),
+        eps=check_eps(eps),
+    )
+
+
+def clkd_options(*, weight: Any, reduction: Any, eps: Any, process_group: Any) -> tuple[CLKDOptions, Tensor | None]:
+    """The options, and the weight tensor (3,) if one came."""
+    check_process_group(process_group)
+    numbers, tensor = _split_weight(weight, CLKD_TERMS)
+    return _cached(_cached_clkd_options, _clkd_options, numbers, reduction, eps), tensor
+
+
+def _clkd_options(weight: Any, reduction: Any, eps: Any) -> CLKDOptions:
+    instance, category, correlation = _check_weights(weight, CLKD_TERMS)
+    return CLKDOptions(
+        term_weight=(instance, category, correlation),
+        reduction=_check_choice("reduction", reduction, ("mean", "sum")),
+        eps=check_eps(eps),
+    )
+
+
+def mlkd_options(
+    *,
+    correlation_temperature: Any,
+    supervised_temperature: Any,
+    weight: Any,
+    views: Any,
+    ignore_index: Any,
+    eps: Any,
+    process_group: Any,
+) -> tuple[MLKDOptions, Tensor | None]:
+    """The options, and the weight tensor (3,) if one came."""
+    check_process_group(process_group)
+    numbers, tensor = _split_weight(weight, MLKD_TERMS)
+    values = (correlation_temperature, supervised_temperature, numbers, views, ignore_index, eps)
+    return _cached(_cached_mlkd_options, _mlkd_options, *values), tensor
+
+
+def _mlkd_options(
+    correlation_temperature: Any, supervised_temperature: Any, weight: Any, views: Any, ignore_index: Any, eps: Any
+) -> MLKDOptions:
+    correlation, alignment, supervised = _check_weights(weight, MLKD_TERMS)
+    return MLKDOptions(
+        correlation_temperature=check_positive("correlation_temperature", correlation_temperature),
+        supervised_temperature=check_positive("supervised_temperature", supervised_temperature),
+        term_weight=(correlation, alignment, supervised),
+        views=_check_choice("views", views, (2, 1)),
+        ignore_index=check_ignore_index(ignore_index),
+        eps=check_eps(eps),
+    )
+
+
+_cached_ckd_options = lru_cache(maxsize=256, typed=True)(_ckd_options)
+_cached_clkd_options = lru_cache(maxsize=256, typed=True)(_clkd_options)
+_cached_mlkd_options = lru_cache(maxsize=256, typed=True)(_mlkd_options)
+Options = TypeVar("Options")
+
+
+def _cached(cached: Callable[..., Options], plain: Callable[..., Options], *values: Any) -> Options:
+    # A compiler cannot trace the cache, and a list cannot be its key.
+    if torch.compiler.is_compiling():
+        return plain(*values)
+    try:
+        return cached(*(tuple(x) if isinstance(x, list) else x for x in values))
+    except TypeError:  # unhashable, or of the wrong type: the checks say which
+        return plain(*values)
+
+
+def check_process_group(process_group: Any) -> None:
+    if process_group is not None:
+        raise NotImplementedError(
+            "process_group: the loss over a global batch is not implemented for this loss; pass process_group=None"
+        )
+
+
+def check_inputs(student: Tensor, teacher: Tensor, weight: Tensor | None, backend: str = "reference") -> None:
+    """Check logits (or embeddings), weight tensor and the backend's name."""
+    check_backend(backend)
+    check_logits(student, teacher)
+    if weight is not None and weight.device != student.device:
+        raise ValueError(f"weight must be on the logits' device {student.device}; got {weight.device}")
+
+
+def check_mlkd_target(target: Tensor | None, student: Tensor, options: MLKDOptions) -> None:
+    """Check the labels, where the supervised term needs them."""
+    is_supervised = options.term_weight[2] != 0
+    if target is None:
+        if is_supervised:
+            raise ValueError(
+                "target is None, but labels (batch,) are needed by the supervised term: pass target, "
+                "or turn the term off by weight=(correlation, alignment, 0)"
+            )
+        return
+    if isinstance(target, Tensor) and target.ndim == 2 and target.is_floating_point():
+        raise ValueError(
+            f"target must hold hard labels of shape (batch,), int64; got soft labels {tuple(target.shape)}, "
+            f"{target.dtype}: pass hard labels, such as target.argmax(dim=1), or target=None with a supervised weight "
+            "of 0"
+        )
+    if not is_supervised:
+        return
+    check_target(target, student, options.ignore_index, read_values=False)
+    # Labels are compared with one another alone, so they may exceed the width of an embedding.
+    if is_readable(target):
+        bad = target[(target < 0) & (target != options.ignore_index)]
+        if bad.numel():
+            raise ValueError(
+                f"target holds {int(bad[0])}; labels must be >= 0 or equal ignore_index={options.ignore_index}"
+            )
+
+
+def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
+    if isinstance(value, bool) or value not in choices:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}; got {value!r}")
+    return value
+
+
+def _split_weight(value: Any, names: tuple[str, ...]) -> tuple[Any, Tensor | None]:
+    """Weights that are numbers, yet to be checked, and a tensor (terms,), checked, if one came: the numbers are 1."""
+    if not isinstance(value, Tensor):
+        return value, None
+    count = len(names)
+    shape = (count,) if count > 1 else ()
+    if value.shape != shape:
+        listed = ", ".join(names)
+        raise ValueError(f"weight as a tensor must have shape {shape} ({listed}); got {tuple(value.shape)}")
+    if not value.is_floating_point():
+        raise TypeError(f"weight as a tensor must be of a floating dtype; got {value.dtype}")
+    if is_readable(value):
+        check_weight_values(value.reshape(count).tolist())
+    return (1.0 if count == 1 else (1.0,) * count), value.reshape(count)
+
+
+def _check_weights(value: Any, names: tuple[str, ...]) -> tuple[float, ...]:
+    count = len(names)
+    kind = "a number or a tensor of shape ()" if count == 1 else f"{count} numbers ({', '.join(names)}) or a tensor"
+    values = (value,) if count == 1 else value
+    if isinstance(values, str) or not isinstance(values, Sequence) or len(values) != count:
+        raise TypeError(f"weight must be {kind}; got {value!r}")
+    if not all(map(is_number, values)):
+        raise TypeError(f"weight must be {kind}; got {value!r}")
+    for v in values:
+        if not 0 <= v < math.inf:
+            raise ValueError(f"weight must be finite and >= 0; got {value!r}")
+    return tuple(float(v) for v in values)

@@ -1,0 +1,49 @@
+"""Products of rows with one another, by chunks of a symmetric matrix.
+
+A Gram matrix is symmetric: a chunk of rows `rows` takes the columns from its first row on, and what it holds right of
+its diagonal block serves the mirrored entries too. That halves the flop of the first product.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .kernels import slices
+
+_LEAST_CHUNKS = 8  # the diagonal blocks are computed whole: 1/8 more than half of the matrix
+_LEAST_ROWS = 128  # of a chunk, where the budget allows it: a GEMM of fewer rows is slow
+
+
+def trapezoids(n: int, budget_rows: int) -> list[tuple[slice, slice]]:
+    """Chunks (rows, columns) of at most ``budget_rows`` rows that cover the upper triangle of an n x n matrix."""
+    step = max(1, min(budget_rows, max(_LEAST_ROWS, -(-n // _LEAST_CHUNKS))))
+    return [(rows, slice(rows.start, n)) for rows in slices(n, step)]
+
+
+def mm(a: Tensor, b: Tensor, acc_dtype: torch.dtype) -> Tensor:
+    """a @ b in the accumulator dtype."""
+    if a.dtype == acc_dtype:
+        return torch.mm(a, b)
+    if a.is_cuda and hasattr(torch.ops.aten.mm, "dtype"):
+        return torch.mm(a, b, out_dtype=acc_dtype)  # keeps the fp32 sums; torch before 2.8 rounds them
+    return torch.mm(a, b).to(acc_dtype)
+
+
+def add_mm(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b for a matrix ``a`` in the dtype of ``total`` and operands ``b``, whose dtype the product takes."""
+    if b.dtype == total.dtype:
+        total.addmm_(a, b)
+        return
+    if b.dtype == torch.float16:  # coefficients of a large batch are below its range: the largest becomes 1
+        peak = a.abs().amax().clamp(min=torch.finfo(a.dtype).tiny)
+        total.addcmul_(mm((a / peak).to(b.dtype), b, total.dtype), peak)
+        return
+    total += mm(a.to(b.dtype), b, total.dtype)
+
+
+def similarities(a: Tensor, b: Tensor, temperature: float, out: Tensor) -> Tensor:
+    """a_i . b_j / temperature into ``out`` (rows of a, rows of b), accumulator dtype."""
+    if a.dtype == out.dtype:
+        return torch.addmm(out, a, b.T, beta=0, alpha=1 / temperature, out=out)
+    return out.copy_(mm(a, b.T, out.dtype)).mul_(1 / temperature)

@@ -1,0 +1,346 @@
+r"""CKD, contrastive knowledge distillation: functions, module and the composition from contrasts (arXiv 2404.14109).
+
+With unit rows s_i, t_i of student and teacher logits (n, C) and temperature tau there are two forms:
+
+negatives="teacher", as the released code has it: teacher rows are anchors, student rows candidates, positives on the
+diagonal. It is MCLD's instance-wise term with `direction="teacher"`, and `infonce.contrast` computes it.
+
+negatives="student", as the paper's summary states it: the negatives of student row i are the other student rows, its
+positive is its teacher row. With e_ij = exp(s_i . s_j / tau), neg_sum_i = sum_{j != i} e_ij and
+Z_i = neg_sum_i + exp(s_i . t_i / tau),
+
+    L_i     = log1p(neg_sum_i / exp(s_i . t_i / tau)),    q_i = neg_sum_i / Z_i,
+    dL/ds_i = (sum_{j != i} e_ij (1 / Z_i + 1 / Z_j) s_j - q_i t_i) / (tau n),
+    dL/dt_i = -q_i s_i / (tau n),
+
+since every student row is an anchor and a candidate of all others; `KernelSet.self_contrast` gives the sum.
+"""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import reference
+from ..family_options import CKDOptions, CKDTerms, Negatives, check_inputs, ckd_options
+from ..infonce import Anchors, GradBuffer, Side, contrast
+from ..kernels import (
+    AnchorTerms,
+    GradCoefficients,
+    GradEpilogueArgs,
+    KernelSet,
+    LossInputs,
+    LossOutputs,
+    TermWeight,
+    UnitRows,
+    has_fixed_shift,
+)
+from ..ops import LossOperator
+from ..options import Backend, check_backend, check_positive
+
+# Constants of the released code (github.com/wencheng-zhu/CKD), by data set.
+PRESETS = MappingProxyType(
+    {
+        "cifar100": MappingProxyType({"temperature": 1.0, "weight": 100.0}),
+        "imagenet": MappingProxyType({"temperature": 1.0, "weight": 10.0}),
+    }
+)
+
+
+def ckd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    weight: float | Tensor = 10.0,
+    negatives: Negatives = "teacher",
+    eps: float = 1e-12,
+    backend: Backend = "auto",
+    process_group: Any = None,
+) -> Tensor:
+    r"""Contrastive knowledge distillation: a student row is to resemble its teacher row more than others do.
+
+    In eager PyTorch, with unit rows and ``negatives="teacher"``, then with ``negatives="student"``::
+
+        s, t = F.normalize(student), F.normalize(teacher)
+        positives = torch.arange(len(s))
+        loss = weight * F.cross_entropy(t @ s.T / temperature, positives)
+
+        similarities = torch.where(torch.eye(len(s), dtype=torch.bool), s @ t.T, s @ s.T) / temperature
+        loss = weight * F.cross_entropy(similarities, positives)
+
+    Source: "CKD: Contrastive Knowledge Distillation from A Sample-Wise Perspective", arXiv 2404.14109. The default
+    constants are the released code's for ImageNet; ``mcld_kernels.losses.ckd.PRESETS`` has those for CIFAR-100 too.
+
+    Args:
+        student: logits, or any embeddings, (batch, classes), float16, bfloat16, float32 or float64, any strides.
+        teacher: the same shape and device. If it requires grad it gets its gradient, from backends "torch" and
+            "reference".
+        target: accepted and not used, so that losses can be exchanged for one another: no term reads labels, and a row
+            without a class takes part as any other.
+        temperature: > 0.
+        weight: >= 0, the factor of the loss. 0 removes the term and its cost. A tensor of shape () on the logits'
+            device can change without recompiling and gets its gradient.
+        negatives: "teacher" as the released code has it (teacher rows as anchors, student rows as candidates), or
+            "student" as the paper's summary states it (the other student rows are the negatives).
+        eps: a row with L2 norm <= eps has no direction: it is normalised to zeros and gets no gradient.
+        backend: "auto" (the fastest that can run), "reference", "torch", "triton" or "cuda".
+        process_group: reserved for the loss over a global batch; only None for now.
+
+    Returns:
+        Tensor of shape (), float64 for float64 logits and float32 otherwise; 0 for an empty batch and for one row. The
+        gradient has the logits' dtype.
+
+    Raises:
+        ValueError: shapes, devices, values or options do not fit.
+        TypeError: a dtype or type does not fit.
+        NotImplementedError: ``process_group`` is given.
+        mcld_kernels.backends.BackendUnavailable: the backend asked for cannot run; the message says why.
+    """
+    options, weight_tensor = ckd_options(
+        temperature=temperature, weight=weight, negatives=negatives, eps=eps, process_group=process_group
+    )
+    check_inputs(student, teacher, weight_tensor, backend)
+    if backend == "reference":
+        return reference.ckd.evaluate(student, teacher, weight_tensor, options).loss
+    return _OPERATOR(student, teacher, None, weight_tensor, options, backend)[0]
+
+
+def ckd_terms(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    weight: float | Tensor = 10.0,
+    negatives: Negatives = "teacher",
+    eps: float = 1e-12,
+    backend: Backend = "auto",
+    process_group: Any = None,
+) -> CKDTerms:
+    """:func:`ckd_loss` and its part: ``CKDTerms(loss, contrast)``, each of shape ().
+
+    ``loss`` is what :func:`ckd_loss` returns, with its gradient; ``contrast`` is unweighted and detached, for logging.
+    Arguments and errors as :func:`ckd_loss`.
+    """
+    options, weight_tensor = ckd_options(
+        temperature=temperature, weight=weight, negatives=negatives, eps=eps, process_group=process_group
+    )
+    return evaluate(student, teacher, weight_tensor, options, backend)
+
+
+def evaluate(student: Tensor, teacher: Tensor, weight: Tensor | None, options: CKDOptions, backend: str) -> CKDTerms:
+    """Check the tensors and run a backend. weight: (1,) or None."""
+    check_inputs(student, teacher, weight, backend)
+    if backend == "reference":
+        return reference.ckd.evaluate(student, teacher, weight, options)
+    loss, terms = _OPERATOR(student, teacher, None, weight, options, backend)
+    return CKDTerms(loss, *terms.unbind())
+
+
+class CKDLoss(nn.Module):
+    """:func:`mcld_kernels.ckd_loss` with its options kept. The method has no warm-up.
+
+    Args:
+        temperature, weight, negatives, eps, backend, process_group: as for :func:`mcld_kernels.ckd_loss`. ``weight`` as
+            a tensor becomes a buffer, or a parameter if it is one.
+
+    Shapes:
+        student, teacher: (batch, classes); target: (batch,), not used; output: ().
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 1.0,
+        weight: float | Tensor = 10.0,
+        negatives: Negatives = "teacher",
+        eps: float = 1e-12,
+        backend: Backend = "auto",
+        process_group: Any = None,
+    ):
+        super().__init__()
+        check_backend(backend)
+        self.backend = backend
+        self.options, _ = ckd_options(
+            temperature=temperature, weight=weight, negatives=negatives, eps=eps, process_group=process_group
+        )
+        if isinstance(weight, nn.Parameter):
+            self.weight = weight
+        else:
+            self.register_buffer("weight", weight if isinstance(weight, Tensor) else None)
+
+    @property
+    def temperature(self) -> float:
+        """The temperature; assign one for a schedule."""
+        return self.options.temperature
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        self.options = self.options._replace(temperature=check_positive("temperature", value))
+
+    def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
+        return self.terms(student, teacher, target).loss
+
+    def terms(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> CKDTerms:
+        """The loss and its term, as :func:`mcld_kernels.ckd_terms`."""
+        weight = None if self.weight is None else self.weight.reshape(1)
+        return evaluate(student, teacher, weight, self.options, self.backend)
+
+    def extra_repr(self) -> str:
+        options = self.options
+        weight = options.term_weight if self.weight is None else self.weight.detach()
+        shown = f"temperature={options.temperature:g}, weight={weight}, negatives={options.negatives!r}"
+        return f"{shown}, eps={options.eps:g}, backend={self.backend!r}"
+
+
+def compute(kernels: KernelSet, inputs: LossInputs) -> LossOutputs:
+    """Loss, term and gradients of a call."""
+    options: CKDOptions = inputs.options
+    student, teacher, acc = inputs.student, inputs.teacher, inputs.acc_dtype
+    student_grad, teacher_grad = GradBuffer(student, inputs.student_grad), GradBuffer(teacher, inputs.teacher_grad)
+    if options.term_weight == 0:
+        terms = student.new_zeros(1, dtype=acc)
+        return LossOutputs(
+            loss=terms.sum(), terms=terms, student_grad=student_grad.result(), teacher_grad=teacher_grad.result()
+        )
+    if _is_small(kernels, inputs):
+        return _compute_whole(inputs)
+    operand = kernels.operand_dtype(inputs.dtype)
+    unit = kernels.l2_normalize(student, operand, options.eps), kernels.l2_normalize(teacher, operand, options.eps)
+    weight = None if inputs.weight is None else inputs.weight.to(acc)
+    per_anchor = student.new_empty(1, student.shape[0], dtype=acc)
+    term = TermWeight(
+        term=0,
+        positives="diagonal",
+        constant=1 / student.shape[0],
+        term_weight=options.term_weight,
+        weight=None if weight is None else weight[0],
+    )
+    if options.negatives == "teacher":
+        sides = Side(unit=unit[0], grad=student_grad), Side(unit=unit[1], grad=teacher_grad)
+        anchors = Anchors(side=sides[1], weights=(term,), per_anchor=per_anchor)
+        contrast(kernels, anchors, sides[0], temperature=options.temperature)
+    else:
+        _contrast_students(kernels, inputs, unit, term, per_anchor, student_grad, teacher_grad)
+    loss, terms = kernels.reduce_terms(per_anchor, (0,), (options.term_weight,), weight)
+    return LossOutputs(loss=loss, terms=terms, student_grad=student_grad.result(), teacher_grad=teacher_grad.result())
+
+
+def _contrast_students(
+    kernels: KernelSet,
+    inputs: LossInputs,
+    unit: tuple[UnitRows, UnitRows],
+    term: TermWeight,
+    per_anchor: Tensor,
+    student_grad: GradBuffer,
+    teacher_grad: GradBuffer,
+) -> None:
+    """negatives="student": each anchor's part of the term, and the gradients."""
+    student, teacher = unit
+    temperature = inputs.options.temperature
+    positive, _ = kernels.positive_cosines(student, teacher, 0, None, None)
+    terms = AnchorTerms(
+        positive=positive, label_positive=positive, temperature=temperature, weights=(term,), per_anchor=per_anchor
+    )
+    pass_ = kernels.self_contrast(student, temperature, student_grad.needed)
+    parts = []
+    for sums in pass_.chunks():
+        coefficients = kernels.loss_epilogue(terms, sums)
+        parts.append(coefficients.partner)
+        if student_grad.needed:
+            pass_.add(sums, coefficients)
+    partner = parts[0] if len(parts) == 1 else torch.cat(parts)
+    for side, other, grad in ((student, teacher, student_grad), (teacher, student, teacher_grad)):
+        if not grad.needed:
+            continue
+        product = pass_.product() if side is student else torch.zeros_like(side.rows[: side.n], dtype=positive.dtype)
+        kernels.grad_epilogue(
+            GradEpilogueArgs(
+                out=grad.view(False),
+                unit=side,
+                rows=slice(0, side.n),
+                product=product,
+                coefficients=GradCoefficients(partner=partner, product=torch.ones_like(partner), class_mean=None),
+                partner=other,
+                offset=0,
+                class_means=None,
+                class_index=None,
+                accumulate=False,
+            )
+        )
+        grad.is_written = True
+
+
+_LARGEST_SIZE = 4096  # of a matrix whose exponentials need no shift in fp32: exp(80) x 4096 = 2e38
+
+
+def _is_small(kernels: KernelSet, inputs: LossInputs) -> bool:
+    """True where whole matrices in closed form take fewer operations: on a CPU, and where one fits a chunk."""
+    n, dtype = inputs.student.shape[0], inputs.student.dtype
+    return (
+        inputs.student.device.type == "cpu"
+        and kernels.operand_dtype(inputs.dtype) == dtype == inputs.teacher.dtype
+        and dtype in (torch.float32, torch.float64)
+        and not inputs.teacher_grad
+        and has_fixed_shift(dtype, inputs.options.temperature)
+        and n <= _LARGEST_SIZE
+        and 2 * n * n * dtype.itemsize <= kernels.tuning.chunk_bytes
+    )
+
+
+def _compute_whole(inputs: LossInputs) -> LossOutputs:
+    """The same in few operations. The gradient by the unit rows is one product, W K, with the partners' coefficients
+    written into the diagonal of W where the partner is a candidate."""
+    options: CKDOptions = inputs.options
+    n, tau = inputs.student.shape[0], options.temperature
+    logits = torch.stack((inputs.student, inputs.teacher))  # (2, n, C)
+    norm = torch.linalg.vector_norm(logits, dim=2, keepdim=True)
+    norm.nan_to_num_(nan=torch.nan, posinf=torch.nan)  # an overflow must show, not read as a zero direction
+    inv_norm = torch.threshold_(norm, options.eps, torch.inf).reciprocal_()
+    logits.mul_(inv_norm)
+    student, teacher = logits.unbind()
+    by_teacher = options.negatives == "teacher"
+    e = torch.addmm(norm[0], teacher if by_teacher else student, student.T, beta=0, alpha=1 / tau)  # (anchors, n)
+    diagonal = e.diagonal()
+    positive = diagonal.exp() if by_teacher else (student * teacher).sum(1).div_(tau).exp_()
+    e.exp_()
+    diagonal.zero_()
+    neg_sum = e.sum(1)
+    term = (neg_sum / positive).log1p_().mean()
+    weight = options.term_weight if inputs.weight is None else inputs.weight.item() * options.term_weight
+    gradient = None
+    if inputs.student_grad:
+        inv_total = positive.add_(neg_sum).reciprocal_()
+        share = neg_sum.mul_(inv_total)  # 1 - the probability of the positive
+        scale = weight / (n * tau)
+        if by_teacher:
+            e.mul_(inv_total.unsqueeze(1))
+            torch.neg(share, out=diagonal)
+            gradient = torch.addmm(norm[0], e.T, teacher, beta=0, alpha=scale)
+        else:
+            e.mul_(inv_total.unsqueeze(1) + inv_total)
+            gradient = torch.addmm(teacher * share.unsqueeze(1), e, student, beta=-scale, alpha=scale)
+        # Unit rows in the accumulator dtype have x . x = 1 up to rounding.
+        gradient.addcmul_(student, (gradient * student).sum(1, keepdim=True), value=-1)
+        gradient.mul_(inv_norm[0])
+    return LossOutputs(loss=term * weight, terms=term.reshape(1), student_grad=gradient, teacher_grad=None)
+
+
+def _flops(batch: int, classes: int, options: CKDOptions, with_grad: bool) -> int:
+    """2 n n d for the similarities and as many for the gradient; half of both passes' similarities by symmetry."""
+    if options.term_weight == 0:
+        return 0
+    product = 2 * batch * batch * classes
+    if options.negatives == "teacher":
+        return (2 if with_grad else 1) * product
+    return 2 * product if with_grad else product // 2
+
+
+_OPERATOR = LossOperator("ckd", CKDOptions, num_terms=1, compute=compute, flops=_flops)

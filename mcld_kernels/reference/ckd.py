@@ -1,0 +1,82 @@
+"""CKD, contrastive knowledge distillation, in eager PyTorch (arXiv 2404.14109).
+
+s, t: rows of student and teacher logits, each divided by its L2 norm; similarities over the temperature.
+
+negatives="teacher" (the released code: teacher anchors against student candidates):
+    a_ij = t_i . s_j / temperature,    L = mean_i (logsumexp_j a_ij - a_ii)
+
+negatives="student" (the paper's summary: the other student rows are the negatives):
+    a_ij = s_i . s_j / temperature for j != i,    a_ii = s_i . t_i / temperature,    L as above
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..family_options import CKDOptions, CKDTerms, Negatives, check_inputs, ckd_options
+from ..options import acc_dtype, no_autocast
+from .mcld import similarities, unit_rows
+
+
+def contrast(student: Tensor, teacher: Tensor, dtype: torch.dtype, options: CKDOptions) -> Tensor:
+    """The term of logits (B, C) in the accumulator dtype; products are taken in ``dtype``."""
+    s, t = unit_rows(student, options.eps), unit_rows(teacher, options.eps)
+    if options.negatives == "teacher":
+        a = similarities(t, s, dtype, options.temperature)  # (B, B)
+        positive = a.diagonal()
+    else:
+        positive = (s.to(dtype) * t.to(dtype)).to(s.dtype).sum(1) / options.temperature
+        is_self = torch.eye(s.shape[0], dtype=torch.bool, device=s.device)
+        a = torch.where(is_self, positive[:, None], similarities(s, s, dtype, options.temperature))
+    return (a.logsumexp(1) - positive).mean()
+
+
+def evaluate(student: Tensor, teacher: Tensor, weight: Tensor | None, options: CKDOptions) -> CKDTerms:
+    """The loss and its term for arguments that are already checked."""
+    dtype = torch.promote_types(student.dtype, teacher.dtype)
+    acc = acc_dtype(dtype)
+    with no_autocast(student.device):
+        s, t = student.to(acc), teacher.to(acc)
+        term = zero = s[:0].sum() + t[:0].sum()
+        if student.shape[0] > 0 and options.term_weight != 0:
+            term = contrast(s, t, dtype, options)
+        loss = zero + options.term_weight * (term if weight is None else weight[0].to(acc) * term)
+    return CKDTerms(loss, term.detach().clone())
+
+
+def ckd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    weight: float | Tensor = 10.0,
+    negatives: Negatives = "teacher",
+    eps: float = 1e-12,
+    process_group: Any = None,
+) -> Tensor:
+    """The CKD loss, shape (). Arguments and errors as :func:`mcld_kernels.ckd_loss`."""
+    options = {"temperature": temperature, "weight": weight, "negatives": negatives, "eps": eps}
+    return ckd_terms(student, teacher, target, process_group=process_group, **options).loss  # type: ignore[arg-type]
+
+
+def ckd_terms(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    weight: float | Tensor = 10.0,
+    negatives: Negatives = "teacher",
+    eps: float = 1e-12,
+    process_group: Any = None,
+) -> CKDTerms:
+    """The CKD loss and its term. Arguments and errors as :func:`mcld_kernels.ckd_terms`."""
+    options, weight_tensor = ckd_options(
+        temperature=temperature, weight=weight, negatives=negatives, eps=eps, process_group=process_group
+    )
+    check_inputs(student, teacher, weight_tensor)
+    return evaluate(student, teacher, weight_tensor, options)
