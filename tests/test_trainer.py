@@ -232,6 +232,24 @@ class TestLosses:
         with pytest.raises(ConfigFault, match=re.escape(message)):
             losses.Distillation(config.Loss(**section))
 
+    @pytest.mark.parametrize("name", sorted(losses.registry()))
+    def test_every_loss_trains_in_one_batch_and_in_micro_batches(self, name):
+        grads = []
+        for parts in (1, 2):
+            torch.manual_seed(2)
+            student, teacher = models.tiny_cnn(4, 3).double(), models.tiny_cnn(4, 3).double().eval()
+            objective = losses.Distillation(config.Loss(name=name, gradient_norms=1))
+            objective.set_epoch(1)
+            optimizer = torch.optim.SGD([*student.parameters(), *objective.parameters()], lr=0.1)
+            made = step.Step(student, objective, optimizer, device=CPU, teacher=teacher)
+            images, target = torch.randn(12, 3, 8, 8, dtype=torch.float64), torch.arange(12) % 4
+            micros = [step.Micro(images=x, target=y) for x, y in zip(images.chunk(parts), target.chunk(parts))]
+            outcome = made(micros, norms=True)
+            assert outcome.parts.keys() <= objective.weights().keys() and outcome.norms
+            grads.append([x.grad for x in student.parameters()])
+        for one, two in zip(*grads):
+            torch.testing.assert_close(two, one, rtol=1e-9, atol=1e-12)
+
     @pytest.mark.parametrize("name", ["kd", "dkd", "mcld"])
     def test_the_loss_is_the_weighted_sum_of_its_parts(self, name):
         torch.manual_seed(0)

@@ -4,7 +4,7 @@ import signal
 
 import pytest
 import torch
-from trainer_cases import in_processes, last_state, results, write_config
+from trainer_cases import image_folder, in_processes, last_state, results, write_config
 
 from trainer.faults import Exit  # isort: skip
 
@@ -101,6 +101,22 @@ def test_sigterm_saves_and_ends_every_rank_with_its_own_code(tmp_path):
     log = (output / "log.txt").read_text()
     assert "the checkpoint is of 2 ranks, and this is 1: every step sees the same images" in log
     assert results(output)["state"] == "done" and results(output)["steps"] == 10
+
+
+@pytest.mark.parametrize("fault", ["a broken image", "a loss that is not finite"])
+def test_a_fault_of_one_rank_ends_both_with_one_message(fault, tmp_path):
+    if fault == "a broken image":  # only one of the ranks reads it
+        image_folder(tmp_path / "images" / "train", each=4)
+        (tmp_path / "images" / "train" / "class-0" / "000.jpg").write_bytes(b"")
+        data = {"source": "folder", "root": str(tmp_path / "images"), "validation": "", "faulty": "fail"}
+        changes, code, message = {"data": data}, Exit.DATA, "an image cannot be read: class-0/000.jpg"
+    else:
+        changes, code, message = {"optimizer": {"rate": 1e30}}, Exit.FAILED, "the loss is not finite at step"
+    config = write_config(tmp_path, **changes)
+    assert in_processes(2, ["--config", str(config), "--output", str(tmp_path / "out")]) == [code] * 2
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert log.count("error: ") == 1 and message in log and "rank " in log
+    assert results(tmp_path / "out")["exit"] == code
 
 
 def test_fsdp2_trains_and_resumes_as_ddp_does(tmp_path):

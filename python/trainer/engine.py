@@ -182,7 +182,7 @@ class Run:
         record.save(
             ranks=ranks.size, machine=machine.describe(self.device), config=settings.tree(config), teacher=teacher,
             student={"model": config.student.name, "parameters": student}, rate=self.parts.rate,
-            steps_an_epoch=self.order.steps, parts=list(self.parts.objective.weights()),
+            steps_an_epoch=self.order.steps,
         )  # fmt: skip
         if self.parts.teacher is not None and self.validation is not None:
             top1, top5, _ = self._validate(self.parts.teacher)
@@ -228,9 +228,7 @@ class Run:
         try:
             for part in range(self.config.accumulate):
                 batch = next(iterator)
-                self._note_faults(batch.faults)
-                if batch.fatal:
-                    raise DataFault(batch.fatal)
+                self._note_faults(batch.faults, batch.fatal)
                 micros.append(self._to_device(batch, number, part))
         except DataFault as fault:
             code, text = BAD_DATA, str(fault)
@@ -284,14 +282,14 @@ class Run:
             micro.teacher = self.cache.put(self.epoch, batch.indices, logits.cpu()).to(self.device, cache_dtype)
         return micro
 
-    def _note_faults(self, names: list[str]) -> None:
+    def _note_faults(self, names: list[str], fatal: str) -> None:
         new = [name for name in names if name not in self.faults]
-        if not new:
-            return
         self.faults.update(new)
         self.record.faults(new)
+        if fatal:
+            raise DataFault(fatal)
         limit = self.config.data.faulty_limit * len(self.training_source)
-        if len(self.faults) > limit:
+        if new and len(self.faults) > limit:
             raise DataFault(
                 f"{len(self.faults)} images cannot be read, more than data.faulty_limit="
                 f"{self.config.data.faulty_limit:g} of {len(self.training_source)}: {some(sorted(self.faults))}"

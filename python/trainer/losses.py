@@ -87,7 +87,8 @@ class Distillation(nn.Module):
         self.takes_target = "target" in inspect.signature(self.loss.forward).parameters
         if soft:
             self._check_soft()
-        self.terms_alone = self._single_terms(section.options, group) if section.gradient_norms else {}
+        self.term_names = self._term_names()
+        self.terms_alone = self._single_terms(group if self.contrasts else None) if section.gradient_norms else {}
 
     def _check_soft(self) -> None:
         """Does the loss take soft labels? One that needs no labels gets none."""
@@ -110,20 +111,27 @@ class Distillation(nn.Module):
             f"{str(refusal).partition(chr(10))[0]}"
         )
 
-    def _single_terms(self, options: Options, group: Any) -> dict[str, nn.Module]:
-        """For gradient norms: MCLD with one term each, unweighted; another loss is one term."""
-        if self.name != "mcld":
-            return {}
-        shared = {key: value for key, value in options.items() if key not in ("weight", "warmup", "warmup_steps")}
-        shared.pop("uncertainty_weighting", None)
-        active = (self.loss.effective_weight if self.loss is not None else torch.zeros(3)).tolist()
+    def _term_names(self) -> tuple[str, ...]:
+        """The names of the loss's terms; none where it is one term."""
+        if not hasattr(self.loss, "terms"):
+            return ()
+        probe = _construct(self.name, self.section.options, None).eval()
+        logits = torch.linspace(-1, 1, 12).reshape(4, 3)
+        with torch.no_grad():
+            result = probe.terms(logits, logits.flip(0), torch.arange(4) % 3)  # type: ignore[operator]
+        names = tuple(name for name in result._fields if name != "loss")
+        return names if len(names) > 1 else ()
+
+    def _single_terms(self, group: Any) -> dict[str, nn.Module]:
+        """For gradient norms: the loss with one of its terms each, unweighted and without warm-up."""
+        ramps = ("warmup", "warmup_steps", "uncertainty_weighting")
+        shared = {key: value for key, value in self.section.options.items() if key not in ("weight", *ramps)}
         wanted = self.section.options.get("weight", 1.0)
-        wanted = wanted if isinstance(wanted, list) else [wanted] * 3
-        names = ("instance", "sample", "category")
+        wanted = wanted if isinstance(wanted, list) else [wanted] * len(self.term_names)
         return {
-            name: _construct("mcld", {**shared, "weight": [float(i == place) for i in range(3)]}, group)
-            for place, name in enumerate(names)
-            if wanted[place] or active[place]
+            name: _construct(self.name, {**shared, "weight": [float(i == place) for i in range(len(wanted))]}, group)
+            for place, name in enumerate(self.term_names)
+            if wanted[place]
         }
 
     def set_epoch(self, epoch: float) -> None:
@@ -157,17 +165,24 @@ class Distillation(nn.Module):
         if not hasattr(self.loss, "terms"):
             return self.loss(*arguments), {}
         result = self.loss.terms(*arguments)  # type: ignore[operator]
-        return result.loss, {name: value for name, value in result._asdict().items() if name != "loss"}
+        return result.loss, {name: getattr(result, name) for name in self.term_names}
 
     def weights(self) -> dict[str, float]:
         """The weight of each part in the loss of this moment, warm-ups included."""
         made = {CROSS_ENTROPY: self.section.cross_entropy}
         if self.loss is not None:
             made[self.name] = self.section.weight * self.ramp
-            if hasattr(self.loss, "effective_weight"):
-                names = ("instance", "sample", "category")
-                made |= dict(zip(names, (made[self.name] * self.loss.effective_weight).tolist()))  # type: ignore[operator]
+            made |= {name: made[self.name] * value for name, value in zip(self.term_names, self._term_weights())}
         return made
+
+    def _term_weights(self) -> list[float]:
+        """The weights of the terms within the loss, in the next step."""
+        loss: Any = self.loss
+        if not self.term_names:
+            return []
+        if hasattr(loss, "effective_weight"):
+            return loss.effective_weight.tolist()
+        return list(loss.options.term_weight) if loss.weight is None else loss.weight.tolist()
 
     def gradient_norms(self, student: Tensor, teacher: Tensor | None, target: Tensor) -> Parts:
         """The norm, over the rows here, of the gradient of each weighted part by the logits."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -145,12 +146,14 @@ def wrapped(student: nn.Module, config: Config, ranks: Ranks) -> nn.Module:
         fully_shard(student)
         return student
     if ranks.size > 1:
-        return nn.parallel.DistributedDataParallel(
-            student,
-            device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
-            broadcast_buffers=False,  # each rank keeps its own, and they are averaged before they are used
-            gradient_as_bucket_view=True,
-        )
+        ddp = nn.parallel.DistributedDataParallel
+        # Each rank keeps its own buffers, and they are averaged before they are used.
+        old, new = "broadcast_buffers", "forward_sync_buffers"
+        buffers = (
+            new if new in inspect.signature(ddp).parameters else old
+        )  # the old name is deprecated since torch 2.13
+        devices = [ranks.device.index] if ranks.device.type == "cuda" else None
+        return ddp(student, device_ids=devices, gradient_as_bucket_view=True, **{buffers: False})
     return student
 
 
