@@ -51,7 +51,7 @@ class Run:
         self.parts = Parts(config, ranks, self.classes, self.order.steps)
         self.model = self.parts.model
         self.epoch = self.steps = 0
-        self.best = -1.0
+        self.best, self.average_is_better = -1.0, self.parts.average is not None
         self.sums: dict[str, float] = {}  # of the epoch so far, on this rank
         self.faults: set[str] = set()  # training images that this rank could not read
         self.validation_faults: set[str] = set()
@@ -83,6 +83,7 @@ class Run:
             "step_in_epoch": step_in_epoch,
             "steps": self.steps,
             "best": self.best,
+            "average_is_better": self.average_is_better,
             "faults": sorted(set().union(*self.ranks.gather(self.faults))),
             "model": checkpoint.model_state(self.model),
             "ema": None if average is None else checkpoint.model_state(average),
@@ -109,6 +110,7 @@ class Run:
             self.parts.scaler.load_state_dict(state["scaler"])
         self.epoch, self.order.first, self.steps = state["epoch"], state["step_in_epoch"], state["steps"]
         self.parts.scheduler.step_update(self.steps)  # the rate is a function of the step alone
+        self.average_is_better = state["average_is_better"]
         self.best, self.faults = state["best"], set(state["faults"])
         same = len(state["ranks"]) == self.ranks.size
         own = state["ranks"][self.ranks.rank if same else 0]
@@ -392,6 +394,7 @@ class Run:
             text += f"; {skipped} images could not be read and are left out"
         self.record.line(text)
         score = max(row["accuracy"], row.get("ema_accuracy", 0.0))
+        self.average_is_better = row.get("ema_accuracy", -1.0) >= row["accuracy"]
         better = score > self.best
         self.best = max(score, self.best)
         return better
