@@ -22,6 +22,12 @@ RECIPES = sorted((ROOT / "python" / "recipes").glob("*.yaml"))
 CPU = torch.device("cpu")
 
 
+def foreign(classes, name):
+    """A checkpoint of the trainer without weights."""
+    state = {"model": {}, "ema": None, "average_is_better": False}
+    return {"kind": models.KIND, "classes": classes, "model_name": name, **state}
+
+
 def small(**changes):
     return settings.build(merged(SMALL, changes), "here")
 
@@ -334,11 +340,10 @@ class TestModels:
             (lambda: models.tiny_bn(4, 3).state_dict(), "is not of a tiny-cnn"),
             (lambda: {"epoch": 3}, "holds no weights"),
             (lambda: b"half a file", "is cut off, or holds more than weights"),
-            (lambda: {"kind": models.KIND, "model": {}, "ema": None, "average_is_better": False, "classes": ["a", "b", "d", "c"],
-                      "model_name": "tiny-cnn"}, "its class 2 is 'd', that of the data 'c'"),
-            (lambda: {"kind": models.KIND, "model": {}, "ema": None, "average_is_better": False, "classes": ["a"], "model_name": "tiny-cnn"},
+            (lambda: foreign(["a", "b", "d", "c"], "tiny-cnn"), "its class 2 is 'd', that of the data 'c'"),
+            (lambda: foreign(["a"], "tiny-cnn"),
              "its 1 classes are not the 4 of the data"),
-            (lambda: {"kind": models.KIND, "model": {}, "ema": None, "average_is_better": False, "classes": [], "model_name": "resnet18"},
+            (lambda: foreign([], "resnet18"),
              "holds a resnet18; teacher.name=tiny-cnn"),
         ],
     )  # fmt: skip

@@ -66,12 +66,19 @@ def test_a_run_killed_within_an_epoch_and_resumed_ends_bitwise_as_an_undisturbed
     assert steps[1] == sorted(set(steps[1]))  # no step stands twice in the log
 
 
-@pytest.mark.parametrize("loss", ["kd", "dkd"])
+@pytest.mark.parametrize("loss", ["kd", "dkd", "mcld"])
 def test_two_ranks_equal_one_process_at_the_same_global_batch(loss, tmp_path):
-    changes = {
-        "batch": 16, "steps": 20, "accumulate": 2, "ema": {"decay": 0.9},
-        "data": {"images": 160, "validation_images": 13}, "precision": {"dtype": "float64"}, "loss": {"name": loss},
+    changes: dict = {
+        "batch": 16, "steps": 20, "accumulate": 2, "ema": {"decay": 0.9}, "precision": {"dtype": "float64"},
+        "data": {"images": 160, "validation_images": 13}, "loss": {"name": loss, "gradient_norms": 19},
     }  # fmt: skip
+    if loss == "mcld":
+        changes["loss"]["options"] = {
+            "temperature": 0.5,
+            "weight": [3.0, 2.0, 1.0],
+            "warmup": 1,
+            "direction": "symmetric",
+        }
     config = write_config(tmp_path, **changes)
     one, two = tmp_path / "one", tmp_path / "two"
     assert in_processes(1, ["--config", str(config), "--output", str(one)]) == [0]
@@ -84,6 +91,11 @@ def test_two_ranks_equal_one_process_at_the_same_global_batch(loss, tmp_path):
     rows = [results(folder)["last"] for folder in (one, two)]
     for name in ("loss", "cross-entropy", "accuracy", "accuracy_top5", "ema_accuracy"):
         assert rows[0][name] == pytest.approx(rows[1][name], abs=1e-9)
+    rows = [results(folder)["speed"] for folder in (one, two)]
+    norms = [name for name in rows[0] if name.startswith("norm_")]
+    assert len(norms) == (4 if loss == "mcld" else 2)
+    for name in norms:
+        assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-6)
 
 
 def test_sigterm_saves_and_ends_every_rank_with_its_own_code(tmp_path):

@@ -322,9 +322,12 @@ class Run:
         if not self.interval.steps:
             return
         means, seconds, wall = self.interval.read()
-        names = list(means)
-        totals = self.ranks.sum_floats([*means.values()])
-        means = {name: value / self.ranks.size for name, value in zip(names, totals)}
+        # The gradient of the whole batch: that of each rank's rows, over the number of ranks.
+        squares = [value**2 if name.startswith("norm_") else value for name, value in means.items()]
+        totals = zip(means, self.ranks.sum_floats(squares))
+        means = {
+            name: (math.sqrt(total) if name.startswith("norm_") else total) / self.ranks.size for name, total in totals
+        }
         if not math.isfinite(means["loss"]):
             self.bad_loss = self.bad_loss or f"the loss is not finite at step {self.steps} or just before"
         count = self.interval.steps

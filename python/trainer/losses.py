@@ -84,7 +84,9 @@ class Distillation(nn.Module):
                 raise ConfigFault(f"loss.options: ce has none; got {', '.join(section.options)}")
             return
         self.loss = _construct(section.name, section.options, group if self.contrasts else None)
-        self.takes_target = "target" in inspect.signature(self.loss.forward).parameters
+        # info_nce takes the labels of either side, the others one label a row.
+        names = inspect.signature(self.loss.forward).parameters
+        self.label_arguments = sum(name in names for name in ("target", "anchor_target", "candidate_target"))
         if soft:
             self._check_soft()
         self.term_names = self._term_names()
@@ -92,19 +94,19 @@ class Distillation(nn.Module):
 
     def _check_soft(self) -> None:
         """Does the loss take soft labels? One that needs no labels gets none."""
-        if not self.takes_target or self.name == "kd":
+        if not self.label_arguments or self.name == "kd":
             return
         probe = _construct(self.name, self.section.options, None)
         logits = torch.linspace(-1, 1, 8).reshape(4, 2)
         refusal = None
-        for target in (torch.full((4, 2), 0.5), None):
+        for labels in ([torch.full((4, 2), 0.5)] * self.label_arguments, []):
             try:
                 with torch.no_grad():
-                    probe(logits, logits.flip(0), target)
+                    probe(logits, logits.flip(0), *labels)
             except (ValueError, TypeError, AttributeError, RuntimeError) as fault:
                 refusal = refusal or fault
                 continue
-            self.takes_target = target is not None
+            self.label_arguments = len(labels)
             return
         raise ConfigFault(
             f"mixup and cutmix make soft labels, and {self.name} with these options takes hard ones: "
@@ -161,7 +163,7 @@ class Distillation(nn.Module):
 
     def _distillation(self, student: Tensor, teacher: Tensor, target: Tensor) -> tuple[Tensor, Parts]:
         assert self.loss is not None
-        arguments = (student, teacher, target) if self.takes_target else (student, teacher)
+        arguments = (student, teacher, *[target] * self.label_arguments)
         if not hasattr(self.loss, "terms"):
             return self.loss(*arguments), {}
         result = self.loss.terms(*arguments)  # type: ignore[operator]
@@ -203,7 +205,7 @@ class Distillation(nn.Module):
             self.loss.eval()  # no step is counted
             norm(self.name, lambda leaf: self._distillation(leaf, teacher, target)[0])
             self.loss.train(training)
-        labels = (target,) if self.takes_target else ()
+        labels = [target] * self.label_arguments
         for name, term in self.terms_alone.items():
             norm(name, lambda leaf, term=term: term(leaf, teacher, *labels))  # type: ignore[misc]
         return norms
