@@ -4,6 +4,7 @@ A ``type: ignore`` stands where the checker must complain: an ignore that nothin
 """
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import mcld_kernels
@@ -16,6 +17,7 @@ from mcld_kernels import (
     MCLDLoss,
     MCLDTerms,
     __version__,
+    accumulate,
     backends,
     ckd_loss,
     ckd_terms,
@@ -26,6 +28,7 @@ from mcld_kernels import (
     mcld_terms,
     reference,
 )
+from mcld_kernels.distributed import count_collectives
 
 
 class Distiller(nn.Module):
@@ -90,6 +93,19 @@ def family(student: Tensor, teacher: Tensor, target: Tensor, weight: Tensor) -> 
     return losses
 
 
+def over_ranks(network: nn.Module, images: Tensor, teacher: Tensor, target: Tensor, group: dist.ProcessGroup) -> Tensor:
+    criterion = MCLDLoss(process_group=group, gather="ring", even=True)
+    criterion.process_group = "dp"
+    name: str | None = criterion.process_group
+    losses = [mcld_loss(images, teacher, target, process_group=name, gather="all")]
+    losses.append(reference.mcld_loss(images, teacher, target, process_group=group))
+    losses.append(accumulate(network, [images[:8], images[8:]], lambda student: criterion(student, teacher, target)))
+    losses.append(accumulate(network, [(images,), {"input": images}], torch.sum))
+    with count_collectives() as collectives:
+        sizes: list[int] = [collective.num_bytes for collective in collectives]
+    return torch.stack(losses) * sum(sizes)
+
+
 def machine(student: Tensor, teacher: Tensor) -> str:
     names: tuple[str, ...] = backends.available()
     reasons: dict[str, str] = backends.explain(student, teacher)
@@ -106,6 +122,8 @@ def mistakes(student: Tensor, teacher: Tensor) -> None:
     mcld_terms(student, teacher, backend="cpu")  # type: ignore[arg-type]
     MCLDLoss(direction="both", backend="triton")  # type: ignore[arg-type]
     MCLDLoss(0.1)  # type: ignore[call-arg]
+    mcld_loss(student, teacher, gather="none")  # type: ignore[arg-type]
+    mcld_loss(student, teacher, process_group=3)  # type: ignore[arg-type]
     ckd_loss(student, teacher, negatives="both")  # type: ignore[arg-type]
     clkd_loss(student, teacher, reduction="none")  # type: ignore[arg-type]
     CKDLoss(1.0)  # type: ignore[call-arg]
