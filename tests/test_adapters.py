@@ -2,6 +2,8 @@
 
 import copy
 import importlib.util
+import inspect
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -247,6 +249,55 @@ class TestLightning:
         assert float(second.loss.effective_weight[2]) == pytest.approx(3 * 12 / 100)
         assert torch.equal(second.teacher[1].weight, teacher[1].weight)
 
+    @pytest.mark.skipif(not hasattr(MCLDLoss(), "process_group"), reason="this version's losses know no process group")
+    def test_two_ranks_are_one_process_with_the_whole_batch(self, tmp_path):
+        script = tmp_path / "two_ranks.py"
+        tests = str(Path(__file__).parent)
+        script.write_text(TWO_RANKS.format(python=str(PYTHON), tests=tests, folder=str(tmp_path)))
+        done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        saved = torch.load(tmp_path / "two.pt", weights_only=True)
+        data, student, teacher = saved["data"], nn.Linear(12, 10).double(), nn.Linear(12, 10).double()
+        student.load_state_dict(saved["first"])
+        teacher.load_state_dict(saved["teacher"])
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+        loss = MCLDLoss(**OPTIONS)
+        for images, target in zip(data[0].split(16), data[1].split(16)):
+            logits = student(images)
+            optimizer.zero_grad()
+            (F.cross_entropy(logits, target) + loss(logits, teacher(images).detach(), target)).backward()
+            optimizer.step()
+        for name, value in student.state_dict().items():
+            torch.testing.assert_close(saved["last"][name], value, rtol=1e-9, atol=1e-10)
+
+
+# Each rank takes every other row, 8 a step; both steps' rows are those of 16 in one process.
+TWO_RANKS = """
+import sys
+sys.path += [{python!r}, {tests!r}]
+import torchvision_shim
+torchvision_shim.install()
+import torch, lightning as L
+from adapters.lightning_module import Distillation
+from mcld_kernels import MCLDLoss
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    student, teacher = (torch.nn.Linear(12, 10).double() for _ in range(2))
+    data = torch.randn(32, 12, dtype=torch.float64), torch.randint(10, (32,))
+    first = {{name: value.clone() for name, value in student.state_dict().items()}}
+    module = Distillation(student, teacher, MCLDLoss(temperature=0.5, weight=3.0),
+                          lambda values: torch.optim.SGD(values, lr=0.1))
+    trainer = L.Trainer(max_epochs=1, accelerator="cpu", devices=2, strategy="ddp", logger=False,
+                        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+                        default_root_dir={folder!r})
+    trainer.fit(module, torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data), 8))
+    if trainer.is_global_zero:
+        torch.save({{"first": first, "last": student.state_dict(), "teacher": teacher.state_dict(), "data": data}},
+                   {folder!r} + "/two.pt")
+"""
+
 
 @needs("transformers", "accelerate")
 class TestHuggingFace:
@@ -393,6 +444,25 @@ class TestMdistiller:
         logits, target = torch.randn(4, 10), torch.randint(10, (4,))
         _, losses = distiller.forward_train(logits, target, epoch=1)
         torch.testing.assert_close(losses["loss_kd"], KDLoss(temperature=2.0)(logits, logits.flip(1)))
+
+
+@needs("timm", "lightning", "transformers", "torchdistill")
+def test_over_ranks_the_loss_gets_their_group_or_an_error_says_why_not(monkeypatch):
+    import torch.distributed as dist
+    from adapters import hf_trainer, lightning_module, timm_task, torchdistill_loss
+
+    modules = (hf_trainer, lightning_module, timm_task, torchdistill_loss)
+    assert len({inspect.getsource(module.sync_over_ranks) for module in modules}) == 1
+    sync_over_ranks = lightning_module.sync_over_ranks
+    sync_over_ranks(nn.Identity())  # one process
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    loss = nn.Identity()
+    loss.process_group = None
+    sync_over_ranks(loss)
+    assert loss.process_group is dist.group.WORLD
+    with pytest.raises(ValueError, match="Identity has no process_group, so each rank would see its own rows alone"):
+        sync_over_ranks(nn.Identity())
 
 
 def test_an_adapter_takes_every_loss_of_the_package():

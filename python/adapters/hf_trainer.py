@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import Trainer
 
@@ -17,18 +18,21 @@ class DistillationTrainer(Trainer):
 
     With mixed precision the Trainer converts the student's outputs to fp32, while the teacher's stay 16-bit: the
     student's logits are cast to the teacher's dtype, in which they were computed. ``state.epoch`` is a fraction that
-    counts from 0, also after a resume: it goes to the loss's ``set_epoch``.
+    counts from 0, also after a resume: it goes to the loss's ``set_epoch``. ``sync``: over several ranks, take the loss
+    of the global batch, as `sync_over_ranks` says.
     """
 
     # compute_loss gives the mean of each micro-batch; the Trainer divides by their number. (Older Trainers look at
     # model_accepts_loss_kwargs instead, which is set below.)
     loss_is_scaled_for_ga = False
 
-    def __init__(self, *args: Any, teacher: nn.Module, distill_loss: nn.Module, **kwargs: Any):
+    def __init__(self, *args: Any, teacher: nn.Module, distill_loss: nn.Module, sync: bool = True, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False
         self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)
         self.distill_loss = distill_loss.to(self.args.device)
+        if sync:
+            sync_over_ranks(self.distill_loss)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
@@ -42,3 +46,18 @@ class DistillationTrainer(Trainer):
             student = outputs["logits"] if isinstance(outputs, dict) else outputs[1]
             loss = loss + self.distill_loss(student.to(teacher.dtype), teacher, inputs["labels"])
         return (loss, outputs) if return_outputs else loss
+
+
+def sync_over_ranks(loss: nn.Module) -> None:
+    """Where there are several ranks, let the loss be that of the global batch, the rows of all of them.
+
+    ValueError for a loss without ``process_group``. One whose rows do not meet, as KDLoss, needs none: the mean of even
+    ranks is the global one.
+    """
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if not hasattr(loss, "process_group"):
+            raise ValueError(
+                f"sync=True: {type(loss).__name__} has no process_group, so each rank would see its own rows alone; "
+                "pass sync=False if that is what you want"
+            )
+        loss.process_group = dist.group.WORLD

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,6 +19,7 @@ class Distillation(L.LightningModule):
         student, teacher: images to logits (batch, classes).
         loss: ``loss(student, teacher, target)``. One with ``set_epoch`` gets the epoch and its fraction, one with
             ``terms`` has them logged. It is a part of the checkpoint.
+        sync: over several ranks, take the loss of the global batch, as `sync_over_ranks` says.
         optimizer: parameters to what ``configure_optimizers`` may return; the parameters of the loss are among them.
     """
 
@@ -27,11 +29,16 @@ class Distillation(L.LightningModule):
         teacher: nn.Module,
         loss: nn.Module,
         optimizer: Callable[[Iterable[nn.Parameter]], Any],
+        sync: bool = True,
     ):
         super().__init__()
         self.student, self.teacher, self.loss = student, teacher.eval().requires_grad_(False), loss
-        self.make_optimizer = optimizer
+        self.make_optimizer, self.sync = optimizer, sync
         self.strict_loading = False  # the teacher is not in a checkpoint
+
+    def on_fit_start(self) -> None:
+        if self.sync:
+            sync_over_ranks(self.loss)
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         images, target = batch
@@ -63,3 +70,18 @@ class Distillation(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {key: value for key, value in state.items() if not key.startswith("teacher.")}
+
+
+def sync_over_ranks(loss: nn.Module) -> None:
+    """Where there are several ranks, let the loss be that of the global batch, the rows of all of them.
+
+    ValueError for a loss without ``process_group``. One whose rows do not meet, as KDLoss, needs none: the mean of even
+    ranks is the global one.
+    """
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if not hasattr(loss, "process_group"):
+            raise ValueError(
+                f"sync=True: {type(loss).__name__} has no process_group, so each rank would see its own rows alone; "
+                "pass sync=False if that is what you want"
+            )
+        loss.process_group = dist.group.WORLD

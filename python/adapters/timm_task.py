@@ -18,6 +18,7 @@ from typing import Any
 
 import timm.task
 import torch
+import torch.distributed as dist
 from timm.task import LogitDistillationTask
 from torch import Tensor, nn
 
@@ -27,12 +28,21 @@ class LossTask(LogitDistillationTask):
 
     No epoch reaches a task: a warm-up counts steps (``MCLDLoss(warmup_steps=...)``). The count is in timm's
     checkpoints and comes back with --resume. With mixup or cutmix the target is soft, (batch, classes);
-    ``soft_labels=False`` gives the loss its most likely class, True the target as it is.
+    ``soft_labels=False`` gives the loss its most likely class, True the target as it is. ``sync``: over several ranks,
+    take the loss of the global batch, as `sync_over_ranks` says.
     """
 
-    def __init__(self, *args: Any, distill_loss: nn.Module, soft_labels: bool = False, **kwargs: Any):
+    def __init__(
+        self, *args: Any, distill_loss: nn.Module, soft_labels: bool = False, sync: bool = True, **kwargs: Any
+    ):
         super().__init__(*args, **kwargs)
-        self.distill_loss, self.soft_labels = distill_loss, soft_labels
+        self.distill_loss, self.soft_labels, self.sync = distill_loss, soft_labels, sync
+
+    def prepare_distributed(self, *args: Any, **kwargs: Any) -> LossTask:
+        super().prepare_distributed(*args, **kwargs)
+        if self.sync:
+            sync_over_ranks(self.distill_loss)
+        return self
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         student = self.trainable_module(input)
@@ -52,12 +62,30 @@ class LossTask(LogitDistillationTask):
             self.distill_loss.load_state_dict(state, strict=strict)
 
 
-def use(make_loss: Callable[[], nn.Module], soft_labels: bool = False) -> None:
-    """Let timm's own train.py, imported or run after this, build its logit distillation with ``make_loss()``."""
+def sync_over_ranks(loss: nn.Module) -> None:
+    """Where there are several ranks, let the loss be that of the global batch, the rows of all of them.
+
+    ValueError for a loss without ``process_group``. One whose rows do not meet, as KDLoss, needs none: the mean of even
+    ranks is the global one.
+    """
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if not hasattr(loss, "process_group"):
+            raise ValueError(
+                f"sync=True: {type(loss).__name__} has no process_group, so each rank would see its own rows alone; "
+                "pass sync=False if that is what you want"
+            )
+        loss.process_group = dist.group.WORLD
+
+
+def use(make_loss: Callable[[], nn.Module], **options: bool) -> None:
+    """Let timm's own train.py, imported or run after this, build its logit distillation with ``make_loss()``.
+
+    ``options``: ``soft_labels`` and ``sync`` of `LossTask`.
+    """
 
     class Task(LossTask):
         def __init__(self, *args: Any, **kwargs: Any):
-            super().__init__(*args, distill_loss=make_loss(), soft_labels=soft_labels, **kwargs)
+            super().__init__(*args, distill_loss=make_loss(), **options, **kwargs)
 
     timm.task.LogitDistillationTask = Task
 
@@ -78,8 +106,8 @@ def main(arguments: Sequence[str]) -> None:
     if bad:
         sys.exit(f"{bad[0]!r} is not an option of the form key=value; usage: {usage}")
     options = {key: _value(text) for key, text in (pair.split("=", 1) for pair in pairs)}
-    soft_labels = bool(options.pop("soft_labels", False))
-    use(lambda: getattr(mcld_kernels, name)(**options), soft_labels)
+    of_task = {key: bool(options.pop(key)) for key in ("soft_labels", "sync") if key in options}
+    use(lambda: getattr(mcld_kernels, name)(**options), **of_task)
     script, *rest = arguments[split + 1 :]
     sys.argv = [script, *rest]
     sys.path[0] = str(Path(script).resolve().parent)

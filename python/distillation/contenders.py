@@ -104,8 +104,44 @@ def _soft(setting: Setting, run: Run) -> Loss:
     return with_probabilities
 
 
+class _Queue:
+    """MCLD with the teacher rows of earlier steps as further candidates of the row terms."""
+
+    def __init__(self, setting: Setting, run: Run):
+        self.loss = _mcld()(setting, run)
+        self.queue = mcld_kernels.TeacherQueue(QUEUE, run.classes)
+        self.last: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+        if self.last is not None:  # the rows of a step are enqueued when the step is over
+            self.queue.enqueue(*self.last)
+        self.last = teacher, target
+        further = (
+            {"candidates": self.queue.candidates, "candidate_target": self.queue.target} if len(self.queue) else {}
+        )
+        return self.loss(student, teacher, target, **further)
+
+
+def _ckd(negatives: str) -> Callable[[Setting, Run], Loss]:
+    return lambda setting, run: mcld_kernels.CKDLoss(**setting, negatives=negatives)
+
+
+def _clkd(setting: Setting, run: Run) -> Loss:
+    """The published weights of rows and columns, all times ``weight``; ``correlation`` is 0.4 there."""
+    weight = tuple(setting["weight"] * value for value in (0.5, 1.0, setting["correlation"]))
+    return mcld_kernels.CLKDLoss(weight=weight)
+
+
+def _mlkd(setting: Setting, run: Run) -> Loss:
+    """The published weights, all times ``weight``; the temperature is that of the correlation, 0.5 there."""
+    weight = tuple(setting["weight"] * value for value in (50.0, 20.0, 1.0))
+    return mcld_kernels.MLKDLoss(correlation_temperature=setting["temperature"], weight=weight)
+
+
+QUEUE = 512  # teacher rows
 _WEIGHTS = (0.3, 1.0, 3.0, 10.0)
 _CONTRAST = product(temperature=(0.1, 0.2, 0.5, 1.0), weight=_WEIGHTS)
+_CKD = product(temperature=(0.1, 0.2, 0.5, 1.0), weight=(1.0, 3.0, 10.0, 30.0))
 _SOFTENED = product(temperature=(1.0, 2.0, 4.0, 8.0), weight=_WEIGHTS)
 
 METHODS: tuple[Method, ...] = (
@@ -128,7 +164,36 @@ METHODS: tuple[Method, ...] = (
     Method(name="mcld", title="MCLD", grid=_CONTRAST, make=_mcld()),
     Method(name="mcld-warmup", title="MCLD, warm-up", grid=_CONTRAST, make=_mcld(ramp=1 / 8)),
     Method(name="mcld-mask", title="MCLD, mask_same_class", grid=_CONTRAST, make=_mcld(mask_same_class=True)),
-    Method(name="mcld-soft", title="MCLD, soft labels", grid=_CONTRAST, make=_soft, missing=_no_soft_labels),
+    Method(
+        name="mcld-queue",
+        title=f"MCLD, queue of {QUEUE} rows",
+        grid=_CONTRAST,
+        make=_Queue,
+        missing=_absent("TeacherQueue"),
+    ),
+    Method(name="mcld-soft", title="MCLD, teacher's soft labels", grid=_CONTRAST, make=_soft, missing=_no_soft_labels),
+    Method(name="ckd", title="CKD", grid=_CKD, make=_ckd("teacher"), missing=_absent("CKDLoss")),
+    Method(
+        name="ckd-student",
+        title="CKD, student negatives",
+        grid=_CKD,
+        make=_ckd("student"),
+        missing=_absent("CKDLoss"),
+    ),
+    Method(
+        name="clkd",
+        title="CLKD",
+        grid=product(correlation=(0.0, 0.04, 0.4, 4.0), weight=(1.0, 10.0, 100.0, 1000.0)),
+        make=_clkd,
+        missing=_absent("CLKDLoss"),
+    ),
+    Method(
+        name="mlkd",
+        title="MLKD",
+        grid=product(temperature=(0.1, 0.2, 0.5, 1.0), weight=(0.01, 0.03, 0.1, 0.3)),
+        make=_mlkd,
+        missing=_absent("MLKDLoss"),
+    ),
     # Two settings that nobody tuned here: the library's defaults, and those of python/train.py.
     Method(
         name="mcld-0.1-1",
