@@ -299,6 +299,10 @@ class Run:
 
     def _after_step(self, outcome: Outcome, micros: list[Micro], number: int) -> None:
         self.steps += 1
+        if self.parts.objective.queue is not None:
+            teacher = torch.cat([logits for logits in outcome.teacher if logits is not None])
+            rows = [self.ranks.all_rows(x) for x in (teacher, torch.cat([micro.target for micro in micros]))]
+            self.parts.objective.enqueue(*rows)
         self.parts.scheduler.step_update(self.steps)
         if self.parts.average is not None:
             self.parts.average.update(checkpoint.unwrapped(self.model), step=self.steps)

@@ -39,7 +39,7 @@ class Ranks:
             torch.cuda.set_device(self.device)
         backend = config.parallel.backend
         if backend == "auto":
-            backend = "nccl" if kind == "cuda" else "gloo"
+            backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
         if backend == "nccl" and kind == "cpu":
             raise ConfigFault("parallel.backend=nccl needs GPUs: take gloo, or auto")
         self.control: dist.ProcessGroup | None = None
@@ -108,6 +108,14 @@ class Ranks:
             for tensor in tensors:
                 dist.all_reduce(tensor)
                 tensor /= self.size
+
+    def all_rows(self, rows: Tensor) -> Tensor:
+        """The rows of all ranks, which have as many each."""
+        if self.size == 1:
+            return rows
+        parts = [torch.empty_like(rows) for _ in range(self.size)]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
 
     def sum_floats(self, values: list[float]) -> list[float]:
         if self.control is None:
