@@ -1,11 +1,12 @@
 """Multi-perspective contrastive logit distillation (MCLD) at large batch: fused kernels and a PyTorch reference."""
 
 from . import backends, reference
-from .family_options import CKDTerms, CLKDTerms
+from .family_options import CKDTerms, CLKDTerms, MLKDTerms
 from .losses.ckd import CKDLoss, ckd_loss, ckd_terms
 from .losses.clkd import CLKDLoss, clkd_loss, clkd_terms
 from .losses.kd import KDLoss, kd_loss
 from .losses.mcld import MCLDLoss, mcld_loss, mcld_terms
+from .losses.mlkd import MLKDLoss, mlkd_loss, mlkd_terms
 from .options import MCLDTerms
 from .version import __version__
 
@@ -17,6 +18,8 @@ __all__ = [
     "KDLoss",
     "MCLDLoss",
     "MCLDTerms",
+    "MLKDLoss",
+    "MLKDTerms",
     "__version__",
     "backends",
     "ckd_loss",
@@ -26,5 +29,7 @@ __all__ = [
     "kd_loss",
     "mcld_loss",
     "mcld_terms",
+    "mlkd_loss",
+    "mlkd_terms",
     "reference",
 ]
