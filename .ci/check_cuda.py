@@ -1,5 +1,6 @@
 """Checks a CUDA build without a GPU: no kernel spills or uses a stack; Hopper kernels hold wgmma, not serialized;
-kernels that move rows store 16 bytes at once.
+kernels that move rows store 16 bytes at once; Hopper flash takes every exponential beside a product, and the epilogue
+of Hopper's product 1 has at most 1,000 instructions for a tile without positive and edge.
 
     python .ci/check_cuda.py build/cmake-cpython-311-cuda
 
@@ -16,6 +17,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import sass
+
+MOST_AFTER_PRODUCT_1 = 1000
 
 
 def tool(name: str) -> str:
@@ -62,27 +67,35 @@ def resource_report(module: Path) -> list[tuple[str, str, int]]:
 
 # Kernels by rows that write 16 bytes at once: eight 16-bit elements or four of 32 bits, as the end of their names says.
 VECTOR_KERNELS = re.compile(
-    r"(normalize_rows|grad_epilogue_rows)_kernelI\w*(Li8|fLi4)E|(rescale|scale_rows|combine_splits|class_means)_kernel"
+    r"(normalize_rows|grad_epilogue_rows|anchor_epilogue)_kernelI\w*(Li8|fLi4)E|(rescale|scale_rows|combine_splits|class_means)_kernel"
 )
 
 
-def instructions(module: Path) -> dict[str, collections.Counter[str]]:
-    """The numbers of wgmma (HGMMA) and of stores of 16 bytes (STG.E.128) in each sm_90a kernel."""
+def sm90_code(module: Path) -> dict[str, list[sass.Instruction]]:
+    """The machine code of each sm_90a kernel."""
     environ = dict(os.environ, PATH=f"{Path(tool('nvdisasm')).parent}{os.pathsep}{os.environ['PATH']}")
-    sass = subprocess.run(
+    text = subprocess.run(
         [tool("cuobjdump"), "-sass", "-arch", "sm_90a", str(module)],
         capture_output=True, text=True, check=True, env=environ,
     ).stdout  # fmt: skip
-    counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
-    name = "?"
-    for line in sass.splitlines():
-        if match := re.search(r"Function : (\S+)", line):
-            name = match[1]
-        elif match := re.search(r"HGMMA|STG\.E\.128", line):
-            counts[name][match[0]] += 1
-        else:
-            counts[name].update(())
-    return counts
+    return sass.kernels(text.splitlines())
+
+
+def hopper_failures(code: dict[str, list[sass.Instruction]]) -> list[str]:
+    """What the Hopper kernels' loops and epilogues fall short of; prints what they have."""
+    failures = []
+    for name, instructions in code.items():
+        if "hopper_flash" in name:
+            beside, total = sass.exponentials_beside_products(instructions)
+            print(f"{beside} of {total} EX2 beside a product: {name}")
+            if beside < total or not total:
+                failures.append(f"{name}: {total - beside} of {total} EX2 wait for the products")
+        elif "hopper_similarity" in name:
+            count = sass.instructions_after_products(instructions)
+            print(f"{count} instructions after the products of a tile: {name}")
+            if count > MOST_AFTER_PRODUCT_1:
+                failures.append(f"{name}: {count} instructions after the products of a tile")
+    return failures
 
 
 def main(folder: Path) -> int:
@@ -97,7 +110,12 @@ def main(folder: Path) -> int:
             f"{source}: {name} for {arch} has {size} bytes of stack and spills" for name, arch, size in report if size
         ]
     failures += sorted(set(re.findall(r"Potential Performance Loss: .*", log)))
-    counts = instructions(module)
+    code = sm90_code(module)
+    failures += hopper_failures(code)
+    counts = {
+        name: {wanted: sum(wanted in x.text for x in instructions) for wanted in ("HGMMA", "STG.E.128")}
+        for name, instructions in code.items()
+    }
     required = {
         "HGMMA": [name for name in counts if "hopper" in name],
         "STG.E.128": list(filter(VECTOR_KERNELS.search, counts)),

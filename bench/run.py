@@ -16,9 +16,10 @@ if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))  # after the installed packages: an installed mcld_kernels is the one measured
 
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-from bench.harness import cases, kernels, machine, measure, memory, plots, profiling, programs, report  # noqa: E402
+from bench.harness import cases, global_batch, kernels, machine, measure, memory, plots, profiling, programs, report  # noqa: E402
 from bench.harness.losses import LOSSES  # noqa: E402
 from bench.harness.programs import Exit  # noqa: E402
 from bench.harness.providers import Provider, choose  # noqa: E402
@@ -47,13 +48,24 @@ def parser() -> argparse.ArgumentParser:
     grid.add_argument("--loss", choices=list(LOSSES), default="mcld", help="default: mcld")
     grid.add_argument("--batch", type=programs.positive, nargs="+", metavar="B", help="batch sizes")
     grid.add_argument("--classes", type=programs.positive, nargs="+", metavar="C", help="numbers of classes")
+    grid.add_argument(
+        "--candidates", type=programs.positive, metavar="M", help="of info_nce and moco: teacher rows, --batch at least"
+    )
     grid.add_argument("--dtype", choices=list(cases.DTYPES), nargs="+", help="dtypes of the logits")
     grid.add_argument("--terms", type=_terms, metavar="T,T", help=f"of mcld: some of {','.join(cases.TERMS)}")
     grid.add_argument("--mode", choices=cases.MODES, nargs="+", help="default: forward-backward")
     grid.add_argument("--temperature", type=_temperature, help="default: the loss's own")
-    grid.add_argument("--providers", metavar="P,P", help="comma-separated; default: all that can run here")
+    grid.add_argument(
+        "--providers",
+        metavar="P,P",
+        help="comma-separated; default: all that can run here; hopper:FIELD=VALUE+.. sets tuning",
+    )
     grid.add_argument("--smoke", action="store_true", help="a few small shapes, in under a minute on two cores")
     grid.add_argument("--kernels", action="store_true", help="beside each call, each kernel of the backends alone")
+    grid.add_argument(
+        "--global", action="store_true", dest="over_ranks",
+        help="under torchrun, the loss over ranks: time, exposed communication and memory of each rank",
+    )  # fmt: skip
     how = made.add_argument_group("the measurement")
     how.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     how.add_argument(
@@ -76,8 +88,17 @@ def check(options: argparse.Namespace, device: torch.device) -> str | None:
     given = [f"--{name}" for name in shape_options if getattr(options, name) is not None]
     if options.smoke and given:
         return f"--smoke has its own shapes: leave out --smoke or {' and '.join(given)}"
+    if options.over_ranks and not dist.is_torchelastic_launched():
+        return "--global is for several processes: torchrun --nproc-per-node 2 bench/run.py --global"
+    if options.over_ranks and options.loss != "mcld":
+        return "--global measures mcld alone"
     if options.cold and device.type == "cpu":
         return "--cold is for CUDA: on a CPU no cache is overwritten"
+    if options.candidates is not None:
+        if options.loss not in cases.rectangular():
+            return f"--candidates are for --loss {' or '.join(cases.rectangular())}"
+        if options.smoke or options.batch is None or options.candidates < max(options.batch):
+            return "--candidates needs --batch, and at least as many candidates as rows"
     if options.loss != "mcld" and options.terms is not None:
         return f"--terms are those of mcld; {options.loss} has one"
     return None
@@ -96,6 +117,7 @@ def grid(options: argparse.Namespace, device: torch.device) -> list[cases.Case]:
         options.dtype or ["bfloat16" if device.type == "cuda" else "float32"],
         options.terms,
         options.mode or ["forward-backward"],
+        candidates=options.candidates or 0,
         **shared,
     )
 
@@ -135,6 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         providers = [provider for provider in providers if provider.name != "compile"]
         screen.print("smoke: compile is left out (starting it takes most of a minute); ask by --providers")
     default = ROOT / "bench" / "out" / time.strftime("%Y%m%d-%H%M%S")
+    if options.over_ranks:
+        return _over_ranks(options, device, screen, default)
     try:
         with programs.claimed(options.output, default, "results.json") as folder:
             return Run(options, device, providers, screen, folder).run()
@@ -144,6 +168,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as fault:
         print(f"run: the output cannot be written: {fault}", file=sys.stderr)
         return Exit.OUTPUT
+
+
+def _over_ranks(options: argparse.Namespace, device: torch.device, screen: Console, default: Path) -> int:
+    """The measurement over ranks; the first of them writes."""
+    with global_batch.group(device):
+        if dist.get_rank() > 0:
+            return global_batch.run(options, device, screen, None, {})
+        with programs.claimed(options.output, default, "results.json") as folder:
+            code = global_batch.run(options, device, screen, folder, header(options, device))
+            screen.print(f"written to {_short(folder)}: results.json", soft_wrap=True)
+            return code
 
 
 class Run:

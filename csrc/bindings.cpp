@@ -69,6 +69,9 @@ py::dict constants() {
   result["fp16_lift"] = kFp16Lift;
   result["flash_rows"] = kFlashRows;
   result["flash_row_bytes"] = kFlashRowBytes;
+  result["max_sorted_classes"] = kMaxSortedClasses;
+  result["max_sort_blocks"] = kMaxSortBlocks;
+  result["sort_rows"] = kSortRows;
   result["low_latency_limit"] = kLowLatencyLimit;
   result["low_latency_tile"] = kLowLatencyTile;
   result["hopper_similarity_rows"] = hopper::kSimilarityRows;
@@ -134,9 +137,10 @@ void bind_launchers(py::module_& module) {
   bind<LossEpilogue>(module, "loss_epilogue", loss_epilogue, {});
   bind<ReduceTerms>(module, "reduce_terms", reduce_terms, {});
   bind<GradEpilogue, Type, Precision>(module, "grad_epilogue", grad_epilogue, {"type", "precision"});
+  bind<AnchorEpilogue, Type, Precision>(module, "anchor_epilogue", anchor_epilogue, {"type", "precision"});
   bind<LowLatency, Type, Type, Precision>(module, "low_latency", low_latency, {"type", "gradient_type", "precision"});
 #if MCLD_HAS_HOPPER
-  bind<Similarity, Precision>(module, "hopper_similarity", hopper::similarity, {"precision"});
+  bind<Similarity, Precision, int>(module, "hopper_similarity", hopper::similarity, {"precision", "skew"});
   bind<Flash, Precision>(module, "hopper_flash", hopper::flash, {"precision"});
 #endif
 }

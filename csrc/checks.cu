@@ -1,5 +1,9 @@
 #include "checks.h"
 
+#include <map>
+#include <mutex>
+#include <utility>
+
 #include "build_config.h"
 
 namespace mcld {
@@ -31,6 +35,32 @@ void check(cudaError_t status, const char* call, const char* file, int line) {
                ", which this driver does not run: update the driver, or install again with an older toolkit";
   }
   throw CudaError(message);
+}
+
+void allow_shared_bytes(const void* kernel, int bytes, const char* name) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, int> allowed;  // by kernel and device
+  int device = 0;
+  check(cudaGetDevice(&device), name, __FILE__, __LINE__);
+  const std::lock_guard<std::mutex> lock(mutex);
+  int& most = allowed[{kernel, device}];
+  if (bytes <= most) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), name, __FILE__, __LINE__);
+  most = bytes;
+}
+
+bool can_await_launches(const void* kernel, const char* name) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, bool> known;  // by kernel and device
+  int device = 0;
+  check(cudaGetDevice(&device), name, __FILE__, __LINE__);
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find({kernel, device});
+  if (found != known.end()) return found->second;
+  // Of code that the driver compiled from PTX, the version of the PTX counts.
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, kernel), name, __FILE__, __LINE__);
+  return known[{kernel, device}] = attributes.ptxVersion >= 90;
 }
 
 int driver_version() {

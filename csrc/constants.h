@@ -28,6 +28,11 @@ constexpr int kFp16Lift = 15;
 constexpr int kFlashRows = 64;
 constexpr int kFlashRowBytes = 512;
 
+// Labels are sorted by counting up to so many class indices, whose counts fit a block's shared memory; by so many blocks.
+constexpr int kMaxSortedClasses = 24576;
+constexpr int kMaxSortBlocks = 64;
+constexpr int kSortRows = 1024;  // of a block, or the least multiple that needs no more blocks
+
 // The low-latency path: the most rows and classes, and the tile of its products.
 constexpr int kLowLatencyLimit = 1024;
 constexpr int kLowLatencyTile = kSmallTile;

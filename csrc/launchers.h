@@ -43,19 +43,29 @@ struct IndexLabels {
   int64_t* key;          // (n,) the label, or a negative number that equals no other where it is ignored
   int64_t* class_index;  // (n,) the label, or num_classes where it is ignored
   bool* valid;           // (n,) not ignored
-  float* poison;         // () 1, or NaN if a label is out of range
-  float* mean_factor;    // () poison / the number of valid rows
-  MCLD_FIELDS(target, n, num_classes, ignore_index, key, class_index, valid, poison, mean_factor)
+  int* histogram;        // (blocks, num_classes + 1) rows of each class index among those of a block
+  int* rank;             // (n,) earlier rows of the same class index in the block
+  int* sums;             // (2, blocks) rows that are valid, and whose label is out of range
+  int blocks;            // each takes the next rows_per_block rows
+  int rows_per_block;    // a multiple of 32
+  MCLD_FIELDS(target, n, num_classes, ignore_index, key, class_index, valid, histogram, rank, sums, blocks, rows_per_block)
 };
+// For at most kMaxSortedClasses class indices.
 void index_labels(const IndexLabels&, cudaStream_t);
 
 struct SortLabels {
   const int64_t* class_index;  // (n,) in [0, num_classes_present)
+  const int *histogram, *rank, *sums;  // of index_labels
   int64_t n, num_classes_present;
-  int64_t* counts;  // (num_classes_present,)
-  int64_t* starts;  // (num_classes_present + 1,)
-  int64_t* order;   // (n,) rows by class index, ties by row
-  MCLD_FIELDS(class_index, n, num_classes_present, counts, starts, order)
+  int blocks, rows_per_block;
+  int* first;          // (blocks, num_classes_present) workspace: the place in `order` of a block's first row of a class index
+  int64_t* counts;     // (num_classes_present,)
+  int64_t* starts;     // (num_classes_present + 1,)
+  int64_t* order;      // (n,) rows by class index, ties by row
+  float* poison;       // () 1, or NaN if a label is out of range
+  float* mean_factor;  // () poison / the number of valid rows
+  MCLD_FIELDS(class_index, histogram, rank, sums, n, num_classes_present, blocks, rows_per_block, first, counts, starts, order,
+              poison, mean_factor)
 };
 void sort_labels(const SortLabels&, cudaStream_t);
 
@@ -153,11 +163,11 @@ struct Flash {
   const float* candidate_factor;  // (m,) or null: multiplies candidate j in `product`
   const float* candidate_shift;   // (m,) or null: candidate j's own shift; then no row_maxima
   const int64_t *anchor_keys, *candidate_keys;  // (n,), (m,) or null: pairs of equal keys are not negatives
-  int64_t n, m, pitch, padded_rows, offset;
+  int64_t n, m, d, pitch, padded_rows, offset;
   int splits;  // of the candidates
   float scale_log2, shift;
   MCLD_FIELDS(anchors, candidates, product, row_sums, row_maxima, candidate_factor, candidate_shift, anchor_keys,
-              candidate_keys, n, m, pitch, padded_rows, offset, splits, scale_log2, shift)
+              candidate_keys, n, m, d, pitch, padded_rows, offset, splits, scale_log2, shift)
 };
 void flash(const Flash&, Precision, cudaStream_t);
 
@@ -222,6 +232,30 @@ struct GradEpilogue {
 };
 void grad_epilogue(const GradEpilogue&, Type, Precision, cudaStream_t);
 
+// All that follows product 2 for a chunk of anchors with a fixed shift, in one launch: row_sums, positive_cosines,
+// loss_epilogue, combine_splits and grad_epilogue, for a gradient whose rows are contiguous.
+struct AnchorEpilogue {
+  void* out;  // (rows, d) gradient, row_stride elements from row to row
+  int64_t row_stride;
+  const void *unit, *partner;  // operands of one pitch; unit begins at the chunk
+  const float* class_means;    // (num_classes_present, pitch), where a term has label positives
+  const int64_t* class_index;  // (rows,)
+  const float* inv_norm;       // (rows,)
+  const float* products;       // (splits, product_rows, product_pitch), added in order
+  const float* tile_sums;      // (tiles, sums_pitch), added in a fixed order
+  float* per_anchor;           // (weights, per_anchor_pitch)
+  int64_t rows, d, pitch, product_rows, product_pitch, sums_pitch, per_anchor_pitch;
+  int64_t offset, partner_rows;  // P of the chunk's row r is row r + offset of partner, if there is one
+  int splits, tiles;
+  float shift, inv_temperature;
+  List<TermWeight, 2> weights;
+  bool accumulate;
+  MCLD_FIELDS(out, row_stride, unit, partner, class_means, class_index, inv_norm, products, tile_sums, per_anchor, rows, d, pitch,
+              product_rows, product_pitch, sums_pitch, per_anchor_pitch, offset, partner_rows, splits, tiles, shift,
+              inv_temperature, weights, accumulate)
+};
+void anchor_epilogue(const AnchorEpilogue&, Type, Precision, cudaStream_t);
+
 // The low-latency path, for at most kLowLatencyLimit rows and columns, one shift for all and logits of one type: all terms in
 // five launches with student anchors (normalize, similarity, product, loss, outputs), in six with teacher anchors, whose
 // coefficients the product needs (loss before product, then projection).
@@ -257,15 +291,16 @@ struct LowLatency {
   int64_t batch, num_classes;
   float eps;
   bool present_only, mask_same_class;
+  bool dependent;  // launches may begin while the one before ends
   List<LowLatencyMatrix, 3> matrices;
   int64_t* key;                // (batch,) the class, or a negative number that equals no other where ignored
   float *num_valid, *poison;   // () rows with a class; 1, or NaN if a label is out of range
   float* counts;               // (num_classes,) rows of each class
-  float* class_means;          // (num_classes, pitch of the rows' operands)
+  float* class_means;          // (num_classes, pitch of the rows' operands), written for the classes that are present
   float *loss, *terms;         // (), (3,)
   void* gradient;              // (batch, num_classes) contiguous, or null
   MCLD_FIELDS(student, teacher, student_strides, teacher_strides, target, ignore_index, weight, term_weight, batch,
-              num_classes, eps, present_only, mask_same_class, matrices, key, num_valid, poison, counts, class_means, loss,
+              num_classes, eps, present_only, mask_same_class, dependent, matrices, key, num_valid, poison, counts, class_means, loss,
               terms, gradient)
 };
 void low_latency(const LowLatency&, Type logits, Type gradient, Precision, cudaStream_t);
@@ -277,7 +312,9 @@ namespace hopper {
 
 const char* similarity_unsupported(const Similarity&, Precision);
 const char* flash_unsupported(const Flash&, Precision);
-void similarity(const Similarity&, Precision, cudaStream_t);
+// skew: slices of the contraction that the second warpgroup of a block begins behind the first, so that each takes its
+// exponentials beside the other's products; 0 for none.
+void similarity(const Similarity&, Precision, int skew, cudaStream_t);
 void flash(const Flash&, Precision, cudaStream_t);
 
 }  // namespace hopper

@@ -36,6 +36,9 @@ class Constants(TypedDict):
     fp16_lift: int
     flash_rows: int
     flash_row_bytes: int
+    max_sorted_classes: int
+    max_sort_blocks: int
+    sort_rows: int
     low_latency_limit: int
     low_latency_tile: int
     hopper_similarity_rows: int
@@ -129,19 +132,30 @@ def index_labels(
     key: int,
     class_index: int,
     valid: int,
-    poison: int,
-    mean_factor: int,
+    histogram: int,
+    rank: int,
+    sums: int,
+    blocks: int,
+    rows_per_block: int,
     device: int,
     stream: int,
 ) -> None: ...
 def sort_labels(
     *,
     class_index: int,
+    histogram: int,
+    rank: int,
+    sums: int,
     n: int,
     num_classes_present: int,
+    blocks: int,
+    rows_per_block: int,
+    first: int,
     counts: int,
     starts: int,
     order: int,
+    poison: int,
+    mean_factor: int,
     device: int,
     stream: int,
 ) -> None: ...
@@ -270,6 +284,7 @@ def flash(
     candidate_keys: int,
     n: int,
     m: int,
+    d: int,
     pitch: int,
     padded_rows: int,
     offset: int,
@@ -349,6 +364,38 @@ def grad_epilogue(
     device: int,
     stream: int,
 ) -> None: ...
+def anchor_epilogue(
+    *,
+    out: int,
+    row_stride: int,
+    unit: int,
+    partner: int,
+    class_means: int,
+    class_index: int,
+    inv_norm: int,
+    products: int,
+    tile_sums: int,
+    per_anchor: int,
+    rows: int,
+    d: int,
+    pitch: int,
+    product_rows: int,
+    product_pitch: int,
+    sums_pitch: int,
+    per_anchor_pitch: int,
+    offset: int,
+    partner_rows: int,
+    splits: int,
+    tiles: int,
+    shift: float,
+    inv_temperature: float,
+    weights: Sequence[TermWeight],
+    accumulate: bool,
+    type: int,
+    precision: int,
+    device: int,
+    stream: int,
+) -> None: ...
 def low_latency(
     *,
     student: int,
@@ -364,6 +411,7 @@ def low_latency(
     eps: float,
     present_only: bool,
     mask_same_class: bool,
+    dependent: bool,
     matrices: Sequence[LowLatencyMatrix],
     key: int,
     num_valid: int,
@@ -400,6 +448,7 @@ def hopper_similarity(
     scale_log2: float,
     shift: float,
     precision: int,
+    skew: int,
     device: int,
     stream: int,
 ) -> None: ...
@@ -416,6 +465,7 @@ def hopper_flash(
     candidate_keys: int,
     n: int,
     m: int,
+    d: int,
     pitch: int,
     padded_rows: int,
     offset: int,

@@ -237,6 +237,23 @@ def test_choosing_providers():
         providers.choose("torch,nothing")
 
 
+def test_a_provider_with_fields_of_its_tuning(monkeypatch):
+    names = "torch:chunk_bytes=4096,hopper:hopper_skew=2+library_product=False,reference"
+    assert [provider.name for provider in providers.choose(names)] == [
+        "reference", "torch:chunk_bytes=4096", "hopper:hopper_skew=2+library_product=False",
+    ]  # fmt: skip
+    chosen = []
+    tuned = providers.backends.tuned
+    monkeypatch.setattr(providers.backends, "tuned", lambda **fields: chosen.append(fields) or tuned(**fields))
+    logits = torch.randn(4, 3)
+    case = run.cases.Case(batch=4, classes=3)
+    providers.choose("torch:chunk_bytes=4096")[0].make(case, logits, logits, torch.arange(4) % 3)()
+    assert chosen == [{"hopper": False, "chunk_bytes": 4096}]
+    for wrong in ("compile:x=1", "hopper:nothing=1", "hopper:hopper_skew=two", "hopper:hopper=True", "torch:"):
+        with pytest.raises(ValueError, match=wrong.partition(":")[0]):
+            providers.choose(wrong)
+
+
 class TestMemory:
     def test_the_peak_of_a_known_step(self):
         def step():

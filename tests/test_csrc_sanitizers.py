@@ -47,6 +47,8 @@ SYNCHRONIZATION = {
     "wgmma_in_flight_at_the_end": "ended with wgmma in flight",
     "mbarrier_never_completed": "deadlock",
     "more_arrivals_than_expected": "more arrivals",
+    "memory_touched_before_the_launch_before_ended": "global memory touched before await_launch_before",
+    "launch_before_not_awaited": "did not await the one before",
 }
 MEMORY = {
     "read_past_the_end": "heap-buffer-overflow",
@@ -66,18 +68,18 @@ MEMORY = {
 # that no tile divides, and the options that change what is read. CONTRIBUTING.md has the command for all of them.
 FILES = "test_csrc_host.py", "test_hopper.py", "test_csrc_rows.py", "test_csrc_steps.py"
 KERNELS = {
-    "flash": "test_splits_of_flash or test_the_largest_rows_of_flash or test_flash"
+    "flash": "(test_splits_of_flash and (0.1-5 or 0.02-2)) or test_the_largest_rows_of_flash or test_flash"
     " or (test_shapes and flash and (1-7 or 7-5 or 65-130))"
     " or (test_options and flash and (masked-symmetric or masked-teacher or cold-symmetric))"
     " or (test_float32_matmul_precision and flash)",
     "two products": "test_similarity or test_sums_alone or test_the_backend_takes_them"
     " or (test_shapes and two and (1-7 or 7-5 or 65-130))"
     " or (test_options and two and (masked-teacher or cold-symmetric))"
-    " or (test_chunks_and_large_tiles and symmetric) or (test_a_split_contraction and 64)"
+    " or (test_chunks_and_large_tiles and symmetric) or test_a_split_contraction"
     " or (test_float32_matmul_precision and two)",
-    "steps": "test_labels_are_indexed or test_loss_epilogue or test_reduce_terms or test_grad_epilogue"
-    " or test_normalize",
-    "low latency": "test_low_latency_edges or test_low_latency_bad_labels or (test_low_latency_options and 7-5)"
+    "small": "test_labels_are_indexed or test_loss_epilogue or test_reduce_terms or test_grad_epilogue"
+    " or test_normalize"
+    " or test_low_latency_edges or test_low_latency_bad_labels or (test_low_latency_options and 7-5)"
     " or test_precisions_differ or test_mixed_dtypes or test_strides_and_alignment"
     " or test_anchors_against_more_candidates",
 }
@@ -100,9 +102,9 @@ def under_check():
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment = {**inherited, **own, "OMP_NUM_THREADS": "1"}
 
-    def run(*arguments):
+    def run(*arguments, **variables):
         command = [*before, sys.executable, *map(str, arguments)]
-        return subprocess.run(command, env=environment, cwd=TESTS, capture_output=True, text=True)
+        return subprocess.run(command, env=environment | variables, cwd=TESTS, capture_output=True, text=True)
 
     return run
 
@@ -131,10 +133,26 @@ def test_every_control_is_tested():
     assert sorted(named) == sorted([*RACES, *SYNCHRONIZATION, *MEMORY])
 
 
+def report_of(done) -> str:
+    """What a check reported with the innermost functions, or else the end of the output."""
+    text = done.stdout + done.stderr
+    found = re.search("runtime error|ERROR: AddressSanitizer", text)
+    return text[max(0, found.start() - 300) :][:3000] if found else text[-6000:]
+
+
 @pytest.mark.parametrize("selection", KERNELS.values(), ids=KERNELS)
 def test_memory_of_the_kernels(selection, under_check):
     csrc_host.build("memory")
     options = ["-q", "--capture=no", "-p", "no:cacheprovider", "-k", selection]
     done = under_check("-m", "pytest", *options, *FILES)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    assert done.returncode == 0, report_of(done)
+    assert re.search(r"\d+ passed", done.stdout) and "skipped" not in done.stdout
+
+
+def test_memory_of_the_cpu_kernels(under_check):
+    """Each instruction set that this machine runs, on the workspace and the logits of every test of that path."""
+    options = ["-q", "--capture=no", "-p", "no:cacheprovider", "-k", "compiled or threads or instruction"]
+    library = str(csrc_host.build_cpu())
+    done = under_check("-m", "pytest", *options, "test_low_latency.py", MCLD_TEST_CPU_MODULE=library)
+    assert done.returncode == 0, report_of(done)
     assert re.search(r"\d+ passed", done.stdout) and "skipped" not in done.stdout

@@ -4,16 +4,19 @@ import functools
 import importlib.util
 import re
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision_shim
 from torch import nn
 
 import mcld_kernels
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "python"))  # of the adapters
 PAGES = ("README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md")))
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 # A block of Python, or a comment that begins with "run": Python that readers do not see.
@@ -83,6 +86,8 @@ def test_the_python_of_a_section_runs(page, heading, requires, code, monkeypatch
     missing = [name for name in requires if importlib.util.find_spec(name) is None]
     if missing:
         pytest.skip(f"not installed: {', '.join(missing)}")
+    if requires:
+        torchvision_shim.install()
     monkeypatch.chdir(ROOT)
     exec(compile(code, str(ROOT / page), "exec"), names())
 

@@ -173,17 +173,17 @@ def test_descriptor(hopper, along_rows, step):
     """Bits 0-13 address, 16-29 leading and 32-45 stride offset, all in 16 bytes; 49-51 base offset; 62-63 swizzle.
 
     The stride is between groups of 8 rows of 128 bytes: along M or N where the contraction runs along the rows, along
-    K where it runs across. The leading offset is not used: no operand is wider than the swizzle.
+    K where it runs across. There the leading offset is the one between panels of 64 columns.
     """
     address = 0x2F400
     first = address + (32 * step if along_rows else 16 * 128 * step)
-    bits = hopper.library.probe_descriptor(along_rows, address, step)
+    bits = hopper.library.probe_descriptor(along_rows, address, step, 16384)
     assert bits & 0x3FFF == first >> 4
     assert bits >> 32 & 0x3FFF == 1024 >> 4
     assert bits >> 49 & 7 == 0
     assert bits >> 62 == 1
-    # Not used, but as CuTe's make_gmma_desc has it for one atom.
-    assert bits >> 16 & 0x3FFF == (1 if along_rows else 0)
+    # Along the rows it is not used, but 1 as in CuTe's make_gmma_desc.
+    assert bits >> 16 & 0x3FFF == (1 if along_rows else 16384 >> 4)
     assert bits & ~(0x3FFF | 0x3FFF << 16 | 0x3FFF << 32 | 7 << 49 | 3 << 62) == 0
 
 
@@ -230,28 +230,20 @@ def test_wgmma_from_shared_memory(hopper, precision, columns, add):
 
 
 @pytest.mark.parametrize("add", [0, 1])
+@pytest.mark.parametrize("columns", [64, 104, 128, 192, 256])
 @pytest.mark.parametrize("precision", [BF16, FP16], ids=NAMES.get)
-def test_wgmma_from_registers(hopper, precision, add):
-    """A (64, 16) in registers, B (16, 64): 16 rows of a panel, contraction across them."""
+def test_wgmma_from_registers(hopper, precision, columns, add):
+    """A (64, 16) in registers, B (16, N): 16 rows of panels (64, 64), contraction across them."""
     torch.manual_seed(0)
-    a, b = integers(64, 16), integers(256, 64)
-    row, column = accumulators(128, 64)
+    a, b = integers(64, 16), integers(64, 256)
+    panels = torch.cat([panel(x.to(DTYPE[precision]), 64) for x in b.split(64, 1)])
+    row, column = accumulators(128, columns)
     a_row, a_k = left_fragments(128)
     registers = hopper.put(words(a[a_row, a_k].to(DTYPE[precision])))
     unused = hopper.put(torch.zeros(64 * 64, dtype=DTYPE[precision]))
-    for step in (0, 1, 5, 15):
-        d = integers(64, 64) if add else torch.full((64, 64), torch.nan)
+    for step in (0, 1, 3):
+        d = integers(64, columns) if add else torch.full((64, columns), torch.nan)
         out = hopper.put(d[row, column])
-        hopper(
-            "probe_wgmma",
-            precision,
-            64,
-            unused,
-            registers,
-            hopper.put(panel(b.to(DTYPE[precision]), 256)),
-            out,
-            step,
-            add,
-        )
-        want = a @ b[16 * step : 16 * step + 16] + (d if add else 0)
+        hopper("probe_wgmma", precision, columns, unused, registers, hopper.put(panels), out, step, add)
+        want = a @ b[16 * step : 16 * step + 16, :columns] + (d if add else 0)
         assert torch.equal(out.cpu(), want[row, column]), step

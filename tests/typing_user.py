@@ -4,6 +4,7 @@ A ``type: ignore`` stands where the checker must complain: an ignore that nothin
 """
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import mcld_kernels
@@ -12,17 +13,21 @@ from mcld_kernels import (
     CKDTerms,
     CLKDLoss,
     CLKDTerms,
+    InfoNCELoss,
     KDLoss,
     MCLDLoss,
     MCLDTerms,
     MLKDLoss,
     MLKDTerms,
+    TeacherQueue,
     __version__,
+    accumulate,
     backends,
     ckd_loss,
     ckd_terms,
     clkd_loss,
     clkd_terms,
+    info_nce,
     kd_loss,
     mcld_loss,
     mcld_terms,
@@ -30,6 +35,7 @@ from mcld_kernels import (
     mlkd_terms,
     reference,
 )
+from mcld_kernels.distributed import count_collectives
 
 
 class Distiller(nn.Module):
@@ -69,6 +75,14 @@ def functions(student: Tensor, teacher: Tensor, target: Tensor, weight: nn.Param
     losses.append(reference.mcld_loss(student, teacher, target))
     losses.append(reference.mcld_terms(student, teacher, target, direction="student").loss)
     losses.append(kd_loss(student, teacher, temperature=2, backend="torch"))
+    losses.append(info_nce(student, teacher, temperature=weight, positives="label", anchor_target=target))
+    losses.append(reference.info_nce(student, teacher, offset=0, normalize=False, reduction="none"))
+    losses.append(info_nce(student, teacher, reduction="median"))  # type: ignore[arg-type]
+    queue = TeacherQueue(64, 10, dtype=torch.bfloat16)
+    queue.enqueue(teacher, target)
+    losses.append(mcld_loss(student, teacher, target, candidates=queue.candidates, candidate_target=queue.target))
+    embeddings = InfoNCELoss(temperature=0.07, learnable=True)
+    losses.append(embeddings.forward(student, teacher))
     losses.append(reference.kd_loss(student, teacher, temperature=2.0))
     criteria: list[nn.Module] = [KDLoss(temperature=4.0, backend="reference"), MCLDLoss()]
     losses.extend(criterion(student, teacher, target) for criterion in criteria)
@@ -100,6 +114,19 @@ def family(student: Tensor, teacher: Tensor, target: Tensor, weight: Tensor) -> 
     return losses
 
 
+def over_ranks(network: nn.Module, images: Tensor, teacher: Tensor, target: Tensor, group: dist.ProcessGroup) -> Tensor:
+    criterion = MCLDLoss(process_group=group, gather="ring", even=True)
+    criterion.process_group = "dp"
+    name: str | None = criterion.process_group
+    losses = [mcld_loss(images, teacher, target, process_group=name, gather="all")]
+    losses.append(reference.mcld_loss(images, teacher, target, process_group=group))
+    losses.append(accumulate(network, [images[:8], images[8:]], lambda student: criterion(student, teacher, target)))
+    losses.append(accumulate(network, [(images,), {"input": images}], torch.sum))
+    with count_collectives() as collectives:
+        sizes: list[int] = [collective.num_bytes for collective in collectives]
+    return torch.stack(losses) * sum(sizes)
+
+
 def machine(student: Tensor, teacher: Tensor) -> str:
     names: tuple[str, ...] = backends.available()
     reasons: dict[str, str] = backends.explain(student, teacher)
@@ -116,6 +143,8 @@ def mistakes(student: Tensor, teacher: Tensor) -> None:
     mcld_terms(student, teacher, backend="cpu")  # type: ignore[arg-type]
     MCLDLoss(direction="both", backend="triton")  # type: ignore[arg-type]
     MCLDLoss(0.1)  # type: ignore[call-arg]
+    mcld_loss(student, teacher, gather="none")  # type: ignore[arg-type]
+    mcld_loss(student, teacher, process_group=3)  # type: ignore[arg-type]
     ckd_loss(student, teacher, negatives="both")  # type: ignore[arg-type]
     mlkd_loss(student, teacher, target=None, views=3)  # type: ignore[arg-type]
     clkd_loss(student, teacher, reduction="none")  # type: ignore[arg-type]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import importlib
+import typing
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,14 +82,14 @@ def _compiled(case: Case, *tensors: Tensor) -> Step:
     return autograd_step(lambda s, t, y: compiled(s, t, y, **options), case, *tensors)
 
 
-def _backend(name: str, title: str, hopper: bool = False) -> Provider:
-    """A backend; "cuda" with its Hopper kernels is the provider "hopper"."""
+def _backend(name: str, title: str, hopper: bool = False, shown: str | None = None, **fields: Any) -> Provider:
+    """A backend; "cuda" with its Hopper kernels is the provider "hopper". ``fields`` of its Tuning."""
 
     def make(case: Case, *tensors: Tensor) -> Step:
         loss, options = LOSSES[case.loss], LOSSES[case.loss].options(case)
 
         def loss_fn(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
-            with backends.tuned(hopper=hopper):
+            with backends.tuned(hopper=hopper, **fields):
                 return loss.function(s, t, y, backend=name, **options)
 
         return autograd_step(loss_fn, case, *tensors)
@@ -96,7 +98,7 @@ def _backend(name: str, title: str, hopper: bool = False) -> Provider:
         return backend_unsupported_reason(name, hopper, student, teacher)
 
     # Half copies of the inputs, vectors, one chunk; the chunk's budget is the backend's own, 256 MB at most by design.
-    shown = "hopper" if hopper else name
+    shown = shown or ("hopper" if hopper else name)
     return Provider(shown, title, make, unsupported_reason, lambda case: case.matrix_bytes(0, 0) + (768 << 20))
 
 
@@ -124,16 +126,37 @@ def _peer(peer: peers.Peer) -> Provider:
             return "computes the instance-wise term alone (--terms instance)"
         if peer.cuda_only and student.device.type != "cuda":
             return "needs a CUDA device"
-        try:
-            importlib.import_module(peer.module)
-        except Exception as fault:  # whatever a foreign package raises on import is the reason to show
-            return f"cannot import {peer.module}: {str(fault).splitlines()[0] if str(fault) else type(fault).__name__}"
-        return None
+        return _import_reason(peer.module)
 
     def extra_bytes(case: Case) -> int:
         return peer.extra_bytes(case.batch) + case.matrix_bytes(0, 0)
 
     return Provider(peer.name, peer.title, make, unsupported_reason, extra_bytes)
+
+
+def _embedding_peer(peer: peers.EmbeddingPeer) -> Provider:
+    def make(case: Case, student: Tensor, teacher: Tensor, target: Tensor) -> Step:
+        loss_fn = peer.build(case.temperature, case.batch)
+        return autograd_step(lambda s, t, y: loss_fn(s, t), case, student, teacher, target)
+
+    def unsupported_reason(case: Case, student: Tensor, teacher: Tensor) -> str | None:
+        if case.loss not in peer.losses:
+            return f"computes {' and '.join(peer.losses)} alone"
+        return _import_reason(peer.module)
+
+    def extra_bytes(case: Case) -> int:
+        return int(4 * (peer.matrices * case.batch * case.columns + 4 * (case.batch + case.columns) * case.classes))
+
+    return Provider(peer.name, peer.title, make, unsupported_reason, extra_bytes)
+
+
+def _import_reason(module: str) -> str | None:
+    """The reason why a foreign package cannot be imported; None if it can."""
+    try:
+        importlib.import_module(module)
+    except Exception as fault:  # whatever a foreign package raises on import is the reason to show
+        return f"cannot import {module}: {str(fault).splitlines()[0] if str(fault) else type(fault).__name__}"
+    return None
 
 
 @functools.cache
@@ -150,16 +173,43 @@ def all_providers() -> dict[str, Provider]:
         _closed_form("sdpa", "PyTorch's flash attention, Q = anchors, K = V = candidates", closed_form.flash, 0.0),
         _closed_form("cudnn", "cuDNN's attention, Q = anchors, K = V = candidates", closed_form.cudnn, 0.0),
         *(_peer(peer) for peer in peers.PEERS),
+        *(_embedding_peer(peer) for peer in peers.EMBEDDING_PEERS),
     ]
     return {provider.name: provider for provider in providers}
 
 
+def tuned_backend(name: str) -> Provider:
+    """The provider of "backend:field=value+field=value". Raises ValueError for what no Tuning has."""
+    shown, _, text = name.partition(":")
+    known = {"triton": "triton", "cuda": "cuda", "hopper": "cuda", "torch": "torch"}
+    if shown not in known:
+        raise ValueError(f"{name}: only {', '.join(known)} have tuning fields")
+    types = typing.get_type_hints(importlib.import_module(f"mcld_kernels.backends.{known[shown]}").TUNING)
+    fields: dict[str, Any] = {}
+    for item in text.split("+"):
+        field, _, value = item.partition("=")
+        if types.get(field) is int and value.lstrip("-").isdecimal():
+            fields[field] = int(value)
+        elif types.get(field) in (bool, bool | None) and value in ("True", "False"):
+            fields[field] = value == "True"
+        else:
+            numbers = [key for key, kind in types.items() if kind in (int, bool, bool | None)]
+            raise ValueError(f"{name}: write field=value with a whole number, or True or False; {', '.join(numbers)}")
+    if fields.pop("hopper", None) is not None:
+        raise ValueError(f"{name}: the providers cuda and hopper differ by the field hopper")
+    return _backend(known[shown], f"{shown} with {text}", hopper=shown == "hopper", shown=name, **fields)
+
+
 def choose(names: str | None) -> list[Provider]:
-    """The providers of a comma-separated list, in the table's order; all for None. Unknown names raise ValueError."""
+    """The providers of a comma-separated list, in the table's order; all for None. Unknown names raise ValueError.
+
+    "hopper:hopper_skew=2" is the provider with fields of its backend's Tuning, joined by "+", and follows the others.
+    """
     known = all_providers()
     if names is None:
         return list(known.values())
     chosen = [name.strip() for name in names.split(",") if name.strip()]
+    known |= {name: tuned_backend(name) for name in chosen if ":" in name}
     unknown = [name for name in chosen if name not in known]
     if unknown or not chosen:
         raise ValueError(f"unknown provider {', '.join(unknown) or '(none given)'}; known: {', '.join(known)}")

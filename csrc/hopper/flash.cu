@@ -7,8 +7,8 @@
 namespace mcld::hopper {
 namespace {
 
-template <Precision kPrecision, int kPanels> void launch_flash(const Flash& p, cudaStream_t stream) {
-  using Block = FlashBlock<kPrecision, kPanels>;
+template <Precision kPrecision, int kWidth> void launch_flash(const Flash& p, cudaStream_t stream) {
+  using Block = FlashBlock<kPrecision, kWidth>;
   FlashParameters q;
   q.p = p;
   // The maps end at the last anchor and the last candidate: the boxes are zeros beyond.
@@ -17,16 +17,17 @@ template <Precision kPrecision, int kPanels> void launch_flash(const Flash& p, c
   q.tiles = tiles_of(p.m, Block::kColumns);
   if (p.splits > q.tiles) throw std::invalid_argument("hopper flash: more splits than tiles of candidates");
   const dim3 grid(unsigned(tiles_of(p.n, Block::kRows)), unsigned(p.splits));
-  launch(hopper_flash_kernel<kPrecision, kPanels>, "launch of hopper_flash", grid, Block::kThreads, Block::kSharedBytes,
+  launch(hopper_flash_kernel<kPrecision, kWidth>, "launch of hopper_flash", grid, Block::kThreads, Block::kSharedBytes,
          stream, q);
 }
 
-template <Precision kPrecision> void by_pitch(const Flash& p, cudaStream_t stream) {
+template <Precision kPrecision> void by_width(const Flash& p, cudaStream_t stream) {
   switch (p.pitch / kPanel) {
-    case 1: return launch_flash<kPrecision, 1>(p, stream);
-    case 2: return launch_flash<kPrecision, 2>(p, stream);
-    case 3: return launch_flash<kPrecision, 3>(p, stream);
-    default: return launch_flash<kPrecision, 4>(p, stream);
+    case 1: return launch_flash<kPrecision, 64>(p, stream);
+    // 100 classes: 7 of 8 steps of the similarities, and 104 of 128 columns of the product.
+    case 2: return p.d <= 104 ? launch_flash<kPrecision, 104>(p, stream) : launch_flash<kPrecision, 128>(p, stream);
+    case 3: return launch_flash<kPrecision, 192>(p, stream);
+    default: return launch_flash<kPrecision, 256>(p, stream);
   }
 }
 
@@ -38,13 +39,14 @@ const char* flash_unsupported(const Flash& p, Precision precision) {
   if (!p.product) return "sums without the product are for the similarity kernel";
   if (p.candidate_factor || p.candidate_shift) return "candidates are not weighted";
   if (p.anchor_keys || p.candidate_keys) return "labels are not masked";
+  if (p.d < 1 || p.d > p.pitch) return "columns";
   if (p.pitch % kPanel || p.pitch < kPanel || p.pitch > kFlashPanels * kPanel) return "the pitch must be 64, 128, 192 or 256";
   return nullptr;
 }
 
 void flash(const Flash& p, Precision precision, cudaStream_t stream) {
   if (const char* reason = flash_unsupported(p, precision)) throw std::invalid_argument(std::string("hopper flash: ") + reason);
-  precision == Precision::bf16 ? by_pitch<Precision::bf16>(p, stream) : by_pitch<Precision::fp16>(p, stream);
+  precision == Precision::bf16 ? by_width<Precision::bf16>(p, stream) : by_width<Precision::fp16>(p, stream);
 }
 
 }  // namespace mcld::hopper

@@ -4,8 +4,8 @@
 // Keys and values are the same matrix, so one shared tile of candidates serves both products: along its rows for the
 // similarities, across them for E K. With a fixed shift nothing is ever rescaled, and sums over splits of the candidates
 // simply add. One warpgroup loads (TMA, a ring of stages), two hold 64 anchors each: their similarities with the next tile
-// are under way while the product with the current one is. The exponentials are written beside that product; nvcc 13.0 moves
-// three quarters of them behind its end.
+// and the product with the current one are issued together, and the exponentials of the next are taken while that product
+// runs, into a second buffer: no product is waited for before the one after it is under way.
 #pragma once
 
 #include "layout.cuh"
@@ -20,8 +20,9 @@ struct FlashParameters {
   int64_t tiles;  // of candidates
 };
 
-// kPanels: the pitch in panels, 1 to hopper::kFlashPanels.
-template <Precision kPrecision, int kPanels> struct FlashBlock {
+// kWidth: the columns of the operands that may not be zeros, a multiple of 8; the pitch is the next multiple of a panel.
+template <Precision kPrecision, int kWidth> struct FlashBlock {
+  static constexpr int kPanels = (kWidth + kPanel - 1) / kPanel;
   static constexpr int kRows = kFlashRows, kColumns = flash_columns(kPanels);
   static constexpr int kConsumers = 2, kThreads = 128 * (1 + kConsumers);
   static constexpr int kLoaderRegisters = 24, kConsumerRegisters = 240;
@@ -86,13 +87,10 @@ template <Precision kPrecision, int kPanels> struct FlashBlock {
   }
 
   MCLD_DEVICE static void consume(const Flash& p, Ring ring, int consumer, int64_t begin, int64_t end) {
-    const int thread = thread_index() % 128;
-    const bool signals = thread % 32 == 0;
     const int64_t first_row = block_index() * int64_t(kRows) + consumer * 64;
-    const int64_t row[2] = {first_row + fragment_row(thread, 0), first_row + fragment_row(thread, 1)};
-    float values[kValues];              // similarities, then exponentials
-    uint32_t packed[kValues / 2];       // the exponentials as the operand of the second product
-    float sums[kPanels][32];            // (64, 64) by panel
+    float values[kValues];                                // similarities
+    uint32_t even[kValues / 2], odd[kValues / 2];         // exponentials as the operand of the second product, by turns
+    float sums[kWidth / 2] = {};
     float total[2] = {0, 0};
 
     barrier_wait(ring.anchors(), 0);
@@ -102,107 +100,122 @@ template <Precision kPrecision, int kPanels> struct FlashBlock {
     wgmma_commit();
     wgmma_wait<0>();
     pin(values);
-    exponentials(p, row, begin, values, total);
-    pack_all(values, packed);
-    for (int64_t tile = begin + 1; tile < end; ++tile) {
-      const int current = ring.stage;
-      ring.advance();
-      barrier_wait(ring.full(ring.stage), ring.phase);
-      wgmma_fence();
-      similarities(ring, consumer, values);
-      wgmma_commit();
-      accumulate(ring, current, packed, sums, tile > begin + 1);
-      wgmma_commit();
-      wgmma_wait<1>();
-      pin(values);
-      exponentials(p, row, tile, values, total);
-      wgmma_wait<0>();
-      for (int panel = 0; panel < kPanels; ++panel) pin(sums[panel]);
-      if (signals) barrier_arrive(ring.empty(current));
-      pack_all(values, packed);
+    exponentials(p, first_row, begin, values, even, total);
+    int64_t tile = begin + 1;
+    for (; tile + 1 < end; tile += 2) {
+      step(p, ring, consumer, first_row, tile, tile > begin + 1, values, even, odd, sums, total);
+      step(p, ring, consumer, first_row, tile + 1, true, values, odd, even, sums, total);
     }
+    if (tile < end) {
+      step(p, ring, consumer, first_row, tile, tile > begin + 1, values, even, odd, sums, total);
+      last(ring, odd, sums);
+    } else {
+      last(ring, even, sums);
+    }
+    write(p, first_row, sums, total);
+  }
+
+  // The similarities with `tile`, beside the product with the tile before it, and then, while that product runs, the
+  // exponentials of the new similarities. The product before is waited for by the way: its stage goes back to the loader,
+  // and its operand is overwritten.
+  MCLD_DEVICE static void step(const Flash& p, Ring& ring, int consumer, int64_t first_row, int64_t tile, bool releases,
+                               float (&values)[kValues], const uint32_t (&current)[kValues / 2], uint32_t (&next)[kValues / 2],
+                               float (&sums)[kWidth / 2], float (&total)[2]) {
+    const int of_current = ring.stage;
+    ring.advance();
+    barrier_wait(ring.full(ring.stage), ring.phase);
     wgmma_fence();
-    accumulate(ring, ring.stage, packed, sums, end - begin > 1);
+    similarities(ring, consumer, values);
+    wgmma_commit();
+    accumulate(ring, of_current, current, sums);
+    wgmma_commit();
+    wgmma_wait<1>();
+    pin(values);
+    if (releases && thread_index() % 32 == 0) barrier_arrive(ring.empty((of_current + kStages - 1) % kStages));
+    exponentials(p, first_row, tile, values, next, total);
+  }
+
+  MCLD_DEVICE static void last(const Ring& ring, const uint32_t (&packed)[kValues / 2], float (&sums)[kWidth / 2]) {
+    wgmma_fence();
+    accumulate(ring, ring.stage, packed, sums);
     wgmma_commit();
     wgmma_wait<0>();
-    for (int panel = 0; panel < kPanels; ++panel) pin(sums[panel]);
-    write(p, row, sums, total);
+    pin(sums);
   }
 
   // values = A K^T: contraction along the rows of the candidates' panels.
   MCLD_DEVICE static void similarities(const Ring& ring, int consumer, float (&values)[kValues]) {
+    constexpr int kSteps = kPanel / kDepth;  // of a panel
 #pragma unroll
-    for (int panel = 0; panel < kPanels; ++panel) {
-      const uint32_t a = ring.a(panel) + consumer * 64 * kPanelRowBytes, k = ring.k(ring.stage, panel);
-#pragma unroll
-      for (int step = 0; step < kPanel / kDepth; ++step) {
-        wgmma_shared(PrecisionTag<kPrecision>(), values, along_rows(a, step), along_rows(k, step), panel + step > 0);
-      }
+    for (int step = 0; step < (kWidth + kDepth - 1) / kDepth; ++step) {
+      const uint32_t a = ring.a(step / kSteps) + consumer * 64 * kPanelRowBytes, k = ring.k(ring.stage, step / kSteps);
+      wgmma_shared(PrecisionTag<kPrecision>(), values, along_rows(a, step % kSteps), along_rows(k, step % kSteps), step > 0);
     }
   }
 
   // sums += E K: the same panels, contraction across their rows.
-  MCLD_DEVICE static void accumulate(const Ring& ring, int stage, const uint32_t (&packed)[kValues / 2],
-                                     float (&sums)[kPanels][32], bool add) {
+  MCLD_DEVICE static void accumulate(const Ring& ring, int stage, const uint32_t (&packed)[kValues / 2], float (&sums)[kWidth / 2]) {
 #pragma unroll
     for (int step = 0; step < kColumns / kDepth; ++step) {
-#pragma unroll
-      for (int panel = 0; panel < kPanels; ++panel) {
-        wgmma_registers(PrecisionTag<kPrecision>(), sums[panel], &packed[4 * step], across_rows(ring.k(stage, panel), step),
-                        add || step > 0);
-      }
+      wgmma_registers(PrecisionTag<kPrecision>(), sums, &packed[4 * step], across_rows(ring.k(stage, 0), step, kKPanelBytes), true);
     }
   }
 
-  MCLD_DEVICE static void exponentials(const Flash& p, const int64_t (&row)[2], int64_t tile, float (&values)[kValues],
-                                       float (&total)[2]) {
-    const int64_t first_column = tile * kColumns;
-    const int limit = int(p.m - first_column < kColumns ? p.m - first_column : kColumns);
-    int positive[2];  // tile column of the positive, if it is here
+  // E of a tile, packed as the operand of the second product: the accumulators' layout of 16 columns is the operand's, pairs
+  // of both rows of the first 8 columns, then of the others.
+  MCLD_DEVICE static void exponentials(const Flash& p, int64_t first_row, int64_t tile, float (&values)[kValues],
+                                       uint32_t (&packed)[kValues / 2], float (&total)[2]) {
+    mask(p, first_row, tile, values);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int64_t of = row[h] + p.offset - first_column;
-      positive[h] = of >= 0 && of < kColumns ? int(of) : -1;
+    for (int i = 0; i < kValues / 2; ++i) {
+      const float low = exp2_fast(values[2 * i] * p.scale_log2 - p.shift);
+      const float high = exp2_fast(values[2 * i + 1] * p.scale_log2 - p.shift);
+      total[i % 2] += low;
+      total[i % 2] += high;
+      packed[i] = pack<Operand<kPrecision>>(low, high);
     }
-#pragma unroll
-    for (int i = 0; i < kValues; ++i) {
-      const int h = i / 2 % 2, column = fragment_column(thread_index() % 128, i / 4) + i % 2;
-      const float e = exp2_fast(values[i] * p.scale_log2 - p.shift);
-      values[i] = column >= limit || column == positive[h] ? 0.0f : e;
-      total[h] += values[i];
-    }
-  }
-
-  // The accumulators' layout of 16 columns is the operand's: pairs of both rows of the first 8 columns, then of the others.
-  MCLD_DEVICE static void pack_all(const float (&values)[kValues], uint32_t (&packed)[kValues / 2]) {
-#pragma unroll
-    for (int i = 0; i < kValues / 2; ++i) packed[i] = pack<Operand<kPrecision>>(values[2 * i], values[2 * i + 1]);
     pin(packed);
   }
 
-  MCLD_DEVICE static void write(const Flash& p, const int64_t (&row)[2], const float (&sums)[kPanels][32], float (&total)[2]) {
+  // -inf for pairs that are not negatives. Most tiles have none; that is one for all threads of a warpgroup.
+  MCLD_DEVICE static void mask(const Flash& p, int64_t first_row, int64_t tile, float (&values)[kValues]) {
+    const int64_t first_column = tile * kColumns;
+    const int64_t positive = first_row + p.offset - first_column;  // tile column of the first row's positive
+    const bool meets = positive > -64 && positive < kColumns;
+    if (!meets && first_column + kColumns <= p.m) return;
+    const int at = meets ? int(positive) : kColumns;
+    const int limit = int(p.m - first_column < kColumns ? p.m - first_column : kColumns);
+    const int thread = thread_index() % 128;
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) {
+      const int column = fragment_column(thread, i / 4) + i % 2;
+      if (column >= limit || column == fragment_row(thread, i / 2 % 2) + at) values[i] = -infinity();
+    }
+  }
+
+  MCLD_DEVICE static void write(const Flash& p, int64_t first_row, const float (&sums)[kWidth / 2], float (&total)[2]) {
     const int thread = thread_index() % 128;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int64_t at = block_index_y() * p.padded_rows + row[h];
+      const int64_t row = first_row + fragment_row(thread, h), at = block_index_y() * p.padded_rows + row;
       total[h] += shuffle_xor(total[h], 1);
       total[h] += shuffle_xor(total[h], 2);
-      if (row[h] >= p.padded_rows) continue;
+      if (row >= p.padded_rows) continue;
       if (thread % 4 == 0) p.row_sums[at] = total[h];
 #pragma unroll
-      for (int panel = 0; panel < kPanels; ++panel)
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          float* out = p.product + at * p.pitch + panel * kPanel + fragment_column(thread, j);
-          *reinterpret_cast<float2*>(out) = float2{sums[panel][4 * j + 2 * h], sums[panel][4 * j + 2 * h + 1]};
-        }
+      for (int j = 0; j < kPanels * kPanel / 8; ++j) {
+        float* out = p.product + at * p.pitch + fragment_column(thread, j);
+        const bool computed = 8 * j < kWidth;
+        *reinterpret_cast<float2*>(out) =
+            computed ? float2{sums[4 * j + 2 * h], sums[4 * j + 2 * h + 1]} : float2{0, 0};
+      }
     }
   }
 };
 
-template <Precision kPrecision, int kPanels>
-MCLD_SM90_KERNEL((FlashBlock<kPrecision, kPanels>::kThreads)) hopper_flash_kernel(MCLD_PARAMETERS(FlashParameters) p) {
-  FlashBlock<kPrecision, kPanels>::run(p);
+template <Precision kPrecision, int kWidth>
+MCLD_SM90_KERNEL((FlashBlock<kPrecision, kWidth>::kThreads)) hopper_flash_kernel(MCLD_PARAMETERS(FlashParameters) p) {
+  FlashBlock<kPrecision, kWidth>::run(p);
 }
 
 }  // namespace mcld::hopper

@@ -20,8 +20,9 @@ constexpr int kPanelRowBytes = 2 * kPanel;
 constexpr int kPeriodBytes = 1024;
 constexpr int kDepth = 16;  // elements of the contraction in one wgmma
 
-// wgmma's description of a shared operand: address, byte strides between groups of 8, swizzle of 128 bytes. The leading
-// stride, between panels, is not used: no operand is wider than one. It is as CuTe's make_gmma_desc sets it.
+// wgmma's description of a shared operand: address, strides in units of 16 bytes, swizzle of 128 bytes. The leading stride
+// is the one between panels of an operand whose rows are the contraction; the others are no wider than a panel, and 1 stands
+// there as CuTe's make_gmma_desc sets it.
 MCLD_EVERYWHERE uint64_t descriptor(uint32_t address, int leading) {
   constexpr uint64_t kStride = uint64_t(kPeriodBytes >> 4) << 32;  // between groups of 8 panel rows
   constexpr uint64_t kSwizzle128 = uint64_t(1) << 62;
@@ -31,8 +32,10 @@ MCLD_EVERYWHERE uint64_t descriptor(uint32_t address, int leading) {
 // Contraction along the panel's rows: step k of 16 elements begins 32 k bytes into the first row. The hardware swizzles the
 // sum of address and offset, so stepping inside the swizzled row is right.
 MCLD_EVERYWHERE uint64_t along_rows(uint32_t panel, int step) { return descriptor(panel + step * kDepth * 2, 1); }
-// Contraction across the panel's rows: step k begins at row 16 k.
-MCLD_EVERYWHERE uint64_t across_rows(uint32_t panel, int step) { return descriptor(panel + step * kDepth * kPanelRowBytes, 0); }
+// Contraction across the rows of panels that lie panel_bytes apart: step k begins at row 16 k.
+MCLD_EVERYWHERE uint64_t across_rows(uint32_t panel, int step, int panel_bytes) {
+  return descriptor(panel + step * kDepth * kPanelRowBytes, panel_bytes >> 4);
+}
 
 // Row of accumulator half h (0, 1) of a thread of the warpgroup, and column of its pair j.
 MCLD_EVERYWHERE int fragment_row(int thread, int h) { return thread / 32 * 16 + thread % 32 / 4 + 8 * h; }
@@ -47,11 +50,11 @@ constexpr bool registers_fit(int loader, int consumer, int consumers) {
 
 // The order of tiles: bands of kBand tile rows; in a band down the rows first, so that blocks that run together share their
 // candidates while the band's anchors stay in L2.
-MCLD_EVERYWHERE void tile_in_bands(int64_t index, int64_t tile_rows, int64_t tile_columns, int64_t& row, int64_t& column) {
-  constexpr int64_t kBand = 16;
-  const int64_t first = index / (kBand * tile_columns) * kBand;
-  const int64_t rows = tile_rows - first < kBand ? tile_rows - first : kBand;
-  const int64_t within = index - first * tile_columns;
+MCLD_EVERYWHERE void tile_in_bands(int index, int tile_rows, int tile_columns, int& row, int& column) {
+  constexpr int kBand = 16;
+  const int first = index / (kBand * tile_columns) * kBand;
+  const int rows = tile_rows - first < kBand ? tile_rows - first : kBand;
+  const int within = index - first * tile_columns;
   row = first + within % rows;
   column = within / rows;
 }

@@ -22,13 +22,6 @@ using TensorMap = CUtensorMap;
 MCLD_DEVICE uint32_t shuffle_xor_bits(uint32_t value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 MCLD_DEVICE int grid_blocks() { return gridDim.x; }
 
-// 2 to the power x, relative error 2^-22; exp2(-inf) is 0.
-MCLD_DEVICE float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // --- mbarriers: 8 bytes of shared memory; a phase ends when all arrivals and all announced bytes are in.
 
 MCLD_DEVICE void barrier_init(uint32_t barrier, int arrivals) {
@@ -91,17 +84,22 @@ template <int kCount> MCLD_DEVICE void pin(uint32_t (&x)[kCount]) {
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define MCLD_F32(d, i) MCLD_F8(d, i), MCLD_F8(d, i + 8), MCLD_F8(d, i + 16), MCLD_F8(d, i + 24)
 #define MCLD_D32(d) MCLD_F32(d, 0)
+#define MCLD_D52(d) MCLD_F32(d, 0), MCLD_F8(d, 32), MCLD_F8(d, 40), "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51])
 #define MCLD_D64(d) MCLD_F32(d, 0), MCLD_F32(d, 32)
+#define MCLD_D96(d) MCLD_D64(d), MCLD_F32(d, 64)
 #define MCLD_D128(d) MCLD_D64(d), MCLD_F32(d, 64), MCLD_F32(d, 96)
 #define MCLD_R32 \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define MCLD_R64 \
+#define MCLD_R52 \
   MCLD_R32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define MCLD_R128 \
+  "%48, %49, %50, %51"
+#define MCLD_R64 MCLD_R52 ", %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define MCLD_R96 \
   MCLD_R64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
-  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define MCLD_R128 \
+  MCLD_R96 ", " \
   "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
   "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
@@ -115,21 +113,26 @@ template <int kCount> MCLD_DEVICE void pin(uint32_t (&x)[kCount]) {
                  : outputs(d)                                                                                           \
                  : "l"(a), "l"(b), "r"(int(add)));                                                                     \
   }
-// d (64, 64) += A B. A (64, 16) is in registers, as a[i] of d's own layout: i = 2 (column half) + h. B (16, 64) lies in shared
-// memory with the contraction across its rows.
-#define MCLD_WGMMA_REGISTERS(precision, type)                                                                          \
-  MCLD_DEVICE void wgmma_registers(PrecisionTag<precision>, float(&d)[32], const uint32_t* a, uint64_t b, bool add) {  \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"                                                          \
-                 "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                                           \
-                 " {" MCLD_R32 "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}\n"                                        \
-                 : MCLD_D32(d)                                                                                    \
+// d (64, 2 kCount) = A B, plus d if `add`. A (64, 16) is in registers, as a[i] of d's own layout: i = 2 (column half) + h. B
+// (16, 2 kCount) lies in panels of shared memory with the contraction across its rows.
+#define MCLD_WGMMA_REGISTERS(precision, type, count, columns, registers, outputs, a_at, b_at, add_at)                  \
+  MCLD_DEVICE void wgmma_registers(PrecisionTag<precision>, float(&d)[count], const uint32_t* a, uint64_t b,           \
+                                   bool add) {                                                                         \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " add_at ", 0;\n"                                                   \
+                 "wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type                                  \
+                 " {" registers "}, {" a_at "}, " b_at ", p, 1, 1, 1;\n}\n"                                            \
+                 : outputs(d)                                                                                          \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)));                                 \
   }
 #define MCLD_WGMMA(precision, type)                                                                                    \
-  MCLD_WGMMA_SHARED(precision, type, 32, "64", MCLD_R32, MCLD_D32, "%32", "%33", "%34")                          \
-  MCLD_WGMMA_SHARED(precision, type, 64, "128", MCLD_R64, MCLD_D64, "%64", "%65", "%66")                         \
-  MCLD_WGMMA_SHARED(precision, type, 128, "256", MCLD_R128, MCLD_D128, "%128", "%129", "%130")                      \
-  MCLD_WGMMA_REGISTERS(precision, type)
+  MCLD_WGMMA_SHARED(precision, type, 32, "64", MCLD_R32, MCLD_D32, "%32", "%33", "%34")                                \
+  MCLD_WGMMA_SHARED(precision, type, 64, "128", MCLD_R64, MCLD_D64, "%64", "%65", "%66")                               \
+  MCLD_WGMMA_SHARED(precision, type, 128, "256", MCLD_R128, MCLD_D128, "%128", "%129", "%130")                         \
+  MCLD_WGMMA_REGISTERS(precision, type, 32, "64", MCLD_R32, MCLD_D32, "%32, %33, %34, %35", "%36", "%37")              \
+  MCLD_WGMMA_REGISTERS(precision, type, 52, "104", MCLD_R52, MCLD_D52, "%52, %53, %54, %55", "%56", "%57")             \
+  MCLD_WGMMA_REGISTERS(precision, type, 64, "128", MCLD_R64, MCLD_D64, "%64, %65, %66, %67", "%68", "%69")             \
+  MCLD_WGMMA_REGISTERS(precision, type, 96, "192", MCLD_R96, MCLD_D96, "%96, %97, %98, %99", "%100", "%101")           \
+  MCLD_WGMMA_REGISTERS(precision, type, 128, "256", MCLD_R128, MCLD_D128, "%128, %129, %130, %131", "%132", "%133")
 MCLD_WGMMA(Precision::bf16, "bf16")
 MCLD_WGMMA(Precision::fp16, "f16")
 

@@ -15,8 +15,8 @@ namespace mcld::hopper {
 struct SimilarityParameters {
   TensorMap anchors, candidates;  // boxes of kPanel columns by kRows, kColumns rows
   Similarity p;
-  int64_t tile_rows, tile_columns;
-  int slices;
+  int tile_rows, tile_columns, slices;
+  int skew;  // slices that the second multiplying warpgroup begins behind the first
 };
 
 template <Precision kPrecision> struct SimilarityBlock {
@@ -28,9 +28,9 @@ template <Precision kPrecision> struct SimilarityBlock {
   static constexpr int kStages = 4;
   static constexpr int kABytes = kRows * kPanelRowBytes, kKBytes = kColumns * kPanelRowBytes;
   static constexpr int kStageBytes = kABytes + kKBytes;
-  static constexpr int kSharedBytes = kStages * (kStageBytes + 16) + kPeriodBytes;
+  static constexpr int kSharedBytes = kStages * (kStageBytes + 16) + 16 + kPeriodBytes;
 
-  // Shared memory: stages, then a pair of barriers for each.
+  // Shared memory: stages, then a pair of barriers for each, then the barrier on which the second warpgroup begins.
   struct Ring {
     uint32_t base;
     int stage = 0, phase = 0;
@@ -39,6 +39,7 @@ template <Precision kPrecision> struct SimilarityBlock {
     MCLD_DEVICE uint32_t k() const { return a() + kABytes; }
     MCLD_DEVICE uint32_t full(int of) const { return base + kStages * kStageBytes + 16 * of; }
     MCLD_DEVICE uint32_t empty(int of) const { return full(of) + 8; }
+    MCLD_DEVICE uint32_t second() const { return full(kStages); }
     MCLD_DEVICE void advance() {
       if (++stage == kStages) stage = 0, phase ^= 1;
     }
@@ -51,6 +52,7 @@ template <Precision kPrecision> struct SimilarityBlock {
         barrier_init(ring.full(s), 1);
         barrier_init(ring.empty(s), 4 * kConsumers);  // one arrival a warp
       }
+      barrier_init(ring.second(), 4);
       barrier_init_fence();
     }
     sync_block();
@@ -66,30 +68,34 @@ template <Precision kPrecision> struct SimilarityBlock {
 
  private:
   MCLD_DEVICE static void load(const SimilarityParameters& p, Ring ring) {
-    for (int64_t index = block_index(); index < p.tile_rows * p.tile_columns; index += grid_blocks()) {
-      int64_t row, column;
+    for (int index = block_index(); index < p.tile_rows * p.tile_columns; index += grid_blocks()) {
+      int row, column;
       tile_in_bands(index, p.tile_rows, p.tile_columns, row, column);
       for (int slice = 0; slice < p.slices; ++slice, ring.advance()) {
         barrier_wait(ring.empty(ring.stage), ring.phase ^ 1);
         barrier_arrive_expecting(ring.full(ring.stage), kStageBytes);
-        tma_load(ring.a(), p.anchors, ring.full(ring.stage), slice * kPanel, int(row * kRows));
-        tma_load(ring.k(), p.candidates, ring.full(ring.stage), slice * kPanel, int(column * kColumns));
+        tma_load(ring.a(), p.anchors, ring.full(ring.stage), slice * kPanel, row * kRows);
+        tma_load(ring.k(), p.candidates, ring.full(ring.stage), slice * kPanel, column * kColumns);
       }
     }
   }
 
   MCLD_DEVICE static void consume(const SimilarityParameters& p, Ring ring, int consumer) {
     float sums[kColumns / 2];
-    for (int64_t index = block_index(); index < p.tile_rows * p.tile_columns; index += grid_blocks()) {
-      multiply(p.slices, ring, consumer, sums);
-      int64_t row, column;
+    if (p.skew > 0 && consumer == 1) barrier_wait(ring.second(), 0);
+    bool first = p.skew > 0 && consumer == 0;  // that lets the second warpgroup begin
+    for (int index = block_index(); index < p.tile_rows * p.tile_columns; index += grid_blocks()) {
+      multiply(p.slices, ring, consumer, sums, first ? p.skew : 0);
+      first = false;
+      int row, column;
       tile_in_bands(index, p.tile_rows, p.tile_columns, row, column);
-      epilogue(p.p, sums, row * kRows + consumer * 64, column);
+      epilogue(p.p, sums, row * int64_t(kRows) + consumer * 64, column);
     }
   }
 
-  // sums = A K^T of the warpgroup's 64 rows. A stage goes back to the loader once the products after it are under way.
-  MCLD_DEVICE static void multiply(int slices, Ring& ring, int consumer, float (&sums)[kColumns / 2]) {
+  // sums = A K^T of the warpgroup's 64 rows. A stage goes back to the loader once the products after it are under way. With
+  // a skew, the second warpgroup begins once so many slices are under way.
+  MCLD_DEVICE static void multiply(int slices, Ring& ring, int consumer, float (&sums)[kColumns / 2], int skew) {
     const bool signals = thread_index() % 32 == 0;
     int previous = 0;
     for (int slice = 0; slice < slices; ++slice, ring.advance()) {
@@ -102,6 +108,7 @@ template <Precision kPrecision> struct SimilarityBlock {
         wgmma_shared(PrecisionTag<kPrecision>(), sums, along_rows(a, step), along_rows(ring.k(), step), slice + step > 0);
       }
       wgmma_commit();
+      if (slice + 1 == skew && signals) barrier_arrive(ring.second());
       wgmma_wait<1>();
       pin(sums);
       if (slice > 0 && signals) barrier_arrive(ring.empty(previous));
@@ -112,20 +119,16 @@ template <Precision kPrecision> struct SimilarityBlock {
     pin(sums);
   }
 
+  // Of the warpgroup's rows, of which row 0 is the chunk's first_row.
   MCLD_DEVICE static void epilogue(const Similarity& p, float (&sums)[kColumns / 2], int64_t first_row, int64_t tile_column) {
     const int thread = thread_index() % 128, lane = thread % 4;
     const int64_t first_column = tile_column * kColumns;
-    const int columns = int(p.m - first_column < kColumns ? p.m - first_column : kColumns);
-    const int stored = int(p.exp_pitch - first_column < kColumns ? p.exp_pitch - first_column : kColumns);
-    const int64_t row[2] = {first_row + fragment_row(thread, 0), first_row + fragment_row(thread, 1)};
+    mask(p, sums, first_row, first_column);
+    // E ends with a tile or in the middle of one.
+    const bool stored[2] = {p.exponentials != nullptr, p.exponentials && p.exp_pitch - first_column > kColumns / 2};
+    const int64_t row = first_row + fragment_row(thread, 0);
+    T* const out = static_cast<T*>(p.exponentials) + row * p.exp_pitch + first_column + 8 * lane;
     float total[2] = {0, 0};
-    int positive[2], limit[2];  // tile columns: the positive's, if it is here, and the first that does not count
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int64_t of = row[h] + p.offset - first_column;
-      positive[h] = of >= 0 && of < kColumns ? int(of) : -1;
-      limit[h] = row[h] < p.rows ? columns : 0;
-    }
 #pragma unroll
     for (int group = 0; group < kColumns / 8; group += 4) {
       uint32_t packed[2][4];
@@ -133,34 +136,39 @@ template <Precision kPrecision> struct SimilarityBlock {
       for (int j = 0; j < 4; ++j)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          float e[2];
-#pragma unroll
-          for (int c = 0; c < 2; ++c) {
-            const int column = fragment_column(thread, group + j) + c;
-            const float x = exp2_fast(sums[4 * (group + j) + 2 * h + c] * p.scale_log2 - p.shift);
-            e[c] = column >= limit[h] || column == positive[h] ? 0.0f : x;
-          }
-          total[h] += e[0] + e[1];
-          packed[h][j] = pack<T>(e[0], e[1]);
+          const float* const x = sums + 4 * (group + j) + 2 * h;
+          const float low = exp2_fast(x[0] * p.scale_log2 - p.shift), high = exp2_fast(x[1] * p.scale_log2 - p.shift);
+          total[h] += low + high;
+          packed[h][j] = pack<T>(low, high);
         }
-      if (p.exponentials) {
-        // A thread's pairs lie in four groups of 8 columns; exchanged, it holds one group whole, 16 bytes of its row.
+      if (!stored[group / (kColumns / 16)]) continue;
+      // A thread's pairs lie in four groups of 8 columns; exchanged, it holds one group whole, 16 bytes of its row.
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          transpose_quad(packed[h], lane);
-          const int column = 8 * (group + lane);
-          if (column < stored) {
-            T* out = static_cast<T*>(p.exponentials) + row[h] * p.exp_pitch + first_column + column;
-            *reinterpret_cast<uint4*>(out) = uint4{packed[h][0], packed[h][1], packed[h][2], packed[h][3]};
-          }
-        }
+      for (int h = 0; h < 2; ++h) {
+        transpose_quad(packed[h], lane);
+        write_vector(out + 8 * h * p.exp_pitch + 8 * group, uint4{packed[h][0], packed[h][1], packed[h][2], packed[h][3]});
       }
     }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       total[h] += shuffle_xor(total[h], 1);
       total[h] += shuffle_xor(total[h], 2);
-      if (lane == 0) p.row_sums[tile_column * p.padded_rows + row[h]] = total[h];
+      if (lane == 0) p.row_sums[tile_column * p.padded_rows + row + 8 * h] = total[h];
+    }
+  }
+
+  // -inf for pairs that are not negatives. Most tiles have none; that is one for all threads of a warpgroup.
+  MCLD_DEVICE static void mask(const Similarity& p, float (&sums)[kColumns / 2], int64_t first_row, int64_t first_column) {
+    const int64_t positive = first_row + p.offset - first_column;  // tile column of the first row's positive
+    const bool meets = positive > -64 && positive < kColumns;
+    if (!meets && first_row + 64 <= p.rows && first_column + kColumns <= p.m) return;
+    const int at = meets ? int(positive) : kColumns;
+    const int columns = int(p.m - first_column < kColumns ? p.m - first_column : kColumns);
+    const int thread = thread_index() % 128;
+#pragma unroll
+    for (int i = 0; i < kColumns / 2; ++i) {
+      const int row = fragment_row(thread, i / 2 % 2), column = fragment_column(thread, i / 4) + i % 2;
+      if (first_row + row >= p.rows || column >= columns || column == row + at) sums[i] = -infinity();
     }
   }
 

@@ -183,15 +183,15 @@ template <Precision kPrecision, int kRowBytes> struct FlashTile {
           const float factor = column < p.m ? p.candidate_factor[column] : 0;
           float own = p.shift;
           if (p.candidate_shift) own = column < p.m && p.candidate_shift[column] > -infinity() ? p.candidate_shift[column] : 0;
-          e[nt][j] = exp2f(e[nt][j] - own) * factor;
-          e[nt][j + 2] = exp2f(e[nt][j + 2] - own) * factor;
+          e[nt][j] = exp2_fast(e[nt][j] - own) * factor;
+          e[nt][j + 2] = exp2_fast(e[nt][j + 2] - own) * factor;
         }
       return;
     }
 #pragma unroll
     for (int nt = 0; nt < kN; ++nt)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) e[nt][i] = exp2f(e[nt][i] - shift[i / 2]);
+      for (int i = 0; i < 4; ++i) e[nt][i] = exp2_fast(e[nt][i] - shift[i / 2]);
   }
 
   // sums += E K. The accumulators of E are, lane by lane, the left fragments of this product. For tf32 the contraction runs in

@@ -1,14 +1,18 @@
 #include "labels.cuh"
 
+#include <stdexcept>
+
 namespace mcld {
 
 void index_labels(const IndexLabels& p, cudaStream_t stream) {
-  launch(index_labels_kernel, "launch of index_labels", dim3(1), kIndexThreads, 2 * int(sizeof(IndexSum::Storage)), stream, p);
+  if (p.num_classes >= kMaxSortedClasses) throw std::invalid_argument("index_labels: too many classes");
+  const int shared_bytes = (kLabelWarps + int(p.num_classes) + 1) * int(sizeof(int));
+  launch(index_labels_kernel, "launch of index_labels", dim3(unsigned(p.blocks)), kLabelThreads, shared_bytes, stream, p);
 }
 
 void sort_labels(const SortLabels& p, cudaStream_t stream) {
-  const dim3 grid(unsigned(tiles_of(p.num_classes_present, kSortWarps)));
-  launch(sort_labels_kernel, "launch of sort_labels", grid, kSortThreads, 0, stream, p);
+  launch(sort_labels_kernel, "launch of sort_labels", dim3(unsigned(p.blocks)), kLabelThreads, kLabelWarps * int(sizeof(int)),
+         stream, p);
 }
 
 }  // namespace mcld

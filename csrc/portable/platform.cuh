@@ -48,6 +48,10 @@ MCLD_DEVICE void sync_block() { __syncthreads(); }
 // The lanes of the warp for which it is true, a bit each.
 MCLD_DEVICE uint32_t ballot(bool value) { return __ballot_sync(0xffffffffu, value); }
 MCLD_DEVICE int count_bits(uint32_t bits) { return __popc(bits); }
+MCLD_DEVICE int leading_zeros(uint32_t bits) { return __clz(int(bits)); }
+// The lanes of the warp with the same value, a bit each.
+MCLD_DEVICE uint32_t match_lanes(int value) { return __match_any_sync(0xffffffffu, value); }
+MCLD_DEVICE int shuffle_from(int value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
 MCLD_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
 MCLD_DEVICE float to_float(float x) { return x; }
@@ -101,6 +105,13 @@ MCLD_DEVICE uint32_t round_tf32(float x) {
 MCLD_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 MCLD_DEVICE uint32_t as_bits(float x) { return __float_as_uint(x); }
 
+// 2 to the power x, relative error 2^-22; exp2(-inf) is 0, as is what is no normal number.
+MCLD_DEVICE float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 MCLD_DEVICE uint32_t shared_address(const void* pointer) { return uint32_t(__cvta_generic_to_shared(pointer)); }
 
 // 16 bytes from global to shared memory, both aligned to 16; there once wait_async has counted the group.
@@ -141,16 +152,50 @@ MCLD_DEVICE void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, ui
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// Of a dependent launch: waits until the launch before is complete, then lets the launch after begin. It stands before the
+// first access to global memory, in every thread; elsewhere it does nothing.
+MCLD_DEVICE void await_launch_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+// Lets a dependent launch after this one begin, as far as `await_launch_before`.
+MCLD_DEVICE void let_launch_after_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // Launches kernel(parameters) on `stream` of the current device and checks every call on the way.
 template <class Parameters>
 void launch(void (*kernel)(Parameters), const char* name, dim3 grid, int threads, int shared_bytes, cudaStream_t stream,
             const Parameters& parameters) {
   if (grid.x == 0 || grid.y == 0) return;
   if (shared_bytes > 48 * 1024) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), name, __FILE__, __LINE__);
+    allow_shared_bytes(reinterpret_cast<const void*>(kernel), shared_bytes, name);
   }
   kernel<<<grid, threads, shared_bytes, stream>>>(parameters);
   check(cudaGetLastError(), name, __FILE__, __LINE__);
+}
+
+// The same. If `dependent`, and the kernel's code can wait for it (compute capability 9.0), it may begin before the launch
+// before has ended: the kernel calls `await_launch_before`.
+template <class Parameters>
+void launch_dependent(bool dependent, void (*kernel)(Parameters), const char* name, dim3 grid, int threads, int shared_bytes,
+                      cudaStream_t stream, const Parameters& parameters) {
+  if (!dependent || !can_await_launches(reinterpret_cast<const void*>(kernel), name)) {
+    return launch(kernel, name, grid, threads, shared_bytes, stream, parameters);
+  }
+  if (grid.x == 0 || grid.y == 0) return;
+  if (shared_bytes > 48 * 1024) allow_shared_bytes(reinterpret_cast<const void*>(kernel), shared_bytes, name);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid, config.blockDim = dim3(threads), config.dynamicSmemBytes = size_t(shared_bytes);
+  config.stream = stream, config.attrs = &attribute, config.numAttrs = 1;
+  check(cudaLaunchKernelEx(&config, kernel, parameters), name, __FILE__, __LINE__);
 }
 
 }  // namespace mcld

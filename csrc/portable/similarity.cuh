@@ -144,7 +144,7 @@ template <Precision kPrecision, int kTile> struct SimilarityTile {
 #pragma unroll
       for (int nt = 0; nt < Core::kN; ++nt)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) core.sums[mt][nt][i] = exp2f(core.sums[mt][nt][i] - shift[mt][i / 2]);
+        for (int i = 0; i < 4; ++i) core.sums[mt][nt][i] = exp2_fast(core.sums[mt][nt][i] - shift[mt][i / 2]);
   }
 
   MCLD_DEVICE static void stage(char* shared, const Core& core) {

@@ -23,12 +23,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import installation
 from ..kernels import LossInputs, LossOutputs, Tuning, has_fixed_shift
 from ..options import MCLDOptions
 
 # Where one shift serves all rows, similarities stay between -40 and 40: exp needs none at all, and ratios of sums of so
 # many exponentials stay inside fp32: exp(80) x 4096 = 2e38.
-_LARGEST_SIZE = 4096
+LARGEST_SIZE = 4096
 _SERIAL_ROWS = 64  # over columns vector_norm adds row after row; `sum` adds in parts, with less rounding error
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
@@ -87,7 +88,7 @@ def _options_apply(
         and not (category and options.present_only)
         and not (instance and sample and options.temperature[0] != options.temperature[1])
         and (not sample or labels_are_classes)
-        and size <= _LARGEST_SIZE
+        and size <= LARGEST_SIZE
         and size * size * dtype.itemsize <= chunk_bytes
         and all(
             has_fixed_shift(dtype, temperature)
@@ -97,13 +98,27 @@ def _options_apply(
     )
 
 
-@cache
 def compiled_module() -> Any:
-    """The CPU kernels of the compiled module; None without one."""
+    """The compiled module mcld_kernels._cpu; None without one."""
+    return _import()[0]
+
+
+def unavailable_reason() -> str | None:
+    """Why there is no compiled module, and the command that builds it; None where there is one."""
+    return _import()[1]
+
+
+def _import_module() -> tuple[Any, str | None]:
     try:
-        return importlib.import_module("mcld_kernels._cpu")
-    except ImportError:
-        return None
+        return importlib.import_module("mcld_kernels._cpu"), None
+    except ModuleNotFoundError:
+        reason = installation.without_cpu_kernels() or "this installation has none"
+    except ImportError as error:
+        reason = f"the module does not load ({error})"
+    return None, f"{reason.rstrip('.')}. To compile them: `{installation.cpu_command()}`"
+
+
+_import = cache(_import_module)
 
 
 class _Layout(NamedTuple):

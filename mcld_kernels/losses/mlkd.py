@@ -4,10 +4,11 @@ The definitions are those of `reference.mlkd`; s_i, t_i are unit rows. Alignment
 contrasts the N rows z = [s; t] (or z = s) with one another, `KernelSet.self_contrast`:
 
     L_i = logsumexp_{j != i} a_ij - positive_i,    positive_i = mean of a_ij over the other rows of i's label,
-    dL/dz_i = (sum_{j != i} (c_i p_ij + c_j p_ji) z_j - 2 c_i n_i / (n_i - 1) m_i) / tau,    c_i = 1 / anchors where counted,
+    dL/dz_i = (sum_{j != i} (c_i p_ij + c_j p_ji) z_j - 2 c_i n_i / (n_i - 1) m_i) / tau,
 
-with m_i the mean of the n_i rows of i's label, which includes z_i: the projection of the normalization drops that part.
-The correlation needs two symmetric matrices at once and is in `mlkd_correlation`, which takes the supervised term along.
+with c_i = 1 / (number of anchors) where i is one, else 0, and m_i the mean of the n_i rows of i's label, which includes
+z_i: the projection of the normalization drops that part. The correlation needs two symmetric matrices at once and is in
+`mlkd_correlation`, which takes the supervised term along.
 """
 
 from __future__ import annotations
@@ -289,7 +290,7 @@ def _contrast(
     kernels: KernelSet, inputs: LossInputs, operand: torch.dtype, weight: Tensor | float, grads: list[Tensor | None]
 ) -> Tensor:
     """The supervised term; writes its gradients."""
-    options, (n, d) = inputs.options, inputs.student.shape
+    options, n = inputs.options, inputs.student.shape[0]
     logits = torch.cat((inputs.student, inputs.teacher)) if options.views == 2 else inputs.student
     unit = kernels.l2_normalize(logits, operand, options.eps)
     temperature = options.supervised_temperature

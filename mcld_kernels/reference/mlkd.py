@@ -7,7 +7,8 @@ s, t: rows of the student's and the teacher's logits or embeddings, each divided
     L_supervised  = mean_i (logsumexp_{j != i} a_ij - mean_{j != i: y_j = y_i} a_ij),   a_ij = z_i . z_j / t_s
     L = w_correlation L_correlation + w_alignment L_alignment + w_supervised L_supervised
 
-with temperatures t_c (correlation_temperature) and t_s (supervised_temperature), the 2 B rows z = [s; t] for views=2, and z = s for views=1. The last mean is over the anchors that have a positive.
+with temperatures t_c (correlation_temperature) and t_s (supervised_temperature), the 2 B rows z = [s; t] for views=2,
+and z = s for views=1. The last mean is over the anchors that have a positive.
 """
 
 from __future__ import annotations

@@ -48,11 +48,11 @@ class Shifted(Dataset):
         return image, self.labels[index]
 
 
-def digits(images: int, noise: float, seed: int) -> Splits:
+def digits(images: int, noise: float, seed: int, draw: int | None = None) -> Splits:
     """scikit-learn's 1797 handwritten digits, 8 x 8: half trains the teacher, a fifth validates, the rest tests.
 
     ``images`` of the teacher's are the student's, and a fraction ``noise`` of their labels is replaced by a wrong one.
-    ``seed`` draws the splits and the noise.
+    ``seed`` draws the splits, ``draw`` (default: ``seed`` too) the student's images and its noise.
     """
     bundle = load_digits()
     pixels = torch.tensor(bundle.images, dtype=torch.float32)[:, None] / 16.0  # (1797, 1, 8, 8)
@@ -65,8 +65,9 @@ def digits(images: int, noise: float, seed: int) -> Splits:
         raise ValueError(f"the student's images must be {classes} to {len(train) - classes} here; got {images}")
     if not 0 <= noise < 1:
         raise ValueError(f"the fraction of wrong labels must be in [0, 1); got {noise}")
-    few, _ = train_test_split(train, train_size=images, stratify=labels[train], random_state=seed)
-    noisy, flipped = _flip(labels[few], classes, noise, seed)
+    draw = seed if draw is None else draw
+    few, _ = train_test_split(train, train_size=images, stratify=labels[train], random_state=draw)
+    noisy, flipped = _flip(labels[few], classes, noise, draw)
     return Splits(
         Shifted(pixels[train], labels[train]),
         Shifted(pixels[few], noisy),

@@ -3,6 +3,7 @@
 
 #include "checks.h"
 
+#include <algorithm>
 #include <csetjmp>
 #include <cstdlib>
 #include <dlfcn.h>
@@ -118,7 +119,11 @@ void resume(int index) {
 
 uint32_t next_random() { return order_state = order_state * 1664525u + 1013904223u; }
 
+bool dependent_launch;
+std::vector<bool> awaited;  // by thread
+
 void run_block() {
+  awaited.assign(threads_of_block, !dependent_launch);
   for (int i = 0; i < threads_of_block; ++i) {
     fibers[i].finished = false;
     fibers[i].waiting = nullptr;
@@ -143,6 +148,8 @@ void run_block() {
     if (!progress) fail("deadlock: a barrier or warp operation that not all threads reached");
   }
   if (loads_in_flight()) fail("a block ended with loads in flight");
+  // A launch that ends before the one before has ended would let the one after begin too early.
+  if (std::find(awaited.begin(), awaited.end(), false) != awaited.end()) fail("a thread of a dependent launch that did not await the one before");
 #ifndef MCLD_CHECK_MEMORY  // there nobody may touch it
   for (int i = 0; i < kCanaryBytes; ++i) {
     if (shared[shared_size + i] != char(0xA5)) fail("a write past the end of shared memory");
@@ -244,6 +251,18 @@ void combine_shuffle(Lane* lanes) {
   }
 }
 
+void combine_shuffle_from(Lane* lanes) {
+  for (int i = 0; i < kWarp; ++i) std::memcpy(lanes[i].out, lanes[bits_of<int>(lanes[i].in + 4) % kWarp].in, 4);
+}
+
+void combine_match(Lane* lanes) {
+  for (int i = 0; i < kWarp; ++i) {
+    uint32_t bits = 0;
+    for (int j = 0; j < kWarp; ++j) bits |= uint32_t(bits_of<int>(lanes[i].in) == bits_of<int>(lanes[j].in)) << j;
+    std::memcpy(lanes[i].out, &bits, 4);
+  }
+}
+
 void combine_ballot(Lane* lanes) {
   uint32_t bits = 0;
   for (int i = 0; i < kWarp; ++i) bits |= uint32_t(bits_of<bool>(lanes[i].in)) << i;
@@ -314,7 +333,14 @@ void combine_mma_tf32(Lane* lanes) {
   multiply<8>(lanes, [](uint32_t word, int) { return as_float(word & ~0x1fffu); });
 }
 
-void run(dim3 grid, int threads, int shared_bytes, const char* name, void (*kernel)(const void*), const void* parameters) {
+void await_launch_before() { awaited[thread] = true; }
+
+void check_awaited() {
+  if (!awaited[thread]) stop("global memory touched before await_launch_before");
+}
+
+void run(dim3 grid, int threads, int shared_bytes, const char* name, void (*kernel)(const void*), const void* parameters,
+         bool dependent) {
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   kernel_name = name;
@@ -324,6 +350,7 @@ void run(dim3 grid, int threads, int shared_bytes, const char* name, void (*kern
   if (grid.y > 65535) fail("grid.y past 65535");
   body = kernel;
   argument = parameters;
+  dependent_launch = dependent;
   threads_of_block = threads;
   grid_x = int(grid.x);
   shared_size = shared_bytes;

@@ -79,6 +79,11 @@ void begin_block_sm90();
 bool loads_in_flight();
 bool wgmma_in_flight();
 
+// Of a launch that may begin before the one before has ended: the running thread may touch global memory from now on.
+void await_launch_before();
+// Stops at an access to global memory before that.
+void check_awaited();
+
 // Runs other fibers until `counter` has changed.
 void wait_for(const int& counter);
 // Ends the launch with an error.
@@ -97,6 +102,8 @@ void check_vector(const void* p, int bytes);
 extern int64_t vector_accesses[17];
 
 void combine_shuffle(Lane*);
+void combine_shuffle_from(Lane*);
+void combine_match(Lane*);
 void combine_ballot(Lane*);
 void combine_ldmatrix(Lane*);
 void combine_ldmatrix_transposed(Lane*);
@@ -119,7 +126,8 @@ inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
   collective(&in, sizeof in, d, sizeof d, combine);
 }
 
-void run(dim3 grid, int threads, int shared_bytes, const char* name, void (*body)(const void*), const void* argument);
+void run(dim3 grid, int threads, int shared_bytes, const char* name, void (*body)(const void*), const void* argument,
+         bool dependent = false);
 
 }  // namespace emulation
 
@@ -139,12 +147,31 @@ template <class V> void write_vector(void* p, const V& v) {
   std::memcpy(p, &v, sizeof v);
 }
 
+// As inexact as ex2.approx.ftz may be: off by 2^-22, up or down by a bit of the argument; subnormal results are 0.
+inline float exp2_fast(float x) {
+  const double exact = std::exp2(double(x));
+  if (exact < 0x1p-126) return 0;
+  return float(exact * (1 + (as_bits(x) * 0x9e3779b9u >> 31 ? 0x1p-22 : -0x1p-22)));
+}
+
 inline uint32_t ballot(bool value) {
   uint32_t out;
   emulation::collective(&value, sizeof value, &out, sizeof out, emulation::combine_ballot);
   return out;
 }
 inline int count_bits(uint32_t bits) { return __builtin_popcount(bits); }
+inline int leading_zeros(uint32_t bits) { return bits ? __builtin_clz(bits) : 32; }
+inline uint32_t match_lanes(int value) {
+  uint32_t out;
+  emulation::collective(&value, sizeof value, &out, sizeof out, emulation::combine_match);
+  return out;
+}
+inline int shuffle_from(int value, int lane) {
+  struct { int value, lane; } in{value, lane};
+  int out;
+  emulation::collective(&in, sizeof in, &out, sizeof out, emulation::combine_shuffle_from);
+  return out;
+}
 inline float shuffle_xor(float value, int mask) {
   struct { float value; int mask; } in{value, mask};
   float out;
@@ -189,14 +216,23 @@ inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
   emulation::mma(d, a, b0, b1, emulation::combine_mma_tf32);
 }
 
+inline void await_launch_before() { emulation::await_launch_before(); }
+inline void let_launch_after_begin() {}
+
+// dependent: threads must call await_launch_before, and before that touch no global memory (builds that check races).
 template <class Parameters>
-void launch(void (*kernel)(Parameters), const char* name, dim3 grid, int threads, int shared_bytes, cudaStream_t,
-            const Parameters& parameters) {
+void launch_dependent(bool dependent, void (*kernel)(Parameters), const char* name, dim3 grid, int threads, int shared_bytes,
+                      cudaStream_t, const Parameters& parameters) {
   struct Call { void (*kernel)(Parameters); const Parameters* parameters; } call{kernel, &parameters};
   emulation::run(grid, threads, shared_bytes, name, [](const void* argument) {
     const Call& call = *static_cast<const Call*>(argument);
     call.kernel(*call.parameters);
-  }, &call);
+  }, &call, dependent);
+}
+template <class Parameters>
+void launch(void (*kernel)(Parameters), const char* name, dim3 grid, int threads, int shared_bytes, cudaStream_t stream,
+            const Parameters& parameters) {
+  launch_dependent(false, kernel, name, grid, threads, shared_bytes, stream, parameters);
 }
 
 }  // namespace mcld

@@ -104,15 +104,18 @@ float half_at(uint32_t address, bool half) {
 }
 
 struct Descriptor {
-  uint32_t address, stride;
-  explicit Descriptor(uint64_t bits) : address((bits & 0x3fff) << 4), stride((bits >> 32 & 0x3fff) << 4) {
+  uint32_t address, leading, stride;
+  explicit Descriptor(uint64_t bits)
+      : address((bits & 0x3fff) << 4), leading((bits >> 16 & 0x3fff) << 4), stride((bits >> 32 & 0x3fff) << 4) {
     if (bits >> 62 != 1) stop("a descriptor without the 128-byte swizzle");
     if (bits >> 49 & 7) stop("a descriptor with a base offset");
   }
   // Contraction along rows of 128 bytes: rows in groups of 8, `stride` apart.
   uint32_t along(int row, int k) const { return address + row / 8 * stride + row % 8 * kRowBytes + k * 2; }
-  // Contraction across the rows.
-  uint32_t across(int k, int column) const { return address + k / 8 * stride + k % 8 * kRowBytes + column * 2; }
+  // Contraction across the rows, whose panels of 64 columns lie `leading` apart.
+  uint32_t across(int k, int column) const {
+    return address + column / 64 * leading + k / 8 * stride + k % 8 * kRowBytes + column % 64 * 2;
+  }
 };
 
 // What a warp's part of the operation reads, by 16 bytes, which a swizzle leaves together.

@@ -44,7 +44,6 @@ uint32_t shared_offset(const void* pointer);
 inline uint32_t shared_address(const void* pointer) { return emulation::shared_offset(pointer); }
 inline uint32_t shuffle_xor_bits(uint32_t value, int mask) { return as_bits(shuffle_xor(as_float(value), mask)); }
 inline int grid_blocks() { return emulation::grid_x; }
-inline float exp2_fast(float x) { return std::exp2(x); }
 
 inline void barrier_init(uint32_t barrier, int arrivals) { emulation::barrier_init(barrier, arrivals); }
 inline void barrier_init_fence() { emulation::barrier_init_fence(); }
@@ -66,9 +65,9 @@ template <Precision kPrecision, int kCount>
 void wgmma_shared(PrecisionTag<kPrecision>, float (&d)[kCount], uint64_t a, uint64_t b, bool add) {
   emulation::wgmma_issue({d, 2 * kCount, nullptr, a, b, add, kPrecision == Precision::fp16});
 }
-template <Precision kPrecision>
-void wgmma_registers(PrecisionTag<kPrecision>, float (&d)[32], const uint32_t* a, uint64_t b, bool add) {
-  emulation::wgmma_issue({d, 64, a, 0, b, add, kPrecision == Precision::fp16});
+template <Precision kPrecision, int kCount>
+void wgmma_registers(PrecisionTag<kPrecision>, float (&d)[kCount], const uint32_t* a, uint64_t b, bool add) {
+  emulation::wgmma_issue({d, 2 * kCount, a, 0, b, add, kPrecision == Precision::fp16});
 }
 
 }  // namespace mcld

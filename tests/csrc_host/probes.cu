@@ -72,6 +72,7 @@ MCLD_DEVICE void async_proxy_fence() { asm volatile("fence.proxy.async.shared::c
 #endif
 
 constexpr int kPanelRows = 256, kPanelBytes = kPanelRows * hopper::kPanelRowBytes;
+constexpr int kAcrossRows = kPanelRows / 4;  // of each of 4 panels in the same place, for a contraction across rows
 
 struct TmaProbe {
   TensorMap map;
@@ -110,7 +111,7 @@ struct WgmmaProbe {
   bool add;
 };
 
-// kCount: results of a thread. With registers for A, B's contraction runs across its rows.
+// kCount: results of a thread. With registers for A, B's contraction runs across its rows, and B lies in panels of kAcrossRows.
 template <Precision kPrecision, int kCount, bool kRegisters> MCLD_KERNEL(128) wgmma_probe(MCLD_PARAMETERS(WgmmaProbe) p) {
   const uint32_t start = shared_address(shared_memory());
   const uint32_t b = (start + hopper::kPeriodBytes - 1) / hopper::kPeriodBytes * hopper::kPeriodBytes;
@@ -129,7 +130,7 @@ template <Precision kPrecision, int kCount, bool kRegisters> MCLD_KERNEL(128) wg
   }
   wgmma_fence();
   if constexpr (kRegisters) {
-    wgmma_registers(PrecisionTag<kPrecision>(), d, a, hopper::across_rows(b, p.step), p.add);
+    wgmma_registers(PrecisionTag<kPrecision>(), d, a, hopper::across_rows(b, p.step, kAcrossRows * hopper::kPanelRowBytes), p.add);
   } else {
     const uint64_t of_a = hopper::along_rows(b + kPanelBytes, p.step), of_b = hopper::along_rows(b, p.step);
     wgmma_shared(PrecisionTag<kPrecision>(), d, of_a, of_b, p.add);
@@ -143,7 +144,15 @@ template <Precision kPrecision, int kCount, bool kRegisters> MCLD_KERNEL(128) wg
 template <Precision kPrecision> void start_wgmma(const WgmmaProbe& p, int columns) {
   constexpr int kBytes = kPanelBytes + 64 * hopper::kPanelRowBytes + hopper::kPeriodBytes;
   const auto start = [&](auto kernel) { launch(kernel, "launch of hopper probe", dim3(1), 128, kBytes, nullptr, p); };
-  if (p.a_registers) return start(wgmma_probe<kPrecision, 32, true>);
+  if (p.a_registers) {
+    switch (columns) {
+      case 64: return start(wgmma_probe<kPrecision, 32, true>);
+      case 104: return start(wgmma_probe<kPrecision, 52, true>);
+      case 128: return start(wgmma_probe<kPrecision, 64, true>);
+      case 192: return start(wgmma_probe<kPrecision, 96, true>);
+      default: return start(wgmma_probe<kPrecision, 128, true>);
+    }
+  }
   switch (columns) {
     case 64: return start(wgmma_probe<kPrecision, 32, false>);
     case 128: return start(wgmma_probe<kPrecision, 64, false>);
@@ -191,8 +200,8 @@ MCLD_PROBE int probe_ldmatrix(int transposed, const uint16_t* shared, const int*
 
 #if MCLD_HAS_HOPPER
 
-MCLD_PROBE uint64_t probe_descriptor(int along_rows, uint32_t address, int step) {
-  return along_rows ? hopper::along_rows(address, step) : hopper::across_rows(address, step);
+MCLD_PROBE uint64_t probe_descriptor(int along_rows, uint32_t address, int step, int panel_bytes) {
+  return along_rows ? hopper::along_rows(address, step) : hopper::across_rows(address, step, panel_bytes);
 }
 
 // The box of `box_rows` rows at (row, column) of a matrix (rows, pitch).

@@ -10,6 +10,7 @@ float32 logits follow the float32 matmul precision: "highest" is accurate to fp3
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from types import ModuleType
 from typing import Any
@@ -19,11 +20,11 @@ from torch import Tensor
 
 from ... import installation
 from .. import timings
-from ..chunks import chunk_bytes
+from ..chunks import chunk_bytes, wave_bytes
 from . import extension
 from .kernels import CudaKernels
 from .launcher import Launcher
-from .tuning import CudaTuning
+from .tuning import MULTIPROCESSORS, CudaTuning
 
 TUNING = CudaTuning
 MIN_CAPABILITY = (8, 0)
@@ -69,6 +70,9 @@ def kernel_set(student: Tensor, teacher: Tensor, **overrides: Any) -> CudaKernel
     module = _module()
     tuning = CudaTuning(
         chunk_bytes=chunk_bytes(student.device),
+        # A budget given by hand holds.
+        wave_bytes=0 if "chunk_bytes" in overrides else wave_bytes(student.device),
+        multiprocessors=_multiprocessors(student.device),
         hopper=timings.takes_hopper(student, teacher),
         low_latency_limit=module.constants["low_latency_limit"],
         flash_row_bytes=module.constants["flash_row_bytes"],
@@ -92,6 +96,13 @@ def runs_on(architecture: str, capability: tuple[int, int], *, jit: bool = True)
     binary = kind != "-virtual" and capability[0] == major and capability[1] >= minor
     # All but "-real" also hold PTX, which the driver compiles for any later device.
     return binary or (jit and kind != "-real" and not special and capability >= (major, minor))
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _device_reason(module: ModuleType, device: torch.device) -> str | None:

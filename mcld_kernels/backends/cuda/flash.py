@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ...kernels import ContrastArgs, ContrastSums, GradCoefficients, NegativeSums, UnitRows, has_fixed_shift
+from ...kernels import ContrastArgs, ContrastSums, GradCoefficients, NegativeSums, UnitRows
 from . import hopper, tuning
 from .launcher import LOG2E, Launcher
-from .products import FP16_PEAK, reduce_tiles
+from .products import FP16_PEAK, TileSums, reduce_tiles
 from .tuning import CudaTuning
 
 
@@ -20,9 +20,19 @@ class FlashContrast:
     def __init__(self, launch: Launcher, tuning: CudaTuning, args: ContrastArgs):
         self.launch, self.tuning, self.args = launch, tuning, args
         self.dtype = args.anchors.rows.dtype
-        self.fixed = has_fixed_shift(self.dtype, args.temperature)
+        self.fixed = args.has_fixed_shift()
         self._row_maxima: Tensor | None = None  # (n,), without a fixed shift
         self._candidate_product: Tensor | None = None
+
+    def tile_chunks(self) -> Iterator[TileSums]:
+        """The sums of the splits, with a fixed shift, for `anchor_pass`."""
+        args = self.args
+        kernel, splits = self._kernel()
+        products, sums = self._run(
+            kernel, args.anchors, args.candidates, args.offset, args.mask, splits, needs_product=True
+        )
+        assert products is not None
+        yield TileSums(rows=slice(0, args.anchors.n), sums=sums, products=products)
 
     def chunks(self) -> Iterator[NegativeSums]:
         args, launch, n = self.args, self.launch, self.args.anchors.n
@@ -98,9 +108,9 @@ class FlashContrast:
             kernel,
             anchors=anchors.rows, candidates=candidates.rows, product=products, row_sums=sums, row_maxima=row_maxima,
             candidate_factor=candidate_factor, candidate_shift=candidate_shift, anchor_keys=anchor_keys,
-            candidate_keys=candidate_keys, n=anchors.n, m=candidates.n, pitch=pitch, padded_rows=padded, offset=offset,
-            splits=splits, scale_log2=LOG2E / temperature, shift=launch.fixed_shift(self.dtype, temperature),
-            precision=launch.precision(self.dtype),
+            candidate_keys=candidate_keys, n=anchors.n, m=candidates.n, d=anchors.d, pitch=pitch, padded_rows=padded,
+            offset=offset, splits=splits, scale_log2=LOG2E / temperature,
+            shift=launch.fixed_shift(self.dtype, temperature), precision=launch.precision(self.dtype),
         )  # fmt: skip
         return products, sums
 

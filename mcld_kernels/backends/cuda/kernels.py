@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import labels as labelling
 from ...kernels import (
+    AnchorPassArgs,
     AnchorTerms,
     Contrast,
     ContrastArgs,
@@ -20,6 +22,7 @@ from ...kernels import (
     LossInputs,
     LossOutputs,
     NegativeSums,
+    TermWeight,
     UnitRows,
 )
 from ...labels import Labels
@@ -53,15 +56,49 @@ class CudaKernels(KernelSet):
             return FlashContrast(self.launch, self.tuning, args)
         return TwoProductContrast(self.launch, self.tuning, args)
 
+    def anchor_pass(self, args: ContrastArgs, out: Tensor) -> Callable[[AnchorPassArgs], None] | None:
+        # The one epilogue takes a fixed shift and a gradient whose rows are contiguous.
+        if not self.tuning.one_epilogue or not args.has_fixed_shift() or (out.stride(1) != 1 and out.shape[1] > 1):
+            return None
+        return partial(self._anchor_pass, args)
+
+    def _anchor_pass(self, args: ContrastArgs, whole: AnchorPassArgs) -> None:
+        launch, unit = self.launch, args.anchors
+        contrast = self.contrast(args)
+        assert isinstance(contrast, FlashContrast | TwoProductContrast)
+        class_index = None if whole.class_index is None else whole.class_index.contiguous()
+        for chunk in contrast.tile_chunks():
+            rows, products = chunk.rows, chunk.products
+            gradient = whole.out[rows]
+            launch(
+                "anchor_epilogue",
+                out=gradient.data_ptr(), row_stride=gradient.stride(0), unit=unit.rows[rows],
+                partner=args.candidates.rows, class_means=whole.class_means,
+                class_index=None if class_index is None else class_index[rows], inv_norm=unit.inv_norm[rows],
+                products=products, tile_sums=chunk.sums, per_anchor=whole.per_anchor[0, rows],
+                rows=rows.stop - rows.start, d=unit.d, pitch=unit.rows.shape[1], product_rows=products.shape[1],
+                product_pitch=products.shape[2], sums_pitch=chunk.sums.shape[1],
+                per_anchor_pitch=whole.per_anchor.stride(0), offset=rows.start + args.offset,
+                partner_rows=args.candidates.n, splits=products.shape[0], tiles=chunk.sums.shape[0],
+                shift=launch.fixed_shift(unit.rows.dtype, args.temperature), inv_temperature=1 / args.temperature,
+                weights=_term_weights(whole.weights, rows), accumulate=whole.accumulate,
+                type=launch.type(gradient.dtype), precision=launch.precision(unit.rows.dtype),
+            )  # fmt: skip
+
     def mcld_low_latency(self, inputs: LossInputs) -> Callable[[LossInputs], LossOutputs] | None:
         operand_dtype = self.operand_dtype(inputs.dtype)
         if not low_latency.is_supported(inputs, operand_dtype, self.tuning.low_latency_limit):
             return None
-        return partial(low_latency.evaluate, launch=self.launch, operand_dtype=operand_dtype)
+        return partial(
+            low_latency.evaluate,
+            launch=self.launch,
+            operand_dtype=operand_dtype,
+            dependent=self.tuning.dependent_launches,
+        )
 
     def l2_normalize(self, x: Tensor, operand_dtype: torch.dtype, eps: float) -> UnitRows:
         launch, (n, d) = self.launch, x.shape
-        rows = torch.empty(launch.padded_rows(n), launch.pitch(d), dtype=operand_dtype, device=x.device)
+        rows = torch.empty(self.operand_shape(n, d, operand_dtype), dtype=operand_dtype, device=x.device)
         inv_norm = launch.empty(n)
         by_columns = x.stride(0) < x.stride(1) and n > 1
         splits = max(1, min(64, d // 256)) if by_columns else 0
@@ -74,23 +111,32 @@ class CudaKernels(KernelSet):
         )  # fmt: skip
         return UnitRows(rows=rows, inv_norm=inv_norm, n=n, d=d)
 
+    def operand_shape(self, n: int, d: int, operand_dtype: torch.dtype) -> tuple[int, int]:
+        return self.launch.padded_rows(n), self.launch.pitch(d)
+
     def index_labels(
         self, sides: tuple[Tensor, ...], ignore_index: int, num_classes: int, dtype: torch.dtype
     ) -> tuple[Labels, ...]:
-        n = sides[0].shape[0]
-        if len(sides) > 1 or num_classes >= n:
-            # A class index is not the class there, and takes a comparison sort.
+        n, constants = sides[0].shape[0], self.launch.constants
+        if len(sides) > 1 or num_classes >= min(n, constants["max_sorted_classes"]) or n >= 1 << 31:
+            # A class index is not the class there, or there are too many to count: it takes a comparison sort.
             return labelling.index_labels(sides, ignore_index, num_classes, dtype)
         target = sides[0].contiguous()
         key, class_index = torch.empty_like(target), torch.empty_like(target)
         valid = torch.empty_like(target, dtype=torch.bool)
         poison, mean_factor = self.launch.empty(), self.launch.empty()
+        present, unit = num_classes + 1, constants["sort_rows"]
+        step = -(-n // (unit * constants["max_sort_blocks"])) * unit
+        blocks = -(-n // step)
+        # The counts by block, the places of its first rows, each row's place among them, and two sums by block.
+        sizes = (blocks * present, blocks * present, n, 2 * blocks)
+        histogram, first, rank, sums = torch.empty(sum(sizes), dtype=torch.int32, device=target.device).split(sizes)
+        shared = {"n": n, "histogram": histogram, "rank": rank, "sums": sums, "blocks": blocks, "rows_per_block": step}
         self.launch(
             "index_labels",
-            target=target, n=n, num_classes=num_classes, ignore_index=ignore_index, key=key, class_index=class_index,
-            valid=valid, poison=poison, mean_factor=mean_factor,
+            target=target, num_classes=num_classes, ignore_index=ignore_index, key=key, class_index=class_index,
+            valid=valid, **shared,
         )  # fmt: skip
-        present = num_classes + 1
         labels = Labels(
             key=key,
             valid=valid,
@@ -103,7 +149,8 @@ class CudaKernels(KernelSet):
         counts, starts, order = (target.new_empty(size) for size in (present, present + 1, n))
         self.launch(
             "sort_labels",
-            class_index=class_index, n=n, num_classes_present=present, counts=counts, starts=starts, order=order,
+            class_index=class_index, num_classes_present=present, first=first, counts=counts, starts=starts,
+            order=order, poison=poison, mean_factor=mean_factor, **shared,
         )  # fmt: skip
         return (labelling.with_tables(labels, counts=counts, order=order, starts=starts, mean_factor=mean_factor),)
 
@@ -136,23 +183,13 @@ class CudaKernels(KernelSet):
         partner, product = torch.empty_like(like), torch.empty_like(like)
         by_label = any(weight.positives == "label" for weight in terms.weights)
         class_mean = torch.empty_like(like) if by_label else None
-        weights = [
-            {
-                "factor": pointer(weight.factor),
-                "counted": pointer(None if weight.counted is None else weight.counted[rows]),
-                "weight": pointer(weight.weight),
-                "constant": weight.constant,
-                "term_weight": weight.term_weight,
-                "label_positives": weight.positives == "label",
-            }
-            for weight in terms.weights
-        ]
         self.launch(
             "loss_epilogue",
             neg_lse=like, inv_neg_sum=sums.inv_neg_sum, positive=terms.positive[rows],
             label_positive=terms.label_positive[rows], partner_coef=partner, product_coef=product,
             class_mean_coef=class_mean, per_anchor=terms.per_anchor[0, rows], rows=like.shape[0],
-            pitch=terms.per_anchor.stride(0), inv_temperature=1 / terms.temperature, weights=weights,
+            pitch=terms.per_anchor.stride(0), inv_temperature=1 / terms.temperature,
+            weights=_term_weights(terms.weights, rows),
         )  # fmt: skip
         return GradCoefficients(partner=partner, product=product, class_mean=class_mean)
 
@@ -187,3 +224,18 @@ class CudaKernels(KernelSet):
             product_pitch=product.stride(0), offset=rows.start + args.offset, partner_rows=args.partner.n,
             accumulate=args.accumulate, type=launch.type(gradient.dtype), precision=launch.precision(unit.rows.dtype),
         )  # fmt: skip
+
+
+def _term_weights(weights: tuple[TermWeight, ...], rows: slice) -> list[dict[str, Any]]:
+    """The fields of `TermWeight` in csrc/launchers.h for the anchors `rows`."""
+    return [
+        {
+            "factor": pointer(weight.factor),
+            "counted": pointer(None if weight.counted is None else weight.counted[rows]),
+            "weight": pointer(weight.weight),
+            "constant": weight.constant,
+            "term_weight": weight.term_weight,
+            "label_positives": weight.positives == "label",
+        }
+        for weight in weights
+    ]

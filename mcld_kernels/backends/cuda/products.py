@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...kernels import ContrastArgs, ContrastSums, GradCoefficients, NegativeSums, has_fixed_shift, slices
+from ...kernels import ContrastArgs, ContrastSums, GradCoefficients, NegativeSums, slices
 from .. import gemm
 from . import hopper, tuning
 from .launcher import LOG2E, Launcher
@@ -30,6 +30,15 @@ class _TileSums:
     tile: int  # rows of a tile
 
 
+@dataclass(slots=True, kw_only=True)
+class TileSums:
+    """Sums of some anchors that are not yet reduced."""
+
+    rows: slice
+    sums: Tensor  # (tiles, >= rows)
+    products: Tensor  # (splits, >= rows, pitch)
+
+
 class TwoProductContrast:
     """A contrast by chunks of anchors, of which one E (rows, m) is held at a time."""
 
@@ -39,9 +48,7 @@ class TwoProductContrast:
         self.dtype, self.pitch = operand.dtype, operand.shape[1]
         self.columns = launch.padded_rows(m)  # of E
         # In fp16 a fixed shift leaves the anchors weighted by their coefficients no range.
-        self.fixed = has_fixed_shift(self.dtype, args.temperature) and not (
-            args.candidate_grad and self.dtype == torch.float16
-        )
+        self.fixed = args.has_fixed_shift() and not (args.candidate_grad and self.dtype == torch.float16)
         self.shift = launch.fixed_shift(self.dtype, args.temperature)
         self._exponentials: Tensor | None = None  # (padded rows of the chunk, columns), operand dtype
         grad = args.candidate_grad
@@ -55,18 +62,31 @@ class TwoProductContrast:
                 rows=slice(0, m), neg_lse=launch.empty(m), inv_neg_sum=launch.empty(m), product=product
             )
 
+    def tile_chunks(self) -> Iterator[TileSums]:
+        """The sums of the tiles, with a fixed shift, for `anchor_pass`."""
+        for rows, padded in self._row_chunks():
+            sums = self._similarities(rows, padded)
+            product = self.launch.empty(padded, self.pitch)
+            self._product(self.args.candidates.rows, product, transposed=False, accumulate=False)
+            yield TileSums(rows=rows, sums=sums.rows, products=product[None])
+
+    def _row_chunks(self) -> Iterator[tuple[slice, int]]:
+        """The rows of each chunk, and their number with padding; E has the room for them."""
+        args, launch = self.args, self.launch
+        itemsize, multiple = args.anchors.rows.itemsize, launch.constants["row_padding"]
+        step = tuning.chunk_rows(self.tuning, args.anchors.n, self.columns, self.pitch, itemsize, multiple)
+        needs_exponentials = args.anchor_grad or args.candidate_grad
+        buffer = args.anchors.rows.new_empty(step, self.columns) if needs_exponentials else None
+        for rows in slices(args.anchors.n, step):
+            padded = launch.padded_rows(rows.stop - rows.start)
+            self._exponentials = None if buffer is None else buffer[:padded]
+            yield rows, padded
+
     def chunks(self) -> Iterator[NegativeSums]:
         args, launch = self.args, self.launch
         n = args.anchors.n
-        multiple = launch.constants["row_padding"]
-        step = self.tuning.chunk_bytes // (self.columns * args.anchors.rows.itemsize) // multiple * multiple
-        step = max(multiple, min(step, launch.padded_rows(n)))
-        needs_exponentials = args.anchor_grad or args.candidate_grad
-        buffer = args.anchors.rows.new_empty(step, self.columns) if needs_exponentials else None
         neg_lse, inv_neg_sum = launch.empty(n), launch.empty(n)
-        for rows in slices(n, step):
-            padded = launch.padded_rows(rows.stop - rows.start)
-            self._exponentials = None if buffer is None else buffer[:padded]
+        for rows, padded in self._row_chunks():
             sums = self._similarities(rows, padded)
             row_maxima = None if self.fixed else launch.empty(rows.stop - rows.start)
             reduce_tiles(
@@ -121,6 +141,7 @@ class TwoProductContrast:
         if self._takes_hopper(count):
             kernel = "hopper_similarity"
             tile_rows, tile_columns = constants["hopper_similarity_rows"], constants["hopper_similarity_columns"]
+            choice["skew"] = self.tuning.hopper_skew
         else:
             tile_rows, splits = tuning.similarity_tile(self.tuning, constants, padded, self.columns, self.pitch)
             tile_columns = choice["tile"] = tile_rows

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...kernels import ContrastArgs, ContrastSums, GradCoefficients, NegativeSums, has_fixed_shift, slices
+from ...kernels import ContrastArgs, ContrastSums, GradCoefficients, NegativeSums, slices
 from . import autotune
 from .common import HEADROOM, LN2, LOG2E, headroom, round_up, tl_dtype, to_operand
 from .configs import ROWS, Configs, Launch
@@ -150,6 +150,15 @@ def row_sums_kernel(
     tl.store(inv_neg_sum + rows, tl.where(neg_sum == 0.0, 0.0, 1.0 / neg_sum), mask=rows < n)
 
 
+def reduce_row_sums(sums: Tensor, neg_lse: Tensor, inv_neg_sum: Tensor, shift: float, configs: Configs) -> None:
+    """Add sums (tiles, padded n) of one fixed shift into neg_lse, inv_neg_sum (n,)."""
+    (tiles, padded), launch = sums.shape, configs.row_sums()
+    row_sums_kernel[(padded // launch.block_m,)](
+        sums, None, None, neg_lse, inv_neg_sum, neg_lse.shape[0], tiles, padded, shift,
+        BLOCK_R=launch.block_m, BLOCK_T=launch.block_n, ONLINE=False, ACC=tl_dtype(sums.dtype), num_warps=launch.warps,
+    )  # fmt: skip
+
+
 @triton.jit
 def scale_rows_kernel(
     e,  # (padded n, padded m), changed in place
@@ -183,7 +192,7 @@ class _Chunk:
         anchors, candidates = args.anchors.rows, args.candidates.rows
         dtype, self.acc, device = anchors.dtype, args.anchors.inv_norm.dtype, anchors.device
         self.stored = args.anchor_grad or args.candidate_grad
-        self.online = not has_fixed_shift(dtype, args.temperature)
+        self.online = not args.has_fixed_shift()
         self.scale_log2 = LOG2E / args.temperature
         self.shift = (0.0 if self.online else self.scale_log2) - headroom(dtype)
         padded_m = candidates.shape[0]

@@ -1,0 +1,124 @@
+"""The loss's part of a training step: the step's arithmetic, its counts, its gate, and the program."""
+
+import csv
+import importlib.util
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision_shim
+
+from bench import step_cost
+from bench.harness import cases, measure, memory, steps
+from bench.harness.programs import Exit
+from mcld_kernels import mcld_loss
+
+CPU = torch.device("cpu")
+CASE = cases.Case(48, 20)
+PLAN = measure.Plan(CPU, rounds=3, seconds=0.0)
+MLP = steps.backbone("mlp", 0)
+
+
+def test_a_step_has_the_gradient_of_cross_entropy_and_the_loss(monkeypatch):
+    step = steps.TrainingStep(MLP, CASE, CPU)
+    found = []
+    monkeypatch.setattr(
+        step.optimizer, "step", lambda: found.append([p.grad.clone() for p in step.student.parameters()])
+    )
+    step.run(steps.loss_of("torch", CASE)[0])
+    student, teacher = step.student(step.images), step.teacher(step.images)
+    total = F.cross_entropy(student, step.target) + mcld_loss(student, teacher, step.target, backend="reference")
+    for ours, expected in zip(found[0], torch.autograd.grad(total, step.student.parameters()), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_flop_of_an_image_are_those_of_its_products():
+    def forward(width, classes):
+        return 2 * (256 * width + width * width + width * classes)
+
+    assert steps.flop_per_image(MLP, 100) == 3 * forward(512, 100) + forward(1024, 100)
+
+
+def test_the_memory_of_a_batch_is_predicted_from_above_by_a_few_images():
+    case = cases.Case(512, 100)
+    step = steps.TrainingStep(MLP, case, CPU)
+    step.run(None)
+    taken = memory.peak_extra(lambda: step.run(None), CPU)["allocator"] + step.images.nbytes
+    assert taken <= 512 * steps.bytes_per_image(MLP, case, CPU) < 8 * taken
+
+
+def test_the_parts_of_a_step_are_measured_in_it():
+    rows = {row.variant: row for row in steps.StepRun(CASE, MLP, [steps.WITHOUT, "reference", "torch"], PLAN).run()}
+    assert all(row.status == measure.OK for row in rows.values())
+    assert rows[steps.WITHOUT].loss is None and rows[steps.WITHOUT].share is None
+    for name in ("reference", "torch"):
+        row = rows[name]
+        assert len(row.loss.samples) == len(row.step.samples) == 3
+        assert all(0 < loss < step for loss, step in zip(row.loss.samples, row.step.samples))
+        assert 0 < row.share < 1 and row.verdict.passed
+    assert rows["reference"].step_speedup == rows["reference"].loss_speedup == 1
+
+
+def test_a_wrong_loss_gets_no_time(monkeypatch):
+    correct = steps.loss_of
+
+    def doubled(variant, case):
+        loss, extra = correct(variant, case)
+        return (lambda s, t, y: 2 * loss(s, t, y)) if variant == "torch" else loss, extra
+
+    monkeypatch.setattr(steps, "loss_of", doubled)
+    rows = {row.variant: row for row in steps.StepRun(CASE, MLP, [steps.WITHOUT, "reference", "torch"], PLAN).run()}
+    assert rows["torch"].status == measure.FAILED and rows["torch"].step is None
+    assert "times what is allowed" in rows["torch"].reason and rows["reference"].status == measure.OK
+
+
+def test_what_does_not_fit_is_not_tried(monkeypatch):
+    monkeypatch.setattr(memory, "available", lambda device: 3 << 30)
+    case = cases.Case(48, 20)
+    monkeypatch.setattr(steps, "loss_of", lambda variant, case: (None, 1 << 40))
+    rows = {row.variant: row for row in steps.StepRun(case, MLP, [steps.WITHOUT, "reference"], PLAN).run()}
+    assert rows["reference"].status == measure.NOT_RUN and memory.SHORTAGE in rows["reference"].reason
+    assert rows[steps.WITHOUT].status == measure.OK
+
+
+@pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="not installed: timm")
+def test_a_pair_of_timm_is_a_backbone_too():
+    torchvision_shim.install()
+    pair = steps.backbone("test_resnet,test_vit", 160)
+    rows = steps.StepRun(cases.Case(2, 20), pair, [steps.WITHOUT, "torch"], PLAN).run()
+    assert all(row.status == measure.OK for row in rows), [row.reason for row in rows]
+    with pytest.raises(ValueError, match="STUDENT,TEACHER of timm's models; got 'resnet18'"):
+        steps.backbone("resnet18", 160)
+
+
+class TestProgram:
+    def test_a_run_leaves_json_csv_and_plot(self, tmp_path, capsys):
+        grid = ["--batch", "16", "64", "--classes", "10", "--repeats", "3", "--seconds", "0", "--device", "cpu"]
+        assert step_cost.main([*grid, "--output", str(tmp_path)]) == 0
+        run = json.loads((tmp_path / "results.json").read_text())
+        assert run["complete"] is True and [row["batch"] for row in run["rows"] if row["variant"] == "torch"] == [
+            16,
+            64,
+        ]
+        with (tmp_path / "results.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        torch_rows = [row for row in run["rows"] if row["variant"] == "torch"]
+        assert [float(row["share"]) for row in rows if row["variant"] == "torch"] == pytest.approx(
+            [row["share"] for row in torch_rows], rel=1e-4
+        )
+        assert float(rows[0]["step_ms"]) == pytest.approx(1e3 * run["rows"][0]["step_time"]["median_s"], rel=1e-4)
+        assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+        assert str(step_cost.ROOT) not in json.dumps(run) and "part of step" in capsys.readouterr().out
+
+    def test_a_case_that_would_take_too_long_is_skipped_with_the_reason(self, tmp_path, capsys):
+        grid = ["--batch", "16", "--classes", "10", "--limit", "0", "--device", "cpu", "--output", str(tmp_path)]
+        assert step_cost.main(grid) == 0
+        rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+        assert {row["status"] for row in rows} == {measure.NOT_RUN}
+        assert all("would take about" in row["reason"] and "--limit" in row["reason"] for row in rows)
+
+    def test_a_backbone_that_is_none_is_a_message(self, capsys):
+        torchvision_shim.install()
+        assert step_cost.main(["--backbone", "abacus"]) == Exit.USAGE
+        assert "--backbone" in capsys.readouterr().err
