@@ -1,8 +1,7 @@
 """MCLD, multi-perspective contrastive logit distillation: functions, module and operator.
 
-`mcld_contrasts` composes the loss from contrasts in one process, `mcld_ranks` over ranks. The instance- and sample-wise
-terms contrast the rows of the logits, the category-wise term contrasts their columns. Each is InfoNCE (`infonce`); row
-terms share one contrast where their temperatures agree and nothing is masked.
+The instance- and sample-wise terms contrast the rows of the logits, the category-wise term contrasts their columns.
+Each is InfoNCE (`infonce`). `mcld_contrasts` composes the loss in one process, `mcld_ranks` over ranks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""MCLD as contrasts of rows and of columns, in one process; `mcld_ranks` is the same over ranks."""
+"""MCLD as contrasts of rows and of columns, in one process; `mcld_ranks` is the same over ranks.
+
+Row terms share one contrast where their temperatures agree and nothing is masked.
+"""
 
 from __future__ import annotations
 
