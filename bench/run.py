@@ -16,9 +16,10 @@ if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))  # after the installed packages: an installed mcld_kernels is the one measured
 
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-from bench.harness import cases, kernels, machine, measure, memory, plots, profiling, programs, report  # noqa: E402
+from bench.harness import cases, global_batch, kernels, machine, measure, memory, plots, profiling, programs, report  # noqa: E402
 from bench.harness.losses import LOSSES  # noqa: E402
 from bench.harness.programs import Exit  # noqa: E402
 from bench.harness.providers import Provider, choose  # noqa: E402
@@ -58,6 +59,10 @@ def parser() -> argparse.ArgumentParser:
     )
     grid.add_argument("--smoke", action="store_true", help="a few small shapes, in under a minute on two cores")
     grid.add_argument("--kernels", action="store_true", help="beside each call, each kernel of the backends alone")
+    grid.add_argument(
+        "--global", action="store_true", dest="over_ranks",
+        help="under torchrun, the loss over ranks: time, exposed communication and memory of each rank",
+    )  # fmt: skip
     how = made.add_argument_group("the measurement")
     how.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     how.add_argument(
@@ -80,6 +85,10 @@ def check(options: argparse.Namespace, device: torch.device) -> str | None:
     given = [f"--{name}" for name in shape_options if getattr(options, name) is not None]
     if options.smoke and given:
         return f"--smoke has its own shapes: leave out --smoke or {' and '.join(given)}"
+    if options.over_ranks and not dist.is_torchelastic_launched():
+        return "--global is for several processes: torchrun --nproc-per-node 2 bench/run.py --global"
+    if options.over_ranks and options.loss != "mcld":
+        return "--global measures mcld alone"
     if options.cold and device.type == "cpu":
         return "--cold is for CUDA: on a CPU no cache is overwritten"
     if options.loss != "mcld" and options.terms is not None:
@@ -139,6 +148,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         providers = [provider for provider in providers if provider.name != "compile"]
         screen.print("smoke: compile is left out (starting it takes most of a minute); ask by --providers")
     default = ROOT / "bench" / "out" / time.strftime("%Y%m%d-%H%M%S")
+    if options.over_ranks:
+        return _over_ranks(options, device, screen, default)
     try:
         with programs.claimed(options.output, default, "results.json") as folder:
             return Run(options, device, providers, screen, folder).run()
@@ -148,6 +159,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as fault:
         print(f"run: the output cannot be written: {fault}", file=sys.stderr)
         return Exit.OUTPUT
+
+
+def _over_ranks(options: argparse.Namespace, device: torch.device, screen: Console, default: Path) -> int:
+    """The measurement over ranks; the first of them writes."""
+    with global_batch.group(device):
+        if dist.get_rank() > 0:
+            return global_batch.run(options, device, screen, None, {})
+        with programs.claimed(options.output, default, "results.json") as folder:
+            code = global_batch.run(options, device, screen, folder, header(options, device))
+            screen.print(f"written to {_short(folder)}: results.json", soft_wrap=True)
+            return code
 
 
 class Run:

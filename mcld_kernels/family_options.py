@@ -204,8 +204,16 @@ def check_mlkd_target(target: Tensor | None, student: Tensor, options: MLKDOptio
             f"{target.dtype}: pass hard labels, such as target.argmax(dim=1), or target=None with a supervised weight "
             "of 0"
         )
-    if is_supervised:
-        check_target(target, student, options.ignore_index, read_values=True)
+    if not is_supervised:
+        return
+    check_target(target, student, options.ignore_index, read_values=False)
+    # Labels are compared with one another alone, so they may exceed the width of an embedding.
+    if is_readable(target):
+        bad = target[(target < 0) & (target != options.ignore_index)]
+        if bad.numel():
+            raise ValueError(
+                f"target holds {int(bad[0])}; labels must be >= 0 or equal ignore_index={options.ignore_index}"
+            )
 
 
 def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> Any:

@@ -15,9 +15,13 @@ Label positives (the sample-wise term) share all of it; with M_c the mean of the
     L'_i      = L_i + a_i,i+offset - A_i . M_y(i) / temperature
     dL'_i/dA_i = dL_i/dA_i + (K_i+offset - M_y(i)) / temperature
 
+With soft labels M is a row of each anchor (`labels.SoftLabels`). Label positives need no partner: without one
+(`Anchors.has_partner` False) the sums run over all candidates, and L'_i = lse_i - A_i . M_y(i) / temperature.
+
 The gradient by the candidates is the transpose: dL/dK_j = sum_i w_i p_ij A_i / temperature less the positives. Both end
 in `KernelSet.grad_epilogue`. With frozen candidates that is 4 n m d flop, and no matrix larger than a chunk of rows is
-ever held.
+ever held. The gradient by the temperature is -(A_i . dL_i/dA_i) / temperature, whose dot product is that of the
+projection.
 """
 
 from __future__ import annotations
@@ -34,10 +38,11 @@ from .kernels import (
     GradCoefficients,
     GradEpilogueArgs,
     KernelSet,
+    NegativeSums,
     TermWeight,
     UnitRows,
 )
-from .labels import Labels
+from .labels import Labels, SoftLabels
 from .options import grad_dtype
 
 
@@ -69,6 +74,8 @@ class Side:
     grad: GradBuffer
     transposed: bool = False  # the rows are the columns of the logits
     labels: Labels | None = None
+    soft: SoftLabels | None = None
+    projection: UnitRows | None = None  # in place of `unit` where the gradient is projected; None: `unit`
 
 
 @dataclass(slots=True, kw_only=True)
@@ -78,6 +85,9 @@ class Anchors:
     side: Side
     weights: tuple[TermWeight, ...]
     per_anchor: Tensor  # (len(weights), >= n)
+    has_partner: bool = True  # False: label positives alone, for any offset
+    anchor_weight: Tensor | None = None  # (n,) acc dtype; multiplies each anchor's gradient
+    radial: Tensor | None = None  # (n,) acc dtype, to be written: A_i . gradient by A_i
 
 
 def contrast(
@@ -89,13 +99,17 @@ def contrast(
     offset: int = 0,
     mask_same_class: bool = False,
     reverse: Anchors | None = None,
+    is_bounded: bool = True,
 ) -> None:
     """Add one contrast to `Anchors.per_anchor` and to the gradients of both sides.
 
     reverse: the candidates as anchors, where both directions come from one set of exponentials.
+    is_bounded: as `ContrastArgs.is_bounded`.
     """
     side = anchors.side
-    forward_terms, means = _anchor_terms(kernels, anchors, candidates, temperature, offset)
+    if not anchors.has_partner:
+        offset = candidates.unit.n  # of no candidate: all are negatives
+    forward_terms, means, class_index = _anchor_terms(kernels, anchors, candidates, temperature, offset)
     mask = None
     if mask_same_class:
         assert side.labels is not None and candidates.labels is not None
@@ -106,48 +120,67 @@ def contrast(
         temperature=temperature,
         offset=offset,
         mask=mask,
-        anchor_grad=side.grad.needed,
+        anchor_grad=side.grad.needed or anchors.radial is not None,
         candidate_grad=candidates.grad.needed,
         reverse=reverse is not None,
+        is_bounded=is_bounded,
     )
     pass_ = kernels.contrast(args)
-    partner = []
+    partner: list[Tensor] = []
+    class_mean: list[Tensor] = []
+    loss_epilogue = kernels.loss_epilogue if anchors.has_partner else _loss_without_partner
     for sums in pass_.chunks():
-        coefficients = kernels.loss_epilogue(forward_terms, sums)
-        if args.anchor_grad:
+        coefficients = loss_epilogue(forward_terms, sums)
+        if anchors.anchor_weight is not None:
+            _weigh(coefficients, anchors.anchor_weight[sums.rows])
+        if anchors.radial is not None:
+            anchors.radial[sums.rows] = _radial(side.unit, sums, coefficients, forward_terms)
+        if side.grad.needed:
             assert sums.product is not None
             kernels.grad_epilogue(
                 GradEpilogueArgs(
                     out=side.grad.view(side.transposed),
-                    unit=side.unit,
+                    unit=side.projection or side.unit,
                     rows=sums.rows,
                     product=sums.product,
                     coefficients=coefficients,
                     partner=candidates.unit,
                     offset=offset,
                     class_means=means,
-                    class_index=None if side.labels is None else side.labels.class_index,
+                    class_index=class_index,
                     accumulate=side.grad.is_written,
                 )
             )
         if args.candidate_grad:
             pass_.add_candidates(sums, coefficients)
             partner.append(coefficients.partner)
-    if args.anchor_grad:
+            if not anchors.has_partner and coefficients.class_mean is not None:
+                class_mean.append(coefficients.class_mean)
+    if side.grad.needed:
         side.grad.is_written = True
-    if args.candidate_grad or args.reverse:
+    if not args.candidate_grad and not args.reverse:
+        return
+    if anchors.has_partner:
         _finish(kernels, pass_, args, anchors, candidates, partner, reverse)
+    else:
+        _finish_without_partner(kernels, pass_, anchors, candidates, torch.cat(class_mean))
 
 
 def _anchor_terms(
     kernels: KernelSet, anchors: Anchors, candidates: Side, temperature: float, offset: int
-) -> tuple[AnchorTerms, Tensor | None]:
-    """The anchors' positives, and the class means of the candidates if a term has label positives."""
-    labels, means, class_index = anchors.side.labels, None, None
+) -> tuple[AnchorTerms, Tensor | None, Tensor | None]:
+    """The anchors' positives; for a term with label positives, class means of the candidates and their row for each."""
+    labels, soft, means, class_index = anchors.side.labels, anchors.side.soft, None, None
     if any(weight.positives == "label" for weight in anchors.weights):
         assert labels is not None and candidates.labels is not None
-        means = kernels.class_means(candidates.unit, candidates.labels, candidates.labels.counts)
-        class_index = labels.class_index
+        if soft is None:
+            means = kernels.class_means(candidates.unit, candidates.labels, candidates.labels.counts)
+            class_index = labels.class_index
+        else:
+            assert candidates.soft is not None
+            table = candidates.soft.class_sums(candidates.unit.rows[: candidates.unit.n])
+            means = soft.mix(table).mul_(soft.share(candidates.soft.totals)[:, None])
+            class_index = torch.arange(anchors.side.unit.n, device=means.device)
     positive, label_positive = kernels.positive_cosines(anchors.side.unit, candidates.unit, offset, means, class_index)
     terms = AnchorTerms(
         positive=positive,
@@ -156,7 +189,74 @@ def _anchor_terms(
         weights=anchors.weights,
         per_anchor=anchors.per_anchor,
     )
-    return terms, means
+    return terms, means, class_index
+
+
+def _loss_without_partner(terms: AnchorTerms, sums: NegativeSums) -> GradCoefficients:
+    """As `KernelSet.loss_epilogue`, for one term of label positives, with the sums over all candidates."""
+    (term,), rows = terms.weights, sums.rows
+    part: Tensor | float = term.constant if term.factor is None else term.factor * term.constant
+    if term.counted is not None:
+        part = term.counted[rows] * part
+    terms.per_anchor[0, rows] = (sums.neg_lse - terms.label_positive[rows] / terms.temperature) * part
+    weight = torch.ones_like(sums.neg_lse).mul_(part).mul_(term.term_weight / terms.temperature)
+    return GradCoefficients(partner=weight, product=weight * sums.inv_neg_sum, class_mean=weight)
+
+
+def _weigh(coefficients: GradCoefficients, factor: Tensor) -> None:
+    coefficients.partner = coefficients.partner * factor
+    coefficients.product = coefficients.product * factor
+    if coefficients.class_mean is not None:
+        coefficients.class_mean = coefficients.class_mean * factor
+
+
+def _radial(unit: UnitRows, sums: NegativeSums, coefficients: GradCoefficients, terms: AnchorTerms) -> Tensor:
+    """A_i . gradient by A_i, before the projection, (rows,)."""
+    product, rows, c = sums.product, sums.rows, coefficients
+    assert product is not None
+    dot = torch.linalg.vecdot(unit.rows[rows, : unit.d].to(product.dtype), product[:, : unit.d])
+    radial = dot * c.product - terms.positive[rows] * c.partner
+    if c.class_mean is not None:
+        radial += (terms.positive[rows] - terms.label_positive[rows]) * c.class_mean
+    return radial
+
+
+def _finish_without_partner(
+    kernels: KernelSet, pass_: Contrast, anchors: Anchors, candidates: Side, class_mean: Tensor
+) -> None:
+    """The gradient by the candidates of label positives; class_mean: coefficients of all anchors (n,)."""
+    product, side, unit = pass_.sums().candidate_product, anchors.side, candidates.unit
+    assert product is not None and side.labels is not None and candidates.labels is not None
+    acc, n = product.dtype, side.unit.n
+    rows = side.unit.rows[:n].to(acc)
+    ones = torch.ones(unit.n, dtype=acc, device=product.device)
+    class_index = candidates.labels.class_index
+    if side.soft is None:
+        weighted = UnitRows(rows=rows * class_mean[:, None], inv_norm=ones[:1].expand(n), n=n, d=rows.shape[1])
+        means = KernelSet.class_means(kernels, weighted, side.labels, candidates.labels.counts)
+        ones = ones * candidates.labels.valid
+    else:
+        assert candidates.soft is not None
+        share = class_mean * side.soft.share(candidates.soft.totals)
+        means = candidates.soft.mix(side.soft.class_sums(rows * share[:, None]))
+        class_index = torch.arange(unit.n, device=product.device)
+    kernels.grad_epilogue(
+        GradEpilogueArgs(
+            out=candidates.grad.view(candidates.transposed),
+            unit=candidates.projection or unit,
+            rows=slice(0, unit.n),
+            product=product,
+            coefficients=GradCoefficients(
+                partner=torch.zeros_like(ones), product=torch.ones_like(ones), class_mean=ones
+            ),
+            partner=side.unit,
+            offset=n,  # of no anchor
+            class_means=means,
+            class_index=class_index,
+            accumulate=candidates.grad.is_written,
+        )
+    )
+    candidates.grad.is_written = True
 
 
 def _finish(
@@ -173,13 +273,15 @@ def _finish(
     reverse_coefficients = None
     if reverse is not None:
         assert sums.reverse is not None
-        reverse_terms, _ = _anchor_terms(kernels, reverse, anchors.side, args.temperature, -args.offset)
+        reverse_terms, *_ = _anchor_terms(kernels, reverse, anchors.side, args.temperature, -args.offset)
         reverse_coefficients = kernels.loss_epilogue(reverse_terms, sums.reverse)
     if not args.candidate_grad:
         return
     product = sums.candidate_product
     assert product is not None
-    coefficients, means = _candidate_coefficients(kernels, args, anchors, candidates, partner, product.dtype)
+    coefficients, means, class_index = _candidate_coefficients(
+        kernels, args, anchors, candidates, partner, product.dtype
+    )
     if reverse_coefficients is not None:
         assert sums.reverse is not None and sums.reverse.product is not None
         product = product.addcmul_(sums.reverse.product, reverse_coefficients.product[:, None])
@@ -190,14 +292,14 @@ def _finish(
     kernels.grad_epilogue(
         GradEpilogueArgs(
             out=candidates.grad.view(candidates.transposed),
-            unit=candidates.unit,
+            unit=candidates.projection or candidates.unit,
             rows=slice(0, candidates.unit.n),
             product=product,
             coefficients=coefficients,
             partner=anchors.side.unit,
             offset=-args.offset,
             class_means=means,
-            class_index=None if means is None or candidates.labels is None else candidates.labels.class_index,
+            class_index=class_index,
             accumulate=candidates.grad.is_written,
         )
     )
@@ -211,8 +313,8 @@ def _candidate_coefficients(
     candidates: Side,
     partner: list[Tensor],
     acc_dtype: torch.dtype,
-) -> tuple[GradCoefficients, Tensor | None]:
-    """The coefficients of the gradient by the candidates, and the class sums of the anchors that go with them."""
+) -> tuple[GradCoefficients, Tensor | None, Tensor | None]:
+    """The coefficients of the gradient by the candidates; the class sums of the anchors and their row for each."""
     m = candidates.unit.n
     of_anchors = partner[0] if len(partner) == 1 else torch.cat(partner)
     of_candidates = of_anchors
@@ -224,12 +326,17 @@ def _candidate_coefficients(
     )
     by_label = next((weight for weight in anchors.weights if weight.positives == "label"), None)
     if by_label is None:
-        return coefficients, None
+        return coefficients, None, None
     assert anchors.side.labels is not None and candidates.labels is not None and by_label.factor is not None
     # Candidates weigh as anchors of their class do, whichever row of it they are.
     class_mean = candidates.labels.valid * (
         by_label.factor * (by_label.term_weight * by_label.constant / args.temperature)
     )
     coefficients.class_mean = class_mean if by_label.weight is None else class_mean * by_label.weight
-    means = kernels.class_means(args.anchors, anchors.side.labels, candidates.labels.counts)
-    return coefficients, means
+    if anchors.side.soft is None:
+        means = kernels.class_means(args.anchors, anchors.side.labels, candidates.labels.counts)
+        return coefficients, means, candidates.labels.class_index
+    assert candidates.soft is not None
+    share = anchors.side.soft.share(candidates.soft.totals)
+    table = anchors.side.soft.class_sums(args.anchors.rows[: args.anchors.n].to(acc_dtype) * share[:, None])
+    return coefficients, candidates.soft.mix(table), torch.arange(m, device=table.device)

@@ -74,6 +74,11 @@ class ContrastArgs:
     anchor_grad: bool = False
     candidate_grad: bool = False
     reverse: bool = False  # also the sums with both sides exchanged; only where `KernelSet.can_reverse` allows it
+    is_bounded: bool = True  # |A_i . K_j| <= 1; otherwise every row needs its own maximum
+
+    def has_fixed_shift(self) -> bool:
+        """True if one shift of the exponent serves all rows."""
+        return self.is_bounded and has_fixed_shift(self.anchors.rows.dtype, self.temperature)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -185,6 +190,8 @@ class Tuning:
     """Constants that change the speed or memory of a kernel set, never its results beyond rounding."""
 
     chunk_bytes: int  # what a chunk of exponentials may take
+    # A tensor of temperature is not read, as on a GPU, where reading it would synchronize. Tests set it on a CPU.
+    scales_by_temperature: bool = False
 
     def replace(self, **fields: object) -> Tuning:
         return dataclasses.replace(self, **fields)  # type: ignore[arg-type]
@@ -251,6 +258,10 @@ class KernelSet:
         """The function that computes a whole call of `mcld_loss` in few launches; None without one for these inputs."""
         return None
 
+    def info_nce_low_latency(self, inputs: LossInputs) -> Callable[[LossInputs], LossOutputs] | None:
+        """The same for `info_nce`."""
+        return None
+
     def l2_normalize(self, x: Tensor, operand_dtype: torch.dtype, eps: float) -> UnitRows:
         """Divide the rows of a view x (n, d) of any strides by their L2 norm."""
         acc = torch.promote_types(torch.promote_types(x.dtype, operand_dtype), torch.float32)
@@ -258,6 +269,27 @@ class KernelSet:
         norm = x.to(acc).square().sum(1).sqrt()
         inv_norm = torch.where(norm <= eps, 0.0, 1 / torch.where(norm.isinf(), torch.nan, norm))
         return UnitRows(rows=(x * inv_norm[:, None]).to(operand_dtype), inv_norm=inv_norm, n=x.shape[0], d=x.shape[1])
+
+    def operand_shape(self, n: int, d: int, operand_dtype: torch.dtype) -> tuple[int, int]:
+        """The shape of operands (n, d) with their padding."""
+        return n, d
+
+    def operand_rows(self, x: Tensor, operand_dtype: torch.dtype) -> UnitRows:
+        """The rows of a view x (n, d) as they are, in the layout of `l2_normalize`; ``inv_norm`` is 1."""
+        n, d = x.shape
+        acc = torch.promote_types(torch.promote_types(x.dtype, operand_dtype), torch.float32)
+        shape = self.operand_shape(n, d, operand_dtype)
+        if shape == (n, d):
+            rows = x.to(operand_dtype)
+        else:
+            rows = torch.zeros(shape, dtype=operand_dtype, device=x.device)
+            rows[:n, :d] = x
+        return UnitRows(rows=rows, inv_norm=torch.ones(n, dtype=acc, device=x.device), n=n, d=d)
+
+    def scale_rows(self, unit: UnitRows, factor: Tensor) -> UnitRows:
+        """The rows times ``factor`` (), with ``inv_norm`` times it, so that a gradient by them ends as one by x."""
+        rows = (unit.rows * factor.to(unit.inv_norm.dtype)).to(unit.rows.dtype)
+        return UnitRows(rows=rows, inv_norm=unit.inv_norm * factor.to(unit.inv_norm.dtype), n=unit.n, d=unit.d)
 
     def index_labels(
         self, sides: tuple[Tensor, ...], ignore_index: int, num_classes: int, dtype: torch.dtype
@@ -281,16 +313,22 @@ class KernelSet:
     def positive_cosines(
         self, anchors: UnitRows, candidates: UnitRows, offset: int, means: Tensor | None, class_index: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """A_i . K_(i + offset) and, given class means, A_i . means[class_index_i] (else the first again).
-
-        (n,) each, acc dtype. ``class_index``: (n,) int64.
+        """A_i . K_(i + offset), 0 without such a candidate, and, given class means, A_i . means[class_index_i] (else
+        the first again). (n,) each, acc dtype. ``class_index``: (n,) int64.
         """
         acc, device = anchors.inv_norm.dtype, anchors.rows.device
         positive = torch.empty(anchors.n, dtype=acc, device=device)
         label_positive = positive if means is None else torch.empty_like(positive)
         for rows in slices(anchors.n, max(1, self.tuning.chunk_bytes // (4 * anchors.d * acc.itemsize))):
             x = anchors.rows[rows].to(acc)
-            positive[rows] = (x * candidates.rows[rows.start + offset : rows.stop + offset]).sum(1)
+            if 0 <= rows.start + offset and rows.stop + offset <= candidates.n:
+                positive[rows] = (x * candidates.rows[rows.start + offset : rows.stop + offset]).sum(1)
+            else:
+                first = min(max(rows.start, -offset), rows.stop)
+                last = max(first, min(rows.stop, candidates.n - offset))
+                positive[rows] = 0
+                partner = candidates.rows[first + offset : last + offset]
+                positive[first:last] = (x[first - rows.start : last - rows.start] * partner).sum(1)
             if means is not None and class_index is not None:
                 label_positive[rows] = (x * means[class_index[rows]]).sum(1)
         return positive, label_positive
@@ -340,7 +378,8 @@ class KernelSet:
         product, out, acc = args.product[:, : unit.d], args.out, args.product.dtype
         g = product.mul_(c.product[:, None])
         # Rows first to last have a partner.
-        first, last = max(rows.start, -args.offset), min(rows.stop, args.partner.n - args.offset)
+        first = min(max(rows.start, -args.offset), rows.stop)
+        last = max(first, min(rows.stop, args.partner.n - args.offset))
         paired = slice(first - rows.start, last - rows.start)
         partner = args.partner.rows[first + args.offset : last + args.offset].to(acc)
         pull = -c.partner[paired] if c.class_mean is None else c.class_mean[paired] - c.partner[paired]

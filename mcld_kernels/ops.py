@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _python_dispatch
 
-from . import backends
+from . import backends, distributed
+from .distributed import Ranks, RanksOptions
 from .kernels import KernelSet, LossInputs, LossOutputs
 from .options import acc_dtype, grad_dtype, is_readable, no_autocast
 
@@ -40,6 +41,12 @@ class _Call(NamedTuple):
     teacher_grad: bool
     labels_are_classes: bool | None = None  # None: not known yet
     extra: tuple[Tensor | None, ...] = ()  # the operator's further tensors, which get no gradient
+    ranks: RanksOptions | None = None  # None: one process
+
+    @classmethod
+    def of(cls, *args: Any) -> _Call:
+        """The call from the arguments of an autograd Function: those up to teacher_grad, ranks, further tensors."""
+        return cls._make((*args[:9], None, args[10:], args[9]))
 
 
 class LossOperator:
@@ -57,10 +64,13 @@ class LossOperator:
         tensors: what the operator's schema calls student, teacher, target and weight.
         extra: names of further optional tensors, which get no gradient: the last arguments of the operator, and
             `LossInputs.extra`. With any, ``flops`` takes the number of candidates as a fifth argument.
-        is_per_anchor: True for options with which loss and terms have shape (n,), one for each row of the student. A
-            gradient by the teacher then needs "anchor_weight" (n,) in ``extra``, which multiplies each anchor's loss:
-            backward calls the operator again with the upstream gradient as that weight.
+        is_per_anchor: True for options with which loss and terms have shape (n,), one for each row of the student,
+            False where both have shape (). A gradient by the teacher then needs "anchor_weight" (n,) in ``extra``,
+            which multiplies each anchor's loss: backward calls the operator again with the upstream gradient as that
+            weight.
         has_teacher_kernels: the kernels of every backend give the gradient by the teacher.
+        compute_over_ranks: this rank's part of the loss over ranks. It defines a second operator,
+            ``mcld_kernels::<name>_ranks``, which takes the name of the process group and runs the collectives.
     """
 
     def __init__(
@@ -69,30 +79,34 @@ class LossOperator:
         options_type: Any,
         num_terms: int,
         compute: Callable[[KernelSet, LossInputs], LossOutputs],
-        flops: Callable[[int, int, Any, bool], int],
+        flops: Callable[..., int],
         supported: tuple[str, ...] = ("torch", "triton", "cuda"),
         *,
         tensors: tuple[str, str, str, str] = _TENSORS,
         extra: tuple[str, ...] = (),
         is_per_anchor: Callable[[Any], bool] | None = None,
         has_teacher_kernels: bool = False,
+        compute_over_ranks: Callable[[KernelSet, LossInputs, Ranks], LossOutputs] | None = None,
     ):
         self.name, self.num_terms, self._options_type, self._compute = name, num_terms, options_type, compute
         self.supported, self._extra, self._is_per_anchor = supported, extra, is_per_anchor
+        self.can_be_per_anchor = is_per_anchor is not None
         self._has_teacher_kernels, self._has_classes = has_teacher_kernels, tensors == _TENSORS
+        self._compute_over_ranks = compute_over_ranks
         hints = typing.get_type_hints(options_type)
         fields = ", ".join(f"{_schema_type(hints[field])} {field}" for field in options_type._fields)
         first, second, third, fourth = tensors
         further = "".join(f", Tensor? {tensor}=None" for tensor in extra)
-        _LIBRARY.define(
-            f"{name}(Tensor {first}, Tensor {second}, Tensor? {third}, Tensor? {fourth}, {fields}, str backend, "
-            f"bool student_grad, bool teacher_grad{further}) -> {_OUTPUTS}"
+        arguments = (
+            f"Tensor {first}, Tensor {second}, Tensor? {third}, Tensor? {fourth}, {fields}, str backend, "
+            "bool student_grad, bool teacher_grad"
         )
-        for key in ("CPU", "CUDA"):
-            _LIBRARY.impl(name, self._implementation, key)
-        qualified = f"mcld_kernels::{name}"
-        torch.library.register_fake(qualified, self._fake, lib=_LIBRARY)
-        self._operator = getattr(torch.ops.mcld_kernels, name).default
+        self._operator = _define(name, arguments + further, self._implementation, self._fake)
+        if compute_over_ranks is not None:
+            arguments += ", str group, str gather, bool even"
+            self._operator_over_ranks = _define(
+                f"{name}_ranks", arguments + further, self._implementation_over_ranks, self._fake_over_ranks
+            )
         _OPERATORS[name] = self
         self._flops = flops
 
@@ -106,29 +120,32 @@ class LossOperator:
         backend: str,
         labels_are_classes: bool | None = None,
         extra: tuple[Tensor | None, ...] = (),
+        ranks: RanksOptions | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The loss () with its gradient, and the terms (num_terms,), for arguments that are already checked.
 
         labels_are_classes: as in `LossInputs`; None where it is not known yet. extra: the further tensors, all of them.
+        ranks: over ranks, this rank's part of both.
         """
-        student_grad, teacher_grad, weight_grad = _needs_grad(student), _needs_grad(teacher), _needs_grad(weight)
+        student_grad, teacher_grad, weight_grad = needs_grad(student), needs_grad(teacher), needs_grad(weight)
         if student_grad or teacher_grad or weight_grad:
             is_transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
             if not (is_transformed or _is_observed(student)):
                 call = _Call(
                     self.name, student, teacher, target, weight, options, backend,
-                    student_grad, teacher_grad, labels_are_classes, extra,
+                    student_grad, teacher_grad, labels_are_classes, extra, ranks,
                 )  # fmt: skip
                 terms: list[Tensor] = []
                 return _EagerLoss.apply(self, call, terms, student, teacher, weight), terms[0]
             function = _TransformableLoss if is_transformed else _Loss
             outputs = function.apply(
-                self.name, student, teacher, target, weight, options, backend, student_grad, teacher_grad, *extra
+                self.name, student, teacher, target, weight, options, backend, student_grad, teacher_grad, ranks, *extra
             )
             return outputs[0], outputs[1]
         call = _Call(
-            self.name, student, teacher, target, weight, options, backend, False, False, labels_are_classes, extra
-        )
+            self.name, student, teacher, target, weight, options, backend, False, False, labels_are_classes, extra,
+            ranks,
+        )  # fmt: skip
         outputs = self.dispatch(call) if _is_observed(student) else self.run(call)
         return outputs[0], outputs[1]
 
@@ -138,24 +155,35 @@ class LossOperator:
             self._tell_flop_counters()
         tensors = call.student, call.teacher, call.target, call.weight
         choices = call.backend, call.student_grad, call.teacher_grad
-        return self._operator(*tensors, *call.options, *choices, *call.extra)  # type: ignore[no-any-return]
+        if call.ranks is not None:
+            choices = (*choices, *call.ranks)  # type: ignore[assignment]
+        run = self._operator if call.ranks is None else self._operator_over_ranks
+        return run(*tensors, *call.options, *choices, *call.extra)  # type: ignore[no-any-return]
 
-    def _call(self, student: Tensor, teacher: Tensor, target: Any, weight: Any, *rest: Any) -> _Call:
+    def _call(
+        self, student: Tensor, teacher: Tensor, target: Any, weight: Any, *rest: Any, over_ranks: bool = False
+    ) -> _Call:
         """The arguments of the operator by name. The dispatcher leaves out further tensors that are None."""
+        ranks = None
+        if over_ranks:
+            first = len(self._options_type._fields) + 3
+            ranks, rest = RanksOptions(*rest[first : first + 3]), (*rest[:first], *rest[first + 3 :])
         count = len(self._options_type._fields)
         fields = [tuple(field) if isinstance(field, list) else field for field in rest[:count]]
         extra = (*rest[count + 3 :], *[None] * (len(self._extra) - (len(rest) - count - 3)))
         options, choices = self._options_type(*fields), rest[count : count + 3]
-        return _Call(self.name, student, teacher, target, weight, options, *choices, None, extra)
+        return _Call._make((self.name, student, teacher, target, weight, options, *choices, None, extra, ranks))
 
     def _implementation(self, *args: Any) -> Outputs:
         return self.run(self._call(*args))
 
-    def weighted(self, call: _Call, upstream: Tensor) -> _Call:
-        """The call that gives the teacher's gradient of the sum of each anchor's loss times ``upstream`` (n,)."""
-        extra = list(call.extra)
-        extra[self._extra.index("anchor_weight")] = upstream
-        return call._replace(student_grad=False, teacher_grad=True, extra=tuple(extra))
+    def _implementation_over_ranks(self, *args: Any) -> Outputs:
+        return self.run(self._call(*args, over_ranks=True))
+
+    def weighted(self, extra: tuple[Tensor | None, ...], upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """The further tensors with ``upstream`` (n,) as "anchor_weight"."""
+        place = self._extra.index("anchor_weight")
+        return (*extra[:place], upstream, *extra[place + 1 :])
 
     def is_per_anchor(self, call: _Call) -> bool:
         """True where loss and terms have shape (n,)."""
@@ -165,8 +193,12 @@ class LossOperator:
         """Loss (), terms (num_terms,), gradients of the loss by student and teacher: (batch, classes), else (0,)."""
         student, teacher = call.student, call.teacher
         needs_teacher_grad = call.teacher_grad and not self._has_teacher_kernels
-        kernels = backends.kernel_set(call.backend, student, teacher, needs_teacher_grad, self.supported)
-        if student.shape[0] == 0 or teacher.shape[0] == 0:
+        try:
+            kernels = backends.kernel_set(call.backend, student, teacher, needs_teacher_grad, self.supported)
+        except backends.BackendUnavailable as error:
+            distributed.report(call.ranks, error)
+            raise
+        if (student.shape[0] == 0 or teacher.shape[0] == 0) and call.ranks is None:
             return self._like(call, torch.zeros)
         inputs = LossInputs(
             student=student,
@@ -188,12 +220,25 @@ class LossOperator:
         if device.type == "cuda" or torch.is_autocast_enabled(device.type):
             on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
             with on_device, no_autocast(device):
-                outputs = self._compute(kernels, inputs)
+                outputs = self._evaluate(call, kernels, inputs)
         else:
-            outputs = self._compute(kernels, inputs)
+            outputs = self._evaluate(call, kernels, inputs)
+        if outputs is None:
+            return self._like(call, torch.zeros)
         student_grad = student.new_empty(0) if outputs.student_grad is None else outputs.student_grad
         teacher_grad = teacher.new_empty(0) if outputs.teacher_grad is None else outputs.teacher_grad
         return outputs.loss, outputs.terms, student_grad, teacher_grad
+
+    def _evaluate(self, call: _Call, kernels: KernelSet, inputs: LossInputs) -> LossOutputs | None:
+        """The loss, over ranks after their exchange. None for an empty global batch."""
+        if call.ranks is None:
+            return self._compute(kernels, inputs)
+        assert self._compute_over_ranks is not None
+        rows, device = inputs.student.shape[0], inputs.student.device
+        ranks = distributed.join(call.ranks, rows, _facts(kernels, inputs), device)
+        if ranks.total == 0:
+            return None
+        return self._compute(kernels, inputs) if ranks.count == 1 else self._compute_over_ranks(kernels, inputs, ranks)
 
     def _tell_flop_counters(self) -> None:
         """Give the flop formula to the counters that are running.
@@ -204,6 +249,8 @@ class LossOperator:
             counter = getattr(mode, "counter", mode)
             if isinstance(registry := getattr(counter, "flop_registry", None), dict):
                 registry.setdefault(self._operator.overloadpacket, self._count_flops)
+                if self._compute_over_ranks is not None:
+                    registry.setdefault(self._operator_over_ranks.overloadpacket, self._count_flops_over_ranks)
 
     def _count_flops(
         self,
@@ -225,8 +272,20 @@ class LossOperator:
         rows = [getattr(x, "shape", x)[0] for x in (teacher, further) if x is not None]
         return self._flops(*arguments, sum(rows))
 
+    def _count_flops_over_ranks(self, student: Any, *rest: Any, out_val: Any = None, **_: Any) -> int:
+        """This rank's share of the formula for the global batch, as if all ranks had as many rows."""
+        call = self._call(student, *rest, over_ranks=True)
+        assert call.ranks is not None
+        count = distributed.resolve(call.ranks.group).size()
+        batch, classes = getattr(student, "shape", student)
+        arguments = batch * count, classes, call.options, bool(call.student_grad or call.teacher_grad)
+        return self._flops(*arguments, *([batch * count] if self._extra else [])) // count
+
     def _fake(self, *args: Any) -> Outputs:
         return self._like(self._call(*args), torch.empty)
+
+    def _fake_over_ranks(self, *args: Any) -> Outputs:
+        return self._like(self._call(*args, over_ranks=True), torch.empty)
 
     def _like(self, call: _Call, make: Callable[..., Tensor]) -> Outputs:
         acc = acc_dtype(torch.promote_types(call.student.dtype, call.teacher.dtype))
@@ -236,12 +295,35 @@ class LossOperator:
             for logits, needed in ((call.student, call.student_grad), (call.teacher, call.teacher_grad))
         )
         rows = (call.student.shape[0],)
-        shapes = (rows, rows) if self.is_per_anchor(call) else ((), (self.num_terms,))
+        if self._is_per_anchor is None:
+            shapes: tuple[tuple[int, ...], ...] = (), (self.num_terms,)
+        else:
+            shapes = (rows, rows) if self.is_per_anchor(call) else ((), ())
         loss, terms = (make(shape, dtype=acc, device=device) for shape in shapes)
         return loss, terms, student_grad, teacher_grad
 
 
-def _needs_grad(tensor: Tensor | None) -> bool:
+def _define(name: str, arguments: str, implementation: Callable[..., Outputs], fake: Callable[..., Outputs]) -> Any:
+    """The operator ``mcld_kernels::<name>``."""
+    _LIBRARY.define(f"{name}({arguments}) -> {_OUTPUTS}")
+    for key in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, implementation, key)
+    torch.library.register_fake(f"mcld_kernels::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.mcld_kernels, name).default
+
+
+def _facts(kernels: KernelSet, inputs: LossInputs) -> dict[str, Any]:
+    """What the ranks must agree in: the collectives of a call, and their shapes, follow from it."""
+    dtype = kernels.operand_dtype(inputs.dtype)
+    pitch = kernels.operand_shape(1, inputs.student.shape[1], dtype)[1]
+    operands = f"{dtype} with pitch {pitch} and chunks of {kernels.tuning.chunk_bytes} bytes"
+    common = distributed.same_on_all_ranks(
+        inputs.student, inputs.teacher, inputs.target, inputs.weight, inputs.options, operands
+    )
+    return {**common, "student gradient": inputs.student_grad, "teacher gradient": inputs.teacher_grad}
+
+
+def needs_grad(tensor: Tensor | None) -> bool:
     """True where a derivative by the tensor may be asked for, in reverse or in forward mode."""
     if tensor is None:
         return False
@@ -252,7 +334,9 @@ def _needs_grad(tensor: Tensor | None) -> bool:
 
 def _are_classes(target: Tensor | None, num_classes: int, ignore_index: int) -> bool:
     """True where every label is known to be a class. Labels on a GPU are not read: that would synchronize."""
-    if target is None or 0 <= ignore_index < num_classes or target.dtype != torch.int64 or not is_readable(target):
+    if target is None or target.numel() == 0 or target.dtype != torch.int64 or not is_readable(target):
+        return False
+    if 0 <= ignore_index < num_classes:
         return False
     low, high = torch.aminmax(target)
     return int(low) >= 0 and int(high) < num_classes
@@ -314,10 +398,11 @@ def _save(ctx: Any, call: _Call, outputs: Outputs) -> tuple[Tensor | None, ...]:
         None if call.weight is None else call.weight.dtype,
     )
     saved = (outputs[2], outputs[3], terms, *inputs)
-    ctx.call, ctx.is_per_anchor = None, _OPERATORS[call.name].is_per_anchor(call)
+    operator = _OPERATORS[call.name]
+    ctx.call, ctx.is_per_anchor = None, operator.can_be_per_anchor and operator.is_per_anchor(call)
     if call.teacher_grad and ctx.is_per_anchor:
         # Backward computes the teacher's gradient, for the upstream gradient of each anchor.
-        ctx.call = call._replace(student=None, teacher=None, target=None, weight=None, extra=())
+        ctx.call = call.name, call.options, call.backend
         saved = (*saved, call.student, call.teacher, call.target, call.weight, *call.extra)
     ctx.save_for_backward(*saved)
     return saved
@@ -349,36 +434,39 @@ def _gradients(ctx: Any, upstream: Tensor, indices: tuple[int, int, int]) -> lis
         if dtype is None or not ctx.needs_input_grad[needed]:
             results.append(None)
             continue
-        factor = upstream
-        if i == 1 and ctx.call is not None:
-            gradient, factor = _weighted_teacher_grad(ctx.call, saved[6:], upstream), None
+        is_weighted = i == 1 and ctx.call is not None
+        if is_weighted:
+            gradient = _weighted_teacher_grad(ctx.call, saved[6:], upstream)
         # Grad mode is on in backward where a graph of it was asked for (create_graph=True).
         if torch.is_grad_enabled():
-            gradient = _NoSecondDerivative.apply(gradient, *inputs, upstream if factor is None else None)
-        if factor is None:
+            gradient = _NoSecondDerivative.apply(gradient, *inputs, upstream if is_weighted else None)
+        if is_weighted:
             product = gradient
-        elif factor.ndim == 0:
-            product = gradient * factor
+        elif upstream.ndim == 0:
+            product = gradient * upstream
         else:
-            product = gradient * factor[:, None] if gradient.ndim == 2 else (gradient * factor).sum()
+            product = gradient * upstream[:, None] if gradient.ndim == 2 else (gradient * upstream).sum()
         results.append(product if product.dtype == dtype else product.to(dtype))
     return results
 
 
-def _weighted_teacher_grad(call: _Call, tensors: tuple[Any, ...], upstream: Tensor) -> Tensor:
+def _weighted_teacher_grad(kept: tuple[str, Any, str], tensors: tuple[Any, ...], upstream: Tensor) -> Tensor:
     """The gradient by the teacher of the sum of each anchor's loss times ``upstream`` (n,)."""
+    name, options, backend = kept
     student, teacher, target, weight, *extra = tensors
-    call = call._replace(student=student, teacher=teacher, target=target, weight=weight, extra=tuple(extra))
-    operator = _OPERATORS[call.name]
+    operator = _OPERATORS[name]
     with torch.no_grad():
-        call = operator.weighted(call, upstream)
+        call = _Call(
+            name, student, teacher, target, weight, options, backend, False, True,
+            extra=operator.weighted(tuple(extra), upstream),
+        )  # fmt: skip
         return (operator.dispatch(call) if _is_observed(student) else operator.run(call))[3]
 
 
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        call = _Call(*args[:9], None, args[9:])
+        call = _Call.of(*args)
         outputs = _forward(call)
         _save(ctx, call, outputs)
         ctx.mark_non_differentiable(outputs[1])
@@ -402,7 +490,7 @@ class _EagerLoss(torch.autograd.Function):
         teacher: Tensor,
         weight: Tensor | None,
     ) -> Tensor:
-        outputs = operator.run(_forward_call(operator, call))
+        outputs = operator.run(_forward_call(operator, call) if call.teacher_grad else call)
         _save(ctx, call, outputs)
         terms.append(outputs[1])
         return outputs[0]
@@ -417,11 +505,11 @@ class _TransformableLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> Outputs:
-        return _forward(_Call(*args[:9], None, args[9:]))
+        return _forward(_Call.of(*args))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-        ctx.save_for_forward(*_save(ctx, _Call(*inputs[:9], None, inputs[9:]), output))
+        ctx.save_for_forward(*_save(ctx, _Call.of(*inputs), output))
         ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod

@@ -18,9 +18,11 @@ Backend = Literal["auto", "reference", "torch", "triton", "cuda"]
 
 BACKENDS: tuple[Backend, ...] = ("auto", "reference", "torch", "triton", "cuda")
 TERMS = ("instance", "sample", "category")
+INSTANCE, SAMPLE, CATEGORY = range(3)
 DIRECTIONS: tuple[Direction, ...] = ("student", "teacher", "symmetric")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INT64 = 1 << 63
+SUM_TOLERANCE = 1e-2  # of a row of soft labels: fp16 and bf16 weights add up to 1 within it
 
 
 class MCLDTerms(NamedTuple):
@@ -64,6 +66,14 @@ def _label_terms(options: MCLDOptions) -> tuple[bool, bool, bool]:
     return instance != 0 and options.mask_same_class, sample != 0, category != 0 and options.present_only
 
 
+def row_groups(options: MCLDOptions) -> list[tuple[int, ...]]:
+    """The active row terms, those together that share one contrast."""
+    instance, sample, _ = options.active
+    if instance and sample and not options.mask_same_class and options.temperature[0] == options.temperature[1]:
+        return [(INSTANCE, SAMPLE)]
+    return [(term,) for term, active in ((INSTANCE, instance), (SAMPLE, sample)) if active]
+
+
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     """The accumulator dtype, of sums and of the loss: fp64 for fp64 logits, fp32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -100,13 +110,8 @@ def mcld_options(
     present_only: bool,
     ignore_index: int,
     eps: float,
-    process_group: Any = None,
 ) -> tuple[MCLDOptions, Tensor | None]:
     """Check everything that does not depend on the logits. Returns the options and the weight tensor, if one came."""
-    if process_group is not None:
-        raise NotImplementedError(
-            "process_group: the loss over a global batch is not implemented yet; pass process_group=None"
-        )
     weight_tensor = weight if isinstance(weight, Tensor) else None
     if weight_tensor is not None:
         check_weight_tensor(weight_tensor)
@@ -152,6 +157,8 @@ def check_mcld_inputs(
     weight: Tensor | None,
     options: MCLDOptions,
     backend: str = "reference",
+    candidates: Tensor | None = None,
+    candidate_target: Tensor | None = None,
 ) -> bool | None:
     """Check the tensors of a call against its options. Reads no value of a tensor that is not on the CPU.
 
@@ -161,11 +168,50 @@ def check_mcld_inputs(
     check_logits(student, teacher)
     if weight is not None and weight.device != student.device:
         raise ValueError(f"weight must be on the logits' device {student.device}; got {weight.device}")
+    if candidates is not None or candidate_target is not None:
+        _check_candidates(candidates, candidate_target, teacher, options)
     if target is None:
         if any(_label_terms(options)):
             _raise_missing_target(options, weight)
         return False
     return check_target(target, student, options.ignore_index, read_values=any(_label_terms(options)))
+
+
+def _check_candidates(candidates: Any, candidate_target: Tensor | None, teacher: Tensor, options: MCLDOptions) -> None:
+    """Further teacher rows (rows, classes), constants, and their labels."""
+    if candidates is None:
+        raise ValueError("candidate_target without candidates: pass both, or candidates alone")
+    check_matrix("candidates", candidates, "teacher rows", "(rows, classes)")
+    rows, classes = candidates.shape
+    if classes != teacher.shape[1]:
+        raise ValueError(f"candidates must have shape (rows, {teacher.shape[1]}); got {tuple(candidates.shape)}")
+    if candidates.device != teacher.device:
+        raise ValueError(f"candidates must be on the logits' device {teacher.device}; got {candidates.device}")
+    if candidates.requires_grad:
+        raise ValueError("candidates are rows of earlier steps and get no gradient: pass candidates.detach()")
+    if options.direction == "teacher":
+        raise ValueError(
+            "candidates are teacher rows, for student anchors; with direction='teacher' the candidates are student "
+            "rows: pass direction='student' or 'symmetric', or no candidates"
+        )
+    if candidate_target is not None:
+        check_target(
+            candidate_target, candidates, options.ignore_index, read_values=any(_label_terms(options)),
+            name="candidate_target", shape="rows",
+        )  # fmt: skip
+
+
+def check_over_ranks(target: Tensor | None, candidates: Tensor | None) -> None:
+    """What the fast backends do not take over ranks."""
+    if target is not None and target.is_floating_point():
+        given, remedy = "soft labels", "pass hard labels, such as target.argmax(dim=1)"
+    elif candidates is not None:
+        given, remedy = "candidates", "pass candidates=None"
+    else:
+        return
+    raise ValueError(
+        f"process_group with {given} is given by backend='reference' alone: take it, or {remedy}, or process_group=None"
+    )
 
 
 def check_backend(name: Any) -> None:
@@ -177,15 +223,14 @@ def check_backend(name: Any) -> None:
 def check_logits(student: Tensor, teacher: Tensor) -> None:
     """Student and teacher: dense floating tensors (batch, classes) of one shape and device, with a class."""
     for name, logits in (("student", student), ("teacher", teacher)):
-        if not isinstance(logits, Tensor):
-            raise TypeError(f"{name} must be a tensor of logits (batch, classes); got {type(logits).__name__}")
-        if type(logits) is not Tensor or logits.layout is not torch.strided or logits.is_nested:
-            _check_dense(name, logits)
-        if logits.dtype not in DTYPES:
-            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-            raise TypeError(f"{name} must be of a floating dtype ({names}); got {logits.dtype}")
-        if logits.ndim != 2:
-            raise ValueError(f"{name} must have shape (batch, classes); got {tuple(logits.shape)}")
+        if (
+            type(logits) is not Tensor
+            or logits.layout is not torch.strided
+            or logits.is_nested
+            or logits.dtype not in DTYPES
+            or logits.ndim != 2
+        ):
+            check_matrix(name, logits, "logits", "(batch, classes)")
     if student.shape != teacher.shape:
         raise ValueError(
             "student and teacher must have the same shape (batch, classes); "
@@ -195,6 +240,19 @@ def check_logits(student: Tensor, teacher: Tensor) -> None:
         raise ValueError(f"student and teacher must be on one device; got {student.device} and {teacher.device}")
     if student.shape[1] == 0:
         raise ValueError(f"student and teacher need at least one class; got shape {tuple(student.shape)}")
+
+
+def check_matrix(name: str, x: Tensor, content: str, shape: str) -> None:
+    """A dense floating tensor of two dimensions, which the messages call ``content`` of ``shape``."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor of {content} {shape}; got {type(x).__name__}")
+    if type(x) is not Tensor or x.layout is not torch.strided or x.is_nested:
+        _check_dense(name, x)
+    if x.dtype not in DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise TypeError(f"{name} must be of a floating dtype ({names}); got {x.dtype}")
+    if x.ndim != 2:
+        raise ValueError(f"{name} must have shape {shape}; got {tuple(x.shape)}")
 
 
 def _check_dense(name: str, tensor: Tensor) -> None:
@@ -322,30 +380,36 @@ def _raise_missing_target(options: MCLDOptions, weight: Tensor | None) -> None:
     )
 
 
-def check_target(target: Tensor, student: Tensor, ignore_index: int, *, read_values: bool) -> bool | None:
-    """Hard labels (batch,), int64, on the student's device; their values where ``read_values`` and readable.
+def check_target(
+    target: Tensor,
+    student: Tensor,
+    ignore_index: int,
+    *,
+    read_values: bool,
+    name: str = "target",
+    shape: str = "batch",
+) -> bool | None:
+    """Labels (batch,), int64, or soft labels (batch, classes); their values where ``read_values`` and readable.
 
     Returns as `check_mcld_inputs`.
     """
     if not isinstance(target, Tensor):
-        raise TypeError(f"target must be a tensor of labels (batch,), int64; got {type(target).__name__}")
+        raise TypeError(f"{name} must be a tensor of labels ({shape},), int64; got {type(target).__name__}")
     if type(target) is not Tensor or target.layout is not torch.strided or target.is_nested:
-        _check_dense("target", target)
+        _check_dense(name, target)
     batch, classes = student.shape
-    if target.ndim == 2 and target.is_floating_point():
-        raise ValueError(
-            "target must hold hard labels of shape (batch,), int64; "
-            f"got soft labels {tuple(target.shape)}, {target.dtype}. "
-            "With mixed or smoothed targets either pass target=None with weight[1] = 0 (no sample-wise term), "
-            "mask_same_class=False and present_only=False, or pass hard labels, such as target.argmax(dim=1)"
-        )
-    if target.dtype != torch.int64:
-        raise TypeError(f"target must be of dtype int64; got {target.dtype}")
-    if target.shape != (batch,):
-        raise ValueError(f"target must have shape (batch,) = ({batch},); got {tuple(target.shape)}")
     if target.device != student.device:
-        raise ValueError(f"target must be on the logits' device {student.device}; got {target.device}")
+        raise ValueError(f"{name} must be on the logits' device {student.device}; got {target.device}")
     # Reading labels on a GPU would synchronize it; there a bad label makes the terms that use it NaN instead.
+    if target.ndim == 2 and target.is_floating_point():
+        check_soft_labels(name, target, batch, num_classes=classes, read_values=read_values)
+        return False
+    if target.dtype != torch.int64:
+        raise TypeError(
+            f"{name} must be of dtype int64, or soft labels ({shape}, classes) of a floating dtype; got {target.dtype}"
+        )
+    if target.shape != (batch,):
+        raise ValueError(f"{name} must have shape ({shape},) = ({batch},); got {tuple(target.shape)}")
     if read_values and batch > 0 and is_readable(target):
         low, high = torch.aminmax(target)
         if 0 <= int(low) and int(high) < classes:
@@ -353,7 +417,28 @@ def check_target(target: Tensor, student: Tensor, ignore_index: int, *, read_val
         bad = target[((target < 0) | (target >= classes)) & (target != ignore_index)]
         if bad.numel():
             raise ValueError(
-                f"target holds {int(bad[0])}; labels must be in [0, {classes}) or equal ignore_index={ignore_index}"
+                f"{name} holds {int(bad[0])}; labels must be in [0, {classes}) or equal ignore_index={ignore_index}"
             )
         return False
     return None
+
+
+def check_soft_labels(name: str, target: Tensor, n: int, *, num_classes: int | None = None, read_values: bool) -> None:
+    """Soft labels (n, C) floating: rows >= 0 that add up to 1, or zeros; their values where they can be read."""
+    if target.shape[0] != n or (num_classes is not None and target.shape[1] != num_classes):
+        shown = "classes" if num_classes is None else num_classes
+        raise ValueError(f"{name} as soft labels must have shape ({n}, {shown}); got {tuple(target.shape)}")
+    if target.shape[1] == 0:
+        raise ValueError(f"{name} as soft labels needs at least one class; got shape {tuple(target.shape)}")
+    if target.requires_grad:
+        raise ValueError(f"{name} gets no gradient: pass {name}.detach()")
+    if not read_values or n == 0 or not is_readable(target):
+        return
+    total = target.to(torch.float64).sum(1)
+    bad = ~(((total - 1).abs() <= SUM_TOLERANCE) | (total == 0)) | (target < 0).any(1)
+    if bad.any():
+        row = int(bad.nonzero()[0, 0])
+        raise ValueError(
+            f"{name} as soft labels must have rows >= 0 with a sum of 1 (or of 0: no class); row {row} has a sum of "
+            f"{float(total[row]):.4g} and a minimum of {float(target[row].min()):.4g}"
+        )

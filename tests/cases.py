@@ -7,6 +7,7 @@ the error of one scalar can be 0 by luck, and twice nothing is no bar.
 
 from typing import NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -74,6 +75,25 @@ def labels(batch: int, classes: int, seed=0, ignored=0.0, device="cpu") -> Tenso
     target = present[torch.randint(len(present), (batch,), generator=generator)]
     target[torch.rand(batch, generator=generator) < ignored] = -100
     return target.to(device)
+
+
+def alternating(alternatives, first, second):
+    """Points (alternative, first, second) for every pair of the last two, the alternatives in turn.
+
+    So each alternative meets every value of both others, and half of their pairs. Two of the three choose a kernel or
+    its instance, and what the third changes inside it does not depend on both: the points left out run no code of their
+    own. Arguments map the names in a test's id to values.
+    """
+    names = list(alternatives)
+    return [
+        pytest.param(alternatives[names[(i + j) % len(names)]], a, b, id=f"{names[(i + j) % len(names)]}-{x}-{y}")
+        for i, (x, a) in enumerate(first.items())
+        for j, (y, b) in enumerate(second.items())
+    ]
+
+
+def by_name(values, name=str):
+    return dict(zip(map(name, values), values, strict=True))
 
 
 class Outcome(NamedTuple):

@@ -64,6 +64,16 @@ def matmul_precision():
     torch.set_float32_matmul_precision(before)
 
 
+@pytest.fixture(scope="session")
+def pool():
+    """Four processes with a gloo group; see `ranks`."""
+    import ranks
+
+    pool = ranks.Pool(4)
+    yield pool
+    pool.close()
+
+
 @pytest.fixture
 def small_chunks():
     """A function that limits a chunk to ``rows`` rows of ``columns`` exponentials: small inputs take several."""

@@ -118,3 +118,70 @@ def slopes(function, rows, step=1e-6):
             line.append((values[0] - values[1]) / (2 * step))
         found.append(line)
     return found
+
+
+def shared(a, b, ignored):
+    """How far two labels agree: classes as numbers, or lists of class weights."""
+    if isinstance(a, int) and isinstance(b, int):
+        return float(a == b and a != ignored)
+    classes = len(a) if isinstance(a, list) else len(b)
+    a, b = (x if isinstance(x, list) else [float(x == c and x != ignored) for c in range(classes)] for x in (a, b))
+    return sum(x * y for x, y in zip(a, b, strict=True))
+
+
+def largest(label):
+    """The class of a label; None for a row of zeros."""
+    if isinstance(label, int):
+        return label
+    return label.index(max(label)) if any(label) else None
+
+
+def info_nce(
+    anchors,
+    candidates,
+    anchor_labels=None,
+    candidate_labels=None,
+    *,
+    temperature=0.1,
+    positives="diagonal",
+    offset=0,
+    mask_same_class=False,
+    normalize=True,
+    ignore_index=-100,
+    eps=1e-12,
+):
+    """The loss of each anchor; None for one without a positive."""
+    if normalize:
+        anchors, candidates = ([unit(row, eps) for row in rows] for rows in (anchors, candidates))
+    losses = []
+    for i, anchor in enumerate(anchors):
+        a = [cosine(anchor, candidate) / temperature for candidate in candidates]
+        if positives == "label":
+            weights = [shared(anchor_labels[i], label, ignore_index) for label in candidate_labels]
+            total = sum(weights)
+            if total == 0:
+                losses.append(None)
+                continue
+            losses.append(log_sum_exp(a) - sum(w * x for w, x in zip(weights, a, strict=True)) / total)
+            continue
+        own = largest(anchor_labels[i]) if mask_same_class else None
+        kept = [
+            x
+            for j, x in enumerate(a)
+            if j == i + offset or own in (None, ignore_index) or largest(candidate_labels[j]) != own
+        ]
+        losses.append(log_sum_exp(kept) - a[i + offset])
+    return losses
+
+
+def reduce(losses, reduction):
+    counted = [loss for loss in losses if loss is not None]
+    return {"mean": mean(counted), "sum": sum(counted)}[reduction]
+
+
+def sample_with_queue(student, rows, labels, row_labels, temperature, ignored, eps=1e-12):
+    """The sample-wise term of student anchors against teacher rows, the batch's and further ones."""
+    losses = info_nce(
+        student, rows, labels, row_labels, temperature=temperature, positives="label", ignore_index=ignored, eps=eps
+    )
+    return reduce(losses, "mean")

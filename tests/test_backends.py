@@ -158,8 +158,9 @@ class TestAgainstTheTruth:
     @pytest.mark.parametrize("direction", ["student", "teacher"])
     def test_fp16_operands_of_a_large_batch(self, direction, monkeypatch):
         """Each anchor's weight is 1 / batch: in fp16 that must not go the way of the small numbers."""
+        # An fp16 GEMM on a CPU is slow: few classes. The weights depend on the batch alone.
         monkeypatch.setattr(TorchKernels, "operand_dtype", lambda self, dtype: dtype)
-        check("torch", "cpu", "random", 3001, 100, torch.float16, draws=1, direction=direction, weight=(1.0, 1.0, 0.0))
+        check("torch", "cpu", "random", 3001, 20, torch.float16, draws=1, direction=direction, weight=(1.0, 1.0, 0.0))
 
     @pytest.mark.gpu
     @pytest.mark.parametrize("dtype", DTYPES, ids=short)

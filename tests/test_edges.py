@@ -21,7 +21,13 @@ def call(request):
     if request.param == "torch":
         return lambda *tensors, **options: mcld_kernels.mcld_loss(*tensors, backend="torch", **options)
     if request.param == "MCLDLoss":
-        return lambda *tensors, **options: MCLDLoss(**options)(*tensors)
+        further = ("candidates", "candidate_target")
+
+        def module(*tensors, **options):
+            given = {name: options.pop(name) for name in further if name in options}
+            return MCLDLoss(**options)(*tensors, **given)
+
+        return module
     return getattr(mcld_kernels, request.param)
 
 
@@ -58,7 +64,27 @@ BAD = {
     "labels of rank 2": ((S, T, Y[:, None]), {}, ValueError, ["target", "(4,)", "(4, 1)"]),
     "list of labels": ((S, T, Y.tolist()), {}, TypeError, ["target", "int64", "list"]),
     "labels elsewhere": ((S, T, Y.to("meta")), {}, ValueError, ["target", "cpu", "meta"]),
-    "soft labels": ((S, T, soft(4, 3)), {}, ValueError, ["soft labels", "(4, 3)", "weight[1] = 0", "argmax"]),
+    "soft labels of 2 classes": ((S, T, soft(4, 2)), {}, ValueError, ["soft labels", "(4, 3)", "(4, 2)"]),
+    "soft labels of sum 2": ((S, T, 2 * soft(4, 3)), {}, ValueError, ["soft labels", "sum of 1", "row 0", "2"]),
+    "negative soft labels": ((S, T, soft(4, 3) * torch.tensor([-1, 2, 2])), {}, ValueError, [">= 0", "minimum of -"]),
+    "soft labels elsewhere": ((S, T, soft(4, 3).to("meta")), {}, ValueError, ["target", "cpu", "meta"]),
+    "soft labels that require grad": ((S, T, soft(4, 3).requires_grad_()), {}, ValueError, ["target.detach()"]),
+    "candidates of 2 classes": ((S, T, Y), {"candidates": T[:, :2]}, ValueError, ["candidates", "(rows, 3)", "(4, 2)"]),
+    "candidates of int64": ((S, T, Y), {"candidates": T.long()}, TypeError, ["candidates", "floating", "int64"]),
+    "candidates elsewhere": ((S, T, Y), {"candidates": META}, ValueError, ["candidates", "cpu", "meta"]),
+    "candidates with grad": (
+        (S, T, Y), {"candidates": T.clone().requires_grad_()}, ValueError, ["no gradient", "candidates.detach()"],
+    ),
+    "candidates of teacher anchors": (
+        (S, T, Y), {"candidates": T, "direction": "teacher"}, ValueError, ["direction='student'", "'symmetric'"],
+    ),
+    "labels of no candidates": ((S, T, Y), {"candidate_target": Y}, ValueError, ["candidate_target", "candidates"]),
+    "too few labels of candidates": (
+        (S, T, Y), {"candidates": T, "candidate_target": Y[:3]}, ValueError, ["candidate_target", "(rows,)", "(3,)"],
+    ),
+    "bad label of a candidate": (
+        (S, T, Y), {"candidates": T, "candidate_target": Y + 1}, ValueError, ["candidate_target", "3", "[0, 3)"],
+    ),
     "missing labels": ((S, T), {}, ValueError, ["target is None", "sample-wise", "weight"]),
     "missing for mask": ((S, T), {**ROWS, "mask_same_class": True}, ValueError, ["target is None", "mask_same_class"]),
     "missing for present": ((S, T), {**ROWS, "present_only": True}, ValueError, ["target is None", "present_only"]),
@@ -87,7 +113,9 @@ BAD = {
     "ignore_index None": ((S, T, Y), {"ignore_index": None}, TypeError, ["ignore_index", "int", "NoneType"]),
     "eps < 0": ((S, T, Y), {"eps": -1e-12}, ValueError, ["eps", ">= 0", "-1e-12"]),
     "eps nan": ((S, T, Y), {"eps": math.nan}, ValueError, ["eps", "finite", "nan"]),
-    "process_group": ((S, T, Y), {"process_group": object()}, NotImplementedError, ["process_group", "None"]),
+    "process_group": ((S, T, Y), {"process_group": object()}, TypeError, ["process_group", "object", "None"]),
+    "gather": ((S, T, Y), {"gather": "none"}, ValueError, ["gather", "'all'", "'ring'", "'none'"]),
+    "even": ((S, T, Y), {"even": 1}, TypeError, ["even", "bool", "1"]),
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from mcld_kernels import backends, reference
 CALLS = {
     "ckd": ("ckd", (0.5, 10.0, "teacher", 1e-12), {"temperature": 0.5}),
     "ckd-student": ("ckd", (0.5, 10.0, "student", 1e-12), {"temperature": 0.5, "negatives": "student"}),
+    "clkd": ("clkd", ([0.5, 1.0, 0.4], "mean", 1e-12), {}),
 }
 NAMES = tuple(dict.fromkeys(name for name, _, _ in CALLS.values()))
 

@@ -107,7 +107,7 @@ def test_students_differ_in_the_loss_alone(first, tmp_path, monkeypatch):
         seen.append((torch.cat([value.flatten() for value in model.parameters()]), [target for _, target in batches]))
         return engine.History([{"loss": 1.0, "accuracy": 1.0}])
 
-    monkeypatch.setattr(train.engine, "fit", recorded)
+    monkeypatch.setattr(engine, "fit", recorded)
     run(tmp_path, "--teacher", str(first[0] / "teacher.pt"), "--seeds", "2", "--methods", "alone,soft-targets")
     alone, soft, second, _ = seen
     assert torch.equal(alone[0], soft[0]) and not torch.equal(alone[0], second[0])
@@ -130,7 +130,7 @@ def test_students_differ_in_the_loss_alone(first, tmp_path, monkeypatch):
     ],
 )
 def test_bad_arguments_end_with_a_message_before_any_training(arguments, message, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train.engine, "fit", lambda *a, **k: pytest.fail("training began"))
+    monkeypatch.setattr(engine, "fit", lambda *a, **k: pytest.fail("training began"))
     assert run(tmp_path, *arguments)[0] == 2
     assert message in capsys.readouterr().out
 
@@ -291,7 +291,7 @@ class TestOutput:
                 raise fault
             return fit(*rest, **more)
 
-        monkeypatch.setattr(train.engine, "fit", interrupted)
+        monkeypatch.setattr(engine, "fit", interrupted)
         assert run(tmp_path, *quick)[0] == code
         results = json.loads((tmp_path / "results.json").read_text())
         assert results["complete"] is False
@@ -303,7 +303,7 @@ class TestOutput:
         def interrupted(*rest, **more):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(train.engine, "fit", interrupted)
+        monkeypatch.setattr(engine, "fit", interrupted)
         assert run(tmp_path, *quick)[0] == Exit.INTERRUPTED
         assert "no student was finished" in capsys.readouterr().out
 

@@ -4,24 +4,31 @@ A ``type: ignore`` stands where the checker must complain: an ignore that nothin
 """
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import mcld_kernels
 from mcld_kernels import (
     CKDLoss,
     CKDTerms,
+    CLKDLoss,
+    CLKDTerms,
     KDLoss,
     MCLDLoss,
     MCLDTerms,
     __version__,
+    accumulate,
     backends,
     ckd_loss,
     ckd_terms,
+    clkd_loss,
+    clkd_terms,
     kd_loss,
     mcld_loss,
     mcld_terms,
     reference,
 )
+from mcld_kernels.distributed import count_collectives
 
 
 class Distiller(nn.Module):
@@ -75,9 +82,28 @@ def family(student: Tensor, teacher: Tensor, target: Tensor, weight: Tensor) -> 
     losses.append(ckd_loss(student, teacher, weight=weight, eps=1e-6, backend="torch"))
     losses.append(reference.ckd_loss(student, teacher, negatives="teacher"))
     losses.append(reference.ckd_terms(student, teacher).contrast)
-    criteria: list[nn.Module] = [CKDLoss(temperature=0.5, weight=weight, negatives="student", backend="auto")]
+    clkd: CLKDTerms = clkd_terms(student, teacher, target, weight=(0.5, 1, 0), reduction="sum")
+    losses += [*clkd, clkd.loss, clkd.instance, clkd.category, clkd.correlation]
+    losses.append(clkd_loss(student, teacher, weight=weight, eps=1e-6, backend="torch"))
+    losses.append(reference.clkd_loss(student, teacher, reduction="mean"))
+    losses.append(reference.clkd_terms(student, teacher).instance)
+    criteria: list[nn.Module] = [CLKDLoss(weight=[0.5, 1.0, 0.4], reduction="sum")]
+    criteria += [CKDLoss(temperature=0.5, weight=weight, negatives="student", backend="auto")]
     losses.extend(criterion(student, teacher, target) for criterion in criteria)
     return losses
+
+
+def over_ranks(network: nn.Module, images: Tensor, teacher: Tensor, target: Tensor, group: dist.ProcessGroup) -> Tensor:
+    criterion = MCLDLoss(process_group=group, gather="ring", even=True)
+    criterion.process_group = "dp"
+    name: str | None = criterion.process_group
+    losses = [mcld_loss(images, teacher, target, process_group=name, gather="all")]
+    losses.append(reference.mcld_loss(images, teacher, target, process_group=group))
+    losses.append(accumulate(network, [images[:8], images[8:]], lambda student: criterion(student, teacher, target)))
+    losses.append(accumulate(network, [(images,), {"input": images}], torch.sum))
+    with count_collectives() as collectives:
+        sizes: list[int] = [collective.num_bytes for collective in collectives]
+    return torch.stack(losses) * sum(sizes)
 
 
 def machine(student: Tensor, teacher: Tensor) -> str:
@@ -96,7 +122,10 @@ def mistakes(student: Tensor, teacher: Tensor) -> None:
     mcld_terms(student, teacher, backend="cpu")  # type: ignore[arg-type]
     MCLDLoss(direction="both", backend="triton")  # type: ignore[arg-type]
     MCLDLoss(0.1)  # type: ignore[call-arg]
+    mcld_loss(student, teacher, gather="none")  # type: ignore[arg-type]
+    mcld_loss(student, teacher, process_group=3)  # type: ignore[arg-type]
     ckd_loss(student, teacher, negatives="both")  # type: ignore[arg-type]
+    clkd_loss(student, teacher, reduction="none")  # type: ignore[arg-type]
     CKDLoss(1.0)  # type: ignore[call-arg]
     kd_loss(student, teacher, backend="gpu")  # type: ignore[arg-type]
     reference.mcld_loss(student, teacher, temperature="cold")  # type: ignore[arg-type]

@@ -127,6 +127,25 @@ def _ckd_matrices(case: Case, negatives: str) -> int:
     return int((8 if case.dtype == "float64" else 4) * matrices * case.batch**2)
 
 
+def _clkd_flop(case: Case) -> int:
+    """The products of the correlation, by (C, C) or (B, B) matrices."""
+    by_classes = (4 if case.backward else 2) * case.batch * case.classes**2
+    by_rows = (10 if case.backward else 6) * case.batch**2 * case.classes
+    return min(by_classes, by_rows)
+
+
+def _clkd_magnitude(case: Case, student: Tensor) -> tuple[float, float]:
+    """The squares of both sides, whose difference is small when the student is close to its teacher."""
+    student = student.double()
+    centred = student - student.mean(0)
+    gram, factor = centred.T @ centred, 0.4 / (max(case.classes - 1, 1) ** 2 * case.classes**2)
+    loss = 2 * (0.5 / case.classes + 1 / case.batch) + factor * gram.square().sum().item()
+    columns = torch.linalg.vector_norm(student, dim=0)
+    of_columns = torch.linalg.vector_norm(torch.where(columns == 0, 0.0, 1 / columns)).item() / case.classes
+    gradient = 2 * (0.5 / case.classes * _unit_row_gradient(student) + of_columns / case.batch)
+    return loss, gradient + 4 * factor * torch.linalg.matrix_norm(centred @ gram).item()
+
+
 LOSSES = {
     "mcld": Loss(
         title="MCLD",
@@ -158,4 +177,19 @@ LOSSES = {
     ),
     "ckd": _ckd("teacher", "CKD, as released"),
     "ckd-student": _ckd("student", "CKD, negatives among the students"),
+    "clkd": Loss(
+        title="CLKD",
+        function=mcld_kernels.clkd_loss,
+        reference=reference.clkd_loss,
+        options=lambda case: {},
+        flop=_clkd_flop,
+        eager_bytes=lambda case: int(
+            (8 if case.dtype == "float64" else 4)
+            * ((8 if case.backward else 3.5) * case.batch + 2 * case.classes)
+            * case.classes
+        ),
+        magnitude=_clkd_magnitude,
+        terms=("instance", "category", "correlation"),
+        temperature=1.0,
+    ),
 }

@@ -27,7 +27,7 @@ from ..kernels import (
     slices,
 )
 from ..options import float32_precision
-from . import torch_low_latency
+from . import torch_info_nce, torch_low_latency
 from .chunks import chunk_bytes
 from .torch_low_latency import LowLatencyTuning
 from .torch_self_contrast import TorchSelfContrast
@@ -61,9 +61,8 @@ class TorchKernels(KernelSet):
         return dtype
 
     def contrast(self, args: ContrastArgs) -> _TorchContrast:
-        return _TorchContrast(
-            args, self.tuning.chunk_bytes, self.can_reverse(args.anchors.rows.dtype, args.temperature)
-        )
+        without_shift = args.is_bounded and self.can_reverse(args.anchors.rows.dtype, args.temperature)
+        return _TorchContrast(args, self.tuning.chunk_bytes, without_shift)
 
     def self_contrast(self, unit: UnitRows, temperature: float, with_grad: bool) -> SelfContrast:
         return TorchSelfContrast(unit, temperature, self.tuning.chunk_bytes)
@@ -72,6 +71,11 @@ class TorchKernels(KernelSet):
         if self.operand_dtype(inputs.dtype) != inputs.student.dtype:
             return None
         return torch_low_latency.mcld(inputs, self.tuning)
+
+    def info_nce_low_latency(self, inputs: LossInputs) -> Callable[[LossInputs], LossOutputs] | None:
+        if self.operand_dtype(inputs.dtype) != inputs.student.dtype:
+            return None
+        return torch_info_nce.info_nce(inputs, self.tuning)
 
 
 class _TorchContrast:
@@ -87,6 +91,8 @@ class _TorchContrast:
         self.reverse_product = _zeros_like(candidates, self.acc_dtype) if reverse_grad else None
         self.reverse_sum = anchors.inv_norm.new_zeros(candidates.n) if args.reverse else None
         self.exponentials = anchors.rows.new_empty(0)  # (rows of the chunk, m) operand dtype
+        # Of a row without a negative, whose maximum is -inf.
+        self.lowest_shift = -1 / args.temperature if args.is_bounded else torch.finfo(self.acc_dtype).min
 
     def chunks(self) -> Iterator[NegativeSums]:
         args, acc = self.args, self.acc_dtype
@@ -99,7 +105,7 @@ class _TorchContrast:
             e.diagonal(rows.start + args.offset).fill_(-torch.inf)
             if args.mask is not None:
                 e.masked_fill_(args.mask[0][rows, None] == args.mask[1], -torch.inf)
-            shift = None if self.without_shift else e.amax(1).clamp_(min=-1 / args.temperature)
+            shift = None if self.without_shift else e.amax(1).clamp_(min=self.lowest_shift)
             e = (e if shift is None else _flush(e.sub_(shift[:, None]))).exp_()
             neg_sum = e.sum(1)
             self.exponentials = e.to(anchors.rows.dtype)
@@ -123,6 +129,7 @@ class _TorchContrast:
         _add_mm(self.candidate_product, self.exponentials.T, x * factor[:, None].to(x.dtype), peak)
 
     def sums(self) -> ContrastSums:
+        self.exponentials = self.exponentials.new_empty(0)  # the last chunk's are not needed any more
         if self.reverse_sum is None:
             return ContrastSums(candidate_product=self.candidate_product)
         total = self.reverse_sum

@@ -28,7 +28,7 @@ from ..options import MCLDOptions
 
 # Where one shift serves all rows, similarities stay between -40 and 40: exp needs none at all, and ratios of sums of so
 # many exponentials stay inside fp32: exp(80) x 4096 = 2e38.
-_LARGEST_SIZE = 4096
+LARGEST_SIZE = 4096
 _SERIAL_ROWS = 64  # over columns vector_norm adds row after row; `sum` adds in parts, with less rounding error
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
@@ -87,7 +87,7 @@ def _options_apply(
         and not (category and options.present_only)
         and not (instance and sample and options.temperature[0] != options.temperature[1])
         and (not sample or labels_are_classes)
-        and size <= _LARGEST_SIZE
+        and size <= LARGEST_SIZE
         and size * size * dtype.itemsize <= chunk_bytes
         and all(
             has_fixed_shift(dtype, temperature)

@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import reference
+from ..distributed import Gather, RanksOptions, ranks_options, report
 from ..infonce import Anchors, GradBuffer, Side, contrast
 from ..kernels import KernelSet, LossInputs, LossOutputs, TermWeight, UnitRows
+from ..labels import Labels, SoftLabels, class_weights, hard_labels
 from ..ops import LossOperator
 from ..options import (
+    CATEGORY,
+    INSTANCE,
+    SAMPLE,
     Backend,
     Direction,
     MCLDOptions,
@@ -26,14 +32,16 @@ from ..options import (
     check_backend,
     check_flag,
     check_mcld_inputs,
+    check_over_ranks,
     check_temperatures,
     check_weight_tensor,
     is_number,
     is_readable,
     mcld_options,
+    row_groups,
 )
+from .mcld_ranks import compute_over_ranks
 
-INSTANCE, SAMPLE, CATEGORY = range(3)
 _RAMP_ONE = 1 << 52  # the ramp as an integer: exact for every float64 in [0, 1] of that resolution
 
 
@@ -42,6 +50,8 @@ def mcld_loss(
     teacher: Tensor,
     target: Tensor | None = None,
     *,
+    candidates: Tensor | None = None,
+    candidate_target: Tensor | None = None,
     temperature: float | Sequence[float] = 0.1,
     weight: float | Sequence[float] | Tensor = (1.0, 1.0, 1.0),
     direction: Direction = "student",
@@ -50,7 +60,9 @@ def mcld_loss(
     ignore_index: int = -100,
     eps: float = 1e-12,
     backend: Backend = "auto",
-    process_group: Any = None,
+    process_group: dist.ProcessGroup | str | None = None,
+    gather: Gather = "all",
+    even: bool = False,
 ) -> Tensor:
     r"""Multi-perspective contrastive logit distillation: three InfoNCE losses between student and teacher logits.
 
@@ -86,8 +98,14 @@ def mcld_loss(
         student: logits, (batch, classes), float16, bfloat16, float32 or float64, any strides.
         teacher: logits of the same shape and device. Usually a constant; if it requires grad (mutual learning) it gets
             its gradient, from backends "torch" and "reference". Logits of two dtypes are computed in the wider one.
-        target: labels, (batch,), int64, in [0, classes) or ``ignore_index``. Needed by the sample-wise term,
-            ``mask_same_class`` and ``present_only``.
+        target: labels, (batch,), int64, in [0, classes) or ``ignore_index``; or soft labels, (batch, classes),
+            floating, rows >= 0 with a sum of 1, as mixup and label smoothing make them: in the sample-wise term teacher
+            row j is then a positive of row i by ``w = target @ target.T``, divided by its sum over j, and elsewhere the
+            class with the largest weight counts (this package's extension). A row of zeros has no class. Needed by the
+            sample-wise term, ``mask_same_class`` and ``present_only``.
+        candidates: further teacher rows, (rows, classes), for the row terms of student anchors: those of earlier steps
+            in a :class:`mcld_kernels.TeacherQueue`. Constants, normalised like the teacher's rows.
+        candidate_target: their labels, as ``target``; None: they are of the same class as no row.
         temperature: > 0; one for all terms, or three (instance, sample, category).
         weight: >= 0; one for all terms, or three (instance, sample, category). A weight of 0 removes the term and its
             cost. A tensor of shape (3,) on the logits' device computes all three terms, can change without
@@ -102,7 +120,15 @@ def mcld_loss(
         backend: "auto" (the fastest that can run), "reference", "torch", "triton" or "cuda"; see
             :func:`mcld_kernels.backends.explain`. All give the same loss and gradient; only "reference" can be
             differentiated twice.
-        process_group: reserved for the loss over a global batch; only None for now.
+        process_group: a torch.distributed process group (or its name), to take the loss of the global batch, the
+            rows of all its ranks; None: of this process's rows. Every rank must make the same calls; it returns
+            (number of ranks) x (the part of its own anchors), so that the mean over ranks of loss, terms and gradients,
+            as DistributedDataParallel takes it, is that of the global batch. Ranks may hold unequal numbers of rows,
+            or none.
+        gather: over ranks, "all" (the teacher's rows of all ranks are gathered) or "ring" (they travel around the ranks
+            in blocks, for batches whose gathered rows do not fit). Both give the same value and gradient.
+        even: over ranks, True says that all ranks hold the same number of rows: on a GPU nothing is read on the host
+            then, which a CUDA graph needs.
 
     Returns:
         Tensor of shape (), float64 for float64 logits and float32 otherwise: sums are taken in that
@@ -112,15 +138,18 @@ def mcld_loss(
         NaN or infinite logits give NaN. A row whose sum of squares overflows counts as infinite.
 
     Raises:
-        ValueError: shapes, devices, values or options do not fit, labels are missing, soft, or out of range.
+        ValueError: shapes, devices, values or options do not fit, labels are missing, soft, or out of range; over
+            ranks on all of them, with the rank and what is wrong there, or with the ranks' difference.
         TypeError: a dtype or type does not fit.
-        NotImplementedError: ``process_group`` is given.
+        RuntimeError: a collective failed: a rank has ended, or ran other code until the group's timeout.
         mcld_kernels.backends.BackendUnavailable: the backend asked for cannot run; the message says why.
 
     Labels out of range raise for labels on the CPU. Reading labels on a GPU would synchronise it, so there, and under
     torch.compile, they make the terms that use labels NaN.
     """
-    options, weight_tensor = mcld_options(
+    ranks = ranks_options(process_group, gather, even)
+    options, weight_tensor = _options(
+        ranks,
         temperature=temperature,
         weight=weight,
         direction=direction,
@@ -128,12 +157,10 @@ def mcld_loss(
         present_only=present_only,
         ignore_index=ignore_index,
         eps=eps,
-        process_group=process_group,
     )
-    labels_are_classes = check_mcld_inputs(student, teacher, target, weight_tensor, options, backend)
-    if backend == "reference":
-        return reference.mcld.evaluate(student, teacher, target, weight_tensor, options).loss
-    return _OPERATOR(student, teacher, target, weight_tensor, options, backend, labels_are_classes)[0]
+    return _loss_and_terms(
+        student, teacher, target, weight_tensor, options, backend, candidates, candidate_target, ranks
+    )[0]
 
 
 def mcld_terms(
@@ -141,6 +168,8 @@ def mcld_terms(
     teacher: Tensor,
     target: Tensor | None = None,
     *,
+    candidates: Tensor | None = None,
+    candidate_target: Tensor | None = None,
     temperature: float | Sequence[float] = 0.1,
     weight: float | Sequence[float] | Tensor = (1.0, 1.0, 1.0),
     direction: Direction = "student",
@@ -149,14 +178,18 @@ def mcld_terms(
     ignore_index: int = -100,
     eps: float = 1e-12,
     backend: Backend = "auto",
-    process_group: Any = None,
+    process_group: dist.ProcessGroup | str | None = None,
+    gather: Gather = "all",
+    even: bool = False,
 ) -> MCLDTerms:
     """:func:`mcld_loss` and its parts: ``MCLDTerms(loss, instance, sample, category)``, each of shape ().
 
     ``loss`` is what :func:`mcld_loss` returns, with its gradient; the three terms are unweighted and detached, for
     logging. A term with weight 0 is not computed and reads 0. Arguments and errors as :func:`mcld_loss`.
     """
-    options, weight_tensor = mcld_options(
+    ranks = ranks_options(process_group, gather, even)
+    options, weight_tensor = _options(
+        ranks,
         temperature=temperature,
         weight=weight,
         direction=direction,
@@ -164,9 +197,43 @@ def mcld_terms(
         present_only=present_only,
         ignore_index=ignore_index,
         eps=eps,
-        process_group=process_group,
     )
-    return evaluate(student, teacher, target, weight_tensor, options, backend)
+    return evaluate(student, teacher, target, weight_tensor, options, backend, candidates, candidate_target, ranks)
+
+
+def _options(ranks: RanksOptions | None, **given: Any) -> tuple[MCLDOptions, Tensor | None]:
+    """`mcld_options`; a rank that refuses its own lets the others know."""
+    try:
+        return mcld_options(**given)
+    except (TypeError, ValueError) as error:
+        report(ranks, error)
+        raise
+
+
+def _loss_and_terms(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    weight: Tensor | None,
+    options: MCLDOptions,
+    backend: str,
+    candidates: Tensor | None,
+    candidate_target: Tensor | None,
+    ranks: RanksOptions | None,
+) -> tuple[Tensor, Tensor]:
+    """Check the tensors and run a backend: the loss (), with its gradient, and the terms (3,)."""
+    extra = candidates, candidate_target
+    try:
+        labels_are_classes = check_mcld_inputs(student, teacher, target, weight, options, backend, *extra)
+        if ranks is not None and backend != "reference":
+            check_over_ranks(target, candidates)
+    except (TypeError, ValueError) as error:
+        report(ranks, error)
+        raise
+    if backend == "reference":
+        result = reference.mcld.evaluate(student, teacher, target, weight, options, *extra, ranks)
+        return result.loss, torch.stack(result[1:])
+    return _OPERATOR(student, teacher, target, weight, options, backend, labels_are_classes, extra, ranks)
 
 
 def evaluate(
@@ -176,12 +243,13 @@ def evaluate(
     weight: Tensor | None,
     options: MCLDOptions,
     backend: str,
+    candidates: Tensor | None = None,
+    candidate_target: Tensor | None = None,
+    ranks: RanksOptions | None = None,
 ) -> MCLDTerms:
-    """Check the tensors and run a backend."""
-    labels_are_classes = check_mcld_inputs(student, teacher, target, weight, options, backend)
-    if backend == "reference":
-        return reference.mcld.evaluate(student, teacher, target, weight, options)
-    loss, terms = _OPERATOR(student, teacher, target, weight, options, backend, labels_are_classes)
+    """The loss and its terms, as `_loss_and_terms`."""
+    extra = candidates, candidate_target
+    loss, terms = _loss_and_terms(student, teacher, target, weight, options, backend, *extra, ranks)
     return MCLDTerms(loss, *terms.unbind())
 
 
@@ -192,9 +260,11 @@ class MCLDLoss(nn.Module):
     (``warmup_steps``), or by both, of which :meth:`set_epoch` takes precedence once it has been called.
 
     Args:
-        temperature, weight, direction, mask_same_class, present_only, ignore_index, eps, backend, process_group: as for
+        temperature, weight, direction, mask_same_class, present_only, ignore_index, eps, backend: as for
             :func:`mcld_kernels.mcld_loss`. ``weight`` as a tensor becomes a buffer, or a parameter if it is one.
             ``temperature`` can be assigned later, for a schedule.
+        process_group, gather, even: as for :func:`mcld_kernels.mcld_loss`. The module keeps the group's name alone, and
+            can be copied and pickled; ``process_group`` can be assigned later.
         warmup: epochs until the ramp is 1: ``min(epoch / warmup, 1)``, with the epoch from :meth:`set_epoch`, counted
             from 0, fractions welcome. 0: no ramp by epochs.
         warmup_steps: training steps until the ramp is 1: ``min(step / warmup_steps, 1)``. The module counts its calls
@@ -204,7 +274,8 @@ class MCLDLoss(nn.Module):
             active terms. A plain parameter as ``weight`` has the term as its gradient, so an optimizer drives it to 0.
 
     Shapes:
-        student, teacher: (batch, classes); target: (batch,) int64; output: ().
+        student, teacher: (batch, classes); target: (batch,) int64 or (batch, classes); candidates: (rows, classes) with
+        candidate_target (rows,); output: ().
 
     Example::
 
@@ -231,7 +302,9 @@ class MCLDLoss(nn.Module):
         ignore_index: int = -100,
         eps: float = 1e-12,
         backend: Backend = "auto",
-        process_group: Any = None,
+        process_group: dist.ProcessGroup | str | None = None,
+        gather: Gather = "all",
+        even: bool = False,
         warmup: float = 0,
         warmup_steps: int = 0,
         uncertainty_weighting: bool = False,
@@ -250,8 +323,9 @@ class MCLDLoss(nn.Module):
             present_only=present_only,
             ignore_index=ignore_index,
             eps=eps,
-            process_group=process_group,
         )
+        self.ranks = ranks_options(process_group, gather, even)
+        self._gather, self._even = gather, even
         self.uncertainty_weighting = check_flag("uncertainty_weighting", uncertainty_weighting)
         if uncertainty_weighting and tensor is None:
             # The gradient by a tensor of weights does not know of weights beside it.
@@ -279,6 +353,15 @@ class MCLDLoss(nn.Module):
     @temperature.setter
     def temperature(self, value: float | Sequence[float]) -> None:
         self.options = self.options._replace(temperature=check_temperatures(value))
+
+    @property
+    def process_group(self) -> str | None:
+        """The name of the process group; None: the loss of this process's rows. Assign a group, its name or None."""
+        return None if self.ranks is None else self.ranks.group
+
+    @process_group.setter
+    def process_group(self, value: dist.ProcessGroup | str | None) -> None:
+        self.ranks = ranks_options(value, self._gather, self._even)
 
     @property
     def effective_weight(self) -> Tensor:
@@ -312,10 +395,24 @@ class MCLDLoss(nn.Module):
             if self.uncertainty_weighting:
                 self.log_variance.zero_()
 
-    def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
-        return self.terms(student, teacher, target).loss
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        target: Tensor | None = None,
+        candidates: Tensor | None = None,
+        candidate_target: Tensor | None = None,
+    ) -> Tensor:
+        return self.terms(student, teacher, target, candidates, candidate_target).loss
 
-    def terms(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> MCLDTerms:
+    def terms(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        target: Tensor | None = None,
+        candidates: Tensor | None = None,
+        candidate_target: Tensor | None = None,
+    ) -> MCLDTerms:
         """The loss and its three terms, as :func:`mcld_kernels.mcld_terms`; the category term is before the warm-up."""
         if isinstance(student, Tensor) and self.steps.device != student.device:
             # A loss is easily left behind when a model moves; its counters follow the logits once.
@@ -325,7 +422,10 @@ class MCLDLoss(nn.Module):
         is_training = self.training and torch.is_grad_enabled()
         if is_training and self.warmup and not self.warmup_steps and not self._has_epoch:
             self._warn_of_missing_epoch()
-        result = evaluate(student, teacher, target, self._weight(), self.options, self.backend)
+        result = evaluate(
+            student, teacher, target, self._weight(), self.options, self.backend, candidates, candidate_target,
+            self.ranks,
+        )  # fmt: skip
         if self.uncertainty_weighting:
             active = torch.tensor(self.options.active, device=self.log_variance.device)
             result = result._replace(loss=result.loss + (self.log_variance * active).sum().to(result.loss) / 2)
@@ -394,8 +494,10 @@ def compute(kernels: KernelSet, inputs: LossInputs) -> LossOutputs:
             f"{student.shape[0]} student rows against {teacher.shape[0]} teacher rows: only the row terms with "
             "direction='student' are defined for that"
         )
-    if (low_latency := kernels.mcld_low_latency(inputs)) is not None:
-        return low_latency(inputs)
+    is_soft = inputs.target is not None and inputs.target.is_floating_point() and any(options.label_terms)
+    if inputs.extra.get("candidates") is None and not is_soft:
+        if (low_latency := kernels.mcld_low_latency(inputs)) is not None:
+            return low_latency(inputs)
     composition = _Composition(kernels, inputs)
     operand, eps = kernels.operand_dtype(inputs.dtype), options.eps
     # The column copies are gone before the row copies are made.
@@ -404,9 +506,7 @@ def compute(kernels: KernelSet, inputs: LossInputs) -> LossOutputs:
             kernels.l2_normalize(student.T, operand, eps), kernels.l2_normalize(teacher.T, operand, eps)
         )
     if instance or sample:
-        composition.contrast_rows(
-            kernels.l2_normalize(student, operand, eps), kernels.l2_normalize(teacher, operand, eps)
-        )
+        composition.contrast_rows(lambda rows: kernels.l2_normalize(rows, operand, eps))
     return composition.outputs()
 
 
@@ -423,11 +523,42 @@ class _Composition:
         rows = 5 if options.direction == "symmetric" else 3
         self.per_anchor = student.new_zeros(rows, max(student.shape), dtype=acc)
         self.terms: list[int] = []  # the term of each row of `per_anchor` that is in use
-        self.student_labels = self.teacher_labels = None
+        candidates = inputs.extra.get("candidates")
+        self.candidates = candidates if candidates is not None and candidates.shape[0] > 0 else None
+        self.extended_grad: GradBuffer | None = None  # by the teacher's rows and the further candidates
+        self.student_labels: Labels | None = None
+        self.teacher_labels: Labels | None = None
+        self.extended_labels: Labels | None = None  # of the teacher's rows and the further candidates
+        self.soft: SoftLabels | None = None
+        self.extended_soft: SoftLabels | None = None
         if inputs.target is not None and any(options.label_terms):
-            sides = (inputs.target,) if inputs.teacher_target is None else (inputs.target, inputs.teacher_target)
-            indexed = kernels.index_labels(sides, options.ignore_index, student.shape[1], acc)
-            self.student_labels, self.teacher_labels = indexed[0], indexed[-1]
+            if self.candidates is not None or inputs.target.is_floating_point():
+                self._index_labels(inputs.target)
+            else:
+                sides = (inputs.target,) if inputs.teacher_target is None else (inputs.target, inputs.teacher_target)
+                indexed = kernels.index_labels(sides, options.ignore_index, student.shape[1], acc)
+                self.student_labels, self.teacher_labels = indexed[0], indexed[-1]
+
+    def _index_labels(self, target: Tensor) -> None:
+        """Labels where some are soft, or with those of the further candidates."""
+        inputs, options, acc = self.inputs, self.options, self.inputs.acc_dtype
+        num_classes, ignore_index = inputs.student.shape[1], options.ignore_index
+        targets = [target]
+        if self.candidates is not None:
+            theirs = inputs.extra["candidate_target"]
+            if theirs is None:
+                theirs = target.new_full(self.candidates.shape[:1], ignore_index, dtype=torch.int64)
+            targets.append(theirs)
+        hard = [hard_labels(t.to(acc), ignore_index) if t.is_floating_point() else t for t in targets]
+        sides = (hard[0],) if self.candidates is None else (hard[0], torch.cat(hard))
+        indexed = self.kernels.index_labels(sides, ignore_index, num_classes, acc)
+        self.student_labels = self.teacher_labels = indexed[0]
+        self.extended_labels = indexed[-1]
+        if options.active[SAMPLE] and any(t.is_floating_point() for t in targets):
+            weights = [class_weights(t, ignore_index, num_classes, acc) for t in targets]
+            self.soft = SoftLabels(weights[0])
+            if self.candidates is not None:
+                self.extended_soft = SoftLabels(torch.cat(weights))
 
     def outputs(self) -> LossOutputs:
         if self.terms:
@@ -436,12 +567,12 @@ class _Composition:
             )
         else:
             loss, terms = self.per_anchor.new_zeros(()), self.per_anchor.new_zeros(3)
-        return LossOutputs(
-            loss=loss,
-            terms=terms,
-            student_grad=self.student_grad.result(),
-            teacher_grad=self.teacher_grad.result(),
-        )
+        teacher_grad = self.teacher_grad.result()
+        if self.extended_grad is not None and teacher_grad is not None:
+            by_candidates = self.extended_grad.result()
+            assert by_candidates is not None
+            teacher_grad += by_candidates[: teacher_grad.shape[0]]
+        return LossOutputs(loss=loss, terms=terms, student_grad=self.student_grad.result(), teacher_grad=teacher_grad)
 
     def contrast_columns(self, student_unit: UnitRows, teacher_unit: UnitRows) -> None:
         """The category-wise term."""
@@ -457,21 +588,34 @@ class _Composition:
         anchors = self._anchors(student, (weight,))
         contrast(self.kernels, anchors, teacher, temperature=options.temperature[CATEGORY])
 
-    def contrast_rows(self, student_unit: UnitRows, teacher_unit: UnitRows) -> None:
+    def contrast_rows(self, l2_normalize: Callable[[Tensor], UnitRows]) -> None:
         """The instance- and sample-wise terms."""
-        options, offset = self.options, self.inputs.offset
-        student = Side(unit=student_unit, grad=self.student_grad, labels=self.student_labels)
-        teacher = Side(unit=teacher_unit, grad=self.teacher_grad, labels=self.teacher_labels)
-        pairs = {
-            "student": [(student, teacher, offset)],
-            "teacher": [(teacher, student, -offset)],
-            "symmetric": [(student, teacher, offset), (teacher, student, -offset)],
-        }[options.direction]
-        both = len(pairs) == 2 and not self.inputs.teacher_grad
+        options, offset, inputs = self.options, self.inputs.offset, self.inputs
+        student = Side(
+            unit=l2_normalize(inputs.student), grad=self.student_grad, labels=self.student_labels, soft=self.soft
+        )
+        teacher = extended = None
+        if self.candidates is None or options.direction == "symmetric":
+            teacher = Side(
+                unit=l2_normalize(inputs.teacher), grad=self.teacher_grad, labels=self.teacher_labels, soft=self.soft
+            )
+        if self.candidates is not None:
+            rows = torch.cat((inputs.teacher, self.candidates.to(inputs.teacher.dtype)))
+            self.extended_grad = GradBuffer(rows, inputs.teacher_grad)
+            extended = Side(
+                unit=l2_normalize(rows), grad=self.extended_grad, labels=self.extended_labels, soft=self.extended_soft
+            )
+        pairs: list[tuple[Side | None, Side | None, int]] = []
+        if options.direction != "teacher":
+            pairs.append((student, extended or teacher, offset))
+        if options.direction != "student":
+            pairs.append((teacher, student, -offset))
+        both = len(pairs) == 2 and not inputs.teacher_grad and extended is None and self.soft is None
         for group in row_groups(options):
             temperature = options.temperature[group[0]]
             masked = options.mask_same_class and group == (INSTANCE,)
-            if both and self.kernels.can_reverse(student_unit.rows.dtype, temperature):
+            if both and self.kernels.can_reverse(student.unit.rows.dtype, temperature):
+                assert teacher is not None
                 anchors, reverse = (
                     self._anchors(side, self._row_weights(side, group, 2)) for side in (teacher, student)
                 )
@@ -481,6 +625,7 @@ class _Composition:
                 )  # fmt: skip
                 continue
             for side, candidates, shift in pairs:
+                assert side is not None and candidates is not None
                 anchors = self._anchors(side, self._row_weights(side, group, len(pairs)))
                 contrast(
                     self.kernels, anchors, candidates,
@@ -521,20 +666,20 @@ class _Composition:
         return Anchors(side=side, weights=weights, per_anchor=self.per_anchor[first : len(self.terms)])
 
 
-def row_groups(options: MCLDOptions) -> list[tuple[int, ...]]:
-    """The active row terms, those together that share one contrast."""
-    instance, sample, _ = options.active
-    if instance and sample and not options.mask_same_class and options.temperature[0] == options.temperature[1]:
-        return [(INSTANCE, SAMPLE)]
-    return [(term,) for term, active in ((INSTANCE, instance), (SAMPLE, sample)) if active]
-
-
-def _flops(batch: int, classes: int, options: MCLDOptions, with_grad: bool) -> int:
+def _flops(batch: int, classes: int, options: MCLDOptions, with_grad: bool, candidates: int) -> int:
     """2 n m d for the similarities of a contrast, and as many again for its product with the candidates."""
     passes = 2 if with_grad else 1
     directions = 1.5 if options.direction == "symmetric" and with_grad else 1
-    rows = int(2 * passes * directions * batch * batch * classes) * len(row_groups(options))
+    rows = int(2 * passes * directions * batch * candidates * classes) * len(row_groups(options))
     return rows + (2 * passes * classes * classes * batch if options.active[CATEGORY] else 0)
 
 
-_OPERATOR = LossOperator("mcld", MCLDOptions, num_terms=3, compute=compute, flops=_flops)
+_OPERATOR = LossOperator(
+    "mcld",
+    MCLDOptions,
+    num_terms=3,
+    compute=compute,
+    flops=_flops,
+    extra=("candidates", "candidate_target"),
+    compute_over_ranks=compute_over_ranks,
+)

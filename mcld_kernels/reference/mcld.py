@@ -6,7 +6,8 @@ primitive, InfoNCE of anchors A (n, d) against candidates K (m, d) with similari
     L_i = logsumexp_j(a_ij) - positive_i
 
 instance-wise: A = rn(S), K = rn(T), positive_i = a_ii;
-sample-wise:   A = rn(S), K = rn(T), positive_i = mean of a_ij over the teacher rows j of the anchor's label;
+sample-wise:   A = rn(S), K = rn(T), positive_i = mean of a_ij over the teacher rows j of the anchor's label; with soft
+               labels Y (B, C) the mean weighted by <Y_i, Y_j>;
 category-wise: A = cn(S)^T, K = cn(T)^T, positive_k = a_kk.
 
 A reconstruction of Multi-perspective Contrastive Logit Distillation (Wang and Zhou, arXiv 2411.10693) from its
@@ -21,23 +22,68 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from ..distributed import Gather, Ranks, RanksOptions, gather_with_grad, join, ranks_options, report, same_on_all_ranks
 from ..options import Direction, MCLDOptions, MCLDTerms, acc_dtype, check_mcld_inputs, mcld_options, no_autocast
 
 
 class _Labels:
-    """The labels of a batch, and the rows and classes that count."""
+    """The labels of a batch and of further candidates, and the rows and classes that count.
 
-    def __init__(self, target: Tensor | None, ignore_index: int, num_classes: int, acc: torch.dtype):
-        if target is not None:
-            self.valid = target != ignore_index  # (B,)
-            bad = self.valid & ((target < 0) | (target >= num_classes))
-            # On the CPU a bad label has already raised; elsewhere it turns the mean over the anchors into NaN.
-            self.poison = torch.ones((), dtype=acc, device=target.device).masked_fill(bad.any(), torch.nan)
-            self.same = (target[:, None] == target[None, :]) & self.valid[:, None]  # (B, B)
-            class_id = torch.arange(num_classes, device=target.device)
-            self.present = ((target[:, None] == class_id) & self.valid[:, None]).any(0)  # (C,) the class occurs
+    ranks: whose rows the batch has, over ranks.
+    """
+
+    def __init__(
+        self,
+        target: Tensor | None,
+        ignore_index: int,
+        num_classes: int,
+        acc: torch.dtype,
+        others: Tensor | None,
+        ranks: Ranks | None = None,
+    ):
+        self.ranks = ranks
+        if target is None:
+            return
+        class_id = torch.arange(num_classes, device=target.device)
+        targets = (target,) if others is None else (target, others)
+        hard, valid, bad = zip(*(self._hard(t, ignore_index, num_classes) for t in targets), strict=True)
+        self.valid = valid[0]  # (B,)
+        # On the CPU a bad label has already raised; elsewhere it turns the mean over the anchors into NaN.
+        self.poison = torch.ones((), dtype=acc, device=target.device).masked_fill(torch.cat(bad).any(), torch.nan)
+        self.same = (hard[0][:, None] == torch.cat(hard)) & valid[0][:, None] & torch.cat(valid)  # (B, B + q)
+        self.present = ((hard[0][:, None] == class_id) & valid[0][:, None]).any(0)  # (C,) the class occurs
+        self.shared = self.same  # how far two rows share their classes
+        if any(t.is_floating_point() for t in targets):
+            weights = [
+                (t if t.is_floating_point() else t[:, None] == class_id).to(acc) * counts[:, None]
+                for t, counts in zip(targets, valid, strict=True)
+            ]
+            self.shared = weights[0] @ torch.cat(weights).T
+
+    @staticmethod
+    def _hard(target: Tensor, ignore_index: int, num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The label of each row (n,), of soft labels that of the largest weight; if it counts, and if it is bad."""
+        if not target.is_floating_point():
+            valid = target != ignore_index
+            return target, valid, valid & ((target < 0) | (target >= num_classes))
+        total, label = target.sum(1, dtype=torch.float32), target.argmax(1)
+        bad = ~(((total - 1).abs() <= 1e-2) | (total == 0)) | (target < 0).any(1)
+        return label, (total != 0) & (label != ignore_index), bad
+
+    def mean(self, values: Tensor, counted: Tensor | None = None) -> Tensor:
+        """Mean of ``values`` (B,) over the rows that count; 0 where none does, NaN where any value is.
+
+        Over ranks: (number of ranks) x (the part of this rank's rows), whose mean over ranks it is.
+        """
+        counted = torch.ones_like(values) if counted is None else counted
+        total = counted.sum().clamp(min=1)
+        if self.ranks is None:
+            return (values * counted).sum() / total
+        own = self.ranks.own
+        return (values[own] * counted[own]).sum() / total * self.ranks.count
 
 
 def unit_rows(x: Tensor, eps: float) -> Tensor:
@@ -54,39 +100,39 @@ def similarities(anchors: Tensor, candidates: Tensor, dtype: torch.dtype, temper
 
 
 def _both(direction: str, a: Tensor, of: Any) -> Tensor:
-    """The term ``of(matrix)`` with student anchors (rows of a), teacher anchors (its columns), or the mean of both."""
+    """The term ``of(matrix)`` with student anchors (rows of a), teacher anchors (its first B columns), or both."""
     if direction == "student":
         return of(a)
+    by_teacher = a[:, : a.shape[0]].T
     if direction == "teacher":
-        return of(a.T)
-    return (of(a) + of(a.T)) / 2
-
-
-def _mean(values: Tensor, counted: Tensor) -> Tensor:
-    """Mean of ``values`` (n,) over the anchors that count; 0 where none does, NaN where any value is."""
-    return (values * counted).sum() / counted.sum().clamp(min=1)
+        return of(by_teacher)
+    return (of(a) + of(by_teacher)) / 2
 
 
 def instance(s: Tensor, t: Tensor, labels: _Labels, dtype: torch.dtype, options: MCLDOptions) -> Tensor:
     """Instance-wise: the positive of row i is row i of the other side; the mask drops its same-label candidates."""
     a = similarities(unit_rows(s, options.eps), unit_rows(t, options.eps), dtype, options.temperature[0])  # (B, B)
     if not options.mask_same_class:
-        return _both(options.direction, a, lambda m: (m.logsumexp(1) - m.diagonal()).mean())
-    dropped = labels.same.clone().fill_diagonal_(False)
-    term = _both(
-        options.direction, a, lambda m: (m.masked_fill(dropped, -torch.inf).logsumexp(1) - m.diagonal()).mean()
-    )
-    return term * labels.poison
+        return _both(options.direction, a, lambda m: labels.mean(m.logsumexp(1) - m.diagonal()))
+    dropped = labels.same.clone()
+    dropped.diagonal().fill_(False)
+
+    def of(m: Tensor) -> Tensor:
+        # The block of the batch is symmetric: it serves both directions.
+        return labels.mean(m.masked_fill(dropped[:, : m.shape[1]], -torch.inf).logsumexp(1) - m.diagonal())
+
+    return _both(options.direction, a, of) * labels.poison
 
 
 def sample(s: Tensor, t: Tensor, labels: _Labels, dtype: torch.dtype, options: MCLDOptions) -> Tensor:
     """Sample-wise: the positives of row i are all rows of the other side with its label, averaged."""
     a = similarities(unit_rows(s, options.eps), unit_rows(t, options.eps), dtype, options.temperature[1])  # (B, B)
-    same = labels.same.to(a.dtype)
-    positives = same / same.sum(1, keepdim=True).clamp(min=1)  # (B, B), rows sum to 1
 
     def of(m: Tensor) -> Tensor:
-        return _mean(m.logsumexp(1) - (m * positives).sum(1), labels.valid)
+        shared = labels.shared[:, : m.shape[1]].to(m.dtype)
+        total = shared.sum(1, keepdim=True)
+        positives = shared / total.masked_fill(total == 0, 1)  # (B, B), rows sum to 1
+        return labels.mean(m.logsumexp(1) - (m * positives).sum(1), labels.valid)
 
     return _both(options.direction, a, of) * labels.poison
 
@@ -97,30 +143,51 @@ def category(s: Tensor, t: Tensor, labels: _Labels, dtype: torch.dtype, options:
     per_class = a.logsumexp(1) - a.diagonal()
     if not options.present_only:
         return per_class.mean()
-    return _mean(per_class, labels.present) * labels.poison
+    return (per_class * labels.present).sum() / labels.present.sum().clamp(min=1) * labels.poison
 
 
 def evaluate(
-    student: Tensor, teacher: Tensor, target: Tensor | None, weight: Tensor | None, options: MCLDOptions
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    weight: Tensor | None,
+    options: MCLDOptions,
+    candidates: Tensor | None = None,
+    candidate_target: Tensor | None = None,
+    over_ranks: RanksOptions | None = None,
 ) -> MCLDTerms:
-    """The loss and its terms for arguments that are already checked."""
+    """The loss and its terms for arguments that are already checked; over ranks, from all logits, gathered."""
     dtype = torch.promote_types(student.dtype, teacher.dtype)
     acc = acc_dtype(dtype)
     with no_autocast(student.device):
-        s, t = student.to(acc), teacher.to(acc)
+        s, t, ranks = student.to(acc), teacher.to(acc), None
+        if over_ranks is not None:
+            facts = same_on_all_ranks(student, teacher, target, weight, options, "of the reference")
+            facts |= {"student gradient": student.requires_grad, "teacher gradient": teacher.requires_grad}
+            ranks = join(over_ranks, student.shape[0], facts, student.device)
+            s, t = gather_with_grad(s, ranks), gather_with_grad(t, ranks)
+            target = None if target is None else ranks.all_gather(target.contiguous())
         zero = s[:0].sum() + t[:0].sum()  # differentiable, also where no term is computed
         terms = [zero, zero, zero]
-        if student.shape[0] > 0:
-            labels = _Labels(target, options.ignore_index, student.shape[1], acc)
+        if s.shape[0] > 0:
+            others, rows = None, t
+            if candidates is not None:
+                rows = torch.cat((t, candidates.to(teacher.dtype).to(acc)))  # (B + q, C)
+                others = candidate_target
+                if others is None:
+                    others = torch.full(candidates.shape[:1], options.ignore_index, device=candidates.device)
+            labels = _Labels(target, options.ignore_index, student.shape[1], acc, others, ranks)
             if options.active[0]:
-                terms[0] = instance(s, t, labels, dtype, options)
+                terms[0] = instance(s, rows, labels, dtype, options)
             if options.active[1]:
-                terms[1] = sample(s, t, labels, dtype, options)
+                terms[1] = sample(s, rows, labels, dtype, options)
             if options.active[2]:
                 terms[2] = category(s, t, labels, dtype, options)
         loss = zero
         for i, term in enumerate(terms):
             if options.active[i]:
+                if ranks is not None and ranks.poison is not None:
+                    term = term * ranks.poison
                 loss = loss + options.term_weight[i] * (term if weight is None else weight[i].to(acc) * term)
     return MCLDTerms(loss, *(term.detach().clone() for term in terms))
 
@@ -130,6 +197,8 @@ def mcld_loss(
     teacher: Tensor,
     target: Tensor | None = None,
     *,
+    candidates: Tensor | None = None,
+    candidate_target: Tensor | None = None,
     temperature: float | Sequence[float] = 0.1,
     weight: float | Sequence[float] | Tensor = (1.0, 1.0, 1.0),
     direction: Direction = "student",
@@ -137,13 +206,17 @@ def mcld_loss(
     present_only: bool = False,
     ignore_index: int = -100,
     eps: float = 1e-12,
-    process_group: Any = None,
+    process_group: dist.ProcessGroup | str | None = None,
+    gather: Gather = "all",
+    even: bool = False,
 ) -> Tensor:
     """The MCLD loss, shape (). Arguments and errors as :func:`mcld_kernels.mcld_loss`."""
     return mcld_terms(
         student,
         teacher,
         target,
+        candidates=candidates,
+        candidate_target=candidate_target,
         temperature=temperature,
         weight=weight,
         direction=direction,
@@ -152,6 +225,8 @@ def mcld_loss(
         ignore_index=ignore_index,
         eps=eps,
         process_group=process_group,
+        gather=gather,
+        even=even,
     ).loss
 
 
@@ -160,6 +235,8 @@ def mcld_terms(
     teacher: Tensor,
     target: Tensor | None = None,
     *,
+    candidates: Tensor | None = None,
+    candidate_target: Tensor | None = None,
     temperature: float | Sequence[float] = 0.1,
     weight: float | Sequence[float] | Tensor = (1.0, 1.0, 1.0),
     direction: Direction = "student",
@@ -167,18 +244,25 @@ def mcld_terms(
     present_only: bool = False,
     ignore_index: int = -100,
     eps: float = 1e-12,
-    process_group: Any = None,
+    process_group: dist.ProcessGroup | str | None = None,
+    gather: Gather = "all",
+    even: bool = False,
 ) -> MCLDTerms:
     """The MCLD loss and its three terms. Arguments and errors as :func:`mcld_kernels.mcld_terms`."""
-    options, weight_tensor = mcld_options(
-        temperature=temperature,
-        weight=weight,
-        direction=direction,
-        mask_same_class=mask_same_class,
-        present_only=present_only,
-        ignore_index=ignore_index,
-        eps=eps,
-        process_group=process_group,
-    )
-    check_mcld_inputs(student, teacher, target, weight_tensor, options)
-    return evaluate(student, teacher, target, weight_tensor, options)
+    ranks = ranks_options(process_group, gather, even)
+    further = candidates, candidate_target
+    try:
+        options, weight_tensor = mcld_options(
+            temperature=temperature,
+            weight=weight,
+            direction=direction,
+            mask_same_class=mask_same_class,
+            present_only=present_only,
+            ignore_index=ignore_index,
+            eps=eps,
+        )
+        check_mcld_inputs(student, teacher, target, weight_tensor, options, "reference", *further)
+    except (TypeError, ValueError) as error:
+        report(ranks, error)
+        raise
+    return evaluate(student, teacher, target, weight_tensor, options, *further, ranks)

@@ -11,6 +11,7 @@ import torch
 from sklearn.metrics import accuracy_score
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from trainer.step import Micro, Step
 
 from distillation.models import MODELS
 from distillation.objectives import Objective, add
@@ -49,14 +50,13 @@ def fit(
 
     ``held_out`` is evaluated after every epoch, for the curves. Raises Diverged where the loss stops being finite.
     """
-    if objective.needs_teacher and teacher is None:
-        raise ValueError("this objective needs a teacher")
     model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=epochs * len(batches))
     history = History()
     if teacher is not None:
         teacher.to(device).eval().requires_grad_(False)
+    step = Step(model, objective, optimizer, device=device, teacher=teacher)
     for epoch in range(epochs):
         model.train()
         sums: dict[str, Tensor] = {}
@@ -64,14 +64,9 @@ def fit(
         for number, (images, target) in enumerate(batches):
             images, target = images.to(device, non_blocking=True), target.to(device, non_blocking=True)
             objective.set_epoch(epoch + number / len(batches))
-            with torch.no_grad():
-                teacher_logits = teacher(images) if teacher is not None and objective.needs_teacher else None
-            loss, parts = objective(model(images), teacher_logits, target)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
+            outcome = step([Micro(images=images, target=target)])
             schedule.step()
-            add(sums, {"loss": loss.detach(), **parts}, len(target))
+            add(sums, {"loss": outcome.loss, **outcome.parts}, len(target))
             seen += len(target)
         means = {name: float(value) / seen for name, value in sums.items()}
         if not math.isfinite(means["loss"]):

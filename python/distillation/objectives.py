@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from trainer.step import Objective, Parts
 
 from mcld_kernels import MCLDLoss
 
-Parts = dict[str, Tensor]  # detached scalars, for the log
-
-
-class Objective(Protocol):
-    needs_teacher: bool
-
-    def set_epoch(self, epoch: float) -> None: ...
-
-    def __call__(self, student: Tensor, teacher: Tensor | None, target: Tensor) -> tuple[Tensor, Parts]: ...
+__all__ = ["Contrastive", "CrossEntropy", "Objective", "Parts", "SoftTargets", "add"]
 
 
 class CrossEntropy(nn.Module):

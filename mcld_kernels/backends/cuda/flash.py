@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ...kernels import ContrastArgs, ContrastSums, GradCoefficients, NegativeSums, UnitRows, has_fixed_shift
+from ...kernels import ContrastArgs, ContrastSums, GradCoefficients, NegativeSums, UnitRows
 from . import hopper, tuning
 from .launcher import LOG2E, Launcher
 from .products import FP16_PEAK, reduce_tiles
@@ -20,7 +20,7 @@ class FlashContrast:
     def __init__(self, launch: Launcher, tuning: CudaTuning, args: ContrastArgs):
         self.launch, self.tuning, self.args = launch, tuning, args
         self.dtype = args.anchors.rows.dtype
-        self.fixed = has_fixed_shift(self.dtype, args.temperature)
+        self.fixed = args.has_fixed_shift()
         self._row_maxima: Tensor | None = None  # (n,), without a fixed shift
         self._candidate_product: Tensor | None = None
 

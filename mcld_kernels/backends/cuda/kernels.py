@@ -61,7 +61,7 @@ class CudaKernels(KernelSet):
 
     def l2_normalize(self, x: Tensor, operand_dtype: torch.dtype, eps: float) -> UnitRows:
         launch, (n, d) = self.launch, x.shape
-        rows = torch.empty(launch.padded_rows(n), launch.pitch(d), dtype=operand_dtype, device=x.device)
+        rows = torch.empty(self.operand_shape(n, d, operand_dtype), dtype=operand_dtype, device=x.device)
         inv_norm = launch.empty(n)
         by_columns = x.stride(0) < x.stride(1) and n > 1
         splits = max(1, min(64, d // 256)) if by_columns else 0
@@ -73,6 +73,9 @@ class CudaKernels(KernelSet):
             precision=launch.precision(operand_dtype),
         )  # fmt: skip
         return UnitRows(rows=rows, inv_norm=inv_norm, n=n, d=d)
+
+    def operand_shape(self, n: int, d: int, operand_dtype: torch.dtype) -> tuple[int, int]:
+        return self.launch.padded_rows(n), self.launch.pitch(d)
 
     def index_labels(
         self, sides: tuple[Tensor, ...], ignore_index: int, num_classes: int, dtype: torch.dtype

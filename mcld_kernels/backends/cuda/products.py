@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...kernels import ContrastArgs, ContrastSums, GradCoefficients, NegativeSums, has_fixed_shift, slices
+from ...kernels import ContrastArgs, ContrastSums, GradCoefficients, NegativeSums, slices
 from .. import gemm
 from . import hopper, tuning
 from .launcher import LOG2E, Launcher
@@ -39,9 +39,7 @@ class TwoProductContrast:
         self.dtype, self.pitch = operand.dtype, operand.shape[1]
         self.columns = launch.padded_rows(m)  # of E
         # In fp16 a fixed shift leaves the anchors weighted by their coefficients no range.
-        self.fixed = has_fixed_shift(self.dtype, args.temperature) and not (
-            args.candidate_grad and self.dtype == torch.float16
-        )
+        self.fixed = args.has_fixed_shift() and not (args.candidate_grad and self.dtype == torch.float16)
         self.shift = launch.fixed_shift(self.dtype, args.temperature)
         self._exponentials: Tensor | None = None  # (padded rows of the chunk, columns), operand dtype
         grad = args.candidate_grad

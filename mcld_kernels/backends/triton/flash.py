@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...kernels import ContrastArgs, ContrastSums, GradCoefficients, NegativeSums, has_fixed_shift
+from ...kernels import ContrastArgs, ContrastSums, GradCoefficients, NegativeSums
 from . import autotune
 from .common import LN2, LOG2E, headroom, tl_dtype, to_operand
 from .configs import Configs, Launch
@@ -169,6 +169,7 @@ def _exchanged(args: ContrastArgs) -> ContrastArgs:
         temperature=args.temperature,
         offset=-args.offset,
         mask=None if args.mask is None else (args.mask[1], args.mask[0]),
+        is_bounded=args.is_bounded,
     )
 
 
@@ -177,7 +178,7 @@ def _negative_sums(args: ContrastArgs, with_product: bool, configs: Configs) -> 
     anchors = args.anchors
     product = torch.empty_like(anchors.rows, dtype=anchors.inv_norm.dtype) if with_product else None
     neg_lse, inv_neg_sum = torch.empty_like(anchors.inv_norm), torch.empty_like(anchors.inv_norm)
-    fixed = has_fixed_shift(anchors.rows.dtype, args.temperature)
+    fixed = args.has_fixed_shift()
     shift = (LOG2E / args.temperature if fixed else 0.0) - headroom(anchors.rows.dtype)
     outputs = product, neg_lse, inv_neg_sum
     _launch(args, outputs, (None, None, None), shift, "fixed" if fixed else "online", configs)

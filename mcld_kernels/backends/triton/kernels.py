@@ -33,6 +33,15 @@ class TritonKernels(KernelSet):
     def l2_normalize(self, x: Tensor, operand_dtype: torch.dtype, eps: float) -> UnitRows:
         return normalize.l2_normalize(x, operand_dtype, eps, self.configs)
 
+    def operand_shape(self, n: int, d: int, operand_dtype: torch.dtype) -> tuple[int, int]:
+        return normalize.operand_shape(n, d, operand_dtype, self.configs)
+
+    def operand_rows(self, x: Tensor, operand_dtype: torch.dtype) -> UnitRows:
+        return normalize.rounded(super().operand_rows(x, operand_dtype), self.configs)
+
+    def scale_rows(self, unit: UnitRows, factor: Tensor) -> UnitRows:
+        return normalize.rounded(super().scale_rows(unit, factor), self.configs)
+
     def index_labels(
         self, sides: tuple[Tensor, ...], ignore_index: int, num_classes: int, dtype: torch.dtype
     ) -> tuple[Labels, ...]:

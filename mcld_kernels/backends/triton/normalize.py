@@ -121,12 +121,27 @@ def l2_normalize_columns_kernel(
     tl.store(target, to_operand(value, unit.dtype.element_ty, PRECISION), mask=(columns < pitch)[None, :])
 
 
+def operand_shape(n: int, d: int, operand_dtype: torch.dtype, configs: Configs) -> tuple[int, int]:
+    """The padded shape of operands (n, d)."""
+    return round_up(n, ROWS), configs.pitch(d, operand_dtype)
+
+
+def rounded(unit: UnitRows, configs: Configs) -> UnitRows:
+    """The rows as `to_operand` rounds them, where that is not their dtype's own rounding."""
+    rows = unit.rows
+    if configs.precision(rows.dtype) != "tf32":
+        return unit
+    bits = (rows.view(torch.int32) + 0x1000) & -0x2000
+    rows = torch.where(rows.isnan(), rows, bits.view(torch.float32))
+    return UnitRows(rows=rows, inv_norm=unit.inv_norm, n=unit.n, d=unit.d)
+
+
 def l2_normalize(x: Tensor, operand_dtype: torch.dtype, eps: float, configs: Configs) -> UnitRows:
     """As `KernelSet.l2_normalize`; the rows are a contiguous (padded n, pitch) tensor."""
     n, d = x.shape
     precision = configs.precision(operand_dtype)
     acc = torch.promote_types(torch.promote_types(x.dtype, operand_dtype), torch.float32)
-    padded, pitch = round_up(n, ROWS), configs.pitch(d, operand_dtype)
+    padded, pitch = operand_shape(n, d, operand_dtype, configs)
     unit = torch.empty(padded, pitch, dtype=operand_dtype, device=x.device)
     inv_norm = torch.empty(n, dtype=acc, device=x.device)
     if x.stride(0) == 1 and x.stride(1) != 1:

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...kernels import ContrastArgs, ContrastSums, GradCoefficients, NegativeSums, has_fixed_shift, slices
+from ...kernels import ContrastArgs, ContrastSums, GradCoefficients, NegativeSums, slices
 from . import autotune
 from .common import HEADROOM, LN2, LOG2E, headroom, round_up, tl_dtype, to_operand
 from .configs import ROWS, Configs, Launch
@@ -183,7 +183,7 @@ class _Chunk:
         anchors, candidates = args.anchors.rows, args.candidates.rows
         dtype, self.acc, device = anchors.dtype, args.anchors.inv_norm.dtype, anchors.device
         self.stored = args.anchor_grad or args.candidate_grad
-        self.online = not has_fixed_shift(dtype, args.temperature)
+        self.online = not args.has_fixed_shift()
         self.scale_log2 = LOG2E / args.temperature
         self.shift = (0.0 if self.online else self.scale_log2) - headroom(dtype)
         padded_m = candidates.shape[0]

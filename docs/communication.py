@@ -1,0 +1,115 @@
+"""What a step over ranks communicates and holds, by formula: the tables of distributed.md. Run it to print them.
+
+tests/test_distributed.py compares `collectives` with what ranks really run, in order and in bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+GPUS = (8, 64, 512)
+ROWS = 256  # of each GPU
+CLASSES = {"ImageNet-1k": 1000, "ImageNet-21k": 21841}
+CHUNK = 256 << 20  # bytes of a chunk on a GPU
+
+
+def collectives(
+    ranks: int,
+    rows: int,
+    classes: int,
+    *,
+    weight: Sequence[float] = (1.0, 1.0, 1.0),
+    temperature: Sequence[float] = (0.1, 0.1, 0.1),
+    direction: str = "student",
+    mask_same_class: bool = False,
+    present_only: bool = False,
+    gather: str = "all",
+    teacher_grad: bool = False,
+    with_grad: bool = True,
+    operand: int = 2,
+    acc: int = 4,
+    chunk: int = CHUNK,
+) -> list[tuple[str, int]]:
+    """The collectives of a call, in order, and the bytes that each rank receives at least.
+
+    rows: of each rank; operand, acc: bytes of an operand and of an accumulator; the operand's rows are not padded.
+    """
+    batch = ranks * rows
+
+    def all_reduce(numbers: int) -> tuple[str, int]:
+        return "all-reduce", 2 * numbers * acc * (ranks - 1) // ranks
+
+    found = [("exchange", (ranks - 1) * 32)]
+    if weight[1] or (weight[0] and mask_same_class) or (weight[2] and present_only):
+        found.append(("all-gather", (ranks - 1) * rows * 8))  # labels
+    if weight[2]:
+        found += [all_reduce(2 * classes)] * (2 if with_grad else 1)  # norms
+        step = max(1, chunk // (classes * acc))
+        found += [all_reduce(min(step, classes - k) * classes) for k in range(0, classes, step)]  # cosines
+    pairs = [(term,) for term in (0, 1) if weight[term]]
+    if len(pairs) == 2 and not mask_same_class and temperature[0] == temperature[1]:
+        pairs = [(0, 1)]
+    block = ("shift", rows * classes * operand)
+    if pairs and gather == "all":
+        found.append(("all-gather", (ranks - 1) * rows * classes * operand))  # the teacher's rows
+    for terms in pairs:
+        if gather == "ring":
+            found += [block] * (ranks - 1)
+        if direction != "student":
+            if 2 / temperature[terms[0]] > 80:
+                found.append(all_reduce(batch))  # maxima
+            found.append(all_reduce((3 if 1 in terms else 2) * batch))
+        if gather == "ring" and teacher_grad:
+            found += [block, ("shift", rows * classes * acc)] * (ranks - 1) + [("shift", rows * classes * acc)]
+        elif gather == "ring" and direction != "student" and with_grad:
+            found += [block] * (ranks - 1)
+        elif gather == "all" and teacher_grad:
+            found.append(("reduce-scatter", (ranks - 1) * rows * classes * acc))
+    return found
+
+
+def received(*args: int, **options: object) -> int:
+    """Bytes that each rank receives in a call."""
+    return sum(size for _, size in collectives(*args, **options))  # type: ignore[arg-type]
+
+
+def held(ranks: int, rows: int, classes: int, gather: str, operand: int = 2, acc: int = 4) -> int:
+    """Bytes that the row terms hold beside a call of one process of the same rows, chunks left out.
+
+    gather="all": the teacher's rows of all ranks, of which one process holds its own. "ring": a second block, and the
+    running sums of the local anchors.
+    """
+    return (ranks - 1) * rows * classes * operand if gather == "all" else rows * classes * (operand + acc)
+
+
+def megabytes(size: int) -> str:
+    """Megabytes (10^6 bytes) with three digits."""
+    value = size / 1e6
+    return f"{value:,.0f}" if value >= 100 else f"{value:.{max(0, 2 - int(math.log10(max(value, 0.01))))}f}"
+
+
+def table() -> list[list[str]]:
+    """The rows of the table: megabytes that each rank receives a step, and holds."""
+    rows_only, columns_only = (1.0, 1.0, 0.0), (0.0, 0.0, 1.0)
+    lines = []
+    for name, classes in CLASSES.items():
+        for ranks in GPUS:
+            shape = ranks, ROWS, classes
+            lines.append(
+                [
+                    f"{name}, {ranks} GPUs, B = {ranks * ROWS:,}",
+                    megabytes(received(*shape, weight=rows_only)),
+                    megabytes(received(*shape, weight=rows_only, direction="symmetric")),
+                    megabytes(received(*shape, weight=rows_only, direction="symmetric", gather="ring")),
+                    megabytes(received(*shape, weight=columns_only)),
+                    megabytes(held(*shape, "all")),
+                    megabytes(held(*shape, "ring")),
+                ]
+            )
+    return lines
+
+
+if __name__ == "__main__":
+    for line in table():
+        print("| " + " | ".join(line) + " |")

@@ -1,0 +1,158 @@
+"""A queue of teacher rows of earlier steps: further candidates of the row terms, as MoCo's keys (arXiv 1911.05722)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..options import DTYPES, check_eps, check_ignore_index, check_matrix
+
+
+class TeacherQueue(nn.Module):
+    """The last ``size`` teacher rows, normalised, and their labels, in buffers of fixed shape.
+
+    `candidates` and `target` are the rows enqueued so far, the loss's further candidates; `enqueue` overwrites the
+    oldest. Buffers are written in place, on their device, without a synchronization, and all are in the state_dict. The
+    number of filled places is known to Python: places not filled yet are no candidates, and shapes are constant once it
+    is full.
+
+    Args:
+        size: rows that are kept.
+        classes: entries of a row: classes of logits, or the width of embeddings.
+        dtype: of the rows; bfloat16 takes half the memory of float32.
+        ignore_index: the label of rows that are enqueued without one.
+        eps: a row with L2 norm <= eps is kept as zeros.
+        device: of the buffers.
+
+    Example::
+
+        queue = TeacherQueue(65536, classes, device="cuda")
+        loss = mcld_loss(student, teacher, target, candidates=queue.candidates, candidate_target=queue.target)
+        loss.backward()
+        queue.enqueue(teacher, target)  # after the step, outside a compiled program
+
+    Over ranks every rank enqueues the gathered rows of all, so that their queues stay equal. A queue inside a module
+    that DistributedDataParallel wraps is a buffer that rank 0 broadcasts: keep it outside, or pass
+    ``broadcast_buffers=False``.
+    """
+
+    rows: Tensor
+    labels: Tensor
+    pointer: Tensor
+
+    def __init__(
+        self,
+        size: int,
+        classes: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        ignore_index: int = -100,
+        eps: float = 1e-12,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__()
+        for name, value in (("size", size), ("classes", classes)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number >= 1; got {value!r}")
+        if dtype not in DTYPES:
+            names = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
+            raise TypeError(f"dtype must be floating ({names}); got {dtype}")
+        self.size, self.classes = size, classes
+        self.ignore_index, self.eps = check_ignore_index(ignore_index), check_eps(eps)
+        self.register_buffer("rows", torch.zeros(size, classes, dtype=dtype, device=device))
+        self.register_buffer("labels", torch.full((size,), self.ignore_index, dtype=torch.int64, device=device))
+        # The number of rows ever enqueued: the next one is written at pointer % size.
+        self.register_buffer("pointer", torch.zeros((), dtype=torch.int64, device=device))
+        self._length = 0
+
+    def __len__(self) -> int:
+        """The number of filled places, at most ``size``."""
+        return self._length
+
+    @property
+    def is_full(self) -> bool:
+        """True once every place is filled; from then on shapes do not change."""
+        return self._length == self.size
+
+    @property
+    def candidates(self) -> Tensor:
+        """The rows enqueued so far, (len(queue), classes): a view, of unit length, in no order."""
+        return self.rows[: self._length]
+
+    @property
+    def target(self) -> Tensor:
+        """Their labels, (len(queue),) int64: a view."""
+        return self.labels[: self._length]
+
+    @torch.no_grad()
+    def enqueue(self, rows: Tensor, target: Tensor | None = None) -> None:
+        """Keep rows (n, classes) and their labels in place of the oldest; of more than ``size`` rows, the last
+        ``size``.
+
+        rows: logits or embeddings of any floating dtype. target: (n,) int64, or soft labels (n, classes), of which the
+        class with the largest weight is kept; None: ``ignore_index``.
+
+        Raises ValueError or TypeError for arguments that do not fit, and RuntimeError under CUDA graph capture before
+        the queue is full, because the graph would keep the number of rows of that step.
+        """
+        check_matrix("rows", rows, "teacher rows", "(n, classes)")
+        if rows.shape[1] != self.classes:
+            raise ValueError(f"rows must have shape (n, {self.classes}); got {tuple(rows.shape)}")
+        if rows.device != self.rows.device:
+            raise ValueError(
+                f"rows must be on the queue's device {self.rows.device}; got {rows.device}: move the queue"
+            )
+        n = rows.shape[0]
+        labels = self._labels(target, n)
+        if not self.is_full and rows.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"the queue holds {self._length} of {self.size} rows: fill it before a CUDA graph is captured, because "
+                "the graph would keep that number"
+            )
+        if n > self.size:
+            self.pointer.add_(n - self.size)
+            rows, labels, n = rows[-self.size :], labels[-self.size :], self.size
+        acc = torch.promote_types(rows.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=acc)
+        unit = rows.to(acc) * torch.where(norm <= self.eps, 0.0, 1 / norm)
+        place = (self.pointer + torch.arange(n, device=rows.device)) % self.size
+        self.rows.index_copy_(0, place, unit.to(self.rows.dtype))
+        self.labels.index_copy_(0, place, labels)
+        self.pointer.add_(n)
+        if not self.is_full:
+            self._length = min(self._length + n, self.size)
+
+    def _labels(self, target: Tensor | None, n: int) -> Tensor:
+        if target is None:
+            return torch.full((n,), self.ignore_index, dtype=torch.int64, device=self.rows.device)
+        if not isinstance(target, Tensor):
+            raise TypeError(f"target must be a tensor of labels ({n},), int64; got {type(target).__name__}")
+        if target.device != self.rows.device:
+            raise ValueError(f"target must be on the queue's device {self.rows.device}; got {target.device}")
+        if target.is_floating_point() and target.ndim == 2 and target.shape[0] == n and target.shape[1] > 0:
+            return torch.where(target.sum(1) == 0, self.ignore_index, target.argmax(1))
+        if target.dtype != torch.int64:
+            raise TypeError(f"target must be of dtype int64, or soft labels ({n}, classes); got {target.dtype}")
+        if target.shape != (n,):
+            raise ValueError(f"target must have shape ({n},), a label for each row; got {tuple(target.shape)}")
+        return target
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Empty the queue."""
+        self.rows.zero_()
+        self.labels.fill_(self.ignore_index)
+        self.pointer.zero_()
+        self._length = 0
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[arg-type]
+        if self.pointer.device.type != "meta":
+            self._length = min(int(self.pointer), self.size)
+
+    def extra_repr(self) -> str:
+        dtype = str(self.rows.dtype).removeprefix("torch.")
+        return f"size={self.size}, classes={self.classes}, dtype={dtype}, filled={self._length}"

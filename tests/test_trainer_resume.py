@@ -1,0 +1,123 @@
+"""The trainer over processes: a killed run that goes on ends where an undisturbed one does; two ranks are as one."""
+
+import signal
+
+import pytest
+import torch
+from trainer_cases import in_processes, last_state, results, write_config
+
+from trainer.faults import Exit  # isort: skip
+
+
+def differences(a, b, path="") -> list[str]:
+    """Where two checkpoints differ; tensors must be equal to the bit."""
+    if isinstance(a, torch.Tensor):
+        same = a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+        return [] if same else [path]
+    if isinstance(a, dict):
+        if a.keys() != b.keys():
+            return [f"{path}: keys"]
+        return [text for key in a for text in differences(a[key], b[key], f"{path}.{key}")]
+    if isinstance(a, list):
+        if len(a) != len(b):
+            return [f"{path}: length"]
+        return [text for i, (x, y) in enumerate(zip(a, b)) for text in differences(x, y, f"{path}[{i}]")]
+    return [] if a == b else [path]
+
+
+def without_settings(state):
+    """A checkpoint without the output folder, and without the sums for the log, whose grouping a stop changes."""
+    state.pop("config")
+    for rank in state["ranks"]:
+        rank.pop("sums")
+    return state
+
+
+EVERYTHING = {
+    "epochs": 3,
+    "accumulate": 2,
+    "augment": {"mixup": 0.4, "cutmix": 1.0, "pad": 1, "mean": [0.5], "std": [0.5]},
+    "student": {"name": "tiny-bn", "options": {"dropout": 0.2}},
+    "loss": {"name": "mcld", "over": "rank", "options": {"weight": [1.0, 0.0, 1.0], "warmup_steps": 9}},
+    "ema": {"decay": 0.9, "warmup": True},
+    "optimizer": {"name": "adamw", "rate": 0.01, "clip_norm": 1.0},
+    "checkpoint": {"every_steps": 3, "every_epochs": 0},
+}
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_run_killed_within_an_epoch_and_resumed_ends_bitwise_as_an_undisturbed_one(size, tmp_path):
+    data = {"source": "digits", "channels": 1, "classes": 10, "workers": 1 if size == 1 else 0, "validation": ""}
+    changes = EVERYTHING | {"data": data, "batch": 128, "steps": 17}
+    config = write_config(tmp_path, **changes)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    arguments = ["--config", str(config), "--output"]
+    assert in_processes(size, [*arguments, str(whole)]) == [0] * size
+    # An epoch has 7 steps: the kill comes in the second one, two steps after a checkpoint.
+    codes = in_processes(size, [*arguments, str(killed)], signal_at=(11, signal.SIGKILL))
+    assert codes == [-signal.SIGKILL] * size
+    assert last_state(killed)["steps"] == 9 and results(killed)["state"] == "running"
+    assert in_processes(size, [*arguments, str(killed), "--resume"]) == [0] * size
+    states = [without_settings(last_state(folder)) for folder in (whole, killed)]
+    assert states[0]["steps"] == 17 and len(states[0]["ranks"]) == size
+    assert not differences(*states)
+    rows = [(folder / "steps.csv").read_text().splitlines() for folder in (whole, killed)]
+    steps = [[int(row.split(",")[0]) for row in table[1:]] for table in rows]
+    assert steps[1] == sorted(set(steps[1]))  # no step stands twice in the log
+
+
+@pytest.mark.parametrize("loss", ["kd", "dkd"])
+def test_two_ranks_equal_one_process_at_the_same_global_batch(loss, tmp_path):
+    changes = {
+        "batch": 16, "steps": 20, "accumulate": 2, "ema": {"decay": 0.9},
+        "data": {"images": 160, "validation_images": 13}, "precision": {"dtype": "float64"}, "loss": {"name": loss},
+    }  # fmt: skip
+    config = write_config(tmp_path, **changes)
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert in_processes(1, ["--config", str(config), "--output", str(one)]) == [0]
+    assert in_processes(2, ["--config", str(config), "--output", str(two)]) == [0, 0]
+    states = [last_state(folder) for folder in (one, two)]
+    assert states[0]["steps"] == states[1]["steps"] == 20
+    for kind in ("model", "ema"):
+        for name, value in states[0][kind].items():
+            torch.testing.assert_close(states[1][kind][name], value, rtol=0, atol=1e-6)
+    rows = [results(folder)["last"] for folder in (one, two)]
+    for name in ("loss", "cross-entropy", "accuracy", "accuracy_top5", "ema_accuracy"):
+        assert rows[0][name] == pytest.approx(rows[1][name], abs=1e-9)
+
+
+def test_sigterm_saves_and_ends_every_rank_with_its_own_code(tmp_path):
+    config = write_config(tmp_path, checkpoint={"every_epochs": 0})
+    output = tmp_path / "out"
+    arguments = ["--config", str(config), "--output", str(output)]
+    # The last rank alone gets the signal; an epoch has 5 steps.
+    assert in_processes(2, arguments, signal_at=(3, signal.SIGTERM)) == [Exit.STOPPED] * 2
+    assert results(output)["state"] == "stopped" and results(output)["exit"] == Exit.STOPPED
+    state = last_state(output)
+    assert (state["steps"], state["epoch"], state["step_in_epoch"]) == (3, 0, 3)
+    assert "stopped by SIGTERM after step 3" in (output / "log.txt").read_text()
+    # One rank goes on with what two have begun, and says what that changes.
+    assert in_processes(1, [*arguments, "--resume"]) == [0]
+    log = (output / "log.txt").read_text()
+    assert "the checkpoint is of 2 ranks, and this is 1: every step sees the same images" in log
+    assert results(output)["state"] == "done" and results(output)["steps"] == 10
+
+
+def test_fsdp2_trains_and_resumes_as_ddp_does(tmp_path):
+    changes = {
+        "ema": {"decay": 0.9}, "precision": {"dtype": "float64"}, "optimizer": {"name": "adamw", "rate": 0.01},
+        "checkpoint": {"every_steps": 3, "every_epochs": 0},
+    }  # fmt: skip
+    states = []
+    for kind in ("ddp", "fsdp2"):
+        config = write_config(tmp_path / kind, parallel={"kind": kind}, **changes)
+        arguments = ["--config", str(config), "--output", str(tmp_path / kind / "out")]
+        if kind == "ddp":
+            assert in_processes(2, arguments) == [0, 0]
+        else:
+            assert in_processes(2, arguments, signal_at=(5, signal.SIGKILL)) == [-signal.SIGKILL] * 2
+            assert in_processes(2, [*arguments, "--resume"]) == [0, 0]
+        states.append(last_state(tmp_path / kind / "out"))
+    for part in ("model", "ema"):
+        for name, value in states[0][part].items():
+            torch.testing.assert_close(states[1][part][name], value, rtol=0, atol=1e-10)

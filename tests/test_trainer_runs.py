@@ -1,0 +1,316 @@
+"""Whole runs of the trainer in one process: images on disk, faulty ones, what a run leaves, and what ends it."""
+
+import csv
+import json
+import math
+
+import pytest
+import torch
+from trainer_cases import ROOT, image_folder, last_state, results, run, shard, write_config
+
+import train  # isort: skip
+from trainer import checkpoint, engine, program, sources  # isort: skip
+from trainer.faults import Exit  # isort: skip
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """240 training images of four classes and three broken files; 20 of validation."""
+    root = tmp_path_factory.mktemp("images")
+    image_folder(root / "train", each=60, broken=True)
+    image_folder(root / "val", each=5)
+    return root
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """240 training samples in six shards, one with a cut image, one cut itself; 20 of validation."""
+    root = tmp_path_factory.mktemp("shards")
+    for number in range(6):
+        shard(root / f"train-{number:02}.tar", range(40 * number, 40 * number + 40), broken=number == 2)
+    last = root / "train-05.tar"
+    last.write_bytes(last.read_bytes()[: 30 * 2048])
+    shard(root / "val-00.tar", range(300, 320))
+    return root
+
+
+def folder_config(tmp_path, root, **more):
+    data = {"source": "folder", "root": str(root), "image_size": 12, "faulty_limit": 0.1, **more.pop("data", {})}
+    return write_config(tmp_path, data=data, batch=20, augment={"auto_augment": "rand-m5", "erasing": 0.2}, **more)
+
+
+def shard_config(tmp_path, root, **more):
+    data = {
+        "source": "webdataset", "root": str(root), "train": "train-{00..05}.tar", "validation": "val-00.tar",
+        "image_size": 12, "faulty_limit": 0.1, **more.pop("data", {}),
+    }  # fmt: skip
+    return write_config(tmp_path, data=data, batch=20, **more)
+
+
+class TestImagesOnDisk:
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_a_folder_with_broken_images_is_trained_on_and_they_are_named(self, images, tmp_path, workers):
+        config = folder_config(tmp_path, images, data={"workers": workers}, epochs=2)
+        assert run(config, tmp_path / "out") == 0
+        left = results(tmp_path / "out")
+        assert left["state"] == "done" and left["steps"] == 24 and left["faulty"] == 3
+        named = (tmp_path / "out" / "faults.txt").read_text().splitlines()
+        assert sorted(line.partition(":")[0] for line in named) == [
+            f"class-0/{x}.jpg" for x in ("cut", "empty", "text")
+        ]
+        assert 0 <= left["last"]["accuracy"] <= 1
+        assert "3 images could not be read: class-0/cut.jpg" in (tmp_path / "out" / "log.txt").read_text()
+        if workers:  # the weights do not depend on who reads the images
+            assert run(folder_config(tmp_path / "a", images, epochs=2), tmp_path / "in-process") == 0
+            a, b = (last_state(tmp_path / name)["model"] for name in ("out", "in-process"))
+            assert all(torch.equal(a[name], b[name]) for name in a)
+
+    def test_shards_with_a_broken_image_and_a_cut_end(self, shards, tmp_path):
+        assert run(shard_config(tmp_path, shards, epochs=1), tmp_path / "out") == 0
+        left = results(tmp_path / "out")
+        assert left["state"] == "done" and left["faulty"] == 1
+        named = (tmp_path / "out" / "faults.txt").read_text()
+        assert "train-05.tar: cut off at 61440 bytes" in named and "train-02.tar, sample 1:" in named
+        assert "left out: train-05.tar" in (tmp_path / "out" / "log.txt").read_text()
+        assert "accuracy" in left["last"]
+
+    @pytest.mark.parametrize("kind", ["folder", "shards"])
+    def test_a_faulty_file_ends_the_run_where_that_is_asked(self, kind, images, shards, tmp_path, capsys):
+        make, root = (folder_config, images) if kind == "folder" else (shard_config, shards)
+        assert run(make(tmp_path, root, data={"faulty": "fail"}), tmp_path / "out") == Exit.DATA
+        text = " ".join(capsys.readouterr().out.split())
+        assert ("an image cannot be read: class-0/" if kind == "folder" else "train-05.tar: cut off") in text
+
+    def test_more_faulty_images_than_the_limit_end_the_run(self, images, tmp_path, capsys):
+        config = folder_config(tmp_path, images, data={"faulty_limit": 0.01})
+        assert run(config, tmp_path / "out") == Exit.DATA
+        assert "3 images cannot be read, more than data.faulty_limit=0.01 of 243" in (
+            " ".join(capsys.readouterr().out.split())
+        )
+        assert results(tmp_path / "out")["exit"] == Exit.DATA
+
+    def test_a_class_without_a_folder_or_without_images_is_named(self, tmp_path, capsys):
+        root = tmp_path / "images"
+        image_folder(root / "train", each=2)
+        image_folder(root / "val", each=1, classes=2)
+        (root / "val" / "other").mkdir()
+        config = folder_config(tmp_path, root)
+        assert run(config, tmp_path / "out") == Exit.DATA
+        shown = " ".join(capsys.readouterr().out.split())
+        assert "has no folder for 2 of the training classes: class-2, class-3" in shown
+        for label in (2, 3):
+            (root / "val" / f"class-{label}").mkdir()
+        assert run(config, tmp_path / "out") == Exit.DATA
+        assert "has folders of classes that the training images do not have: other" in (
+            " ".join(capsys.readouterr().out.split())
+        )
+        (root / "val" / "other").rmdir()
+        assert run(config, tmp_path / "out") == Exit.DATA
+        assert "has no image for 2 of 4 classes: class-2, class-3" in " ".join(capsys.readouterr().out.split())
+        assert not (tmp_path / "out").exists()
+
+    def test_an_empty_split_and_a_missing_root_are_told(self, tmp_path, capsys):
+        (tmp_path / "images" / "train").mkdir(parents=True)
+        config = folder_config(tmp_path, tmp_path / "images")
+        assert run(config, tmp_path / "out") == Exit.DATA
+        assert "has no folder of a class" in " ".join(capsys.readouterr().out.split())
+        assert run(shard_config(tmp_path, tmp_path), tmp_path / "out") == Exit.DATA
+        assert "no sample in 6 shards" in " ".join(capsys.readouterr().out.split())
+        assert run(folder_config(tmp_path, tmp_path / "nowhere"), tmp_path / "out") == Exit.DATA
+        assert "there is no folder" in " ".join(capsys.readouterr().out.split())
+
+    def test_a_shard_is_read_as_webdataset_reads_it(self, shards):
+        """The same images and labels, in the same order, as the library's own reader."""
+        import webdataset
+
+        source = sources.Shards(shards, "train-{00..01}.tar", 4, 3, "fail")
+        urls = [str(path) for path in source.paths]
+        wanted = list(webdataset.WebDataset(urls, shardshuffle=False).decode("pil").to_tuple("jpg", "cls"))
+        assert len(source) == len(wanted) == 80
+        for index in (0, 1, 39, 40, 79):
+            image, label = source.read(index)
+            assert label == wanted[index][1] and image.tobytes() == wanted[index][0].tobytes()
+
+
+class TestARunFolder:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def done(cls, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("run")
+        changes = {
+            "data": {"validation_images": 12}, "ema": {"decay": 0.9}, "log": {"every": 2, "tensorboard": True},
+            "loss": {"name": "mcld", "options": {"temperature": 0.5}, "gradient_norms": 2},
+            "checkpoint": {"every_steps": 2, "keep": 3},
+        }  # fmt: skip
+        config = write_config(folder, **changes)
+        assert run(config, folder / "out", "--loss-option", "warmup=2", "--profile", "2") == 0
+        return folder / "out"
+
+    def test_it_has_settings_versions_commit_and_machine(self, done):
+        left = results(done)
+        assert left["schema"] == 1 and left["state"] == "done" and left["exit"] == 0
+        assert {"commit", "dirty", "started", "machine"} <= left.keys()
+        assert {"torch", "timm", "torchmetrics", "mcld_kernels", "python"} <= left["versions"].keys()
+        saved = program.settings.load(done / "config.yaml")
+        assert saved.loss.options == {"temperature": 0.5, "warmup": 2} and saved.log.profile == 2
+        assert str(done) not in json.dumps({name: left[name] for name in ("machine", "versions", "last")})
+
+    def test_it_has_curves_lines_a_profile_and_events(self, done):
+        assert (done / "curves.png").read_bytes().startswith(b"\x89PNG")
+        assert list(done.glob("events.out.tfevents.*"))
+        assert "self" in (done / "profile.txt").read_text().lower() and (done / "trace.json").exists()
+        log = (done / "log.txt").read_text()
+        assert "step 2: loss" in log and "images/s" in log and "% of the validation images" in log
+        assert "\x1b" not in log
+
+    def test_every_part_its_weight_and_its_gradient_is_in_the_table(self, done):
+        with (done / "steps.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert [int(row["step"]) for row in rows] == [2, 4, 5, 6, 8, 10]
+        parts = ("cross-entropy", "instance", "sample", "category")
+        for row in rows:
+            total = sum(float(row[f"weight_{name}"]) * float(row[name]) for name in parts)
+            if row["step"] in ("5", "6"):  # weights are those of the last step; here it is the only one
+                assert float(row["loss"]) == pytest.approx(total, rel=1e-5)
+            if row["step"] != "6":  # no norms were due
+                assert all(float(row[f"norm_{name}"]) > 0 for name in parts[:3])
+            assert 0 < float(row["share_loss"]) < 1 and float(row["images_per_s"]) > 0
+            shares = [float(row[f"share_{name}"]) for name in ("data", "teacher", "student", "loss", "optimizer")]
+            assert sum(shares) <= 1
+        assert float(rows[-1]["weight_category"]) == pytest.approx(0.9)  # (1 + 4/5) / 2 of its warm-up
+
+    def test_the_newest_checkpoints_and_the_best_stay(self, done):
+        names = sorted(path.name for path in (done / "checkpoints").iterdir())
+        assert names == ["best.pt", "step-00000006.pt", "step-00000008.pt", "step-00000010.pt"]
+        best = checkpoint.read(done / "checkpoints" / "best.pt")
+        assert best["best"] == results(done)["best"]
+
+    def test_a_student_becomes_a_teacher_by_its_checkpoint(self, done, tmp_path):
+        teacher = {"checkpoint": str(done / "checkpoints" / "best.pt"), "allow_untrained": False}
+        config = write_config(tmp_path, teacher=teacher, data={"validation_images": 12}, steps=1)
+        assert run(config, tmp_path / "out") == 0
+        wanted = results(done)["best"], results(done)["last"]["ema_accuracy"]
+        assert results(tmp_path / "out")["teacher"]["accuracy"] in wanted
+
+    def test_a_run_that_is_done_goes_on_with_more_epochs_and_says_so(self, done, tmp_path, capsys):
+        path = done / "checkpoints" / "step-00000010.pt"
+        arguments = ["--resume", str(path), "--output", str(tmp_path / "more"), "--set", "epochs=3"]
+        assert train.main(arguments) == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        assert "goes on from" in shown and "epochs was 2 and is 3 now" in shown
+        assert results(tmp_path / "more")["steps"] == 15
+
+    def test_an_output_in_use_is_refused(self, done, capsys):
+        before = results(done)
+        assert run(done.parent / "small.yaml", done) == Exit.USAGE
+        assert "choose another --output, or --resume" in " ".join(capsys.readouterr().out.split())
+        assert results(done) == before
+
+
+class TestCheckpointsThatDoNotFit:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def begun(cls, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("begun")
+        config = write_config(folder, checkpoint={"every_steps": 2}, steps=4)
+        assert run(config, folder / "out") == 0
+        return folder
+
+    def resume(self, begun, *more):
+        return train.main(["--config", str(begun / "small.yaml"), "--output", str(begun / "out"), "--resume", *more])
+
+    def test_a_cut_file_is_told_and_the_one_before_it_named(self, begun, capsys):
+        path = begun / "out" / "checkpoints" / "step-00000004.pt"
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        assert self.resume(begun) == Exit.USAGE
+        shown = "".join(capsys.readouterr().out.split())
+        assert "iscutoffordamaged" in shown and "--resume" + "".join(str(path.with_name("step-00000002.pt"))) in shown
+        path.write_bytes(whole)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ("student.name=tiny-bn", "is of a run with student.name=tiny-cnn, and student.name=tiny-bn now"),
+            ("batch=4", "is of a run with batch=8, and batch=4 now"),
+            ("ema.decay=0.9", None),
+            ("student.options={width: 4}", "student.options"),
+        ],
+    )
+    def test_another_model_or_batch_is_refused(self, begun, capsys, change, message):
+        code = self.resume(begun, "--set", change)
+        if message is None:
+            assert code == 0
+        else:
+            assert code == Exit.USAGE and message in " ".join(capsys.readouterr().out.split())
+
+    def test_a_foreign_file_and_an_empty_folder_are_told(self, begun, tmp_path, capsys):
+        torch.save({"weights": torch.ones(2)}, tmp_path / "a.pt")
+        assert train.main(["--resume", str(tmp_path / "a.pt")]) == Exit.USAGE
+        assert "is not a checkpoint of this trainer" in " ".join(capsys.readouterr().out.split())
+        assert train.main(["--resume", str(tmp_path / "empty")]) == Exit.USAGE
+        assert "there is no checkpoint in" in " ".join(capsys.readouterr().out.split())
+
+    def test_a_full_disk_leaves_the_earlier_checkpoint_whole(self, begun, tmp_path, monkeypatch, capsys):
+        state = last_state(begun / "out")
+
+        def full(*rest, **more):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(checkpoint.os, "fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            checkpoint.write_whole(begun / "out" / "checkpoints" / "step-00000004.pt", {"kind": "half"})
+        monkeypatch.undo()
+        assert last_state(begun / "out")["steps"] == state["steps"]
+        assert not list((begun / "out" / "checkpoints").glob("*.partial"))
+
+
+class TestAnEnd:
+    def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint_before_it(self, tmp_path, capsys):
+        config = write_config(tmp_path, checkpoint={"every_steps": 1, "keep": 100}, optimizer={"rate": 1e30})
+        assert run(config, tmp_path / "out") == Exit.FAILED
+        shown = " ".join(capsys.readouterr().out.split())
+        assert "the loss is not finite at step" in shown and "the last checkpoint is" in shown
+        state = last_state(tmp_path / "out")
+        assert math.isfinite(state["ranks"][0]["sums"]["loss"]) and results(tmp_path / "out")["state"] == "failed"
+
+    def test_an_interrupted_run_says_how_to_go_on(self, tmp_path, monkeypatch, capsys):
+        def interrupted(*rest):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(engine.Run, "_after_step", interrupted)
+        assert run(write_config(tmp_path), tmp_path / "out") == Exit.INTERRUPTED
+        assert results(tmp_path / "out")["state"] == "interrupted"
+        assert "--resume goes on" in " ".join(capsys.readouterr().out.split())
+
+    def test_a_folder_that_cannot_be_made_is_one_message(self, tmp_path, capsys):
+        (tmp_path / "file").write_text("")
+        assert run(write_config(tmp_path), tmp_path / "file" / "out") == Exit.OUTPUT
+        assert "the run folder cannot be written" in " ".join(capsys.readouterr().out.split())
+
+
+def test_cached_logits_are_computed_once_and_train_the_same_student(tmp_path, monkeypatch):
+    calls = []
+    ask = engine.Run._to_device
+
+    def counted(self, *rest):
+        self.parts.step.teacher.register_forward_pre_hook(lambda *_: calls.append(1)) if not calls else None
+        return ask(self, *rest)
+
+    changes = {"augment": {"enabled": False}, "epochs": 3}
+    assert run(write_config(tmp_path, **changes), tmp_path / "plain") == 0
+    monkeypatch.setattr(engine.Run, "_to_device", counted)
+    config = write_config(tmp_path, teacher={"cache": True}, **changes)
+    assert run(config, tmp_path / "cached") == 0
+    assert len(calls) == 5  # the steps of the first epoch
+    states = [last_state(tmp_path / name)["model"] for name in ("plain", "cached")]
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value)
+
+
+def test_a_recipe_runs_on_synthetic_images(tmp_path, capsys):
+    recipe = ROOT / "python" / "recipes" / "cifar100-resnet32x4-resnet8x4.yaml"
+    arguments = ["--try", "2", "--set", "batch=8", "--set", "student.name=resnet20", "--set", "teacher.name=resnet20"]
+    assert run(recipe, tmp_path / "out", *arguments) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "trial: " in shown and "images/s, the loss takes" in shown
