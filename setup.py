@@ -1,14 +1,15 @@
-"""Build of ``mcld_kernels``: pure Python, and on request the compiled modules ``mcld_kernels._C`` and ``_cpu``.
+"""Build of ``mcld_kernels``: Python, and the compiled modules ``mcld_kernels._cpu`` and, on request, ``_C``.
 
-Everything else about the package stands in pyproject.toml. An install does one of three things, by its command alone:
-  * by default it compiles nothing and is the same on every machine: a wheel for any Python and platform;
-  * with ``MCLD_BUILD_CPU=1`` it compiles the CPU kernels ``mcld_kernels._cpu`` (csrc/cpu, by CMake and ninja);
-  * with ``MCLD_BUILD_CUDA=1`` it compiles the CUDA kernels (CMakeLists.txt) and the CPU's.
-A build that was asked for is there, or the install fails and says why. Without an nvcc on the machine, pip fetches one
-from PyPI for the third.
+Everything else about the package stands in pyproject.toml.
+  * By default the CPU kernels ``mcld_kernels._cpu`` (csrc/cpu, by CMake and ninja) are compiled where a C++ compiler
+    works. Where none does, the wheel is pure Python, with the same features and results within rounding; the build
+    prints the reason, and ``python -m mcld_kernels.info`` shows it. ``MCLD_BUILD_CPU=1`` makes it an error,
+    ``MCLD_BUILD_CPU=0`` compiles nothing.
+  * ``MCLD_BUILD_CUDA=1`` compiles the CUDA kernels (CMakeLists.txt) and the CPU's: they are there, or the install fails
+    and says why. Without an nvcc on the machine, pip fetches one from PyPI.
 
 Environment variables read here:
-  MCLD_BUILD_CPU        1 or 0 (default; 1 where the CUDA kernels are compiled)
+  MCLD_BUILD_CPU        1, 0, or unset for the default (1 where the CUDA kernels are compiled)
   MCLD_BUILD_CUDA       1 or 0 (default; 1 where MCLD_CUDA_ARCHS is set)
   MCLD_CUDA_ARCHS       architectures as CMake writes them ("80-real;90a-real") or as torch does ("8.0;9.0a+PTX");
                         otherwise TORCH_CUDA_ARCH_LIST, CUDAARCHS, those of the machine's GPUs, DEFAULT_ARCHS
@@ -20,6 +21,7 @@ Environment variables read here:
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -53,7 +55,8 @@ NO_CXX = (
     "no C++ compiler was found (CXX, c++, g++, clang++). "
     "Install one (Debian, Ubuntu: apt install g++ python3-dev) and try again."
 )
-BUILD_RECORD = "_build.json"  # beside the package: the commit it was built from, and of the module's compiler
+# Beside the package: the commit it was built from, and why it has no CPU kernels (None where it has them).
+BUILD_RECORD = "_build.json"
 
 
 class BuildError(Exception):
@@ -63,26 +66,38 @@ class BuildError(Exception):
 def cuda_requested(environ=os.environ) -> bool:
     """The choice made by MCLD_BUILD_CUDA or, where that is unset, by MCLD_CUDA_ARCHS."""
     # Architectures are named by those who want them compiled.
-    return is_on("MCLD_BUILD_CUDA", "CUDA", bool(environ.get("MCLD_CUDA_ARCHS")), environ)
+    choice = read_choice("MCLD_BUILD_CUDA", "CUDA", "the default: install without them", environ)
+    return bool(environ.get("MCLD_CUDA_ARCHS")) if choice is None else choice
 
 
-def cpu_requested(environ=os.environ) -> bool:
-    """True where MCLD_BUILD_CPU asks for the CPU kernels; a build with CUDA has them too."""
-    return is_on("MCLD_BUILD_CPU", "CPU", False, environ) or cuda_requested(environ)
+def cpu_demanded(environ=os.environ) -> bool:
+    """True where a build without the CPU kernels is an error; a build with CUDA has them too."""
+    return bool(cpu_choice(environ)) or cuda_requested(environ)
 
 
-def is_on(variable: str, device: str, default: bool, environ) -> bool:
-    """The value of a variable that is 1 or 0."""
+def cpu_choice(environ=os.environ) -> bool | None:
+    """MCLD_BUILD_CPU; None, the default, compiles the CPU kernels where a compiler works."""
+    return read_choice("MCLD_BUILD_CPU", "CPU", "install without them", environ)
+
+
+def read_choice(variable: str, device: str, off: str, environ) -> bool | None:
+    """The value of a variable that is 1 or 0; None where it is unset."""
     value = environ.get(variable, "").strip().lower()
     if not value:
-        return default
+        return None
     choices = {"1": True, "on": True, "true": True, "0": False, "off": False, "false": False}
     if value not in choices:
-        raise BuildError(
-            f"{variable} is {value!r}; it takes 1 (compile the {device} kernels, or fail) "
-            "or 0 (the default: install without them)"
-        )
+        raise BuildError(f"{variable} is {value!r}; it takes 1 (compile the {device} kernels, or fail) or 0 ({off})")
     return choices[value]
+
+
+def without_cpu_kernels(environ=os.environ) -> str | None:
+    """Why this build does not even try to compile the CPU kernels; None where it tries."""
+    if cpu_demanded(environ):
+        return None
+    if cpu_choice(environ) is False:
+        return "MCLD_BUILD_CPU=0 left them out"
+    return None if find_cxx(environ) else NO_CXX
 
 
 def find_nvcc(environ=os.environ) -> Path | None:
@@ -233,11 +248,14 @@ def nvcc_version(nvcc: Path) -> str:
 
 
 def find_tool(name: str) -> str:
-    """cmake or ninja: the one beside this Python first, since a system's may be too old."""
-    path = os.pathsep.join([os.environ.get("PATH", ""), sysconfig.get_path("scripts")])
-    if "pip-build-env" not in path:  # outside pip's build isolation
-        path = os.pathsep.join([sysconfig.get_path("scripts"), path])
-    tool = shutil.which(name, path=path)
+    """cmake or ninja: that of the wheel this Python imports first, since a system's may be too old."""
+    try:
+        wheel = importlib.import_module(name)
+        folder = getattr(wheel, "CMAKE_BIN_DIR" if name == "cmake" else "BIN_DIR", None)
+    except ImportError:
+        folder = None
+    folders = [*([folder] if folder else []), sysconfig.get_path("scripts"), os.environ.get("PATH", "")]
+    tool = shutil.which(name, path=os.pathsep.join(map(str, folders)))
     if not tool:
         raise BuildError(missing_tool(name))
     return tool
@@ -288,8 +306,21 @@ def commit() -> str | None:
     return head + ("-dirty" if changes.strip() else "")
 
 
-def write_record(package: Path) -> None:
-    (package / BUILD_RECORD).write_text(json.dumps({"commit": commit()}) + "\n")
+def write_record(package: Path, without_cpu: str | None) -> None:
+    record = {"commit": commit(), "without_cpu_kernels": without_cpu}
+    (package / BUILD_RECORD).write_text(json.dumps(record) + "\n")
+
+
+def report_without_cpu(reason: str) -> None:
+    print(f"mcld_kernels: installing without the compiled CPU kernels: {reason}")
+
+
+def remove_stale_modules(distribution) -> None:
+    """Of an editable install: the modules in the tree are those that its last install made."""
+    for name in {"_C", "_cpu"} - {extension.name.rpartition(".")[2] for extension in distribution.ext_modules or ()}:
+        for stale in ROOT.glob(f"mcld_kernels/{name}.*so"):
+            print(f"mcld_kernels: removing {stale} of an earlier install")
+            stale.unlink()
 
 
 class FreshBuild(build_py):
@@ -298,22 +329,21 @@ class FreshBuild(build_py):
     def run(self) -> None:
         package = Path(self.build_lib) / "mcld_kernels"
         if self.editable_mode:
-            # The tree of an editable install is what its last install made of it: no module that was not asked for.
-            for stale in [*ROOT.glob("mcld_kernels/_*.so"), ROOT / "mcld_kernels" / BUILD_RECORD]:
-                if stale.exists() and not self.distribution.ext_modules:
-                    print(f"mcld_kernels: removing {stale} of an earlier install with compiled kernels")
-                    stale.unlink()
+            remove_stale_modules(self.distribution)
+            package = ROOT / "mcld_kernels"
         else:
             shutil.rmtree(package, ignore_errors=True)
         super().run()
-        if not self.editable_mode:
-            write_record(package)
+        reason = without_cpu_kernels()
+        if reason:
+            report_without_cpu(reason)
+        write_record(package, reason)
 
 
 class RecordedSource(sdist):
     def make_release_tree(self, base_dir, files) -> None:
         super().make_release_tree(base_dir, files)
-        write_record(Path(base_dir) / "mcld_kernels")
+        write_record(Path(base_dir) / "mcld_kernels", "this is a source distribution, not an install")
 
 
 class TaggedWheel(bdist_wheel):
@@ -332,6 +362,11 @@ class TaggedWheel(bdist_wheel):
         if version and not self.build_number:
             self.build_number = "1cu" + version.replace(".", "")
 
+    def run_command(self, command: str) -> None:
+        super().run_command(command)
+        if command == "build":  # which leaves the CPU kernels out where they do not compile
+            self.root_is_pure = not self.distribution.has_ext_modules()
+
     def has_cuda(self) -> bool:
         return any(extension.name != "mcld_kernels._cpu" for extension in self.distribution.ext_modules or ())
 
@@ -344,6 +379,9 @@ class CMakeBuild(build_ext):
         try:
             self.build_modules(device == "CUDA")
         except BuildError as error:
+            if not cpu_demanded():
+                self.leave_out(str(error))
+                return
             # Setuptools takes every Exception of an editable build for a reason to go on without the extension.
             raise SystemExit(
                 f"\nmcld_kernels: the {device} kernels were asked for (MCLD_BUILD_{device}=1), but {error}\n"
@@ -351,7 +389,15 @@ class CMakeBuild(build_ext):
             ) from None
         if self.inplace:
             self.copy_extensions_to_source()
-            write_record(ROOT / "mcld_kernels")
+
+    def leave_out(self, reason: str) -> None:
+        """Go on without the CPU kernels: what follows sees a build of Python files."""
+        self.extensions = self.distribution.ext_modules = []
+        reason = " ".join(reason.split())
+        report_without_cpu(reason)
+        if self.inplace:
+            remove_stale_modules(self.distribution)
+        write_record((ROOT if self.inplace else Path(self.build_lib)) / "mcld_kernels", reason)
 
     def build_modules(self, cuda: bool) -> None:
         if not find_cxx():
@@ -430,14 +476,14 @@ def run_logged(command: list[str], environ: dict[str, str], log: Path) -> tuple[
 
 def build_requirements() -> list[str]:
     """The build's further requirements, for a frontend such as pip: the tools and, for CUDA, nvcc if none is here."""
-    if not cpu_requested() or not find_cxx():
+    if without_cpu_kernels() or not find_cxx():
         return []
     return BUILD_TOOLS + (NVCC_WHEELS if cuda_requested() and find_nvcc() is None else [])
 
 
 if __name__ == "__main__":
     try:
-        requested = {"mcld_kernels._C": cuda_requested(), "mcld_kernels._cpu": cpu_requested()}
+        requested = {"mcld_kernels._C": cuda_requested(), "mcld_kernels._cpu": without_cpu_kernels() is None}
         modules = [Extension(name, sources=[]) for name, is_requested in requested.items() if is_requested]
         # Run by hand, setuptools would fetch the requirements as eggs that lie apart, which nvcc's parts cannot.
         requirements = [] if Path(sys.argv[0]).name == "setup.py" else build_requirements()

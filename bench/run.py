@@ -48,6 +48,9 @@ def parser() -> argparse.ArgumentParser:
     grid.add_argument("--loss", choices=list(LOSSES), default="mcld", help="default: mcld")
     grid.add_argument("--batch", type=programs.positive, nargs="+", metavar="B", help="batch sizes")
     grid.add_argument("--classes", type=programs.positive, nargs="+", metavar="C", help="numbers of classes")
+    grid.add_argument(
+        "--candidates", type=programs.positive, metavar="M", help="of info_nce and moco: teacher rows, --batch at least"
+    )
     grid.add_argument("--dtype", choices=list(cases.DTYPES), nargs="+", help="dtypes of the logits")
     grid.add_argument("--terms", type=_terms, metavar="T,T", help=f"of mcld: some of {','.join(cases.TERMS)}")
     grid.add_argument("--mode", choices=cases.MODES, nargs="+", help="default: forward-backward")
@@ -91,6 +94,11 @@ def check(options: argparse.Namespace, device: torch.device) -> str | None:
         return "--global measures mcld alone"
     if options.cold and device.type == "cpu":
         return "--cold is for CUDA: on a CPU no cache is overwritten"
+    if options.candidates is not None:
+        if options.loss not in cases.rectangular():
+            return f"--candidates are for --loss {' or '.join(cases.rectangular())}"
+        if options.smoke or options.batch is None or options.candidates < max(options.batch):
+            return "--candidates needs --batch, and at least as many candidates as rows"
     if options.loss != "mcld" and options.terms is not None:
         return f"--terms are those of mcld; {options.loss} has one"
     return None
@@ -109,6 +117,7 @@ def grid(options: argparse.Namespace, device: torch.device) -> list[cases.Case]:
         options.dtype or ["bfloat16" if device.type == "cuda" else "float32"],
         options.terms,
         options.mode or ["forward-backward"],
+        candidates=options.candidates or 0,
         **shared,
     )
 

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import re
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from . import __version__, backends, installation
-from .backends import timings
+from .backends import timings, torch_low_latency
 from .backends.cuda import extension
 from .options import float32_precision
 
@@ -75,7 +76,17 @@ def _build() -> dict[str, Any]:
         "source": f"{origin} (editable)" if editable else origin,
         "commit": installation.commit(),
         "compiled module": None if module is None else _module(module.info()),
+        "CPU kernels": _cpu_kernels(),
     }
+
+
+def _cpu_kernels() -> str:
+    """The instruction set that the compiled CPU kernels take here, or why there are none."""
+    module = torch_low_latency.compiled_module()
+    if module is None:
+        return f"none: {torch_low_latency.unavailable_reason()}"
+    names: list[str] = module.isas()
+    return f"{names[-1]} (of {' '.join(names)})"
 
 
 def _module(info: dict[str, Any]) -> dict[str, Any]:
@@ -180,7 +191,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON, for a bug report")
     arguments = parser.parse_args()
     description = describe()
-    print(json.dumps(description, indent=2) if arguments.json else "\n".join(lines(description)))
+    try:
+        print(json.dumps(description, indent=2) if arguments.json else "\n".join(lines(description)), flush=True)
+    except BrokenPipeError:  # `| head`: nobody reads the rest, and the interpreter must not flush it again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from typing import Literal, NamedTuple, SupportsIndex
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -62,9 +63,29 @@ def info_nce_options(
     eps: float,
 ) -> tuple[InfoNCEOptions, Tensor | None]:
     """Check everything that does not depend on the embeddings. Returns the options and the temperature as a tensor."""
-    tensor = temperature if isinstance(temperature, Tensor) else None
-    if tensor is not None:
+    tensor = None
+    if isinstance(temperature, Tensor):
+        tensor, temperature = temperature, 1.0
         check_temperature_tensor(tensor)
+    values = (temperature, positives, offset, mask_same_class, normalize, reduction, ignore_index, eps)
+    if torch.compiler.is_compiling():
+        return _info_nce_options(*values), tensor
+    try:
+        return _cached_info_nce_options(*values), tensor
+    except TypeError:  # unhashable, or of the wrong type: the checks say which
+        return _info_nce_options(*values), tensor
+
+
+def _info_nce_options(
+    temperature: Any,
+    positives: Any,
+    offset: Any,
+    mask_same_class: Any,
+    normalize: Any,
+    reduction: Any,
+    ignore_index: Any,
+    eps: Any,
+) -> InfoNCEOptions:
     if positives not in POSITIVES:
         raise ValueError(f"positives must be one of {', '.join(map(repr, POSITIVES))}; got {positives!r}")
     if reduction not in REDUCTIONS:
@@ -80,17 +101,19 @@ def info_nce_options(
         )
     if positives == "label" and offset:
         raise ValueError(f"offset places diagonal positives; with positives='label' it must be 0; got {offset}")
-    options = InfoNCEOptions(
-        temperature=1.0 if isinstance(temperature, Tensor) else check_positive("temperature", temperature),
-        positives=positives,  # type: ignore[arg-type]
-        offset=offset if isinstance(offset, torch.SymInt) else operator.index(offset),
+    return InfoNCEOptions(
+        temperature=check_positive("temperature", temperature),
+        positives=positives,
+        offset=offset if isinstance(offset, torch.SymInt) else operator.index(offset),  # type: ignore[arg-type]
         mask_same_class=mask_same_class,
         normalize=check_flag("normalize", normalize),
-        reduction=reduction,  # type: ignore[arg-type]
+        reduction=reduction,
         ignore_index=check_ignore_index(ignore_index),
         eps=check_eps(eps),
     )
-    return options, tensor
+
+
+_cached_info_nce_options = lru_cache(maxsize=256, typed=True)(_info_nce_options)
 
 
 def check_temperature_tensor(value: Tensor) -> None:

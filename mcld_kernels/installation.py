@@ -1,4 +1,4 @@
-"""How this package was installed: from where, from which commit, and the command that adds the CUDA kernels."""
+"""How this package was installed: from where, from which commit, and the commands that add compiled kernels."""
 
 from __future__ import annotations
 
@@ -34,13 +34,21 @@ def source() -> tuple[str, bool]:
 
 
 def cuda_command() -> str:
-    """The command that installs this package again, from the same source, with the CUDA kernels.
+    """The command that installs this package again, from the same source, with the CUDA kernels."""
+    return _command("MCLD_BUILD_CUDA=1")
 
-    pip's cache goes by the source alone and would hand out the wheel without them, hence ``--no-cache-dir``; an
-    installed package of the same version would stay, hence ``--force-reinstall``.
+
+def cpu_command() -> str:
+    """The same with the CPU kernels alone."""
+    return _command("MCLD_BUILD_CPU=1")
+
+
+def _command(setting: str) -> str:
+    """pip's cache goes by the source alone and would hand out the wheel without the kernels, hence ``--no-cache-dir``;
+    an installed package of the same version would stay, hence ``--force-reinstall``.
     """
     origin, editable = source()
-    command = "MCLD_BUILD_CUDA=1 pip install -v "
+    command = f"{setting} pip install -v "
     if not Path(origin).is_dir():
         command += "--no-cache-dir "
     return command + "--force-reinstall --no-deps " + ("-e " if editable else "") + shlex.quote(origin)
@@ -62,7 +70,17 @@ def commit() -> str | None:
 
 def build_commit() -> str | None:
     """The commit that setup.py recorded: of a wheel, or of the last build of the module in a source tree."""
+    return _record().get("commit")
+
+
+def without_cpu_kernels() -> str | None:
+    """Why the build left the CPU kernels out, as setup.py recorded it; None if it did not."""
+    return _record().get("without_cpu_kernels")
+
+
+def _record() -> dict[str, str | None]:
     try:
-        return json.loads((_PACKAGE / "_build.json").read_text())["commit"]
-    except (OSError, ValueError, KeyError):
-        return None
+        record = json.loads((_PACKAGE / "_build.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}

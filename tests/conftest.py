@@ -1,13 +1,21 @@
 """What every test relies on: the interpreter, threads, the gpu mark, hypothesis, and fixtures."""
 
 import contextlib
+import importlib.machinery
+import importlib.util
 import os
+import sys
 
 import torch
 
 # Triton reads this when its kernels are defined, so it must be set before anything imports triton.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# tests/test_csrc_sanitizers.py gives a process the CPU kernels compiled with checks.
+if path := os.environ.get("MCLD_TEST_CPU_MODULE"):
+    loader = importlib.machinery.ExtensionFileLoader("mcld_kernels._cpu", path)
+    sys.modules[loader.name] = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+    loader.exec_module(sys.modules[loader.name])
 # Each worker of pytest-xdist would otherwise start a thread for every core.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
@@ -22,7 +30,12 @@ settings.register_profile("explore", max_examples=1000, **_COMMON)
 settings.load_profile("fixed")
 
 
+# The longest tests by far. They start first: at the end of a run, one worker would do them and the others nothing.
+LONGEST = ("test_memory_of_the_kernels", "test_compiled_kernels", "test_inductor")
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: not item.name.startswith(LONGEST))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no CUDA device: torch.cuda.is_available() is False")

@@ -1,7 +1,7 @@
 """The build: what it finds, what it says when something is missing, and what it puts into a module and a wheel.
 
-Real builds run only where they are quick (the module without CUDA, a wheel without a module); an nvcc is played by a
-shell script, since only its answers matter here.
+Real builds run only where they are quick (a wheel without a module, or with one of a few lines in place of the CPU
+kernels); an nvcc is played by a shell script, since only its answers matter here.
 """
 
 from __future__ import annotations
@@ -52,9 +52,11 @@ def tree(tmp_path):
 
 
 def run(tree: Path, *command: str, **environ: str) -> subprocess.CompletedProcess:
-    """Run Python in ``tree`` with only the given build variables set."""
+    """Run Python in ``tree`` with only the given build variables set; they alone ask for the CPU kernels."""
     prefixes = ("MCLD_", "CUDA", "TORCH_CUDA", "CMAKE_", "CXX")
     clean = {name: value for name, value in os.environ.items() if not name.startswith(prefixes)}
+    if not environ.keys() & {"MCLD_BUILD_CPU", "MCLD_BUILD_CUDA", "MCLD_CUDA_ARCHS"}:
+        environ["MCLD_BUILD_CPU"] = "0"
     return subprocess.run(
         [sys.executable, *command], cwd=tree, env=clean | environ, capture_output=True, text=True, timeout=300
     )
@@ -143,8 +145,21 @@ def test_cuda_is_compiled_only_when_it_is_requested(build):
     assert build.cuda_requested({"MCLD_CUDA_ARCHS": "90a"})
     assert not build.cuda_requested({"MCLD_CUDA_ARCHS": "90a", "MCLD_BUILD_CUDA": "0"})
     for value in ("auto", "yes please"):
-        with pytest.raises(build.BuildError, match=f"'{value}'; it takes 1 .*or 0"):
-            build.cuda_requested({"MCLD_BUILD_CUDA": value})
+        for variable in ("MCLD_BUILD_CUDA", "MCLD_BUILD_CPU"):
+            with pytest.raises(build.BuildError, match=f"{variable} is '{value}'; it takes 1 .*or 0"):
+                build.cpu_demanded({variable: value})
+
+
+def test_the_cpu_kernels_are_tried_unless_they_are_left_out_or_no_compiler_is_there(build):
+    compiler = {"PATH": os.path.dirname(sys.executable), "CXX": sys.executable}  # only its being there counts
+    assert build.without_cpu_kernels(compiler) is None and not build.cpu_demanded(compiler)
+    assert "no C++ compiler" in build.without_cpu_kernels({"PATH": ""})
+    assert "MCLD_BUILD_CPU=0" in build.without_cpu_kernels(compiler | {"MCLD_BUILD_CPU": "0"})
+    for variable in ("MCLD_BUILD_CPU", "MCLD_BUILD_CUDA"):
+        environ = {"PATH": "", variable: "1"}
+        assert build.without_cpu_kernels(environ) is None and build.cpu_demanded(environ)
+    # The CUDA kernels bring the CPU's, whatever is said of them.
+    assert build.without_cpu_kernels({"PATH": "", "MCLD_BUILD_CUDA": "1", "MCLD_BUILD_CPU": "0"}) is None
 
 
 def test_a_gpu_of_this_machine_is_compiled_for_alone(build, tmp_path):
@@ -191,10 +206,16 @@ def test_nvcc_is_found_where_it_is_named_then_on_the_path(build, tmp_path):
     assert build.nvcc_archs(path) == {80}
 
 
-def test_pip_is_asked_for_tools_and_nvcc_only_when_cuda_is_requested(build, monkeypatch):
+def test_pip_is_asked_for_tools_where_something_compiles_and_for_nvcc_only_when_cuda_is_requested(build, monkeypatch):
     monkeypatch.setitem(build.build_requirements.__globals__, "find_nvcc", lambda: None)
-    monkeypatch.delenv("MCLD_CUDA_ARCHS", raising=False)
-    monkeypatch.delenv("MCLD_BUILD_CUDA", raising=False)
+    for variable in ("MCLD_CUDA_ARCHS", "MCLD_BUILD_CUDA", "MCLD_BUILD_CPU"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("CXX", sys.executable)
+    assert build.build_requirements() == build.BUILD_TOOLS
+    monkeypatch.setenv("CXX", "gone")
+    assert build.build_requirements() == []
+    monkeypatch.setenv("CXX", sys.executable)
+    monkeypatch.setenv("MCLD_BUILD_CPU", "0")
     assert build.build_requirements() == []
     monkeypatch.setenv("MCLD_BUILD_CUDA", "1")
     names = {re.split("[=>]", requirement)[0] for requirement in build.build_requirements()}
@@ -282,24 +303,85 @@ def test_a_host_compiler_that_fails_is_reported(tree):
 WHEEL = ("-c", "import setuptools.build_meta as b; print(b.build_wheel('dist'))")
 
 
+def wheel_of(done: subprocess.CompletedProcess, tree: Path) -> tuple[str, list[str], dict]:
+    """Name, content and record of the wheel that a build left."""
+    assert done.returncode == 0, done.stderr
+    (path,) = (tree / "dist").glob("*.whl")
+    with zipfile.ZipFile(path) as wheel:
+        return path.name, wheel.namelist(), json.loads(wheel.read("mcld_kernels/_build.json"))
+
+
+DEFAULT = {"MCLD_BUILD_CPU": ""}
+PURE = f"mcld_kernels-{mcld_kernels.__version__}-py3-none-any.whl"
+# A module in place of the CPU kernels that compiles at once.
+TINY = """#include <Python.h>
+static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cpu", 0, 0, 0, 0, 0, 0, 0};
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__cpu() { return PyModule_Create(&module); }
+"""
+
+
 @pytest.mark.parametrize(
-    "environ", [{}, {"PATH": ""}, {"CUDA_HOME": "/usr/local/gone"}, {"CUDACXX": "/usr/local/gone", "CXX": "false"}]
+    ("environ", "reason"),
+    [
+        ({"PATH": "", **DEFAULT}, "no C++ compiler was found"),
+        ({"CXX": "gone", "CUDA_HOME": "/usr/local/gone", **DEFAULT}, "no C++ compiler was found"),
+        ({"MCLD_BUILD_CPU": "0"}, "MCLD_BUILD_CPU=0 left them out"),
+    ],
+    ids=["nothing", "names of nothing", "left out"],
 )
-def test_a_default_install_is_the_same_whatever_the_machine_has(tree, environ):
+def test_an_install_without_a_compiler_is_pure_python_and_says_why(tree, environ, reason):
     done = run(tree, *WHEEL, **environ)
-    assert done.returncode == 0, done.stderr
-    wheel = next((tree / "dist").glob("*.whl"))
-    assert wheel.name == f"mcld_kernels-{mcld_kernels.__version__}-py3-none-any.whl"
-    assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+    name, content, record = wheel_of(done, tree)
+    assert name == PURE and not [name for name in content if name.endswith(".so")]
+    assert record["without_cpu_kernels"].startswith(reason)
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("mcld_kernels: "))
+    assert line.startswith(f"mcld_kernels: installing without the compiled CPU kernels: {reason}")
 
 
-def test_a_default_editable_install_removes_the_module_of_an_earlier_one(tree):
-    module = tree / f"mcld_kernels/_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    module.touch()
+@needs_build_tools()
+def test_a_compiler_that_fails_leaves_a_default_install_pure_and_its_first_error_as_the_reason(tree):
+    (tree / "csrc/cpu/bindings.cpp").write_text(TINY.replace("0};", "0}"))
+    for name in ("dispatch.cpp", "low_latency.cpp"):
+        (tree / "csrc/cpu" / name).write_text("")
+    done = run(tree, *WHEEL, **DEFAULT)
+    name, content, record = wheel_of(done, tree)
+    assert name == PURE and not [name for name in content if name.endswith(".so")]
+    assert re.search(r"The first error: \S*bindings.cpp:3:\d+: error: expected", record["without_cpu_kernels"])
+    assert record["without_cpu_kernels"] in done.stdout
+    demanded = run(tree, *WHEEL, MCLD_BUILD_CPU="1")
+    assert demanded.returncode != 0 and "CPU kernels were asked for (MCLD_BUILD_CPU=1)" in demanded.stderr
+    assert "bindings.cpp:3" in demanded.stderr
+
+
+@needs_build_tools()
+def test_a_default_install_compiles_the_cpu_kernels_where_a_compiler_works(tree):
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    (tree / "csrc/cpu/bindings.cpp").write_text(TINY)
+    for name in ("dispatch.cpp", "low_latency.cpp"):
+        (tree / "csrc/cpu" / name).write_text("")
+    name, content, record = wheel_of(run(tree, *WHEEL, **DEFAULT), tree)
+    assert name.startswith(f"mcld_kernels-{mcld_kernels.__version__}-cp") and "any" not in name
+    assert f"mcld_kernels/_cpu{suffix}" in content and record["without_cpu_kernels"] is None
+    # The tree of an editable install holds what its last install made, and no more.
+    modules = [tree / f"mcld_kernels/{module}{suffix}" for module in ("_C", "_cpu")]
+    modules[0].touch()
     (tree / "mcld_kernels/_C.pyi").touch()
-    done = run(tree, "-c", "import setuptools.build_meta as b; b.build_editable('dist')")
-    assert done.returncode == 0, done.stderr
-    assert not module.exists() and (tree / "mcld_kernels/_C.pyi").exists()
+    editable = "-c", "import setuptools.build_meta as b; b.build_editable('dist')"
+    for environ, expected in ((DEFAULT, [False, True]), ({"MCLD_BUILD_CPU": "0"}, [False, False])):
+        done = run(tree, *editable, **environ)
+        assert done.returncode == 0, done.stderr
+        assert [module.exists() for module in modules] == expected
+    assert (tree / "mcld_kernels/_C.pyi").exists()
+
+
+def test_the_cpu_kernels_are_compiled_for_no_machine_in_particular():
+    """-march=native would make a wheel that other machines cannot run; instruction sets are chosen when it runs."""
+    flags = (ROOT / "csrc/cpu/CMakeLists.txt").read_text()
+    assert "native" not in flags and "-mtune" not in flags
+    assert [line.split()[0] for line in flags.splitlines() if line.startswith("  mcld_cpu_library(")] == [
+        "mcld_cpu_library(avx2",
+        "mcld_cpu_library(avx512",
+    ], "only inside the branch of x86-64"
 
 
 def test_the_name_of_a_wheel_tells_its_cuda(tree):
@@ -344,7 +426,7 @@ def test_the_command_that_adds_cuda_is_not_answered_from_pips_cache(tree):
 
     requirement = f"mcld-kernels @ {sdist.as_uri()}"
     assert install(requirement).returncode == 0
-    cached = install("--upgrade", requirement, MCLD_BUILD_CUDA="1")
+    cached = install("--upgrade", requirement, MCLD_BUILD_CUDA="1", CXX="/usr/bin/gone")
     assert cached.returncode == 0 and "site" in os.listdir(tree), "pip began to tell the two apart"
     code = "import sys; sys.path.insert(0, 'site'); from mcld_kernels import installation as i; print(i.cuda_command())"
     command = run(tree / "dist", "-c", code.replace("'site'", "'../site'")).stdout.strip()

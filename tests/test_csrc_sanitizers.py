@@ -100,9 +100,9 @@ def under_check():
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment = {**inherited, **own, "OMP_NUM_THREADS": "1"}
 
-    def run(*arguments):
+    def run(*arguments, **variables):
         command = [*before, sys.executable, *map(str, arguments)]
-        return subprocess.run(command, env=environment, cwd=TESTS, capture_output=True, text=True)
+        return subprocess.run(command, env=environment | variables, cwd=TESTS, capture_output=True, text=True)
 
     return run
 
@@ -131,10 +131,26 @@ def test_every_control_is_tested():
     assert sorted(named) == sorted([*RACES, *SYNCHRONIZATION, *MEMORY])
 
 
+def report_of(done) -> str:
+    """What a check reported with the innermost functions, or else the end of the output."""
+    text = done.stdout + done.stderr
+    found = re.search("runtime error|ERROR: AddressSanitizer", text)
+    return text[max(0, found.start() - 300) :][:3000] if found else text[-6000:]
+
+
 @pytest.mark.parametrize("selection", KERNELS.values(), ids=KERNELS)
 def test_memory_of_the_kernels(selection, under_check):
     csrc_host.build("memory")
     options = ["-q", "--capture=no", "-p", "no:cacheprovider", "-k", selection]
     done = under_check("-m", "pytest", *options, *FILES)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    assert done.returncode == 0, report_of(done)
+    assert re.search(r"\d+ passed", done.stdout) and "skipped" not in done.stdout
+
+
+def test_memory_of_the_cpu_kernels(under_check):
+    """Each instruction set that this machine runs, on the workspace and the logits of every test of that path."""
+    options = ["-q", "--capture=no", "-p", "no:cacheprovider", "-k", "compiled or threads or instruction"]
+    library = str(csrc_host.build_cpu())
+    done = under_check("-m", "pytest", *options, "test_low_latency.py", MCLD_TEST_CPU_MODULE=library)
+    assert done.returncode == 0, report_of(done)
     assert re.search(r"\d+ passed", done.stdout) and "skipped" not in done.stdout

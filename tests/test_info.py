@@ -3,12 +3,15 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 import mcld_kernels
 from mcld_kernels import backends, info, installation
+from mcld_kernels.backends import torch_low_latency
 
 
 def run(*arguments: str) -> str:
@@ -40,6 +43,32 @@ def test_json_is_the_same_description():
     assert description["versions"]["torch"] == torch.__version__
     assert description["build"]["commit"] == installation.commit()
     assert set(description["driver"]) == {"version", "CUDA"}
+
+
+def test_a_pipe_that_is_closed_early_is_no_error():
+    """As in `python -m mcld_kernels.info --json | head -1`."""
+    command = [sys.executable, "-m", "mcld_kernels.info", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
+
+
+def test_the_cpu_kernels_are_shown_or_the_reason_and_the_command(monkeypatch):
+    module = SimpleNamespace(isas=lambda: ["baseline", "avx2"])
+    monkeypatch.setattr(torch_low_latency, "_import", lambda: (module, None))
+    assert info.describe()["build"]["CPU kernels"] == "avx2 (of baseline avx2)"
+    monkeypatch.setattr(torch_low_latency, "_import", torch_low_latency._import_module)
+    monkeypatch.setattr(installation, "_record", lambda: {"without_cpu_kernels": "no C++ compiler was found"})
+    errors = {
+        "none: no C++ compiler was found": ModuleNotFoundError("no module"),
+        "none: the module does not load (undefined symbol: x)": ImportError("undefined symbol: x"),
+    }
+    for reason, error in errors.items():
+        monkeypatch.setattr(torch_low_latency.importlib, "import_module", Mock(side_effect=error))
+        text = info.describe()["build"]["CPU kernels"]
+        assert text.startswith(f"{reason}. To compile them: `MCLD_BUILD_CPU=1 pip install -v ")
+        assert text.endswith(f"{installation.source()[0]}`")
 
 
 def test_torchs_version_is_that_of_the_imported_torch(monkeypatch):

@@ -14,11 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mcld_kernels
 from mcld_kernels import backends
 from mcld_kernels.backends.torch import TorchKernels
-from mcld_kernels.backends.torch_low_latency import compiled_module
+from mcld_kernels.backends.torch_low_latency import compiled_module, unavailable_reason
 from mcld_kernels.kernels import LossInputs
 
 MODULE = compiled_module()
-NEEDS_MODULE = pytest.mark.skipif(MODULE is None, reason="mcld_kernels._cpu is not built: MCLD_BUILD_CPU=1 compiles it")
+NEEDS_MODULE = pytest.mark.skipif(MODULE is None, reason=f"no mcld_kernels._cpu: {unavailable_reason()}")
 ANY_SIZE = 1 << 62
 PATHS = [
     *(

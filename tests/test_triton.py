@@ -126,8 +126,11 @@ class TestAgainstTheTruth:
         monkeypatch.setattr(reference.mcld, "similarities", with_bf16_products)
         check("triton", "cpu", "random", 61, 23, torch.float32, **OPTIONS[name])
 
-    @pytest.mark.parametrize("name", ["default", "mask-symmetric", "teacher"])
-    @pytest.mark.parametrize("kind", ["random", "converged"])
+    @pytest.mark.parametrize(
+        ("path", "kind", "name"),
+        alternating(BY_PATH, by_name(["random", "converged"]), by_name(["default", "mask-symmetric", "teacher"])),
+        indirect=["path"],
+    )
     def test_tf32_products_of_fp32(self, kind, name, path, matmul_precision, monkeypatch):
         matmul_precision("high")
         monkeypatch.setattr(reference.mcld, "similarities", with_tf32_products)
@@ -185,8 +188,11 @@ def test_tf32x3_is_as_accurate_as_fp32():
 
 
 class TestResult:
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=short)
-    @pytest.mark.parametrize("direction", DIRECTIONS)
+    @pytest.mark.parametrize(
+        ("path", "dtype", "direction"),
+        alternating(BY_PATH, by_name([torch.float32, torch.float16], short), by_name(DIRECTIONS)),
+        indirect=["path"],
+    )
     def test_repeats_bitwise(self, direction, dtype, path, small_tiles):
         student, teacher = logits("random", 150, 33, dtype)
         options = {"direction": direction, "mask_same_class": True, "present_only": True}
@@ -226,8 +232,11 @@ class TestResult:
                 same(compute("triton", student, teacher, labels(300, 20), **options), whole, 1e-12)
         assert rows == [slice(0, 128), slice(128, 256), slice(256, 300)]
 
-    @pytest.mark.parametrize("teacher_grad", [False, True], ids=["frozen", "mutual"])
-    @pytest.mark.parametrize("direction", DIRECTIONS)
+    @pytest.mark.parametrize(
+        ("path", "teacher_grad", "direction"),
+        alternating(BY_PATH, {"frozen": False, "mutual": True}, by_name(DIRECTIONS)),
+        indirect=["path"],
+    )
     def test_agrees_with_the_torch_kernels(self, direction, teacher_grad, path, small_tiles):
         student, teacher = logits("random", 70, 40, torch.float64)
         options = {"direction": direction, "weight": (1.0, 0.7, 0.4), "mask_same_class": True, "present_only": True}

@@ -15,13 +15,18 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed: its kernels are not compiled")
 
+from triton_compiler import PRODUCTS
+
 from mcld_kernels.backends.triton import configs
 
 PYTHONS = [sys.executable, *filter(None, os.environ.get("MCLD_TRITON_PYTHONS", "").split(os.pathsep))]
 COMPILER = Path(__file__).with_name("triton_compiler.py")
 # Shared memory of a block, in bytes. Generation 8 of the tables also serves GPUs with 99 KB (sm_86, sm_89, sm_120).
 SHARED = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}
-TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+# All forms of the kernels without a product are compiled for this one: they take so few of the 255 registers that
+# another architecture's allocation does not decide whether they spill, and have no configuration of their own there.
+ALL_FORMS, FEW_REGISTERS = 80, 128
 KERNELS = {
     "index_labels_kernel",
     "class_order_kernel",
@@ -44,11 +49,13 @@ KERNELS = {
 
 
 def compile_all(python, architecture, cache):
-    """Reports of the kernels of every case."""
+    """Reports of the kernels of every case; those without a product in all forms for one architecture alone."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(cache)
     environment["PYTHONPATH"] = os.pathsep.join([str(COMPILER.parents[1]), environment.get("PYTHONPATH", "")])
-    done = subprocess.run([python, str(COMPILER), str(architecture)], env=environment, capture_output=True, text=True)
+    few = [] if architecture == ALL_FORMS else ["--few"]
+    command = [python, str(COMPILER), *few, str(architecture)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -91,7 +98,10 @@ def test_compiled_kernels(python, architecture, tmp_path):
             assert any((r["dtype"], r["precision"], r["exponent"]) == (*operand, exponent) for r in flash)
 
     faults = {
-        "spills": [r for r in reports if r["stack"] or r["local"] or r["spills"]],
+        "spills": [r for r in reports if r["stack"] or r["local"]],
+        "takes many registers, so compile all its forms for every architecture": [
+            r for r in reports if r["kernel"] not in PRODUCTS and r["reg"] > FEW_REGISTERS
+        ],
         "needs more shared memory than there is": [r for r in reports if r["shared"] > SHARED[architecture]],
         "has a product without tensor cores": [
             r for r in products if TENSOR_CORES[architecture] not in r["tensor_cores"]

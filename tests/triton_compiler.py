@@ -1,7 +1,9 @@
 """Compile, without a GPU, every kernel that the "triton" backend launches. A program of its own: an interpreted kernel
 does not compile, so it must run without TRITON_INTERPRET.
 
-    python triton_compiler.py ARCHITECTURE CASE...     (80, 90 or 100; the names of CASES)
+    python triton_compiler.py [--few] ARCHITECTURE CASE...     (80, 90 or 100; the names of CASES)
+
+With --few a kernel without a product is compiled once for each type, in its first form alone.
 
 The backend itself runs, on meta tensors; a launch is compiled instead, with the types, constants and alignment that it
 has. Prints one JSON object for each distinct kernel.
@@ -30,6 +32,8 @@ from mcld_kernels.losses import mcld
 from mcld_kernels.options import mcld_options
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TENSOR_CORES = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
+PRODUCTS = ("flash_kernel", "similarity_kernel", "product_kernel")
 
 # (batch, classes, dtype, options): long and short rows, whole and ragged sizes. Options: of `mcld_loss`, and
 # "precision", the float32 matmul precision; "misaligned", logits that begin off a 16-byte boundary; "offset", rows of a
@@ -70,8 +74,8 @@ CASES: dict[str, tuple[int, int, torch.dtype, dict[str, Any]]] = {
 
 
 class Compiler:
-    def __init__(self, architecture: int):
-        self.architecture = architecture
+    def __init__(self, architecture: int, few: bool):
+        self.architecture, self.few = architecture, few
         self.seen: set[str] = set()
         self.case = ""
 
@@ -95,6 +99,9 @@ class Compiler:
             if aligned and not parameter.do_not_specialize_on_alignment:
                 attributes[(i,)] = [["tt.divisibility", 16]]
         key = repr((kernel.__name__, sorted(signature.items()), sorted(constants.items()), sorted(attributes), options))
+        dtype = next(kind for kind in signature.values() if kind.startswith("*"))
+        if self.few and kernel.__name__ not in PRODUCTS:
+            key = repr((kernel.__name__, dtype))
         if key in self.seen:
             return
         self.seen.add(key)
@@ -112,22 +119,22 @@ class Compiler:
             for name, value in bound.arguments.items()
             if name.isupper() and name != "ACC"
         }
-        report["dtype"] = next(kind for kind in signature.values() if kind.startswith("*"))
+        report["dtype"] = dtype
         report["shared"] = compiled.metadata.shared
-        report |= inspect(compiled.asm["cubin"], "tt.dot" in compiled.asm["ttir"])
+        report["has_dot"] = "tt.dot" in compiled.asm["ttir"]
+        # ptxas makes HMMA, HGMMA or UTCHMMA of these alone; a disassembler that showed those took a third of the time.
+        report["tensor_cores"] = [name for name in TENSOR_CORES if re.search(rf"\b{name}\b", compiled.asm["ptx"])]
+        report |= resources(compiled.asm["cubin"])
         print(json.dumps(report), flush=True)
 
 
-def inspect(cubin: bytes, has_dot: bool) -> dict[str, Any]:
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers, and bytes of stack and of local memory, where spills would go."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         usage = subprocess.check_output([TOOLS / "cuobjdump", "--dump-resource-usage", file.name], text=True)
-        sass = subprocess.check_output([TOOLS / "nvdisasm", "-c", file.name], text=True) if has_dot else ""
-    figures = {name.lower(): int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    opcodes = set(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z0-9]+)", sass, re.M))
-    cores = sorted(code for code in opcodes if "MMA" in code)
-    return {**figures, "has_dot": has_dot, "tensor_cores": cores, "spills": sorted(opcodes & {"LDL", "STL"})}
+    return {name.lower(): int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
 
 
 def run(case: str, tuning: TritonTuning) -> None:
@@ -159,11 +166,15 @@ def run(case: str, tuning: TritonTuning) -> None:
 
 
 def main() -> None:
-    compiler = Compiler(int(sys.argv[1]))
+    arguments = sys.argv[1:]
+    few = arguments[0] == "--few"
+    if few:
+        del arguments[0]
+    compiler = Compiler(int(arguments[0]), few)
     # No product is the library's: on a GPU it takes some, and these kernels must be good as well.
     tuning = TritonTuning(chunk_bytes=128 << 20, architecture=f"sm_{compiler.architecture}", library_product=False)
     JITFunction.run = lambda kernel, *args, **kwargs: compiler.launch(kernel, *args, **kwargs)
-    for case in sys.argv[2:] or CASES:
+    for case in arguments[1:] or CASES:
         compiler.case = case
         run(case, tuning)
 

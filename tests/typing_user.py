@@ -13,9 +13,11 @@ from mcld_kernels import (
     CKDTerms,
     CLKDLoss,
     CLKDTerms,
+    InfoNCELoss,
     KDLoss,
     MCLDLoss,
     MCLDTerms,
+    TeacherQueue,
     __version__,
     accumulate,
     backends,
@@ -23,6 +25,7 @@ from mcld_kernels import (
     ckd_terms,
     clkd_loss,
     clkd_terms,
+    info_nce,
     kd_loss,
     mcld_loss,
     mcld_terms,
@@ -68,6 +71,14 @@ def functions(student: Tensor, teacher: Tensor, target: Tensor, weight: nn.Param
     losses.append(reference.mcld_loss(student, teacher, target))
     losses.append(reference.mcld_terms(student, teacher, target, direction="student").loss)
     losses.append(kd_loss(student, teacher, temperature=2, backend="torch"))
+    losses.append(info_nce(student, teacher, temperature=weight, positives="label", anchor_target=target))
+    losses.append(reference.info_nce(student, teacher, offset=0, normalize=False, reduction="none"))
+    losses.append(info_nce(student, teacher, reduction="median"))  # type: ignore[arg-type]
+    queue = TeacherQueue(64, 10, dtype=torch.bfloat16)
+    queue.enqueue(teacher, target)
+    losses.append(mcld_loss(student, teacher, target, candidates=queue.candidates, candidate_target=queue.target))
+    embeddings = InfoNCELoss(temperature=0.07, learnable=True)
+    losses.append(embeddings.forward(student, teacher))
     losses.append(reference.kd_loss(student, teacher, temperature=2.0))
     criteria: list[nn.Module] = [KDLoss(temperature=4.0, backend="reference"), MCLDLoss()]
     losses.extend(criterion(student, teacher, target) for criterion in criteria)

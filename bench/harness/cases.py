@@ -30,8 +30,13 @@ class Case:
     temperature: float = None  # type: ignore[assignment]
     seed: int = 0
     loss: str = "mcld"
+    candidates: int = 0  # teacher rows, of a loss that takes more than the batch; 0: as many as the batch
 
     def __post_init__(self) -> None:
+        if self.candidates and not (self.loss in LOSSES and LOSSES[self.loss].is_rectangular):
+            raise ValueError(f"candidates are for {', '.join(rectangular())}; got loss {self.loss!r}")
+        if self.candidates and self.candidates < self.batch:
+            raise ValueError(f"there must be at least as many candidates as rows; got {self.candidates}, {self.batch}")
         if self.batch < 1 or self.classes < 1:
             raise ValueError(f"batch and classes must be positive; got {self.batch} and {self.classes}")
         if self.dtype not in DTYPES:
@@ -45,6 +50,11 @@ class Case:
         object.__setattr__(self, "temperature", loss.temperature if self.temperature is None else self.temperature)
         if not self.terms or not set(self.terms) <= set(loss.terms):
             raise ValueError(f"terms must be some of {', '.join(loss.terms)}; got {self.terms!r}")
+
+    @property
+    def columns(self) -> int:
+        """Rows of the teacher, the columns of the similarity matrix."""
+        return self.candidates or self.batch
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -77,7 +87,8 @@ class Case:
     @property
     def bytes(self) -> int:
         """The traffic that no algorithm avoids: read student and teacher, write one gradient (labels left out)."""
-        return (3 if self.backward else 2) * self.batch * self.classes * self.torch_dtype.itemsize
+        rows = (2 if self.backward else 1) * self.batch + self.columns
+        return rows * self.classes * self.torch_dtype.itemsize
 
     @property
     def is_gemm_bound(self) -> bool:
@@ -93,11 +104,17 @@ class Case:
     def __str__(self) -> str:
         terms = "all terms" if self.terms == LOSSES[self.loss].terms else " + ".join(self.terms)
         what = f"{terms}, " if self.loss == "mcld" else f"{self.loss}, "
-        return f"B={self.batch} C={self.classes} {self.dtype}, {what}{self.mode}"
+        columns = f" m={self.candidates}" if self.candidates else ""
+        return f"B={self.batch}{columns} C={self.classes} {self.dtype}, {what}{self.mode}"
+
+
+def rectangular() -> list[str]:
+    """The losses whose teacher may have more rows than the batch."""
+    return [name for name, loss in LOSSES.items() if loss.is_rectangular]
 
 
 def inputs(case: Case, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Student (B, C) and teacher (B, C) logits of the case's dtype and labels (B,), as halfway through a training.
+    """Student (B, C) and teacher (m, C) logits of the case's dtype and labels (B,), as halfway through a training.
 
     The teacher favours the label; the student has half of the teacher's signal and noise of its own, so that
     neither the positives nor the other similarities are trivial.
@@ -111,6 +128,9 @@ def inputs(case: Case, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     teacher = normal()
     teacher[torch.arange(case.batch, device=device), target] += 6.0
     student = 0.5 * teacher + normal()
+    if case.candidates:
+        further = torch.randn(case.candidates - case.batch, case.classes, generator=generator, device=device)
+        teacher = torch.cat((teacher, further))
     return student.to(case.torch_dtype), teacher.to(case.torch_dtype), target
 
 
@@ -123,10 +143,11 @@ def product(
     temperature: float | None = None,
     seed: int = 0,
     loss: str = "mcld",
+    candidates: int = 0,
 ) -> list[Case]:
     """Every combination, batch sizes ascending within a group so that a plot's line completes early."""
     return [
-        Case(batch, width, dtype, terms, mode, temperature, seed, loss)  # type: ignore[arg-type]
+        Case(batch, width, dtype, terms, mode, temperature, seed, loss, candidates)  # type: ignore[arg-type]
         for mode in modes
         for dtype in dtypes
         for width in sorted(set(classes))

@@ -40,6 +40,7 @@ class Loss:
     terms: tuple[str, ...]
     temperature: float
     is_gemm_bound: bool = True  # otherwise the copy speed is its ceiling
+    is_rectangular: bool = False  # the teacher may have more rows than the batch
     eager: Callable[[Case, Tensor, Tensor, Tensor, torch.dtype], Result] | None = None
 
 
@@ -146,6 +147,45 @@ def _clkd_magnitude(case: Case, student: Tensor) -> tuple[float, float]:
     return loss, gradient + 4 * factor * torch.linalg.matrix_norm(centred @ gram).item()
 
 
+def _queue_options(case: Case) -> dict[str, Any]:
+    """The batch's keys are of one class, so that the mask drops all but the own one: negatives are the others alone."""
+    theirs = torch.zeros(case.columns, dtype=torch.int64)
+    theirs[case.batch :] = 1
+    return {"temperature": case.temperature, "mask_same_class": True, "candidate_target": theirs}
+
+
+def _of_queue(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def loss(s: Tensor, t: Tensor, y: Tensor, candidate_target: Tensor, **options: Any) -> Tensor:
+        return function(
+            s, t, anchor_target=torch.zeros_like(y), candidate_target=candidate_target.to(y.device), **options
+        )
+
+    return loss
+
+
+def _info_nce(title: str, **changed: Any) -> Loss:
+    fields: dict[str, Any] = {
+        "title": title,
+        "function": lambda s, t, y, **options: mcld_kernels.info_nce(s, t, **options),
+        "reference": lambda s, t, y, **options: reference.info_nce(s, t, **options),
+        "options": lambda case: {"temperature": case.temperature},
+        "flop": lambda case: (4 if case.backward else 2) * case.batch * case.columns * case.classes,
+        # Similarities, their softmax and its gradient, unit rows and their gradients.
+        "eager_bytes": lambda case: int(
+            (8 if case.dtype == "float64" else 4)
+            * ((5 if case.backward else 3) * case.batch * case.columns + 4 * (case.batch + case.columns) * case.classes)
+        ),
+        "magnitude": lambda case, student: (
+            1 / case.temperature,
+            _unit_row_gradient(student) / case.temperature,
+        ),
+        "terms": ("contrast",),
+        "temperature": 0.1,
+        "is_rectangular": True,
+    }
+    return Loss(**(fields | changed))
+
+
 LOSSES = {
     "mcld": Loss(
         title="MCLD",
@@ -174,6 +214,13 @@ LOSSES = {
         terms=("divergence",),
         temperature=4.0,
         is_gemm_bound=False,
+    ),
+    "info_nce": _info_nce("InfoNCE"),
+    "moco": _info_nce(
+        "InfoNCE of pairs against a queue",
+        function=_of_queue(mcld_kernels.info_nce),
+        reference=_of_queue(reference.info_nce),
+        options=_queue_options,
     ),
     "ckd": _ckd("teacher", "CKD, as released"),
     "ckd-student": _ckd("student", "CKD, negatives among the students"),

@@ -69,6 +69,7 @@ class Row:
             "loss": case.loss,
             "batch": case.batch,
             "classes": case.classes,
+            **({"candidates": case.candidates} if case.candidates else {}),
             "dtype": case.dtype,
             "terms": list(case.terms),
             "mode": case.mode,
@@ -125,7 +126,7 @@ class CaseRun:
     def run(self) -> list[Row]:
         """Fill and return the rows. A fault of one provider is its row's reason; the others go on."""
         with memory.released(self.plan.device):
-            need = 8 * 8 * self.case.batch * self.case.classes + (2 << 30)  # fp64 copies, and the graph of a chunk
+            need = 8 * 8 * self.case.columns * self.case.classes + (2 << 30)  # fp64 copies, and the graph of a chunk
             shortage = memory.shortage(need, self.plan.device)
             if shortage:
                 for row in self.rows:

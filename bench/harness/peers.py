@@ -1,6 +1,7 @@
 """Public implementations to compare with, where they are installed.
 
-All of them compute the instance-wise term alone (InfoNCE with diagonal positives).
+`PEERS` compute the instance-wise term of MCLD alone (InfoNCE with diagonal positives), `EMBEDDING_PEERS` the losses of
+embeddings "info_nce" and "moco" for any number of candidates.
 """
 
 from __future__ import annotations
@@ -72,5 +73,67 @@ PEERS = (
         "NTXentLoss of pytorch-metric-learning",
         _metric_learning,
         lambda b: 17 * b**3,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class EmbeddingPeer:
+    name: str
+    module: str
+    title: str
+    losses: tuple[str, ...]
+    build: Callable[[float, int], Callable[[Tensor, Tensor], Tensor]]  # temperature, batch -> loss(rows, candidates)
+    matrices: float  # (batch, candidates) ones in fp32 at the peak, from above
+
+
+def _supcon(temperature: float, batch: int) -> Callable[[Tensor, Tensor], Tensor]:
+    from pytorch_metric_learning.losses import SupConLoss
+
+    loss = SupConLoss(temperature=temperature)
+
+    def apply(rows: Tensor, candidates: Tensor) -> Tensor:
+        # A label for each pair: SupCon's mean over the positives is then the one positive.
+        labels = torch.arange(candidates.shape[0], device=rows.device)
+        return loss(rows, labels[:batch], ref_emb=candidates, ref_labels=labels)
+
+    return apply
+
+
+def _lightly(temperature: float, batch: int) -> Callable[[Tensor, Tensor], Tensor]:
+    from lightly.loss import NTXentLoss
+
+    made: list[NTXentLoss] = []
+
+    def apply(rows: Tensor, candidates: Tensor) -> Tensor:
+        keys, further = candidates[:batch], candidates[batch:]
+        if not made:
+            loss = NTXentLoss(temperature=temperature, memory_bank_size=tuple(further.shape)).to(rows.device)
+            loss.memory_bank.bank = F.normalize(further)
+            loss.memory_bank._dequeue_and_enqueue = lambda batch: None  # one bank for every step
+            made.append(loss)
+        return made[0](rows, keys)
+
+    return apply
+
+
+def _info_nce_with_negatives(temperature: float, batch: int) -> Callable[[Tensor, Tensor], Tensor]:
+    from info_nce import info_nce
+
+    return lambda rows, candidates: info_nce(rows, candidates[:batch], candidates[batch:], temperature=temperature)
+
+
+EMBEDDING_PEERS = (
+    EmbeddingPeer(
+        "pml-supcon",
+        "pytorch_metric_learning",
+        "SupConLoss of pytorch-metric-learning, a label for each pair",
+        ("info_nce",),
+        _supcon,
+        12,
+    ),
+    EmbeddingPeer("lightly", "lightly.loss", "NTXentLoss of lightly with its memory bank", ("moco",), _lightly, 8),
+    EmbeddingPeer(
+        "info-nce-queue", "info_nce", "info-nce-pytorch with explicit negatives", ("moco",), _info_nce_with_negatives, 8
     ),
 )

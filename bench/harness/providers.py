@@ -126,16 +126,37 @@ def _peer(peer: peers.Peer) -> Provider:
             return "computes the instance-wise term alone (--terms instance)"
         if peer.cuda_only and student.device.type != "cuda":
             return "needs a CUDA device"
-        try:
-            importlib.import_module(peer.module)
-        except Exception as fault:  # whatever a foreign package raises on import is the reason to show
-            return f"cannot import {peer.module}: {str(fault).splitlines()[0] if str(fault) else type(fault).__name__}"
-        return None
+        return _import_reason(peer.module)
 
     def extra_bytes(case: Case) -> int:
         return peer.extra_bytes(case.batch) + case.matrix_bytes(0, 0)
 
     return Provider(peer.name, peer.title, make, unsupported_reason, extra_bytes)
+
+
+def _embedding_peer(peer: peers.EmbeddingPeer) -> Provider:
+    def make(case: Case, student: Tensor, teacher: Tensor, target: Tensor) -> Step:
+        loss_fn = peer.build(case.temperature, case.batch)
+        return autograd_step(lambda s, t, y: loss_fn(s, t), case, student, teacher, target)
+
+    def unsupported_reason(case: Case, student: Tensor, teacher: Tensor) -> str | None:
+        if case.loss not in peer.losses:
+            return f"computes {' and '.join(peer.losses)} alone"
+        return _import_reason(peer.module)
+
+    def extra_bytes(case: Case) -> int:
+        return int(4 * (peer.matrices * case.batch * case.columns + 4 * (case.batch + case.columns) * case.classes))
+
+    return Provider(peer.name, peer.title, make, unsupported_reason, extra_bytes)
+
+
+def _import_reason(module: str) -> str | None:
+    """The reason why a foreign package cannot be imported; None if it can."""
+    try:
+        importlib.import_module(module)
+    except Exception as fault:  # whatever a foreign package raises on import is the reason to show
+        return f"cannot import {module}: {str(fault).splitlines()[0] if str(fault) else type(fault).__name__}"
+    return None
 
 
 @functools.cache
@@ -152,6 +173,7 @@ def all_providers() -> dict[str, Provider]:
         _closed_form("sdpa", "PyTorch's flash attention, Q = anchors, K = V = candidates", closed_form.flash, 0.0),
         _closed_form("cudnn", "cuDNN's attention, Q = anchors, K = V = candidates", closed_form.cudnn, 0.0),
         *(_peer(peer) for peer in peers.PEERS),
+        *(_embedding_peer(peer) for peer in peers.EMBEDDING_PEERS),
     ]
     return {provider.name: provider for provider in providers}
 

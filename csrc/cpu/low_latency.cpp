@@ -14,7 +14,7 @@ constexpr int kLanes = MCLD_VECTOR_BYTES / 4;
 static_assert(Layout::kPad % kLanes == 0, "a padded row is whole vectors");
 
 typedef float Vector __attribute__((vector_size(MCLD_VECTOR_BYTES)));
-typedef int32_t IntVector __attribute__((vector_size(MCLD_VECTOR_BYTES)));
+typedef uint32_t Bits __attribute__((vector_size(MCLD_VECTOR_BYTES)));
 typedef float Unaligned __attribute__((vector_size(MCLD_VECTOR_BYTES), aligned(4), may_alias));
 
 inline Vector load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
@@ -43,7 +43,7 @@ inline Vector exp(Vector x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.f;
-  IntVector bits;
+  Bits bits;  // unsigned: of NaN and what is out of range the sum may wrap
   memcpy(&bits, &shifted, sizeof bits);
   bits = (bits << 23) + 0x3f800000;
   Vector power;

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import installation
 from ..kernels import LossInputs, LossOutputs, Tuning, has_fixed_shift
 from ..options import MCLDOptions
 
@@ -97,13 +98,27 @@ def _options_apply(
     )
 
 
-@cache
 def compiled_module() -> Any:
-    """The CPU kernels of the compiled module; None without one."""
+    """The compiled module mcld_kernels._cpu; None without one."""
+    return _import()[0]
+
+
+def unavailable_reason() -> str | None:
+    """Why there is no compiled module, and the command that builds it; None where there is one."""
+    return _import()[1]
+
+
+def _import_module() -> tuple[Any, str | None]:
     try:
-        return importlib.import_module("mcld_kernels._cpu")
-    except ImportError:
-        return None
+        return importlib.import_module("mcld_kernels._cpu"), None
+    except ModuleNotFoundError:
+        reason = installation.without_cpu_kernels() or "this installation has none"
+    except ImportError as error:
+        reason = f"the module does not load ({error})"
+    return None, f"{reason.rstrip('.')}. To compile them: `{installation.cpu_command()}`"
+
+
+_import = cache(_import_module)
 
 
 class _Layout(NamedTuple):

@@ -11,6 +11,8 @@ import fcntl
 import hashlib
 import importlib.util
 import os
+import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -23,7 +25,7 @@ from types import ModuleType
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
-KERNELS, HOPPER = CSRC / "portable", CSRC / "hopper"
+KERNELS, HOPPER, CPU = CSRC / "portable", CSRC / "hopper", CSRC / "cpu"
 FLAGS = ["-std=c++17", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
 # A fortified longjmp takes a jump to another fiber for a corrupt stack.
 FLAGS += ["-U_FORTIFY_SOURCE", "-DMCLD_HOST_EMULATION", "-DMCLD_HAS_HOPPER=1"]
@@ -102,24 +104,46 @@ def memory_command_line() -> str:
 
 def build(check: str = "races", *, controls: bool = False) -> Path:
     """Compile what changed into the cache folder and return the path of the module, or of the negative controls."""
-    cache = Path(os.environ.get("MCLD_TEST_CACHE") or Path(tempfile.gettempdir()) / f"mcld_kernels-tests-{os.getuid()}")
-    cache.mkdir(parents=True, exist_ok=True)
-    # Of two processes one builds, and the other then finds what it built.
-    with open(cache / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        return _build(cache, check, controls)
-
-
-def _build(cache: Path, check: str, controls: bool) -> Path:
-    import pybind11
-
-    includes = [f"-I{path}" for path in (HERE, KERNELS, CSRC, sysconfig.get_path("include"), pybind11.get_include())]
-    headers = sorted(path for folder in (CSRC, KERNELS, HOPPER, HERE) for path in folder.glob("*.*h"))
-    common = b"".join(path.read_bytes() for path in headers) + repr((includes, compiler(), sys.version)).encode()
     of_emulator, of_kernels, of_linker = CHECKS[check]
 
-    def compile_one(source: Path) -> Path:
-        flags = FLAGS + (["-O0"] if source in BINDINGS else of_emulator if source in EMULATOR else of_kernels)
+    def flags_of(source: Path) -> list[str]:
+        return FLAGS + (["-O0"] if source in BINDINGS else of_emulator if source in EMULATOR else of_kernels)
+
+    # What only a driver can do is emulated whole.
+    kernels = sorted(path for folder in (KERNELS, HOPPER) for path in folder.glob("*.cu") if path.stem != "tensor_map")
+    kernels.append(HERE / "probes.cu")
+    # Of an inline function that several sources define, the linker takes the first: the kernels', which are checked.
+    sources = [*(CONTROLS if controls else kernels), *EMULATOR, *([] if controls else BINDINGS)]
+    name = "controls" if controls else "mcld_emulated"
+    return _build(name, [(source, flags_of(source)) for source in sources], of_linker, (HERE, KERNELS, HOPPER))
+
+
+def build_cpu() -> Path:
+    """The module mcld_kernels._cpu with every access and every sum of integers checked, as `build("memory")` is."""
+    text = (CPU / "CMakeLists.txt").read_text()
+    isas = re.findall(r"^ *mcld_cpu_library\((\w+) (\d+) ?(.*)\)$", text, re.MULTILINE)
+    on_x86 = platform.machine() in ("x86_64", "AMD64")
+    flags = ["-std=c++17", "-g1", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+    flags += [*_SANITIZERS, *(["-DMCLD_CPU_X86=1"] if on_x86 else [])]
+    sources = [(CPU / name, flags) for name in ("bindings.cpp", "dispatch.cpp")]
+    for isa, vector_bytes, options in isas if on_x86 else isas[:1]:
+        own = [f"-DMCLD_CPU_ISA={isa}", f"-DMCLD_VECTOR_BYTES={vector_bytes}", *options.split()]
+        sources.append((CPU / "low_latency.cpp", flags + own))
+    return _build("_cpu", sources, [*_SANITIZERS, "-ldl"], (CPU,))
+
+
+def _build(name: str, sources: list[tuple[Path, list[str]]], of_linker: list[str], folders: tuple[Path, ...]) -> Path:
+    """A module of sources with their flags; headers are in csrc/ and ``folders``. Only what changed is compiled."""
+    import pybind11
+
+    cache = Path(os.environ.get("MCLD_TEST_CACHE") or Path(tempfile.gettempdir()) / f"mcld_kernels-tests-{os.getuid()}")
+    cache.mkdir(parents=True, exist_ok=True)
+    includes = [f"-I{path}" for path in (*folders, CSRC, sysconfig.get_path("include"), pybind11.get_include())]
+    headers = sorted(path for folder in (CSRC, *folders) for path in folder.glob("*.*h"))
+    common = b"".join(path.read_bytes() for path in headers) + repr((includes, compiler(), sys.version)).encode()
+
+    def compile_one(source_and_flags: tuple[Path, list[str]]) -> Path:
+        source, flags = source_and_flags
         key = hashlib.sha256(common + repr(flags).encode() + source.read_bytes()).hexdigest()[:20]
         target = cache / f"{source.parent.name}-{source.stem}-{key}.o"
         if not target.exists():
@@ -128,20 +152,18 @@ def _build(cache: Path, check: str, controls: bool) -> Path:
             partial.replace(target)
         return target
 
-    # What only a driver can do is emulated whole.
-    kernels = sorted(path for folder in (KERNELS, HOPPER) for path in folder.glob("*.cu") if path.stem != "tensor_map")
-    kernels.append(HERE / "probes.cu")
-    # Of an inline function that several sources define, the linker takes the first: the kernels', which are checked.
-    sources = [*(CONTROLS if controls else kernels), *EMULATOR, *([] if controls else BINDINGS)]
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, sources))
-    link = [compiler(), "-shared", *objects, *of_linker]
-    key = hashlib.sha256(repr(link).encode()).hexdigest()[:20]
-    module = cache / f"{'controls' if controls else 'mcld_emulated'}-{key}.so"
-    if not module.exists():
-        partial = module.with_suffix(f".{os.getpid()}.so")
-        _call([*link, "-o", partial])
-        partial.replace(module)
+    # Of two processes one builds, and the other then finds what it built.
+    with open(cache / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with ThreadPoolExecutor(2) as pool:
+            objects = list(pool.map(compile_one, sources))
+        link = [compiler(), "-shared", *objects, *of_linker]
+        key = hashlib.sha256(repr(link).encode()).hexdigest()[:20]
+        module = cache / f"{name}-{key}.so"
+        if not module.exists():
+            partial = module.with_suffix(f".{os.getpid()}.so")
+            _call([*link, "-o", partial])
+            partial.replace(module)
     return module
 
 
