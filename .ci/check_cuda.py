@@ -67,7 +67,7 @@ def resource_report(module: Path) -> list[tuple[str, str, int]]:
 
 # Kernels by rows that write 16 bytes at once: eight 16-bit elements or four of 32 bits, as the end of their names says.
 VECTOR_KERNELS = re.compile(
-    r"(normalize_rows|grad_epilogue_rows)_kernelI\w*(Li8|fLi4)E|(rescale|scale_rows|combine_splits|class_means)_kernel"
+    r"(normalize_rows|grad_epilogue_rows|anchor_epilogue)_kernelI\w*(Li8|fLi4)E|(rescale|scale_rows|combine_splits|class_means)_kernel"
 )
 
 

@@ -49,6 +49,20 @@ void allow_shared_bytes(const void* kernel, int bytes, const char* name) {
   most = bytes;
 }
 
+bool can_await_launches(const void* kernel, const char* name) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, bool> known;  // by kernel and device
+  int device = 0;
+  check(cudaGetDevice(&device), name, __FILE__, __LINE__);
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find({kernel, device});
+  if (found != known.end()) return found->second;
+  // Of code that the driver compiled from PTX, the version of the PTX counts.
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, kernel), name, __FILE__, __LINE__);
+  return known[{kernel, device}] = attributes.ptxVersion >= 90;
+}
+
 int driver_version() {
   int version = 0;
   // Without a driver the runtime succeeds and gives 0.

@@ -26,6 +26,10 @@ void check(cudaError_t status, const char* call, const char* file, int line);
 // and device. Throws CudaError with the name.
 void allow_shared_bytes(const void* kernel, int bytes, const char* name);
 
+// True if the code of a kernel for the current device is for compute capability 9.0 or later, which can wait for the launch
+// before. It asks the runtime once for each kernel and device. Throws CudaError with the name.
+bool can_await_launches(const void* kernel, const char* name);
+
 // The newest CUDA version that the driver runs, 1000 major + 10 minor; 0 without a driver.
 int driver_version();
 

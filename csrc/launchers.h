@@ -232,6 +232,30 @@ struct GradEpilogue {
 };
 void grad_epilogue(const GradEpilogue&, Type, Precision, cudaStream_t);
 
+// All that follows product 2 for a chunk of anchors with a fixed shift, in one launch: row_sums, positive_cosines,
+// loss_epilogue, combine_splits and grad_epilogue, for a gradient whose rows are contiguous.
+struct AnchorEpilogue {
+  void* out;  // (rows, d) gradient, row_stride elements from row to row
+  int64_t row_stride;
+  const void *unit, *partner;  // operands of one pitch; unit begins at the chunk
+  const float* class_means;    // (num_classes_present, pitch), where a term has label positives
+  const int64_t* class_index;  // (rows,)
+  const float* inv_norm;       // (rows,)
+  const float* products;       // (splits, product_rows, product_pitch), added in order
+  const float* tile_sums;      // (tiles, sums_pitch), added in a fixed order
+  float* per_anchor;           // (weights, per_anchor_pitch)
+  int64_t rows, d, pitch, product_rows, product_pitch, sums_pitch, per_anchor_pitch;
+  int64_t offset, partner_rows;  // P of the chunk's row r is row r + offset of partner, if there is one
+  int splits, tiles;
+  float shift, inv_temperature;
+  List<TermWeight, 2> weights;
+  bool accumulate;
+  MCLD_FIELDS(out, row_stride, unit, partner, class_means, class_index, inv_norm, products, tile_sums, per_anchor, rows, d, pitch,
+              product_rows, product_pitch, sums_pitch, per_anchor_pitch, offset, partner_rows, splits, tiles, shift,
+              inv_temperature, weights, accumulate)
+};
+void anchor_epilogue(const AnchorEpilogue&, Type, Precision, cudaStream_t);
+
 // The low-latency path, for at most kLowLatencyLimit rows and columns, one shift for all and logits of one type: all terms in
 // five launches with student anchors (normalize, similarity, product, loss, outputs), in six with teacher anchors, whose
 // coefficients the product needs (loss before product, then projection).
@@ -267,15 +291,16 @@ struct LowLatency {
   int64_t batch, num_classes;
   float eps;
   bool present_only, mask_same_class;
+  bool dependent;  // launches may begin while the one before ends
   List<LowLatencyMatrix, 3> matrices;
   int64_t* key;                // (batch,) the class, or a negative number that equals no other where ignored
   float *num_valid, *poison;   // () rows with a class; 1, or NaN if a label is out of range
   float* counts;               // (num_classes,) rows of each class
-  float* class_means;          // (num_classes, pitch of the rows' operands)
+  float* class_means;          // (num_classes, pitch of the rows' operands), written for the classes that are present
   float *loss, *terms;         // (), (3,)
   void* gradient;              // (batch, num_classes) contiguous, or null
   MCLD_FIELDS(student, teacher, student_strides, teacher_strides, target, ignore_index, weight, term_weight, batch,
-              num_classes, eps, present_only, mask_same_class, matrices, key, num_valid, poison, counts, class_means, loss,
+              num_classes, eps, present_only, mask_same_class, dependent, matrices, key, num_valid, poison, counts, class_means, loss,
               terms, gradient)
 };
 void low_latency(const LowLatency&, Type logits, Type gradient, Precision, cudaStream_t);

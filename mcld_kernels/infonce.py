@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from .kernels import (
+    AnchorPassArgs,
     AnchorTerms,
     Contrast,
     ContrastArgs,
@@ -109,7 +110,6 @@ def contrast(
     side = anchors.side
     if not anchors.has_partner:
         offset = candidates.unit.n  # of no candidate: all are negatives
-    forward_terms, means, class_index = _anchor_terms(kernels, anchors, candidates, temperature, offset)
     mask = None
     if mask_same_class:
         assert side.labels is not None and candidates.labels is not None
@@ -125,6 +125,9 @@ def contrast(
         reverse=reverse is not None,
         is_bounded=is_bounded,
     )
+    if _anchor_pass(kernels, args, anchors, candidates):
+        return
+    forward_terms, means, class_index = _anchor_terms(kernels, anchors, candidates, temperature, offset)
     pass_ = kernels.contrast(args)
     partner: list[Tensor] = []
     class_mean: list[Tensor] = []
@@ -166,21 +169,53 @@ def contrast(
         _finish_without_partner(kernels, pass_, anchors, candidates, torch.cat(class_mean))
 
 
+def _anchor_pass(kernels: KernelSet, args: ContrastArgs, anchors: Anchors, candidates: Side) -> bool:
+    """Compute the contrast by `KernelSet.anchor_pass`; False, with nothing done, where there is none for it."""
+    side, grad = anchors.side, anchors.side.grad
+    if not grad.needed or args.candidate_grad or args.reverse:
+        return False
+    if not anchors.has_partner or anchors.anchor_weight is not None or anchors.radial is not None:
+        return False
+    if side.projection is not None or side.soft is not None:
+        return False
+    out = grad.view(anchors.side.transposed)
+    compute = kernels.anchor_pass(args, out)
+    if compute is None:
+        return False
+    means, class_index = _class_means(kernels, anchors, candidates)
+    compute(
+        AnchorPassArgs(
+            weights=anchors.weights,
+            per_anchor=anchors.per_anchor,
+            out=out,
+            class_means=means,
+            class_index=class_index,
+            accumulate=grad.is_written,
+        )
+    )
+    grad.is_written = True
+    return True
+
+
+def _class_means(kernels: KernelSet, anchors: Anchors, candidates: Side) -> tuple[Tensor | None, Tensor | None]:
+    """For a term with label positives: class means of the candidates, and the row of each anchor's class."""
+    if all(weight.positives != "label" for weight in anchors.weights):
+        return None, None
+    labels, soft = anchors.side.labels, anchors.side.soft
+    assert labels is not None and candidates.labels is not None
+    if soft is None:
+        return kernels.class_means(candidates.unit, candidates.labels, candidates.labels.counts), labels.class_index
+    assert candidates.soft is not None
+    table = candidates.soft.class_sums(candidates.unit.rows[: candidates.unit.n])
+    means = soft.mix(table).mul_(soft.share(candidates.soft.totals)[:, None])
+    return means, torch.arange(anchors.side.unit.n, device=means.device)
+
+
 def _anchor_terms(
     kernels: KernelSet, anchors: Anchors, candidates: Side, temperature: float, offset: int
 ) -> tuple[AnchorTerms, Tensor | None, Tensor | None]:
     """The anchors' positives; for a term with label positives, class means of the candidates and their row for each."""
-    labels, soft, means, class_index = anchors.side.labels, anchors.side.soft, None, None
-    if any(weight.positives == "label" for weight in anchors.weights):
-        assert labels is not None and candidates.labels is not None
-        if soft is None:
-            means = kernels.class_means(candidates.unit, candidates.labels, candidates.labels.counts)
-            class_index = labels.class_index
-        else:
-            assert candidates.soft is not None
-            table = candidates.soft.class_sums(candidates.unit.rows[: candidates.unit.n])
-            means = soft.mix(table).mul_(soft.share(candidates.soft.totals)[:, None])
-            class_index = torch.arange(anchors.side.unit.n, device=means.device)
+    means, class_index = _class_means(kernels, anchors, candidates)
     positive, label_positive = kernels.positive_cosines(anchors.side.unit, candidates.unit, offset, means, class_index)
     terms = AnchorTerms(
         positive=positive,

@@ -152,6 +152,18 @@ class GradEpilogueArgs:
 
 
 @dataclass(slots=True, kw_only=True)
+class AnchorPassArgs:
+    """What `KernelSet.anchor_pass` adds to its contrast: the anchors' terms and their gradient."""
+
+    weights: tuple[TermWeight, ...]
+    per_anchor: Tensor  # (len(weights), >= n) acc dtype, to be written, as in `AnchorTerms`
+    out: Tensor  # (n, d) gradient by the anchors' logits, a view of any strides and dtype
+    class_means: Tensor | None  # (classes present, >= d) acc dtype; for label positives
+    class_index: Tensor | None  # (n,) int64
+    accumulate: bool  # add to `out` instead of writing it
+
+
+@dataclass(slots=True, kw_only=True)
 class LossInputs:
     """Student logits (n, C) and teacher logits (m, C), both non-empty; n = m except for a part of a batch."""
 
@@ -238,6 +250,12 @@ class KernelSet:
     def __init__(self, tuning: Tuning):
         self.tuning = tuning
 
+    records_calls = False  # True: `run` is asked for a call, which may run a recorded one
+
+    def run(self, compute: Callable[[KernelSet, LossInputs], LossOutputs], inputs: LossInputs) -> LossOutputs:
+        """What ``compute`` gives with these kernels."""
+        return compute(self, inputs)
+
     def operand_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype in which GEMMs of logits of ``dtype`` take their operands."""
         return dtype
@@ -249,6 +267,13 @@ class KernelSet:
     def contrast(self, args: ContrastArgs) -> Contrast:
         """Begin a contrast."""
         raise NotImplementedError
+
+    def anchor_pass(self, args: ContrastArgs, out: Tensor) -> Callable[[AnchorPassArgs], None] | None:
+        """The function that computes a contrast with frozen candidates whole, loss and gradient ``out`` by the anchors.
+
+        None: by `contrast`, `positive_cosines`, `loss_epilogue` and `grad_epilogue`, one after another.
+        """
+        return None
 
     def self_contrast(self, unit: UnitRows, temperature: float, with_grad: bool) -> SelfContrast:
         """Begin a contrast of rows with one another; ``with_grad``: `SelfContrast.add` and `product` will be used."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -191,6 +191,16 @@ class LossOperator:
 
     def run(self, call: _Call) -> Outputs:
         """Loss (), terms (num_terms,), gradients of the loss by student and teacher: (batch, classes), else (0,)."""
+        loss, terms, student_grad, teacher_grad = self.evaluate(call)
+        return (
+            loss,
+            terms,
+            call.student.new_empty(0) if student_grad is None else student_grad,
+            call.teacher.new_empty(0) if teacher_grad is None else teacher_grad,
+        )
+
+    def evaluate(self, call: _Call) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """As `run`, with None for a gradient that is not asked for."""
         student, teacher = call.student, call.teacher
         needs_teacher_grad = call.teacher_grad and not self._has_teacher_kernels
         try:
@@ -217,22 +227,21 @@ class LossOperator:
             extra=dict(zip(self._extra, call.extra, strict=True)) if call.extra else {},
         )
         device = student.device
-        if device.type == "cuda" or torch.is_autocast_enabled(device.type):
-            on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+        is_elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+        if is_elsewhere or torch.is_autocast_enabled(device.type):
+            on_device = torch.cuda.device(device) if is_elsewhere else contextlib.nullcontext()
             with on_device, no_autocast(device):
                 outputs = self._evaluate(call, kernels, inputs)
         else:
             outputs = self._evaluate(call, kernels, inputs)
         if outputs is None:
             return self._like(call, torch.zeros)
-        student_grad = student.new_empty(0) if outputs.student_grad is None else outputs.student_grad
-        teacher_grad = teacher.new_empty(0) if outputs.teacher_grad is None else outputs.teacher_grad
-        return outputs.loss, outputs.terms, student_grad, teacher_grad
+        return outputs.loss, outputs.terms, outputs.student_grad, outputs.teacher_grad
 
     def _evaluate(self, call: _Call, kernels: KernelSet, inputs: LossInputs) -> LossOutputs | None:
         """The loss, over ranks after their exchange. None for an empty global batch."""
         if call.ranks is None:
-            return self._compute(kernels, inputs)
+            return kernels.run(self._compute, inputs) if kernels.records_calls else self._compute(kernels, inputs)
         assert self._compute_over_ranks is not None
         rows, device = inputs.student.shape[0], inputs.student.device
         ranks = distributed.join(call.ranks, rows, _facts(kernels, inputs), device)
@@ -320,7 +329,9 @@ def _facts(kernels: KernelSet, inputs: LossInputs) -> dict[str, Any]:
     common = distributed.same_on_all_ranks(
         inputs.student, inputs.teacher, inputs.target, inputs.weight, inputs.options, operands
     )
-    return {**common, "student gradient": inputs.student_grad, "teacher gradient": inputs.teacher_grad}
+    further = {name: None if x is None else list(x.shape) for name, x in inputs.extra.items()}
+    gradients = {"student gradient": inputs.student_grad, "teacher gradient": inputs.teacher_grad}
+    return {**common, **further, **gradients}
 
 
 def needs_grad(tensor: Tensor | None) -> bool:
@@ -386,12 +397,12 @@ class _NoSecondDerivative(torch.autograd.Function):
 _TWICE = "the fast backends of mcld_kernels cannot be differentiated twice; backend='reference' can, at its own cost"
 
 
-def _save(ctx: Any, call: _Call, outputs: Outputs) -> tuple[Tensor | None, ...]:
+def _save(ctx: Any, call: _Call, outputs: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """Save what the derivatives need; returns it."""
     # The inputs that a second derivative is taken by; a constant may be an inference tensor, which cannot be saved.
     inputs = (x if x is not None and x.requires_grad else None for x in (call.student, call.teacher, call.weight))
     # A copy, since whoever logs the terms may change them in place.
-    terms = outputs[1].clone() if call.weight is not None else None
+    terms = outputs[1].clone() if call.weight is not None and outputs[1] is not None else None
     ctx.dtypes = (
         call.student.dtype if call.student_grad else None,
         call.teacher.dtype if call.teacher_grad else None,
@@ -490,7 +501,7 @@ class _EagerLoss(torch.autograd.Function):
         teacher: Tensor,
         weight: Tensor | None,
     ) -> Tensor:
-        outputs = operator.run(_forward_call(operator, call) if call.teacher_grad else call)
+        outputs = operator.evaluate(_forward_call(operator, call) if call.teacher_grad else call)
         _save(ctx, call, outputs)
         terms.append(outputs[1])
         return outputs[0]

@@ -47,6 +47,8 @@ SYNCHRONIZATION = {
     "wgmma_in_flight_at_the_end": "ended with wgmma in flight",
     "mbarrier_never_completed": "deadlock",
     "more_arrivals_than_expected": "more arrivals",
+    "memory_touched_before_the_launch_before_ended": "global memory touched before await_launch_before",
+    "launch_before_not_awaited": "did not await the one before",
 }
 MEMORY = {
     "read_past_the_end": "heap-buffer-overflow",

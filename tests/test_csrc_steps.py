@@ -9,10 +9,11 @@ import pytest
 import torch
 from launches import Counted
 
-from mcld_kernels import backends, labels
+from mcld_kernels import backends, infonce, labels
 from mcld_kernels.backends.cuda import extension
-from mcld_kernels.kernels import AnchorTerms, KernelSet, LossInputs, NegativeSums, TermWeight, Tuning
+from mcld_kernels.kernels import AnchorTerms, KernelSet, LossInputs, NegativeSums, TermWeight, Tuning, UnitRows
 from mcld_kernels.losses import mcld
+from mcld_kernels.options import SAMPLE
 
 TORCH = KernelSet(Tuning(chunk_bytes=1 << 20))
 
@@ -92,7 +93,7 @@ def term(index, counted=None, factor=None, weight=None):
     factor, weight = (None if x is None else torch.tensor(x) for x in (factor, weight))
     return TermWeight(
         term=index,
-        positives="label" if index == mcld.SAMPLE else "diagonal",
+        positives="label" if index == SAMPLE else "diagonal",
         constant=0.01,
         factor=factor,
         counted=counted,
@@ -157,7 +158,7 @@ def test_reduce_terms_of_any_loss(kernels, count, poison):
 
 @pytest.mark.parametrize(
     ("direction", "classes", "most"),
-    [("student", 40, 13), ("student", 300, 13), ("teacher", 40, 20), ("symmetric", 40, 30)],
+    [("student", 40, 9), ("student", 300, 10), ("teacher", 40, 20), ("symmetric", 40, 30)],
 )
 def test_few_launches(module, direction, classes, most):
     """Above the low-latency path: instance- and sample-wise terms. A GPU waits for launches before it computes."""
@@ -183,3 +184,61 @@ def test_few_launches(module, direction, classes, most):
     with extension.use(Spy()), backends.tuned(low_latency_limit=0), counted:
         mcld.compute(backends.kernel_set("cuda", student, teacher), inputs)
     assert len(counted.launches) + len(counted.operations) <= most, (counted.launches, counted.operations)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("n", "m", "d", "offset"), [(70, 150, 36, 60), (150, 270, 37, 100), (130, 140, 260, 0)])
+def test_the_one_epilogue_is_the_steps_one_after_another(module, dtype, n, m, d, offset, poison):
+    """Rows that are no vectors, splits of flash, chunks; a sum over two contrasts, one of them masked."""
+    torch.manual_seed(0)
+    student, teacher = torch.randn(n, d).to(dtype), torch.randn(m, d).to(dtype)
+    target, candidate_target = torch.randint(-1, 5, (n,)), torch.randint(-1, 5, (m,))
+    unit_args = {"operand_dtype": dtype, "eps": 1e-8}
+
+    def run(one_epilogue, fp64):
+        acc = torch.float64 if fp64 else torch.float32
+        launches = []
+
+        class Spy:
+            info, constants = staticmethod(module.info), module.constants
+
+            def __getattr__(self, name):
+                return lambda **fields: launches.append(name) or getattr(module, name)(**fields)
+
+        with extension.use(Spy()), backends.tuned(one_epilogue=one_epilogue, chunk_bytes=1):
+            logits = (student.double(), teacher.double()) if fp64 else (student, teacher)
+            kernels = backends.kernel_set("torch" if fp64 else "cuda", *logits)
+            sides = labels.index_labels((target, candidate_target), -1, 5, acc)
+            units = [TORCH.l2_normalize(x, dtype, 1e-8) for x in (student, teacher)]
+            if fp64:
+                units = [UnitRows(rows=x.rows.double(), inv_norm=x.inv_norm.double(), n=x.n, d=x.d) for x in units]
+            else:
+                units = [kernels.l2_normalize(x, **unit_args) for x in (student, teacher)]
+            grads = [infonce.GradBuffer(x.to(acc), needed) for x, needed in ((student, True), (teacher, False))]
+            first, second = (
+                infonce.Side(unit=unit, grad=grad, labels=side)
+                for unit, grad, side in zip(units, grads, sides, strict=True)
+            )
+            weights = (
+                TermWeight(term=0, positives="diagonal", constant=1 / n),
+                TermWeight(
+                    term=1, positives="label", constant=0.5, factor=sides[0].mean_factor, counted=sides[0].valid,
+                    weight=torch.tensor(0.7, dtype=acc), term_weight=2.0,
+                ),
+            )  # fmt: skip
+            per_anchor = torch.empty(2, n, dtype=acc)
+            for mask in (False, True):
+                infonce.contrast(
+                    kernels, infonce.Anchors(side=first, weights=weights, per_anchor=per_anchor), second,
+                    temperature=0.2, offset=offset, mask_same_class=mask,
+                )  # fmt: skip
+        return per_anchor, grads[0].result(), launches
+
+    want = run(False, True)
+    one, steps = run(True, False), run(False, False)
+    assert "anchor_epilogue" in one[2] and not {"loss_epilogue", "row_sums", "grad_epilogue"} & set(one[2])
+    assert "anchor_epilogue" not in steps[2]
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
+    for got in (one, steps):
+        for a, b in zip(got[:2], want[:2], strict=True):
+            assert (a.double() - b.double()).norm() <= tolerance * b.double().norm()

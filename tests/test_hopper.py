@@ -228,11 +228,25 @@ def test_small_work_stays_with_the_portable_kernels(chosen):
     assert tuning.hopper_flash_splits(*chosen, 4096, 4096, 320) == 0, "no kernel for this pitch"
 
 
-@pytest.mark.parametrize("shape", [(4096, 4096, 128), (100, 200_000, 64), (65536, 300, 256)], ids=str)
+def test_candidates_are_split_over_a_second_round(chosen):
+    """The category-wise term of ImageNet-21k at B = 256: 171 tiles of anchors for 132 blocks."""
+    assert tuning.hopper_flash_splits(*chosen, 21841, 21841, 256) == 3
+    assert tuning.flash_splits(*chosen, 21841, 21841) == 3
+    assert tuning.hopper_flash_splits(*chosen, 65536, 65536, 128) == 1, "full rounds"
+    assert tuning.hopper_flash_splits(*chosen, 65536, 300, 256) == 1, "few candidates"
+
+
+@pytest.mark.parametrize(
+    "shape", [(4096, 4096, 128), (100, 200_000, 64), (65536, 300, 256), (21841, 21841, 256)], ids=str
+)
 def test_splits_leave_no_part_without_candidates(chosen, shape):
     anchors, candidates, pitch = shape
     fields, constants = chosen
     splits = tuning.hopper_flash_splits(fields, constants, anchors, candidates, pitch)
     tiles = math.ceil(candidates / constants["hopper_flash_columns"][pitch])
     assert 1 <= splits <= tiles
-    assert splits == 1 or splits * math.ceil(anchors / constants["hopper_flash_rows"]) <= fields.hopper_blocks
+    # No more rounds of blocks than without splits take for as many tiles of candidates each.
+    rows = math.ceil(anchors / constants["hopper_flash_rows"])
+    rounds, alone = math.ceil(rows * splits / fields.hopper_blocks), math.ceil(rows / fields.hopper_blocks)
+    assert rounds * math.ceil(tiles / splits) <= alone * tiles
+    assert rounds == 1 or splits == 1 or shape == (21841, 21841, 256)

@@ -18,7 +18,7 @@ import triton_interpreter
 import mcld_kernels
 from mcld_kernels import backends, reference
 from mcld_kernels.backends import triton as backend
-from mcld_kernels.backends.triton import autotune, similarity
+from mcld_kernels.backends.triton import autotune, flash, similarity
 from mcld_kernels.backends.triton.configs import Configs, Launch, TritonTuning
 from mcld_kernels.backends.triton.product import product_kernel
 from mcld_kernels.kernels import ContrastArgs, GradCoefficients, LossInputs, has_fixed_shift
@@ -95,6 +95,18 @@ class TestAgainstTheTruth:
     def test_several_tiles_and_chunks(self, name, dtype, path, small_tiles, small_chunks):
         small_chunks(rows=128, columns=256, itemsize=1)  # chunks of 128 rows, the least there is
         check("triton", "cpu", "random", 149, 70, dtype, draws=1, **OPTIONS[name])
+
+    @pytest.mark.parametrize(
+        ("dtype", "name"), [(torch.float32, "mask-symmetric"), (torch.bfloat16, "teacher")], ids=str
+    )
+    def test_few_anchors_split_the_candidates(self, monkeypatch, dtype, name):
+        """5 tiles of each side in 2 unequal parts; the last tile ends in padding."""
+        reduced = []
+        kernel = flash.reduce_row_sums
+        monkeypatch.setattr(flash, "reduce_row_sums", lambda *args: reduced.append(args[0].shape[0]) or kernel(*args))
+        with backends.tuned(blocks=Launch(64, 64, 64)):
+            check("triton", "cpu", "random", 300, 20, dtype, draws=1, **OPTIONS[name])
+        assert set(reduced) == {2}
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=short)
     @pytest.mark.parametrize("shape", [(1, 1), (1, 5), (5, 1), (127, 129), (129, 257), (37, 521)], ids=str)

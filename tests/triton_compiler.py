@@ -49,6 +49,8 @@ CASES: dict[str, tuple[int, int, torch.dtype, dict[str, Any]]] = {
     "bf16-10": (1031, 10, torch.bfloat16, EVERYTHING),
     "bf16-48": (1031, 48, torch.bfloat16, EVERYTHING),
     "bf16-100": (4096, 100, torch.bfloat16, EVERYTHING),
+    # Enough anchors for all candidates to stay in one part
+    "bf16-100-whole": (16384, 100, torch.bfloat16, {"weight": (1.0, 1.0, 0.0)}),
     "bf16-200": (1031, 200, torch.bfloat16, EVERYTHING),
     "bf16-10-online": (1031, 10, torch.bfloat16, ONLINE),
     "bf16-48-online": (1031, 48, torch.bfloat16, ONLINE),

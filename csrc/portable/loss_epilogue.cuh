@@ -7,25 +7,40 @@ namespace mcld {
 
 constexpr int kLossThreads = 256;
 
+struct AnchorCoefficients {
+  float partner, product, class_mean;
+};
+
+// The coefficients of the anchor in `row`; `write(i, part)` receives its part of term i of the weights.
+template <class Write>
+MCLD_DEVICE AnchorCoefficients anchor_loss(const List<TermWeight, 2>& weights, int64_t row, float neg_lse, float inv_neg_sum,
+                                           float positive, float label_positive, float inv_temperature, const Write& write) {
+  const float x = neg_lse - positive * inv_temperature, loss = softplus(x);
+  float total = 0, class_mean = 0;
+  for (int i = 0; i < weights.count; ++i) {
+    const TermWeight& term = weights.item[i];
+    const float part = (term.counted && !term.counted[row] ? 0 : term.constant) * (term.factor ? *term.factor : 1);
+    write(i, (term.label_positives ? loss + (positive - label_positive) * inv_temperature : loss) * part);
+    const float weight = part * term.term_weight * (term.weight ? *term.weight : 1) * inv_temperature;
+    total += weight;
+    if (term.label_positives) class_mean = weight;
+  }
+  const float partner = total * sigmoid(x);
+  return {partner, partner * inv_neg_sum, class_mean};
+}
+
 // One thread an anchor.
 MCLD_KERNEL(kLossThreads) loss_epilogue_kernel(MCLD_PARAMETERS(LossEpilogue) p) {
   const int64_t row = int64_t(block_index()) * kLossThreads + thread_index();
   if (row >= p.rows) return;
-  const float positive = p.positive[row], x = p.neg_lse[row] - positive * p.inv_temperature;
-  const float loss = softplus(x);
-  float total = 0;
+  const AnchorCoefficients coefficients =
+      anchor_loss(p.weights, row, p.neg_lse[row], p.inv_neg_sum[row], p.positive[row], p.label_positive[row], p.inv_temperature,
+                  [&](int i, float part) { p.per_anchor[i * p.pitch + row] = part; });
+  p.partner_coef[row] = coefficients.partner;
+  p.product_coef[row] = coefficients.product;
   for (int i = 0; i < p.weights.count; ++i) {
-    const TermWeight& term = p.weights.item[i];
-    const float part = (term.counted && !term.counted[row] ? 0 : term.constant) * (term.factor ? *term.factor : 1);
-    const float value = term.label_positives ? loss + (positive - p.label_positive[row]) * p.inv_temperature : loss;
-    p.per_anchor[i * p.pitch + row] = value * part;
-    const float weight = part * term.term_weight * (term.weight ? *term.weight : 1) * p.inv_temperature;
-    total += weight;
-    if (term.label_positives) p.class_mean_coef[row] = weight;
+    if (p.weights.item[i].label_positives) p.class_mean_coef[row] = coefficients.class_mean;
   }
-  const float partner = total * sigmoid(x);
-  p.partner_coef[row] = partner;
-  p.product_coef[row] = partner * p.inv_neg_sum[row];
 }
 
 }  // namespace mcld

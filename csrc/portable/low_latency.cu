@@ -43,8 +43,8 @@ template <Precision kPrecision> void launch_similarity(const LowLatency& p, cuda
     const int64_t tiles = padded_rows(p.matrices.item[i].n) / kLowLatencyTile;
     blocks += tiles * tiles;
   }
-  if (p.counts) blocks += p.num_classes * tiles_of(p.matrices.item[0].pitch, Kernel::kThreads * 4);
-  launch(low_latency_similarity_kernel<kPrecision>, "launch of low_latency_similarity", dim3(unsigned(blocks)), Kernel::kThreads,
+  if (p.counts) blocks += p.batch;  // the class means
+  launch_dependent(p.dependent, low_latency_similarity_kernel<kPrecision>, "launch of low_latency_similarity", dim3(unsigned(blocks)), Kernel::kThreads,
          Kernel::kSharedBytes, stream, p);
 }
 
@@ -55,7 +55,7 @@ template <Precision kPrecision> void launch_product(const LowLatency& p, cudaStr
     const LowLatencyMatrix& q = p.matrices.item[i];
     blocks += padded_rows(q.n) / kLowLatencyTile * (q.pitch / kLowLatencyTile) * product_count(q);
   }
-  launch(low_latency_product_kernel<kPrecision>, "launch of low_latency_product", dim3(unsigned(blocks)), Kernel::kThreads,
+  launch_dependent(p.dependent, low_latency_product_kernel<kPrecision>, "launch of low_latency_product", dim3(unsigned(blocks)), Kernel::kThreads,
          Kernel::kSharedBytes, stream, p);
 }
 
@@ -69,19 +69,19 @@ dim3 row_grid(const LowLatency& p) {
 template <class T> void launch_loss(const LowLatency& p, cudaStream_t stream) {
   const dim3 grid = row_grid(p);
   if (has_teacher_anchors(p)) {
-    launch(low_latency_loss_kernel<T, true>, "launch of low_latency_loss", grid, kLowLatencyThreads, 0, stream, p);
+    launch_dependent(p.dependent, low_latency_loss_kernel<T, true>, "launch of low_latency_loss", grid, kLowLatencyThreads, 0, stream, p);
   } else {
-    launch(low_latency_loss_kernel<T, false>, "launch of low_latency_loss", grid, kLowLatencyThreads, 0, stream, p);
+    launch_dependent(p.dependent, low_latency_loss_kernel<T, false>, "launch of low_latency_loss", grid, kLowLatencyThreads, 0, stream, p);
   }
 }
 
 template <class T> void launch_projection(const LowLatency& p, cudaStream_t stream) {
-  launch(low_latency_projection_kernel<T>, "launch of low_latency_projection", row_grid(p), kLowLatencyThreads, 0, stream, p);
+  launch_dependent(p.dependent, low_latency_projection_kernel<T>, "launch of low_latency_projection", row_grid(p), kLowLatencyThreads, 0, stream, p);
 }
 
 template <class T, class Out> void launch_outputs(const LowLatency& p, cudaStream_t stream) {
   const int64_t tiles = p.gradient ? tiles_of(p.batch, kGradTile) * tiles_of(p.num_classes, kGradTile) : 0;
-  launch(low_latency_outputs_kernel<T, Out>, "launch of low_latency_outputs", dim3(unsigned(1 + tiles)), kLowLatencyThreads,
+  launch_dependent(p.dependent, low_latency_outputs_kernel<T, Out>, "launch of low_latency_outputs", dim3(unsigned(1 + tiles)), kLowLatencyThreads,
          kGradTile * (kGradTile + 1) * 4, stream, p);
 }
 

@@ -41,6 +41,7 @@ MCLD_HOST_DEVICE Normalize matrix_side(const LowLatency& p, const LowLatencyMatr
 
 // Block x: 8 rows of a matrix, or 32 columns; the last one: the labels. Block y: student, teacher.
 template <class In, class Out, int kWidth> MCLD_KERNEL(kLowLatencyThreads, 2) low_latency_normalize_kernel(MCLD_PARAMETERS(LowLatency) p) {
+  let_launch_after_begin();
   int64_t block = block_index();
   float* shared = reinterpret_cast<float*>(shared_memory());
   for (int i = 0; i < p.matrices.count; ++i) {
@@ -72,6 +73,8 @@ template <class In, class Out, int kWidth> MCLD_KERNEL(kLowLatencyThreads, 2) lo
     return;
   }
   if (block_index_y() != 0 || !p.target) return;
+  // Only the classes that are present are counted.
+  for (int64_t c = thread_index(); c < p.num_classes; c += kLowLatencyThreads) p.counts[c] = 0;
   float valid = 0, bad = 0;
   for (int64_t i = thread_index(); i < p.batch; i += kLowLatencyThreads) {
     const Label label = Label::of(p.target[i], p.num_classes, p.ignore_index);
@@ -90,28 +93,54 @@ template <class In, class Out, int kWidth> MCLD_KERNEL(kLowLatencyThreads, 2) lo
 
 // --- (2) E and the class means
 
-// The mean of a class's teacher rows, 512 columns a block of 128 threads.
-template <class T> MCLD_DEVICE void class_mean(const LowLatency& p, const LowLatencyMatrix& q, int64_t class_id, int64_t column, bool first) {
-  float sum[4] = {0, 0, 0, 0}, count = 0;
-  for (int64_t j = 0; j < p.batch; ++j) {
-    if (p.key[j] != class_id) continue;
-    count += 1;
-    if (!p.class_means || column >= q.pitch) continue;
-    float x[4];
-    load(x, static_cast<const T*>(q.teacher) + j * q.pitch + column);
+// The mean of the teacher rows of row j's class, by the block whose row is the first of them; the others have nothing to do.
+template <class T, int kThreads> MCLD_DEVICE void class_mean(const LowLatency& p, const LowLatencyMatrix& q, int64_t j) {
+  constexpr int kWarps = kThreads / kWarp, kRounds = kLowLatencyLimit / kThreads;
+  int* const rows = reinterpret_cast<int*>(shared_memory());  // (kLowLatencyLimit,) of the class, in their order
+  int* const found = rows + kLowLatencyLimit;                  // (kRounds, kWarps)
+  const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
+  const int64_t key = p.key[j];
+  if (key < 0) return;
+  uint32_t matches[kRounds];  // of the warp's 32 rows in each round
 #pragma unroll
-    for (int i = 0; i < 4; ++i) sum[i] += x[i];
+  for (int round = 0; round < kRounds; ++round) {
+    const int64_t other = round * kThreads + thread_index();
+    matches[round] = ballot(other < p.batch && p.key[other] == key);
+    if (lane == 0) found[round * kWarps + warp] = count_bits(matches[round]);
   }
-  if (first) p.counts[class_id] = count;
-  if (!p.class_means || column >= q.pitch) return;
+  sync_block();
+  int count = 0;
+  for (int round = 0; round < kRounds; ++round) {
+    for (int w = 0; w < kWarps; ++w) {
+      if (w == warp && (matches[round] >> lane & 1)) {
+        rows[count + count_bits(matches[round] & ((1u << lane) - 1))] = round * kThreads + thread_index();
+      }
+      count += found[round * kWarps + w];
+    }
+  }
+  sync_block();
+  if (rows[0] != j) return;
+  if (thread_index() == 0) p.counts[key] = float(count);
+  if (!p.class_means) return;
+  for (int64_t column = thread_index() * 4; column < q.pitch; column += kThreads * 4) {
+    float sum[4] = {0, 0, 0, 0};
+#pragma unroll 4
+    for (int k = 0; k < count; ++k) {
+      float x[4];
+      load(x, static_cast<const T*>(q.teacher) + rows[k] * q.pitch + column);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) sum[i] /= count > 0 ? count : 1;
-  store(p.class_means + class_id * q.pitch + column, sum);
+      for (int i = 0; i < 4; ++i) sum[i] += x[i];
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum[i] /= float(count);
+    store(p.class_means + key * q.pitch + column, sum);
+  }
 }
 
 template <Precision kPrecision>
 MCLD_KERNEL(SimilarityTile<kPrecision, kLowLatencyTile>::kThreads, SimilarityTile<kPrecision, kLowLatencyTile>::kBlocks)
 low_latency_similarity_kernel(MCLD_PARAMETERS(LowLatency) p) {
+  await_launch_before();
   using Kernel = SimilarityTile<kPrecision, kLowLatencyTile>;
   int64_t block = block_index();
   for (int i = 0; i < p.matrices.count; ++i) {
@@ -131,10 +160,7 @@ low_latency_similarity_kernel(MCLD_PARAMETERS(LowLatency) p) {
     Kernel::run(s, block);
     return;
   }
-  const LowLatencyMatrix& rows = p.matrices.item[0];
-  const int64_t columns_of_block = Kernel::kThreads * 4, parts = (rows.pitch + columns_of_block - 1) / columns_of_block;
-  const int64_t column = block % parts * columns_of_block + thread_index() * 4;
-  class_mean<Operand<kPrecision>>(p, rows, block / parts, column, column == 0);
+  class_mean<Operand<kPrecision>, Kernel::kThreads>(p, p.matrices.item[0], block);
 }
 
 // --- (3) E K
@@ -144,6 +170,7 @@ MCLD_HOST_DEVICE int product_count(const LowLatencyMatrix& q) { return (q.produc
 template <Precision kPrecision>
 MCLD_KERNEL(ProductTile<kPrecision, kLowLatencyTile, false>::kThreads, ProductTile<kPrecision, kLowLatencyTile, false>::kBlocks)
 low_latency_product_kernel(MCLD_PARAMETERS(LowLatency) p) {
+  await_launch_before();
   int64_t block = block_index();
   for (int i = 0; i < p.matrices.count; ++i) {
     const LowLatencyMatrix& q = p.matrices.item[i];
@@ -236,6 +263,7 @@ template <class T> MCLD_DEVICE void weigh_teacher(const LowLatencyMatrix& q, int
 
 // kTeacherAnchors: there are teacher anchors, and the products are not yet computed.
 template <class T, bool kTeacherAnchors> MCLD_KERNEL(kLowLatencyThreads) low_latency_loss_kernel(MCLD_PARAMETERS(LowLatency) p) {
+  await_launch_before();
   int64_t row = int64_t(block_index()) * kLowLatencyWarps + thread_index() / kWarp;
   const int lane = thread_index() % kWarp;
   const int which = matrix_of(p, row);
@@ -302,6 +330,7 @@ template <class T, bool kTeacherAnchors> MCLD_KERNEL(kLowLatencyThreads) low_lat
 
 // One warp a row.
 template <class T> MCLD_KERNEL(kLowLatencyThreads) low_latency_projection_kernel(MCLD_PARAMETERS(LowLatency) p) {
+  await_launch_before();
   int64_t row = int64_t(block_index()) * kLowLatencyWarps + thread_index() / kWarp;
   const int which = matrix_of(p, row);
   if (which == p.matrices.count || row >= p.matrices.item[which].n) return;
@@ -321,6 +350,7 @@ MCLD_DEVICE float term_sum(const float* per_anchor, int64_t n, LowLatencySum::St
 
 // Block 0: the loss; the others: 32 x 32 of the gradient.
 template <class T, class Out> MCLD_KERNEL(kLowLatencyThreads) low_latency_outputs_kernel(MCLD_PARAMETERS(LowLatency) p) {
+  await_launch_before();
   float* shared = reinterpret_cast<float*>(shared_memory());  // (32, 33)
   if (block_index() == 0) {
     // A term has one matrix, so no two sums share a storage.

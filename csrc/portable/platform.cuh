@@ -152,6 +152,21 @@ MCLD_DEVICE void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, ui
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// Of a dependent launch: waits until the launch before is complete, then lets the launch after begin. It stands before the
+// first access to global memory, in every thread; elsewhere it does nothing.
+MCLD_DEVICE void await_launch_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+// Lets a dependent launch after this one begin, as far as `await_launch_before`.
+MCLD_DEVICE void let_launch_after_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // Launches kernel(parameters) on `stream` of the current device and checks every call on the way.
 template <class Parameters>
 void launch(void (*kernel)(Parameters), const char* name, dim3 grid, int threads, int shared_bytes, cudaStream_t stream,
@@ -162,6 +177,25 @@ void launch(void (*kernel)(Parameters), const char* name, dim3 grid, int threads
   }
   kernel<<<grid, threads, shared_bytes, stream>>>(parameters);
   check(cudaGetLastError(), name, __FILE__, __LINE__);
+}
+
+// The same. If `dependent`, and the kernel's code can wait for it (compute capability 9.0), it may begin before the launch
+// before has ended: the kernel calls `await_launch_before`.
+template <class Parameters>
+void launch_dependent(bool dependent, void (*kernel)(Parameters), const char* name, dim3 grid, int threads, int shared_bytes,
+                      cudaStream_t stream, const Parameters& parameters) {
+  if (!dependent || !can_await_launches(reinterpret_cast<const void*>(kernel), name)) {
+    return launch(kernel, name, grid, threads, shared_bytes, stream, parameters);
+  }
+  if (grid.x == 0 || grid.y == 0) return;
+  if (shared_bytes > 48 * 1024) allow_shared_bytes(reinterpret_cast<const void*>(kernel), shared_bytes, name);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid, config.blockDim = dim3(threads), config.dynamicSmemBytes = size_t(shared_bytes);
+  config.stream = stream, config.attrs = &attribute, config.numAttrs = 1;
+  check(cudaLaunchKernelEx(&config, kernel, parameters), name, __FILE__, __LINE__);
 }
 
 }  // namespace mcld

@@ -286,13 +286,26 @@ MCLD_KERNEL(kThreads) shift_of_all_bits(MCLD_PARAMETERS(Control) p) {
   if (thread_index() == 0) p.data[0] = float(1u << opaque(p.broken ? 32 : 31));
 }
 
+// --- dependent launches
+
+MCLD_KERNEL(kThreads) memory_touched_before_the_launch_before_ended(MCLD_PARAMETERS(Control) p) {
+  if (!p.broken) await_launch_before();
+  p.data[thread_index()] += 1;
+  if (p.broken) await_launch_before();
+}
+MCLD_KERNEL(kThreads) launch_before_not_awaited(MCLD_PARAMETERS(Control) p) {
+  if (!p.broken || thread_index() != 5) await_launch_before();
+}
+
 struct Entry {
   const char* name;
   void (*kernel)(Control);
   int blocks, threads, shared_bytes;
+  bool dependent = false;
 };
 #define MCLD_ENTRY(kernel) {#kernel, kernel, 1, kThreads, kSharedBytes}
 #define MCLD_ENTRY_OF_TWO_BLOCKS(kernel) {#kernel, kernel, 2, kThreads, kSharedBytes}
+#define MCLD_ENTRY_DEPENDENT(kernel) {#kernel, kernel, 1, kThreads, kSharedBytes, true}
 #define MCLD_ENTRY90(kernel) {#kernel, kernel, 1, 128, Stage64::kSharedBytes}
 const Entry kEntries[] = {
     MCLD_ENTRY(missing_barrier), MCLD_ENTRY(shuffle_as_barrier), MCLD_ENTRY(missing_second_barrier),
@@ -308,6 +321,7 @@ const Entry kEntries[] = {
     MCLD_ENTRY(copy_past_the_end), MCLD_ENTRY90(load_past_the_end), MCLD_ENTRY(misaligned_vector),
     MCLD_ENTRY(shared_read_past_the_end), MCLD_ENTRY(shared_write_past_the_end), MCLD_ENTRY(index_past_an_array),
     MCLD_ENTRY(overflow_of_an_index), MCLD_ENTRY(shift_of_all_bits),
+    MCLD_ENTRY_DEPENDENT(memory_touched_before_the_launch_before_ended), MCLD_ENTRY_DEPENDENT(launch_before_not_awaited),
 };
 
 std::string failure;
@@ -321,7 +335,7 @@ extern "C" __attribute__((visibility("default"))) const char* run_control(const 
     try {
       const Control p{data, n, broken, hopper::tensor_map(data, Precision::bf16, n / 32, 64, 64)};
       const char* const called = entry.threads == kThreads ? "control" : "control of hopper";
-      launch(entry.kernel, called, dim3(entry.blocks), entry.threads, entry.shared_bytes, nullptr, p);
+      launch_dependent(entry.dependent, entry.kernel, called, dim3(entry.blocks), entry.threads, entry.shared_bytes, nullptr, p);
       return nullptr;
     } catch (const std::exception& error) {
       return (failure = error.what()).c_str();

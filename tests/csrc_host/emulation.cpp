@@ -3,6 +3,7 @@
 
 #include "checks.h"
 
+#include <algorithm>
 #include <csetjmp>
 #include <cstdlib>
 #include <dlfcn.h>
@@ -118,7 +119,11 @@ void resume(int index) {
 
 uint32_t next_random() { return order_state = order_state * 1664525u + 1013904223u; }
 
+bool dependent_launch;
+std::vector<bool> awaited;  // by thread
+
 void run_block() {
+  awaited.assign(threads_of_block, !dependent_launch);
   for (int i = 0; i < threads_of_block; ++i) {
     fibers[i].finished = false;
     fibers[i].waiting = nullptr;
@@ -143,6 +148,8 @@ void run_block() {
     if (!progress) fail("deadlock: a barrier or warp operation that not all threads reached");
   }
   if (loads_in_flight()) fail("a block ended with loads in flight");
+  // A launch that ends before the one before has ended would let the one after begin too early.
+  if (std::find(awaited.begin(), awaited.end(), false) != awaited.end()) fail("a thread of a dependent launch that did not await the one before");
 #ifndef MCLD_CHECK_MEMORY  // there nobody may touch it
   for (int i = 0; i < kCanaryBytes; ++i) {
     if (shared[shared_size + i] != char(0xA5)) fail("a write past the end of shared memory");
@@ -326,9 +333,26 @@ void combine_mma_tf32(Lane* lanes) {
   multiply<8>(lanes, [](uint32_t word, int) { return as_float(word & ~0x1fffu); });
 }
 
-void run(dim3 grid, int threads, int shared_bytes, const char* name, void (*kernel)(const void*), const void* parameters) {
+void await_launch_before() { awaited[thread] = true; }
+
+void check_awaited() {
+  if (!awaited[thread]) stop("global memory touched before await_launch_before");
+}
+
+namespace {
+// Launches that end here, for measurements of the host's side.
+bool stubbed = false;
+int64_t stubbed_launches = 0;
+}  // namespace
+
+void run(dim3 grid, int threads, int shared_bytes, const char* name, void (*kernel)(const void*), const void* parameters,
+         bool dependent) {
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
+  if (stubbed) {
+    ++stubbed_launches;
+    return;
+  }
   kernel_name = name;
   if (threads % kWarp || threads > kMaxThreads) fail("a block must be whole warps, at most 1024 threads");
   const bool sm90 = std::string(name).find("hopper") != std::string::npos;
@@ -336,6 +360,7 @@ void run(dim3 grid, int threads, int shared_bytes, const char* name, void (*kern
   if (grid.y > 65535) fail("grid.y past 65535");
   body = kernel;
   argument = parameters;
+  dependent_launch = dependent;
   threads_of_block = threads;
   grid_x = int(grid.x);
   shared_size = shared_bytes;
@@ -373,6 +398,12 @@ void run(dim3 grid, int threads, int shared_bytes, const char* name, void (*kern
 }  // namespace mcld::emulation
 
 // The vector accesses of so many bytes, 8 or 16, that the kernels have made.
+// Launches nothing from now on if `on`; returns the launches that were left out so far.
+extern "C" __attribute__((visibility("default"))) int64_t stub_launches(int on) {
+  mcld::emulation::stubbed = on != 0;
+  return mcld::emulation::stubbed_launches;
+}
+
 extern "C" __attribute__((visibility("default"))) int64_t vector_accesses(int bytes) {
   return mcld::emulation::vector_accesses[bytes];
 }

@@ -79,6 +79,11 @@ void begin_block_sm90();
 bool loads_in_flight();
 bool wgmma_in_flight();
 
+// Of a launch that may begin before the one before has ended: the running thread may touch global memory from now on.
+void await_launch_before();
+// Stops at an access to global memory before that.
+void check_awaited();
+
 // Runs other fibers until `counter` has changed.
 void wait_for(const int& counter);
 // Ends the launch with an error.
@@ -121,7 +126,8 @@ inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
   collective(&in, sizeof in, d, sizeof d, combine);
 }
 
-void run(dim3 grid, int threads, int shared_bytes, const char* name, void (*body)(const void*), const void* argument);
+void run(dim3 grid, int threads, int shared_bytes, const char* name, void (*body)(const void*), const void* argument,
+         bool dependent = false);
 
 }  // namespace emulation
 
@@ -210,14 +216,23 @@ inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
   emulation::mma(d, a, b0, b1, emulation::combine_mma_tf32);
 }
 
+inline void await_launch_before() { emulation::await_launch_before(); }
+inline void let_launch_after_begin() {}
+
+// dependent: threads must call await_launch_before, and before that touch no global memory (builds that check races).
 template <class Parameters>
-void launch(void (*kernel)(Parameters), const char* name, dim3 grid, int threads, int shared_bytes, cudaStream_t,
-            const Parameters& parameters) {
+void launch_dependent(bool dependent, void (*kernel)(Parameters), const char* name, dim3 grid, int threads, int shared_bytes,
+                      cudaStream_t, const Parameters& parameters) {
   struct Call { void (*kernel)(Parameters); const Parameters* parameters; } call{kernel, &parameters};
   emulation::run(grid, threads, shared_bytes, name, [](const void* argument) {
     const Call& call = *static_cast<const Call*>(argument);
     call.kernel(*call.parameters);
-  }, &call);
+  }, &call, dependent);
+}
+template <class Parameters>
+void launch(void (*kernel)(Parameters), const char* name, dim3 grid, int threads, int shared_bytes, cudaStream_t stream,
+            const Parameters& parameters) {
+  launch_dependent(false, kernel, name, grid, threads, shared_bytes, stream, parameters);
 }
 
 }  // namespace mcld

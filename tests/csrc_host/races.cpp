@@ -149,6 +149,7 @@ void check(const Clock& view, Access by, const void* address, int bytes, bool wr
   const Place now{address, bytes, uint32_t(static_cast<const char*>(pc) - module_base())};
   const char* p = static_cast<const char*>(address);
   const bool in_shared = p >= shared && p < shared + shared_size;
+  if (!in_shared) check_awaited();
   const auto gone = [&](Access a) { return !a || (in_shared && block_of(a) != block); };  // shared memory is a block's
   const auto ordered = [&](Access a) { return block_of(a) == block && view[agent_of(a)] >= uint32_t(a); };
   const char* const end = p + bytes;

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...kernels import ContrastArgs, ContrastSums, GradCoefficients, NegativeSums, UnitRows
 from . import hopper, tuning
 from .launcher import LOG2E, Launcher
-from .products import FP16_PEAK, reduce_tiles
+from .products import FP16_PEAK, TileSums, reduce_tiles
 from .tuning import CudaTuning
 
 
@@ -23,6 +23,16 @@ class FlashContrast:
         self.fixed = args.has_fixed_shift()
         self._row_maxima: Tensor | None = None  # (n,), without a fixed shift
         self._candidate_product: Tensor | None = None
+
+    def tile_chunks(self) -> Iterator[TileSums]:
+        """The sums of the splits, with a fixed shift, for `anchor_pass`."""
+        args = self.args
+        kernel, splits = self._kernel()
+        products, sums = self._run(
+            kernel, args.anchors, args.candidates, args.offset, args.mask, splits, needs_product=True
+        )
+        assert products is not None
+        yield TileSums(rows=slice(0, args.anchors.n), sums=sums, products=products)
 
     def chunks(self) -> Iterator[NegativeSums]:
         args, launch, n = self.args, self.launch, self.args.anchors.n

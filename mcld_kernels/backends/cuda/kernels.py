@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import labels as labelling
 from ...kernels import (
+    AnchorPassArgs,
     AnchorTerms,
     Contrast,
     ContrastArgs,
@@ -20,25 +22,57 @@ from ...kernels import (
     LossInputs,
     LossOutputs,
     NegativeSums,
+    TermWeight,
     UnitRows,
 )
 from ...labels import Labels
 from ...options import float32_precision
-from . import low_latency
+from . import low_latency, plans
 from .flash import FlashContrast
 from .launcher import Launcher, pointer
+from .plans import CallPlan
 from .products import TwoProductContrast
 from .tuning import CudaTuning
+
+MOST_PLANS = 256  # shapes and options that a process is expected to come back to
 
 
 class CudaKernels(KernelSet):
     """The portable kernels, and the Hopper kernels where the tuning takes them and they can run."""
 
     tuning: CudaTuning
+    records_calls = True
 
     def __init__(self, launch: Launcher, tuning: CudaTuning):
         super().__init__(tuning)
         self.launch = launch
+        self._plans: dict[object, CallPlan | None] = {}  # None: seen once, or without a plan
+        self._unplanned: set[object] = set()
+
+    def run(self, compute: Callable[[KernelSet, LossInputs], LossOutputs], inputs: LossInputs) -> LossOutputs:
+        """`compute`, from the third call of a kind on by its plan."""
+        key = plans.call_key(compute, inputs)
+        plan = self._plans.get(key)
+        if plan is not None:
+            return plan.run(self.launch, inputs)
+        if key is None or key in self._unplanned or not self.tuning.plans:
+            return compute(self, inputs)
+        if key not in self._plans:
+            if len(self._plans) >= MOST_PLANS:
+                self._plans.clear()
+            self._plans[key] = None
+            return compute(self, inputs)
+        module = self.launch.module
+        recorder = plans.Recorder(module)
+        with recorder:
+            outputs = compute(CudaKernels(Launcher(module, self.launch.device, recorder), self.tuning), inputs)
+        try:
+            self._plans[key] = recorder.finish(inputs, outputs)
+        except plans.NoPlan:
+            if len(self._unplanned) >= MOST_PLANS:
+                self._unplanned.clear()
+            self._unplanned.add(key)
+        return outputs
 
     def operand_dtype(self, dtype: torch.dtype) -> torch.dtype:
         if dtype == torch.float32 and float32_precision() == "medium":
@@ -53,11 +87,45 @@ class CudaKernels(KernelSet):
             return FlashContrast(self.launch, self.tuning, args)
         return TwoProductContrast(self.launch, self.tuning, args)
 
+    def anchor_pass(self, args: ContrastArgs, out: Tensor) -> Callable[[AnchorPassArgs], None] | None:
+        # The one epilogue takes a fixed shift and a gradient whose rows are contiguous.
+        if not self.tuning.one_epilogue or not args.has_fixed_shift() or (out.stride(1) != 1 and out.shape[1] > 1):
+            return None
+        return partial(self._anchor_pass, args)
+
+    def _anchor_pass(self, args: ContrastArgs, whole: AnchorPassArgs) -> None:
+        launch, unit = self.launch, args.anchors
+        contrast = self.contrast(args)
+        assert isinstance(contrast, FlashContrast | TwoProductContrast)
+        class_index = None if whole.class_index is None else whole.class_index.contiguous()
+        for chunk in contrast.tile_chunks():
+            rows, products = chunk.rows, chunk.products
+            gradient = whole.out[rows]
+            launch(
+                "anchor_epilogue",
+                out=gradient.data_ptr(), row_stride=gradient.stride(0), unit=unit.rows[rows],
+                partner=args.candidates.rows, class_means=whole.class_means,
+                class_index=None if class_index is None else class_index[rows], inv_norm=unit.inv_norm[rows],
+                products=products, tile_sums=chunk.sums, per_anchor=whole.per_anchor[0, rows],
+                rows=rows.stop - rows.start, d=unit.d, pitch=unit.rows.shape[1], product_rows=products.shape[1],
+                product_pitch=products.shape[2], sums_pitch=chunk.sums.shape[1],
+                per_anchor_pitch=whole.per_anchor.stride(0), offset=rows.start + args.offset,
+                partner_rows=args.candidates.n, splits=products.shape[0], tiles=chunk.sums.shape[0],
+                shift=launch.fixed_shift(unit.rows.dtype, args.temperature), inv_temperature=1 / args.temperature,
+                weights=_term_weights(whole.weights, rows), accumulate=whole.accumulate,
+                type=launch.type(gradient.dtype), precision=launch.precision(unit.rows.dtype),
+            )  # fmt: skip
+
     def mcld_low_latency(self, inputs: LossInputs) -> Callable[[LossInputs], LossOutputs] | None:
         operand_dtype = self.operand_dtype(inputs.dtype)
         if not low_latency.is_supported(inputs, operand_dtype, self.tuning.low_latency_limit):
             return None
-        return partial(low_latency.evaluate, launch=self.launch, operand_dtype=operand_dtype)
+        return partial(
+            low_latency.evaluate,
+            launch=self.launch,
+            operand_dtype=operand_dtype,
+            dependent=self.tuning.dependent_launches,
+        )
 
     def l2_normalize(self, x: Tensor, operand_dtype: torch.dtype, eps: float) -> UnitRows:
         launch, (n, d) = self.launch, x.shape
@@ -146,23 +214,13 @@ class CudaKernels(KernelSet):
         partner, product = torch.empty_like(like), torch.empty_like(like)
         by_label = any(weight.positives == "label" for weight in terms.weights)
         class_mean = torch.empty_like(like) if by_label else None
-        weights = [
-            {
-                "factor": pointer(weight.factor),
-                "counted": pointer(None if weight.counted is None else weight.counted[rows]),
-                "weight": pointer(weight.weight),
-                "constant": weight.constant,
-                "term_weight": weight.term_weight,
-                "label_positives": weight.positives == "label",
-            }
-            for weight in terms.weights
-        ]
         self.launch(
             "loss_epilogue",
             neg_lse=like, inv_neg_sum=sums.inv_neg_sum, positive=terms.positive[rows],
             label_positive=terms.label_positive[rows], partner_coef=partner, product_coef=product,
             class_mean_coef=class_mean, per_anchor=terms.per_anchor[0, rows], rows=like.shape[0],
-            pitch=terms.per_anchor.stride(0), inv_temperature=1 / terms.temperature, weights=weights,
+            pitch=terms.per_anchor.stride(0), inv_temperature=1 / terms.temperature,
+            weights=_term_weights(terms.weights, rows),
         )  # fmt: skip
         return GradCoefficients(partner=partner, product=product, class_mean=class_mean)
 
@@ -197,3 +255,18 @@ class CudaKernels(KernelSet):
             product_pitch=product.stride(0), offset=rows.start + args.offset, partner_rows=args.partner.n,
             accumulate=args.accumulate, type=launch.type(gradient.dtype), precision=launch.precision(unit.rows.dtype),
         )  # fmt: skip
+
+
+def _term_weights(weights: tuple[TermWeight, ...], rows: slice) -> list[dict[str, Any]]:
+    """The fields of `TermWeight` in csrc/launchers.h for the anchors `rows`."""
+    return [
+        {
+            "factor": pointer(weight.factor),
+            "counted": pointer(None if weight.counted is None else weight.counted[rows]),
+            "weight": pointer(weight.weight),
+            "constant": weight.constant,
+            "term_weight": weight.term_weight,
+            "label_positives": weight.positives == "label",
+        }
+        for weight in weights
+    ]

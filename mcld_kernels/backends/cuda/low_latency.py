@@ -34,8 +34,8 @@ def is_supported(inputs: LossInputs, operand_dtype: torch.dtype, limit: int) -> 
     )
 
 
-def evaluate(inputs: LossInputs, launch: Launcher, operand_dtype: torch.dtype) -> LossOutputs:
-    """Loss, terms and the gradient by the student."""
+def evaluate(inputs: LossInputs, launch: Launcher, operand_dtype: torch.dtype, dependent: bool) -> LossOutputs:
+    """Loss, terms and the gradient by the student. dependent: launches may begin while the one before ends."""
     student, teacher, weight = inputs.student, inputs.teacher, inputs.weight
     options: MCLDOptions = inputs.options
     batch, num_classes = student.shape
@@ -55,7 +55,7 @@ def evaluate(inputs: LossInputs, launch: Launcher, operand_dtype: torch.dtype) -
         teacher_strides=teacher.stride(), target=target, ignore_index=options.ignore_index, weight=weight,
         term_weight=options.term_weight, batch=batch, num_classes=num_classes, eps=options.eps,
         present_only=options.present_only and options.active[2], mask_same_class=options.mask_same_class,
-        matrices=matrices, key=workspace.int64(batch) if labelled else 0,
+        dependent=dependent, matrices=matrices, key=workspace.int64(batch) if labelled else 0,
         num_valid=workspace.float32() if labelled else 0, poison=workspace.float32() if labelled else 0,
         counts=workspace.float32(num_classes) if labelled else 0,
         class_means=workspace.float32(num_classes, launch.pitch(num_classes)) if options.active[1] else 0,

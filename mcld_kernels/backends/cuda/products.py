@@ -30,6 +30,15 @@ class _TileSums:
     tile: int  # rows of a tile
 
 
+@dataclass(slots=True, kw_only=True)
+class TileSums:
+    """Sums of some anchors that are not yet reduced."""
+
+    rows: slice
+    sums: Tensor  # (tiles, >= rows)
+    products: Tensor  # (splits, >= rows, pitch)
+
+
 class TwoProductContrast:
     """A contrast by chunks of anchors, of which one E (rows, m) is held at a time."""
 
@@ -53,17 +62,31 @@ class TwoProductContrast:
                 rows=slice(0, m), neg_lse=launch.empty(m), inv_neg_sum=launch.empty(m), product=product
             )
 
+    def tile_chunks(self) -> Iterator[TileSums]:
+        """The sums of the tiles, with a fixed shift, for `anchor_pass`."""
+        for rows, padded in self._row_chunks():
+            sums = self._similarities(rows, padded)
+            product = self.launch.empty(padded, self.pitch)
+            self._product(self.args.candidates.rows, product, transposed=False, accumulate=False)
+            yield TileSums(rows=rows, sums=sums.rows, products=product[None])
+
+    def _row_chunks(self) -> Iterator[tuple[slice, int]]:
+        """The rows of each chunk, and their number with padding; E has the room for them."""
+        args, launch = self.args, self.launch
+        itemsize, multiple = args.anchors.rows.itemsize, launch.constants["row_padding"]
+        step = tuning.chunk_rows(self.tuning, args.anchors.n, self.columns, self.pitch, itemsize, multiple)
+        needs_exponentials = args.anchor_grad or args.candidate_grad
+        buffer = args.anchors.rows.new_empty(step, self.columns) if needs_exponentials else None
+        for rows in slices(args.anchors.n, step):
+            padded = launch.padded_rows(rows.stop - rows.start)
+            self._exponentials = None if buffer is None else buffer[:padded]
+            yield rows, padded
+
     def chunks(self) -> Iterator[NegativeSums]:
         args, launch = self.args, self.launch
         n = args.anchors.n
-        itemsize, multiple = args.anchors.rows.itemsize, launch.constants["row_padding"]
-        step = tuning.chunk_rows(self.tuning, n, self.columns, self.pitch, itemsize, multiple)
-        needs_exponentials = args.anchor_grad or args.candidate_grad
-        buffer = args.anchors.rows.new_empty(step, self.columns) if needs_exponentials else None
         neg_lse, inv_neg_sum = launch.empty(n), launch.empty(n)
-        for rows in slices(n, step):
-            padded = launch.padded_rows(rows.stop - rows.start)
-            self._exponentials = None if buffer is None else buffer[:padded]
+        for rows, padded in self._row_chunks():
             sums = self._similarities(rows, padded)
             row_maxima = None if self.fixed else launch.empty(rows.stop - rows.start)
             reduce_tiles(
@@ -182,7 +205,7 @@ class TwoProductContrast:
             and tuning.takes_library_product(self.tuning, self.dtype, launch.device)
             and gemm.has_gemm(self.dtype, torch.float32)
         ):
-            gemm.gemm(left, operand[:contraction], out, accumulate)
+            launch.gemm(left, operand[:contraction], out, accumulate)
             return
         launch(
             "product",

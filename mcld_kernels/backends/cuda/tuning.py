@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 MULTIPROCESSORS = 132  # of a large GPU (H100, H200)
 _GEMM_TILE = 128, 256  # the usual tile of a library's GEMM of 16-bit operands, as of product 1 on Hopper
+_BLOCK_TILES = 2  # what a block of flash takes to begin and to end, in tiles of candidates
 _CHUNK_DEPTH = 512  # the launches of a chunk, in elements of a tile's contraction
 _WAVE_GAIN = 0.97  # of the cost at the usual budget: what is left at best
 
@@ -29,10 +30,14 @@ class CudaTuning(Tuning):
     multiprocessors: int = MULTIPROCESSORS
 
     hopper: bool  # take the Hopper kernels where they can run
+    plans: bool = True  # record calls and run them again (`plans`)
     library_product: bool | None = None  # take the library's GEMM for product 2; None: `takes_library_product`
     low_latency_limit: int  # rows and classes up to which the low-latency path is taken; the kernels' own at most
+    # Launches of the low-latency path begin while the one before ends: to be decided by a clock (bench/NOTES.md).
+    dependent_launches: bool = False
     flash_row_bytes: int  # rows of operands up to which flash is taken; the kernels' own at most
 
+    one_epilogue: bool = True  # all that follows product 2 in one launch, where it can be
     blocks: int = 264  # the number aimed at where candidates, or a contraction, can be split
     max_flash_splits: int = 16
     min_large_tiles: int = 128  # large tiles are taken where there are as many
@@ -51,7 +56,8 @@ class CudaTuning(Tuning):
 def flash_splits(tuning: CudaTuning, constants: Constants, anchors: int, candidates: int) -> int:
     """The parts into which portable flash splits the candidates."""
     rows = constants["flash_rows"]
-    return max(1, min(tuning.max_flash_splits, tuning.blocks // _ceil_div(anchors, rows), _ceil_div(candidates, rows)))
+    row_tiles, column_tiles = _ceil_div(anchors, rows), _ceil_div(candidates, rows)
+    return _splits(row_tiles, column_tiles, rows, tuning.blocks, tuning.max_flash_splits)
 
 
 def product_tile(tuning: CudaTuning, constants: Constants, rows: int, columns: int) -> int:
@@ -126,14 +132,31 @@ def takes_hopper_similarity(tuning: CudaTuning, constants: Constants, anchors: i
 
 
 def hopper_flash_splits(tuning: CudaTuning, constants: Constants, anchors: int, candidates: int, pitch: int) -> int:
-    """The parts into which Hopper flash splits the candidates, one wave of blocks in all; 0: it is not taken."""
+    """The parts into which Hopper flash splits the candidates; 0: it is not taken."""
     tile = constants["hopper_flash_columns"].get(pitch)
     if tile is None:
         return 0
     rows, columns = _ceil_div(anchors, constants["hopper_flash_rows"]), _ceil_div(candidates, tile)
     if rows * columns < tuning.min_hopper_flash_tiles:
         return 0
-    return max(1, min(tuning.hopper_blocks // rows, columns))
+    return _splits(rows, columns, tile, tuning.hopper_blocks, tuning.max_flash_splits)
+
+
+@lru_cache(maxsize=256)
+def _splits(row_tiles: int, column_tiles: int, tile_columns: int, blocks: int, most: int) -> int:
+    """The parts of the candidates with the least time, in tiles that a block computes one after another.
+
+    ``blocks`` run at once. 21,841 anchors are 171 tiles of 128: 132 blocks take two rounds, and a third of the
+    candidates each in four rounds takes less. A split's products are written and read again in fp32, 8 bytes a number
+    at some 2,450 bytes a clock (H200), where a tile takes a clock for 2,048 products.
+    """
+
+    def time(splits: int) -> float:
+        rounds = _ceil_div(row_tiles * splits, blocks)
+        combine = 3.5 * splits * row_tiles / tile_columns if splits > 1 else 0.0
+        return rounds * (_ceil_div(column_tiles, splits) + _BLOCK_TILES) + combine
+
+    return min(range(1, min(most, column_tiles) + 1), key=lambda splits: (time(splits), splits))
 
 
 def _ceil_div(size: int, tile: int) -> int:

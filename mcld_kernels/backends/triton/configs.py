@@ -74,7 +74,7 @@ FLASH_ONLINE = {
 # (architecture, kind of operand): blocks of either product of the two-product path.
 PRODUCT = {
     ("sm_80", "half"): Launch(128, 128, 32, warps=8, stages=4),
-    ("sm_90", "half"): Launch(128, 128, 64, warps=8, stages=4),
+    ("sm_90", "half"): Launch(128, 128, 64, warps=8, stages=3),  # two blocks a multiprocessor: 98,304 bytes each
     ("sm_80", "tf32"): Launch(128, 128, 32, warps=8, stages=3),
     ("sm_90", "tf32"): Launch(128, 128, 32, warps=8, stages=3),
     ("sm_80", "tf32x3"): Launch(128, 64, 32, warps=8, stages=3),
@@ -122,6 +122,7 @@ class TritonTuning(Tuning):
     max_splits: int = 64  # the most parts of a longer row
     min_tiles: int = 128  # fewer tiles leave multiprocessors idle (an H200 has 132): the contraction is split
     max_compared: int = 1 << 26  # rows x classes that are compared to order the rows by class; past it a sort is less
+    max_flash_splits: int = 16  # the most parts of the candidates in flash
     autotune: bool = False
     flash_alternatives: tuple[Launch, ...] = FLASH_ALTERNATIVES
     product_alternatives: tuple[Launch, ...] = PRODUCT_ALTERNATIVES
@@ -226,6 +227,11 @@ class Configs:
         """Parts into which a contraction is split: 1 unless its tiles leave most of a GPU idle."""
         few = self.tuning.min_tiles
         return 1 if tiles >= few else max(1, min(2 * few // tiles, contraction // (2 * self.tuning.min_span)))
+
+    def flash_splits(self, row_tiles: int, column_tiles: int) -> int:
+        """Parts of the candidates in flash, 2 tiles each at least: 1 unless row tiles leave most of a GPU idle."""
+        few = self.tuning.min_tiles
+        return 1 if row_tiles >= few else max(1, min(few // row_tiles, column_tiles // 2, self.tuning.max_flash_splits))
 
     def chunk_rows(self, rows: int, row_bytes: int) -> int:
         """Rows of a chunk of exponentials within the budget: a multiple of ROWS, at least one and at most ``rows``."""

@@ -22,6 +22,7 @@ from ...kernels import ContrastArgs, ContrastSums, GradCoefficients, NegativeSum
 from . import autotune
 from .common import LN2, LOG2E, headroom, tl_dtype, to_operand
 from .configs import Configs, Launch
+from .similarity import reduce_row_sums
 
 
 # fmt: off
@@ -67,12 +68,12 @@ def _tile(
     return accumulator, neg_sum, row_max
 
 
-@triton.jit(do_not_specialize=["n", "m", "offset"])
+@triton.jit(do_not_specialize=["n", "m", "offset", "padded_n"])
 def flash_kernel(
     q,  # (padded n, D) anchors; the candidates if EXPONENT == "known"
     k,  # (padded m, D) candidates; the anchors if EXPONENT == "known"
-    product,  # (padded n, D)
-    neg_lse,  # (n,)
+    product,  # (padded n, D), or (splits, padded n, D) if SPLIT
+    neg_lse,  # (n,), or the sums (splits, padded n) if SPLIT
     inv_neg_sum,  # (n,)
     q_keys,  # (n,) int64
     k_keys,  # (m,) int64
@@ -82,6 +83,7 @@ def flash_kernel(
     n,
     m,
     offset,
+    padded_n,
     scale_log2,  # log2(e) / temperature
     shift,  # subtracted from a similarity in base 2; plus the maximum if EXPONENT == "online"
     D: tl.constexpr,
@@ -90,6 +92,7 @@ def flash_kernel(
     KEYS: tl.constexpr,
     EXPONENT: tl.constexpr,  # "fixed", "online" or "known"
     PRODUCT: tl.constexpr,
+    SPLIT: tl.constexpr,  # the candidates are split over the second axis of the grid; EXPONENT == "fixed"
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):
@@ -116,18 +119,34 @@ def flash_kernel(
     if KEYS:
         low = low * 0
         high = whole
-    for step in range(0, whole - (high - low)):
+    masked = tiles - whole + (high - low)
+    unmasked = whole - (high - low)
+    from_unmasked = 0
+    from_masked = 0
+    if SPLIT:
+        split = tl.program_id(1)
+        splits = tl.num_programs(1)
+        from_unmasked = unmasked * split // splits
+        unmasked = unmasked * (split + 1) // splits
+        from_masked = masked * split // splits
+        masked = masked * (split + 1) // splits
+    for step in range(from_unmasked, unmasked):
         first = tl.where(step < low, step, step + (high - low)) * BLOCK_N
         accumulator, neg_sum, row_max = _tile(
             accumulator, neg_sum, row_max, q_tile, rows, q_key, k, k_keys, known_lse, coefficient, first, m, offset,
             scale_log2, shift, False, KEYS, EXPONENT, PRODUCT, D, BLOCK_N, PRECISION, ACC)  # fmt: skip
-    for step in range(0, tiles - whole + (high - low)):
+    for step in range(from_masked, masked):
         first = tl.where(step < high - low, low + step, whole) * BLOCK_N
         accumulator, neg_sum, row_max = _tile(
             accumulator, neg_sum, row_max, q_tile, rows, q_key, k, k_keys, known_lse, coefficient, first, m, offset,
             scale_log2, shift, True, KEYS, EXPONENT, PRODUCT, D, BLOCK_N, PRECISION, ACC)  # fmt: skip
 
-    if EXPONENT == "known":
+    if SPLIT:
+        part = tl.program_id(1).to(tl.int64) * padded_n
+        tl.store(neg_lse + part + rows, neg_sum)
+        if PRODUCT:
+            product += part * D
+    elif EXPONENT == "known":
         accumulator = accumulator * tl.load(gain)
     else:
         if EXPONENT == "online":
@@ -176,14 +195,32 @@ def _exchanged(args: ContrastArgs) -> ContrastArgs:
 def _negative_sums(args: ContrastArgs, with_product: bool, configs: Configs) -> NegativeSums:
     """The sums over the negatives of all anchors."""
     anchors = args.anchors
-    product = torch.empty_like(anchors.rows, dtype=anchors.inv_norm.dtype) if with_product else None
     neg_lse, inv_neg_sum = torch.empty_like(anchors.inv_norm), torch.empty_like(anchors.inv_norm)
     fixed = args.has_fixed_shift()
     shift = (LOG2E / args.temperature if fixed else 0.0) - headroom(anchors.rows.dtype)
+    tile = configs.flash(anchors.rows.dtype, anchors.rows.shape[1], "fixed")
+    splits = configs.flash_splits(triton.cdiv(anchors.n, tile.block_m), triton.cdiv(args.candidates.n, tile.block_n))
+    if fixed and splits > 1:
+        product, sums = _split_sums(args, splits, with_product, shift, configs)
+        reduce_row_sums(sums, neg_lse, inv_neg_sum, shift, configs)
+        product = None if product is None else product[: anchors.n]
+        return NegativeSums(rows=slice(0, anchors.n), neg_lse=neg_lse, inv_neg_sum=inv_neg_sum, product=product)
+    product = torch.empty_like(anchors.rows, dtype=anchors.inv_norm.dtype) if with_product else None
     outputs = product, neg_lse, inv_neg_sum
     _launch(args, outputs, (None, None, None), shift, "fixed" if fixed else "online", configs)
     product = None if product is None else product[: anchors.n]
     return NegativeSums(rows=slice(0, anchors.n), neg_lse=neg_lse, inv_neg_sum=inv_neg_sum, product=product)
+
+
+def _split_sums(
+    args: ContrastArgs, splits: int, with_product: bool, shift: float, configs: Configs
+) -> tuple[Tensor | None, Tensor]:
+    """The product (padded n, pitch) and the sums (splits, padded n) of parts of the candidates side by side."""
+    rows, acc = args.anchors.rows, args.anchors.inv_norm.dtype
+    products = torch.empty(splits, *rows.shape, dtype=acc, device=rows.device) if with_product else None
+    sums = torch.empty(splits, rows.shape[0], dtype=acc, device=rows.device)
+    _launch(args, (products, sums, None), (None, None, None), shift, "fixed", configs, splits)
+    return None if products is None else products.sum(0), sums
 
 
 def _candidate_product(args: ContrastArgs, neg_lse: Tensor, partner: Tensor, configs: Configs) -> Tensor:
@@ -207,8 +244,9 @@ def _launch(
     shift: float,
     exponent: str,
     configs: Configs,
+    splits: int = 1,
 ) -> None:
-    """outputs: product, neg_lse, inv_neg_sum; known: known_lse, coefficient, gain."""
+    """outputs: product, neg_lse, inv_neg_sum; known: known_lse, coefficient, gain. With splits: products, sums."""
     q, k = args.anchors, args.candidates
     dtype, pitch, device = q.rows.dtype, q.rows.shape[1], q.rows.device
     precision = configs.precision(dtype)
@@ -216,13 +254,13 @@ def _launch(
     with_product = outputs[0] is not None
 
     def run(launch: Launch) -> None:
-        flash_kernel[(triton.cdiv(q.n, launch.block_m),)](
-            q.rows, k.rows, *outputs, *keys, *known, q.n, k.n, args.offset, LOG2E / args.temperature, shift,
-            D=pitch, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, KEYS=args.mask is not None,
-            EXPONENT=exponent, PRODUCT=with_product, PRECISION=precision, ACC=tl_dtype(q.inv_norm.dtype),
-            num_warps=launch.warps, num_stages=launch.stages,
+        flash_kernel[(triton.cdiv(q.n, launch.block_m), splits)](
+            q.rows, k.rows, *outputs, *keys, *known, q.n, k.n, args.offset, q.rows.shape[0], LOG2E / args.temperature,
+            shift, D=pitch, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, KEYS=args.mask is not None,
+            EXPONENT=exponent, PRODUCT=with_product, SPLIT=splits > 1, PRECISION=precision,
+            ACC=tl_dtype(q.inv_norm.dtype), num_warps=launch.warps, num_stages=launch.stages,
         )  # fmt: skip
 
-    key = "flash", device, dtype, precision, pitch, exponent, args.mask is None, with_product
+    key = "flash", device, dtype, precision, pitch, exponent, args.mask is None, with_product, splits > 1
     default, tuning = configs.flash(dtype, pitch, exponent), configs.tuning
     run(autotune.choose(tuning, key, default, tuning.flash_alternatives, run))

@@ -150,6 +150,15 @@ def row_sums_kernel(
     tl.store(inv_neg_sum + rows, tl.where(neg_sum == 0.0, 0.0, 1.0 / neg_sum), mask=rows < n)
 
 
+def reduce_row_sums(sums: Tensor, neg_lse: Tensor, inv_neg_sum: Tensor, shift: float, configs: Configs) -> None:
+    """Add sums (tiles, padded n) of one fixed shift into neg_lse, inv_neg_sum (n,)."""
+    (tiles, padded), launch = sums.shape, configs.row_sums()
+    row_sums_kernel[(padded // launch.block_m,)](
+        sums, None, None, neg_lse, inv_neg_sum, neg_lse.shape[0], tiles, padded, shift,
+        BLOCK_R=launch.block_m, BLOCK_T=launch.block_n, ONLINE=False, ACC=tl_dtype(sums.dtype), num_warps=launch.warps,
+    )  # fmt: skip
+
+
 @triton.jit
 def scale_rows_kernel(
     e,  # (padded n, padded m), changed in place
