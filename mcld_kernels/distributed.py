@@ -329,7 +329,7 @@ def same_on_all_ranks(
         "classes": student.shape[1],
         "student dtype": str(student.dtype),
         "teacher dtype": str(teacher.dtype),
-        "labels": "None" if target is None else "given",
+        "labels": "None" if target is None else "soft" if target.is_floating_point() else "hard",
         "weight tensor": shown,
         **options._asdict(),
         "operands": operands,

@@ -329,7 +329,9 @@ def _facts(kernels: KernelSet, inputs: LossInputs) -> dict[str, Any]:
     common = distributed.same_on_all_ranks(
         inputs.student, inputs.teacher, inputs.target, inputs.weight, inputs.options, operands
     )
-    return {**common, "student gradient": inputs.student_grad, "teacher gradient": inputs.teacher_grad}
+    further = {name: None if x is None else list(x.shape) for name, x in inputs.extra.items()}
+    gradients = {"student gradient": inputs.student_grad, "teacher gradient": inputs.teacher_grad}
+    return {**common, **further, **gradients}
 
 
 def needs_grad(tensor: Tensor | None) -> bool:

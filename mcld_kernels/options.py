@@ -201,19 +201,6 @@ def _check_candidates(candidates: Any, candidate_target: Tensor | None, teacher:
         )  # fmt: skip
 
 
-def check_over_ranks(target: Tensor | None, candidates: Tensor | None) -> None:
-    """What the fast backends do not take over ranks."""
-    if target is not None and target.is_floating_point():
-        given, remedy = "soft labels", "pass hard labels, such as target.argmax(dim=1)"
-    elif candidates is not None:
-        given, remedy = "candidates", "pass candidates=None"
-    else:
-        return
-    raise ValueError(
-        f"process_group with {given} is given by backend='reference' alone: take it, or {remedy}, or process_group=None"
-    )
-
-
 def check_backend(name: Any) -> None:
     """Raise ValueError if ``name`` is neither "auto" nor a backend."""
     if name not in BACKENDS:

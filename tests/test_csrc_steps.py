@@ -13,6 +13,7 @@ from mcld_kernels import backends, infonce, labels
 from mcld_kernels.backends.cuda import extension
 from mcld_kernels.kernels import AnchorTerms, KernelSet, LossInputs, NegativeSums, TermWeight, Tuning, UnitRows
 from mcld_kernels.losses import mcld
+from mcld_kernels.options import SAMPLE
 
 TORCH = KernelSet(Tuning(chunk_bytes=1 << 20))
 
@@ -92,7 +93,7 @@ def term(index, counted=None, factor=None, weight=None):
     factor, weight = (None if x is None else torch.tensor(x) for x in (factor, weight))
     return TermWeight(
         term=index,
-        positives="label" if index == mcld.SAMPLE else "diagonal",
+        positives="label" if index == SAMPLE else "diagonal",
         constant=0.01,
         factor=factor,
         counted=counted,
