@@ -27,6 +27,7 @@ def collectives(
     gather: str = "all",
     teacher_grad: bool = False,
     with_grad: bool = True,
+    soft: bool = False,
     operand: int = 2,
     acc: int = 4,
     chunk: int = CHUNK,
@@ -54,6 +55,9 @@ def collectives(
     if pairs and gather == "all":
         found.append(("all-gather", (ranks - 1) * rows * classes * operand))  # the teacher's rows
     for terms in pairs:
+        if soft and 1 in terms:
+            tables = (direction != "teacher") * (1 + teacher_grad) + (direction != "student") * (1 + with_grad)
+            found += [all_reduce(classes), *[all_reduce(classes**2)] * tables]
         if gather == "ring":
             found += [block] * (ranks - 1)
         if direction != "student":

@@ -67,7 +67,8 @@ def ranks_options(process_group: Any, gather: Any, even: Any) -> RanksOptions | 
     """Check how a call is to run over ranks. None for ``process_group=None``, one process."""
     if gather not in GATHERS:
         raise ValueError(f"gather must be one of {', '.join(map(repr, GATHERS))}; got {gather!r}")
-    check_flag("even", even)
+    if even is not False:
+        check_flag("even", even)
     if process_group is None:
         return None
     if isinstance(process_group, str):
@@ -329,7 +330,7 @@ def same_on_all_ranks(
         "classes": student.shape[1],
         "student dtype": str(student.dtype),
         "teacher dtype": str(teacher.dtype),
-        "labels": "None" if target is None else "given",
+        "labels": "None" if target is None else "soft" if target.is_floating_point() else "hard",
         "weight tensor": shown,
         **options._asdict(),
         "operands": operands,

@@ -181,15 +181,22 @@ def index_labels(
 
 
 def index_labels_over_ranks(
-    everything: Tensor, own: slice, ignore_index: int, num_classes: int, dtype: torch.dtype
-) -> tuple[Labels, Labels]:
-    """The labels of this rank's rows and of all rows, given those of all rows (B,).
+    everything: Tensor,
+    own: slice,
+    ignore_index: int,
+    num_classes: int,
+    dtype: torch.dtype,
+    further: Tensor | None = None,
+) -> tuple[Labels, Labels, Labels | None]:
+    """The labels of this rank's rows, of all rows, given as (B,), and of further candidates (q,).
 
     Class indices are those of the classes of this rank's rows, and one more, the last, for ignored rows and for rows of
     other classes: a table by class index has no more rows than this rank has, and one. `counts`, `mean_factor` and
     `present` of the second are those of the global batch; so is the `mean_factor` of the first.
     """
-    valid, class_id, key, poison = _clamped(everything, ignore_index, num_classes, dtype)
+    batch = everything.shape[0]
+    target = everything if further is None else torch.cat((everything, further))
+    valid, class_id, key, poison = _clamped(target, ignore_index, num_classes, dtype)
     count = own.stop - own.start
     if num_classes < count or count == 0:
         present = num_classes + 1 if count else 1
@@ -201,7 +208,7 @@ def index_labels_over_ranks(
         numbers[1:] = (ordered[1:] != ordered[:-1]).cumsum(0)
         place = torch.searchsorted(ordered, class_id).clamp_(max=count - 1)
         class_index = torch.where(valid & (ordered[place] == class_id), numbers[place], count)
-    both = [
+    parts = [
         Labels(
             key=key[rows],
             valid=valid[rows],
@@ -211,9 +218,10 @@ def index_labels_over_ranks(
             num_classes_present=present,
             num_classes=num_classes,
         )
-        for rows in (own, slice(None))
+        for rows in (own, slice(0, batch), slice(batch, None))
     ]
-    return with_tables(both[0], mean_factor=both[1].mean_factor), both[1]
+    with_tables(parts[0], mean_factor=parts[1].mean_factor)
+    return parts[0], parts[1], None if further is None else parts[2]
 
 
 def part_of_labels(labels: Labels, rows: slice) -> Labels:

@@ -43,6 +43,12 @@ OPTIONS = {
     "sample alone": {"weight": (0.0, 1.0, 0.0), "direction": "symmetric"},
     "no labels": {"weight": (1.0, 0.0, 0.5), "labels": False},
     "weight tensor": {"weight": torch.tensor(WEIGHT, dtype=torch.float64), "direction": "symmetric"},
+    "queue": {"queue": 5},
+    "queue-masked": {"queue": 5, "direction": "symmetric", "mask_same_class": True, "temperature": (0.1, 0.3, 0.2)},
+    "queue-mutual": {"queue": 9, "direction": "symmetric", "teacher_grad": True},
+    "soft": {"soft": True, "direction": "symmetric", "present_only": True},
+    "soft-mutual-masked": {"soft": True, "direction": "symmetric", "teacher_grad": True, "mask_same_class": True},
+    "soft-queue": {"soft": True, "queue": 5, "teacher_grad": True},
     "a class ignored": {"ignore_index": 3, "mask_same_class": True, "present_only": True, "direction": "symmetric"},
 }  # fmt: skip
 
@@ -94,12 +100,23 @@ def one_process(group, sizes, student, teacher, target, *, teacher_grad=False, *
     return found
 
 
+def soft(target, classes):
+    return torch.nn.functional.one_hot(target.clamp(min=0), classes).double()
+
+
 def problem(sizes, classes, options, dtype=torch.float64, kind="random"):
     options = dict(options)
     student, teacher = logits(kind, sum(sizes), classes, dtype)
     target = labels(sum(sizes), classes, ignored=0.2) if options.pop("labels", True) else None
     if target is not None and "ignore_index" in options:
         target[target == -100] = options["ignore_index"]
+    if options.pop("soft", False):  # two classes a row; ignored rows are zeros
+        target = soft(target, classes) + 0.5 * soft(labels(sum(sizes), classes, seed=1), classes).roll(1, 1)
+        target = (target / target.sum(1, keepdim=True)).masked_fill((torch.arange(sum(sizes)) % 4 == 0)[:, None], 0)
+        target = target.to(torch.promote_types(dtype, torch.float32))
+    if rows := options.pop("queue", 0):  # the same further candidates on every rank
+        options["candidates"] = logits("random", rows, classes, dtype, seed=9)[1]
+        options["candidate_target"] = labels(rows, classes, seed=0, ignored=0.2)
     return student, teacher, target, options
 
 
@@ -254,7 +271,8 @@ COMMUNICATION = runpy.run_path(str(Path(__file__).resolve().parents[1] / "docs" 
 
 
 def documented(count, rows, classes, options, **rest):
-    options = {key: value for key, value in options.items() if key not in ("weight", "ignore_index")} | (
+    unpriced = ("weight", "ignore_index", "candidates", "candidate_target")
+    options = {key: value for key, value in options.items() if key not in unpriced} | (
         {} if isinstance(options.get("weight", 1), (int, torch.Tensor)) else {"weight": options["weight"]}
     )
     if isinstance(options.get("temperature"), float):
@@ -286,6 +304,7 @@ def count_traffic(group):
                 want = documented(
                     count, rows, classes, options, gather=gather, teacher_grad=teacher_grad,
                     with_grad=name != "no gradient", chunk=chunk_bytes,
+                    soft=target is not None and target.is_floating_point(),
                 )  # fmt: skip
                 assert forward == want, (name, gather, forward, want)
                 if loss.requires_grad:

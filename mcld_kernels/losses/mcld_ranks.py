@@ -2,22 +2,24 @@
 
 Rank r returns (number of ranks) x (the part of its anchors), so that the plain mean over ranks, which
 DistributedDataParallel takes of gradients too, is that of the global batch. The student's rows stay; the teacher's are
-gathered or travel (`infonce_ranks`). docs/distributed.md has the collectives of each option.
+gathered or travel (`over_ranks`). docs/distributed.md has the collectives of each option.
 """
 
 from __future__ import annotations
 
 from functools import partial
 
+import torch
 from torch import Tensor
 
-from ..columns_ranks import contrast_columns_over_ranks
 from ..distributed import Ranks
 from ..infonce import Anchors, GradBuffer, Side
-from ..infonce_ranks import RemoteSide, contrast_over_ranks, normalize_rows
 from ..kernels import KernelSet, LossInputs, LossOutputs, TermWeight
-from ..labels import Labels, index_labels_over_ranks
-from ..options import CATEGORY, INSTANCE, SAMPLE, row_groups
+from ..labels import Labels, SoftLabels, class_weights, hard_labels, index_labels_over_ranks
+from ..options import CATEGORY, INSTANCE, SAMPLE, label_terms, row_groups
+from ..over_ranks.columns import contrast_columns_over_ranks
+from ..over_ranks.remote import RemoteSide, normalize_rows
+from ..over_ranks.rows import contrast_over_ranks
 
 
 def compute_over_ranks(kernels: KernelSet, inputs: LossInputs, ranks: Ranks) -> LossOutputs:
@@ -47,13 +49,38 @@ class _RankComposition:
         self.terms: list[int] = []  # the term of each row of `per_anchor` that is in use
         self.own_labels: Labels | None = None
         self.all_labels: Labels | None = None
-        if any(options.label_terms):
+        self.further_labels: Labels | None = None
+        self.own_soft: SoftLabels | None = None
+        self.further_soft: SoftLabels | None = None
+        self.candidates: Tensor | None = inputs.extra.get("candidates")
+        if any(label_terms(options)):
             assert inputs.target is not None
-            everything = ranks.all_gather(inputs.target.contiguous())
-            classes = inputs.student.shape[1]
-            self.own_labels, self.all_labels = index_labels_over_ranks(
-                everything, ranks.own, options.ignore_index, classes, acc
-            )
+            self._index_labels(inputs.target)
+
+    def _index_labels(self, target: Tensor) -> None:
+        inputs, acc = self.inputs, self.inputs.acc_dtype
+        ignore_index, classes = self.options.ignore_index, inputs.student.shape[1]
+        theirs = None
+        if self.candidates is not None:
+            theirs = inputs.extra["candidate_target"]
+            if theirs is None:  # candidates of no class
+                theirs = target.new_full(self.candidates.shape[:1], ignore_index, dtype=torch.int64)
+        if self.options.active[SAMPLE] and any(x is not None and x.is_floating_point() for x in (target, theirs)):
+            self.own_soft = SoftLabels(class_weights(target, ignore_index, classes, acc))
+            if theirs is not None:
+                self.further_soft = SoftLabels(class_weights(theirs, ignore_index, classes, acc))
+        own, further = (None if x is None else self._hard(x) for x in (target, theirs))
+        assert own is not None
+        everything = self.ranks.all_gather(own.contiguous())
+        self.own_labels, self.all_labels, self.further_labels = index_labels_over_ranks(
+            everything, self.ranks.own, ignore_index, classes, acc, further
+        )
+
+    def _hard(self, target: Tensor) -> Tensor:
+        """Labels (n,); of soft ones those of the largest weight."""
+        if not target.is_floating_point():
+            return target
+        return hard_labels(target.to(self.inputs.acc_dtype), self.options.ignore_index)
 
     def outputs(self) -> LossOutputs:
         loss, terms = self.per_anchor.new_zeros(()), self.per_anchor.new_zeros(3)
@@ -98,9 +125,13 @@ class _RankComposition:
         options, inputs, kernels = self.options, self.inputs, self.kernels
         operand, direction = kernels.operand_dtype(inputs.dtype), options.direction
         student_unit = normalize_rows(kernels, inputs.student, operand, options.eps)
-        student = Side(unit=student_unit, grad=self.student_grad, labels=self.own_labels)
+        student = Side(unit=student_unit, grad=self.student_grad, labels=self.own_labels, soft=self.own_soft)
         make = partial(normalize_rows, kernels, inputs.teacher, operand, options.eps)
-        remote = RemoteSide(kernels, self.ranks, make, self.all_labels)
+        further = None
+        if self.candidates is not None and self.candidates.shape[0] > 0 and direction != "teacher":
+            rows = self.candidates.to(inputs.teacher.dtype)
+            further = normalize_rows(kernels, rows, operand, options.eps)
+        remote = RemoteSide(kernels, self.ranks, make, self.all_labels, further, self.further_labels, self.further_soft)
         teacher = Side(unit=student_unit, grad=self.teacher_grad, labels=self.all_labels)
         for group in row_groups(options):
             contrast_over_ranks(

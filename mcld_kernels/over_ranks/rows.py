@@ -15,14 +15,14 @@ its owner.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from .distributed import Ranks
-from .infonce import Anchors, Side
-from .kernels import (
+from ..distributed import Ranks
+from ..infonce import Anchors, Side
+from ..kernels import (
     AnchorTerms,
     ContrastArgs,
     GradCoefficients,
@@ -31,64 +31,9 @@ from .kernels import (
     NegativeSums,
     UnitRows,
     has_fixed_shift,
-    slices,
 )
-from .labels import Labels, part_of_labels
-
-
-def normalize_rows(kernels: KernelSet, x: Tensor, operand_dtype: torch.dtype, eps: float) -> UnitRows:
-    """`KernelSet.l2_normalize`, also of no rows."""
-    if x.shape[0] > 0:
-        return kernels.l2_normalize(x, operand_dtype, eps)
-    acc = torch.promote_types(torch.promote_types(x.dtype, operand_dtype), torch.float32)
-    rows = x.new_zeros(kernels.operand_shape(0, x.shape[1], operand_dtype), dtype=operand_dtype)
-    return UnitRows(rows=rows, inv_norm=x.new_zeros(0, dtype=acc), n=0, d=x.shape[1])
-
-
-class RemoteSide:
-    """The rows of one side on all ranks, in blocks: one that was gathered, or one of each rank in turn.
-
-    make: this rank's own unit rows. They are made again where they are needed again: a ring overwrites them.
-    labels: of all B rows.
-    """
-
-    def __init__(self, kernels: KernelSet, ranks: Ranks, make: Callable[[], UnitRows], labels: Labels | None = None):
-        self.kernels, self.ranks, self.make, self.labels = kernels, ranks, make, labels
-        self.whole: UnitRows | None = None
-        if ranks.gather == "all":
-            own = make()
-            rows, _ = kernels.operand_shape(ranks.total, own.d, own.rows.dtype)
-            buffer = own.rows.new_empty(rows, own.rows.shape[1])
-            buffer[ranks.total :].zero_()
-            ranks.all_gather(own.rows[: own.n].contiguous(), buffer[: ranks.total])
-            self.whole = self._unit(buffer, ranks.total, own.d, own.inv_norm)
-
-    def blocks(self) -> Iterator[tuple[slice, UnitRows]]:
-        """Rows of the global batch and their unit rows, valid until the next are taken."""
-        if self.whole is not None:
-            yield slice(0, self.ranks.total), self.whole
-            return
-        own = self.make()
-        d, dtype, inv_norm = own.d, own.rows.dtype, own.inv_norm
-        shape = self.kernels.operand_shape(max(self.ranks.sizes), d, dtype)
-        block = own.rows
-        if tuple(block.shape) != shape or not block.is_contiguous():
-            block = own.rows.new_zeros(shape)
-            block[: own.n] = own.rows[: own.n]
-        del own
-        for rank, rows in self.ranks.ring(block):
-            size = self.ranks.sizes[rank]
-            padded, _ = self.kernels.operand_shape(size, d, dtype)
-            yield self.ranks.rows(rank), self._unit(rows[:padded], size, d, inv_norm)
-
-    def own(self) -> tuple[UnitRows, int]:
-        """Unit rows that hold this rank's own, and the first of these."""
-        return (self.make(), 0) if self.whole is None else (self.whole, self.ranks.own.start)
-
-    @staticmethod
-    def _unit(rows: Tensor, n: int, d: int, like: Tensor) -> UnitRows:
-        # Candidates are unit rows already: their norms are used by the gradient of a rank's own rows alone.
-        return UnitRows(rows=rows, inv_norm=like.new_ones(n), n=n, d=d)
+from .label_means import ClassMeans, LabelMeans, SoftMeans
+from .remote import RemoteSide
 
 
 def contrast_over_ranks(
@@ -116,14 +61,11 @@ def contrast_over_ranks(
     """
     contrast = _RankContrast(kernels, ranks, local, remote, temperature, mask_same_class)
     contrast.remote_grad = remote_side is not None and remote_side.grad.needed
-    by_label = [
-        weight.positives == "label"
-        for anchors in (local_anchors, remote_anchors)
-        if anchors is not None
-        for weight in anchors.weights
-    ]
-    if any(by_label):
-        contrast.begin_labels()
+    terms = [weight for anchors in (local_anchors, remote_anchors) if anchors is not None for weight in anchors.weights]
+    if any(weight.positives == "label" for weight in terms):
+        is_soft = local.soft is not None
+        contrast.labels = SoftMeans(ranks, local, remote) if is_soft else ClassMeans(kernels, ranks, local, remote)
+        contrast.labels.begin(local_anchors is not None, remote_anchors is not None, contrast.remote_grad)
     contrast.first_pass(local_anchors, remote_anchors is not None)
     if remote_anchors is not None:
         contrast.finish_remote_anchors(remote_anchors)
@@ -140,33 +82,17 @@ class _RankContrast:
     ):
         self.kernels, self.ranks, self.local, self.remote = kernels, ranks, local, remote
         self.temperature, self.masked = temperature, masked
-        self.remote_grad = False
+        self.remote_grad = self.has_second_pass = False
         unit = local.unit
         self.acc = unit.inv_norm.dtype
         self.like = unit.inv_norm.new_empty(0)
-        # Tables by class index (classes of this rank's rows and one more, d): means of the class over the global batch,
-        # of all remote rows and of the part that the local rows have in those of the local side.
-        self.means: Tensor | None = None
-        self.local_means: Tensor | None = None
+        self.labels = LabelMeans()
         self.positive = self.like.new_zeros(unit.n)  # cosines of own pairs (b,)
         self.lse = self.like.new_full((ranks.total,), -torch.inf)  # of remote anchors over the local candidates
-        self.label_cosines = self.like.new_zeros(ranks.total)  # this rank's part of Y_j . mean of class j
         self.of_local: GradCoefficients | None = None  # (b,)
-        self.local_lse = self.like  # of local anchors over all candidates (b,), after a ring
+        self.local_lse = self.like  # of local anchors over all candidates (b,), where they came by blocks
         self.of_remote: GradCoefficients | None = None  # (B,)
         self.remote_product: Tensor | None = None  # gradient by all remote rows (B, d), or by own (b, d) after a ring
-
-    def begin_labels(self) -> None:
-        """The class means that label positives take."""
-        everything, own = self.remote.labels, self.local.labels
-        assert everything is not None and own is not None
-        counts = everything.counts
-        if self.local.unit.n > 0:
-            self.local_means = self.kernels.class_means(self.local.unit, own, counts)
-            # The last row is that of ignored rows here, and of other ranks' classes elsewhere.
-            self.local_means[-1].zero_()
-        if self.remote.whole is not None and self.local.unit.n > 0:
-            self.means = self.kernels.class_means(self.remote.whole, everything, counts)
 
     def first_pass(self, local_anchors: Anchors | None, with_remote: bool) -> None:
         """All of the local anchors, and the sums of the remote ones over the local candidates."""
@@ -174,38 +100,41 @@ class _RankContrast:
             for _ in self.remote.blocks():  # a rank without rows passes on those of the others
                 pass
             return
-        if self.remote.whole is not None:
-            self._own_positives(slice(0, self.ranks.total), self.remote.whole)
-            self._label_cosines(slice(0, self.ranks.total), self.remote.whole)
+        if self.remote.whole is not None and self.remote.further is None:
+            rows = slice(0, self.ranks.total)
+            self._begin_block(rows, self.remote.whole)
+            self.labels.finish()
             if local_anchors is None:
-                self._sum_remote(slice(0, self.ranks.total), self.remote.whole)
+                self._sum_remote(rows, self.remote.whole)
             else:
                 self._local_anchors_of_all(local_anchors, self.remote.whole, with_remote)
             return
-        sums = self._sums_around_the_ring(local_anchors is not None, with_remote)
+        sums = self._sums_by_blocks(local_anchors is not None, with_remote)
+        self.labels.finish()
         if sums is None or local_anchors is None:
             return
         coefficients = self.kernels.loss_epilogue(self._local_terms(local_anchors), sums)
         self.of_local, self.local_lse = coefficients, sums.neg_lse
         if self.local.grad.needed:
             partner, first = self.remote.own()
-            self._local_epilogue(sums.rows, sums.product, coefficients, partner, first)
+            self._local_epilogue(sums.rows, sums.product, coefficients, partner, first, self.labels.means)
             self.local.grad.is_written = True
 
-    def _sums_around_the_ring(self, with_local: bool, with_remote: bool) -> NegativeSums | None:
+    def _begin_block(self, rows: slice, block: UnitRows) -> None:
+        """What is taken of a block beside its sums: own positives, and what label positives need."""
+        own = self.ranks.own
+        if rows.start <= own.start and own.stop <= rows.stop:
+            offset = own.start - rows.start
+            self.positive, _ = self.kernels.positive_cosines(self.local.unit, block, offset, None, None)
+        self.labels.take(rows, block)
+
+    def _sums_by_blocks(self, with_local: bool, with_remote: bool) -> NegativeSums | None:
         """The sums of local anchors over all blocks, and those of remote anchors."""
         sums = _RunningSums(self.local, self.acc) if with_local else None
         for rows, block in self.remote.blocks():
             if block.n == 0:
                 continue
-            if rows == self.ranks.own:
-                self._own_positives(rows, block)
-            self._label_cosines(rows, block)
-            if self.local_means is not None:
-                assert self.remote.labels is not None
-                part = part_of_labels(self.remote.labels, rows)
-                means = self.kernels.class_means(block, part, self.remote.labels.counts)
-                self.means = means if self.means is None else self.means.add_(means)
+            self._begin_block(rows, block)
             reverse = with_local and with_remote and self._can_reverse()
             if sums is not None:
                 pass_ = self.kernels.contrast(self._local_args(rows, block, self.local.grad.needed, False, reverse))
@@ -215,7 +144,13 @@ class _RankContrast:
                     self._take_reverse(rows, pass_.sums().reverse)
             if with_remote and not reverse:
                 self._sum_remote(rows, block)
-        return None if sums is None else sums.result()
+        if sums is None:
+            return None
+        further = self.remote.further
+        if further is not None:
+            for chunk in self.kernels.contrast(self._further_args(further)).chunks():
+                sums.add(chunk)
+        return sums.result()
 
     def _local_anchors_of_all(self, anchors: Anchors, whole: UnitRows, with_remote: bool) -> None:
         """Local anchors where all candidates are here: a chunk is complete."""
@@ -228,7 +163,9 @@ class _RankContrast:
         for chunk in pass_.chunks():
             coefficients = self.kernels.loss_epilogue(terms, chunk)
             if args.anchor_grad:
-                self._local_epilogue(chunk.rows, chunk.product, coefficients, whole, self.ranks.own.start)
+                self._local_epilogue(
+                    chunk.rows, chunk.product, coefficients, whole, self.ranks.own.start, self.labels.means
+                )
             if args.candidate_grad:
                 pass_.add_candidates(chunk, coefficients)
                 parts.append(coefficients)
@@ -262,7 +199,8 @@ class _RankContrast:
         torch.exp(self.lse - shift, out=parts[0])
         parts[1, own] = self.positive
         if by_label:
-            parts[2] = self.label_cosines
+            assert self.labels.cosines is not None
+            parts[2] = self.labels.cosines
         self.ranks.all_reduce(parts)
         neg_lse = parts[0].log() + shift
         per_anchor = parts.new_zeros(len(anchors.weights), total)
@@ -287,8 +225,11 @@ class _RankContrast:
         """The gradients that need every sum: by the candidates of remote anchors, and by remote rows."""
         local_grad = with_remote and self.local.grad.needed
         ring_grad = self.remote_grad and self.remote.whole is None
-        if not local_grad and not ring_grad and not (self.remote_grad and with_remote):
+        # Where the candidates came by blocks, their gradient needs the sums over all of them.
+        by_blocks = with_local and (ring_grad or (self.remote_grad and self.remote.further is not None))
+        if not local_grad and not ring_grad and not by_blocks and not (self.remote_grad and with_remote):
             return
+        self.has_second_pass = True
         products: list[Tensor] = []
 
         def parts() -> Iterator[Tensor]:
@@ -300,11 +241,11 @@ class _RankContrast:
                 if self.local.unit.n > 0 and block.n > 0:
                     if with_remote:
                         self._remote_anchors(rows, block, gradient, products if local_grad else None)
-                    if with_local and ring_grad:
+                    if by_blocks:
                         assert gradient is not None
                         self._candidates_of_local(rows, block, gradient)
                     if gradient is not None:
-                        self._label_pull(rows, gradient)
+                        self.labels.pull(rows, gradient, self.of_local, self.of_remote)
                 yield gradient if gradient is not None else self.like
 
         if ring_grad:
@@ -323,12 +264,13 @@ class _RankContrast:
             product = self.remote_product
             if product is None:
                 product = self.like.new_zeros(self.ranks.total, d)
-            if self.of_remote is None and n > 0:  # no second pass has pulled towards the class means
-                self._label_pull(slice(0, self.ranks.total), product)
+            if not self.has_second_pass and n > 0:  # nothing has pulled towards the class means
+                self.labels.pull(slice(0, self.ranks.total), product, self.of_local, self.of_remote)
             self.remote_product = self.ranks.reduce_scatter(product)
         if n == 0:
             return
         assert self.remote_product is not None
+        self.labels.pull_own(self.remote_product, self.of_local, self.of_remote)
         pull = self.like.new_zeros(n)
         for part in (self.of_local, _part(self.of_remote, self.ranks.own)):
             if part is not None:
@@ -349,23 +291,11 @@ class _RankContrast:
         )
         side.grad.is_written = True
 
-    def _own_positives(self, rows: slice, block: UnitRows) -> None:
-        offset = self.ranks.own.start - rows.start
-        self.positive, _ = self.kernels.positive_cosines(self.local.unit, block, offset, None, None)
-
-    def _label_cosines(self, rows: slice, block: UnitRows) -> None:
-        if self.local_means is None:
-            return
-        assert self.remote.labels is not None
-        index = self.remote.labels.class_index[rows].contiguous()
-        _, self.label_cosines[rows] = self.kernels.positive_cosines(block, block, 0, self.local_means, index)
-
     def _local_terms(self, anchors: Anchors) -> AnchorTerms:
         label_positive = self.positive
         if any(weight.positives == "label" for weight in anchors.weights):
-            unit, labels = self.local.unit, self.local.labels
-            assert labels is not None
-            _, label_positive = self.kernels.positive_cosines(unit, unit, 0, self.means, labels.class_index)
+            unit, labels = self.local.unit, self.labels
+            _, label_positive = self.kernels.positive_cosines(unit, unit, 0, labels.means, labels.class_index)
         return AnchorTerms(
             positive=self.positive,
             label_positive=label_positive,
@@ -393,6 +323,21 @@ class _RankContrast:
             anchor_grad=anchor_grad,
             candidate_grad=candidate_grad,
             reverse=reverse,
+        )
+
+    def _further_args(self, further: UnitRows) -> ContrastArgs:
+        """Local anchors, further candidates: no positive is among them."""
+        mask = None
+        if self.masked:
+            assert self.local.labels is not None and self.remote.further_labels is not None
+            mask = self.local.labels.key, self.remote.further_labels.key
+        return ContrastArgs(
+            anchors=self.local.unit,
+            candidates=further,
+            temperature=self.temperature,
+            offset=further.n,
+            mask=mask,
+            anchor_grad=self.local.grad.needed,
         )
 
     def _remote_args(self, rows: slice, block: UnitRows, anchor_grad: bool, candidate_grad: bool) -> ContrastArgs:
@@ -460,29 +405,17 @@ class _RankContrast:
         partner = whole.partner[rows] * part
         return GradCoefficients(partner=partner, product=partner * chunk.inv_neg_sum, class_mean=None)
 
-    def _label_pull(self, rows: slice, gradient: Tensor) -> None:
-        """The pull of remote rows towards this rank's part of the means of their class."""
-        if self.local_means is None:
-            return
-        labels = self.remote.labels
-        assert labels is not None
-        weight = self.like.new_zeros(())
-        for part in (self.of_local, self.of_remote):
-            if part is not None and part.class_mean is not None:
-                # The same for every row that counts, and 0 for the others.
-                weight = weight + part.class_mean.amax()
-        pull = labels.valid[rows] * weight
-        n, d = pull.shape[0], gradient.shape[1]
-        for some in slices(n, max(1, self.kernels.tuning.chunk_bytes // (d * gradient.itemsize))):
-            index = labels.class_index[rows][some]
-            gradient[some].addcmul_(self.local_means[index, :d], -pull[some, None])
-
     def _local_epilogue(
-        self, rows: slice, product: Tensor | None, coefficients: GradCoefficients, partner: UnitRows, offset: int
+        self,
+        rows: slice,
+        product: Tensor | None,
+        coefficients: GradCoefficients,
+        partner: UnitRows,
+        offset: int,
+        means: Tensor | None,
     ) -> None:
-        """The gradient by local anchors."""
+        """Write, or add, a gradient by local rows."""
         assert product is not None
-        labels = self.local.labels
         self.kernels.grad_epilogue(
             GradEpilogueArgs(
                 out=self.local.grad.view(self.local.transposed),
@@ -492,8 +425,8 @@ class _RankContrast:
                 coefficients=coefficients,
                 partner=partner,
                 offset=offset,
-                class_means=self.means,
-                class_index=None if labels is None else labels.class_index,
+                class_means=means,
+                class_index=self.labels.class_index,
                 accumulate=self.local.grad.is_written,
             )
         )
@@ -507,7 +440,9 @@ class _RankContrast:
         coefficients = GradCoefficients(
             partner=own.partner, product=torch.ones_like(own.partner), class_mean=own.class_mean
         )
-        self._local_epilogue(slice(0, self.local.unit.n), product, coefficients, partner, first)
+        self._local_epilogue(
+            slice(0, self.local.unit.n), product, coefficients, partner, first, self.labels.candidate_means
+        )
         self.local.grad.is_written = True
 
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backends.gemm import gemm, has_gemm
-from .distributed import Ranks
-from .infonce import GradBuffer
-from .kernels import AnchorTerms, KernelSet, NegativeSums, TermWeight, slices
+from ..backends.gemm import gemm, has_gemm
+from ..distributed import Ranks
+from ..infonce import GradBuffer
+from ..kernels import AnchorTerms, KernelSet, NegativeSums, TermWeight, slices
 
 
 def contrast_columns_over_ranks(
