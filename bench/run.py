@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -19,7 +21,19 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-from bench.harness import cases, global_batch, kernels, machine, measure, memory, plots, profiling, programs, report  # noqa: E402
+from bench.harness import (  # noqa: E402
+    cases,
+    forms,
+    global_batch,
+    kernels,
+    machine,
+    measure,
+    memory,
+    plots,
+    profiling,
+    programs,
+    report,
+)
 from bench.harness.losses import LOSSES  # noqa: E402
 from bench.harness.programs import Exit  # noqa: E402
 from bench.harness.providers import Provider, choose  # noqa: E402
@@ -60,6 +74,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="P,P",
         help="comma-separated; default: all that can run here; hopper:FIELD=VALUE+.. sets tuning",
     )
+    grid.add_argument("--short", action="store_true", help="a case of each regime of a GPU, the most telling first")
+    grid.add_argument("--forms", action="store_true", help="forms of the kernels against each other (harness/forms.py)")
+    grid.add_argument("--host", action="store_true", help="instead, the host's cost of backend cuda, on a CPU")
     grid.add_argument("--smoke", action="store_true", help="a few small shapes, in under a minute on two cores")
     grid.add_argument("--kernels", action="store_true", help="beside each call, each kernel of the backends alone")
     grid.add_argument(
@@ -74,6 +91,10 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--seconds", type=float, default=60.0, help="time budget of a case's rounds (3 are taken anyway)")
     how.add_argument("--matmul-precision", choices=("highest", "high", "medium"), default="highest", help="of float32")
     how.add_argument("--threads", type=programs.threads, help="CPU threads of torch")
+    how.add_argument(
+        "--compile-seconds", type=float, default=float("inf"), metavar="S",
+        help="leave torch.compile out of the cases after it has compiled for so long",
+    )  # fmt: skip
     how.add_argument("--cold", action="store_true", help="CUDA: overwrite the L2 cache before every sample")
     how.add_argument("--seed", type=int, default=0)
     out = made.add_argument_group("the output")
@@ -86,8 +107,15 @@ def check(options: argparse.Namespace, device: torch.device) -> str | None:
     """The reason why the options contradict each other or the machine; None if they do not."""
     shape_options = ("batch", "classes", "dtype", "terms", "mode")
     given = [f"--{name}" for name in shape_options if getattr(options, name) is not None]
-    if options.smoke and given:
-        return f"--smoke has its own shapes: leave out --smoke or {' and '.join(given)}"
+    own = [f"--{name}" for name in ("smoke", "short", "forms", "host") if getattr(options, name)]
+    if own and given:
+        return f"{own[0]} has its own shapes: leave out {own[0]} or {' and '.join(given)}"
+    if len(own) > 1:
+        return f"{' and '.join(own)} exclude each other"
+    if (options.forms or options.host) and options.providers is not None:
+        return f"{own[0]} has its own providers: leave out --providers"
+    if (options.short or options.forms or options.host) and options.loss != "mcld":
+        return f"{own[0]} is of mcld"
     if options.over_ranks and not dist.is_torchelastic_launched():
         return "--global is for several processes: torchrun --nproc-per-node 2 bench/run.py --global"
     if options.over_ranks and options.loss != "mcld":
@@ -109,6 +137,10 @@ def grid(options: argparse.Namespace, device: torch.device) -> list[cases.Case]:
     shared = {"seed": options.seed, "temperature": options.temperature, "loss": options.loss}
     if options.smoke:
         return cases.smoke_grid(**shared)
+    if options.short:
+        return cases.short_grid(device, options.seed, options.temperature)
+    if options.forms:
+        return list(forms.FORMS if device.type == "cuda" else forms.SMALL_FORMS)
     if all(value is None for value in (options.batch, options.classes, options.dtype, options.terms, options.mode)):
         return cases.default_grid(device, **shared)
     return cases.product(
@@ -160,7 +192,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.over_ranks:
         return _over_ranks(options, device, screen, default)
     try:
-        with programs.claimed(options.output, default, "results.json") as folder:
+        with programs.claimed(options.output, default, "host.json" if options.host else "results.json") as folder:
+            if options.host:
+                return measure_host(options, folder)
             return Run(options, device, providers, screen, folder).run()
     except programs.FolderInUse as fault:
         print(f"run: {fault}", file=sys.stderr)
@@ -168,6 +202,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as fault:
         print(f"run: the output cannot be written: {fault}", file=sys.stderr)
         return Exit.OUTPUT
+
+
+def measure_host(options: argparse.Namespace, folder: Path) -> int:
+    """The host's cost of a step, on a CPU with the launches stubbed: a table, and host.json."""
+    from bench.harness import host
+
+    costs = [host.measure(case, options.repeats or 400) for case in host.CASES]
+    print(host.table(costs))
+    head = header(options, torch.device("cpu"))
+    report.write_json(folder / "host.json", head | {"rows": [dataclasses.asdict(cost) for cost in costs]})
+    return Exit.OK
 
 
 def _over_ranks(options: argparse.Namespace, device: torch.device, screen: Console, default: Path) -> int:
@@ -197,8 +242,18 @@ class Run:
         self.cases = grid(options, device)
         self.head = header(options, device)
         self.rows: list[measure.Row] = []
+        self.compiled_s = 0.0
         self.kernel_records: list[dict[str, object]] = []
         self.report = report.Report(screen, device.type)
+
+    def _providers(self, case: cases.Case) -> list[Provider]:
+        """The providers of a case; torch.compile only while it has time left."""
+        if self.options.forms:
+            by_case = forms.FORMS if self.plan.device.type == "cuda" else forms.SMALL_FORMS
+            return choose(",".join(by_case[case]))
+        if self.compiled_s < self.options.compile_seconds:
+            return self.providers
+        return [provider for provider in self.providers if provider.name != "compile"]
 
     def _default_rounds(self, device: torch.device) -> int:
         if self.options.smoke:
@@ -239,16 +294,19 @@ class Run:
         def profiled(provider: str, step: Any) -> None:
             progress.stage(f"profile {provider}")
             name = f"{provider}_B{case.batch}_C{case.classes}_{case.dtype}_{'+'.join(case.terms)}_{case.mode}"
+            name = re.sub(r"[^A-Za-z0-9+_.-]+", "-", name)
             table = profiling.profile_step(step, self.plan.device, self.folder, name)
             self.screen.print(f"[bold]{provider}[/bold], {profiling.STEPS} steps of {case}")
             self.screen.print(table, markup=False, soft_wrap=True)
 
         inspect = profiled if self.options.profile else None
-        rows = measure.CaseRun(case, self.providers, self.plan, progress.stage, inspect).run()
+        providers = self._providers(case)
+        rows = measure.CaseRun(case, providers, self.plan, progress.stage, inspect).run()
+        self.compiled_s += sum(row.first_call_s or 0 for row in rows if row.provider == "compile")
         self.rows += rows
         kernel_rows: list[kernels.KernelRow] = []
         if self.options.kernels and case.loss == "mcld":
-            names = [provider.name for provider in self.providers]
+            names = [provider.name for provider in providers]
             kernel_rows = kernels.KernelRun(case, names, self.plan, ceilings, progress.stage).run()
             self.kernel_records += [row.record(case) for row in kernel_rows]
         self.report.show(rows, kernel_rows)

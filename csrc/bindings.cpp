@@ -1,8 +1,8 @@
 // The Python module mcld_kernels._C. It knows neither torch nor the driver's library: pointers and streams come as
 // integers, so one build serves every torch, and it imports on a machine without a GPU.
 //
-// A launcher takes the fields of its structure, its choices, the device and the stream by keyword. The caller keeps every
-// tensor alive for the call; nothing here waits for a kernel.
+// A launcher takes the fields of its structure, its choices, the device and the stream by keyword, and optionally a plan that
+// records the launch. The caller keeps every tensor alive for the call; nothing here waits for a kernel.
 #include <pybind11/pybind11.h>
 
 #include <sstream>
@@ -14,8 +14,10 @@
 #include "checks.h"
 #include "constants.h"
 #include "fields.h"
+#include "plan.h"
 
 namespace py = pybind11;
+using namespace pybind11::literals;
 
 namespace mcld {
 namespace {
@@ -112,12 +114,42 @@ void bind(py::module_& module, const char* name, Launcher<Structure, Choices...>
     const auto choices = take_choices<Choices...>(fields, names, std::index_sequence_for<Choices...>());
     const int device = fields.take<int>("device");
     const cudaStream_t stream = fields.stream();
+    const py::handle plan = fields.optional("plan");
     fields.done();
-    py::gil_scoped_release release;
-    DeviceGuard guard(device);
-    std::apply([&](Choices... values) { launcher(structure, values..., stream); }, choices);
+    const auto launch = [launcher, choices](const Structure& arguments, cudaStream_t stream) {
+      std::apply([&](Choices... values) { launcher(arguments, values..., stream); }, choices);
+    };
+    {
+      py::gil_scoped_release release;
+      DeviceGuard guard(device);
+      launch(structure, stream);
+    }
+    if (plan) plan.cast<Plan&>().append(structure, launch);
   };
   module.def(name, call, (doc + ", device, stream").c_str());
+}
+
+void bind_plan(py::module_& module) {
+  py::class_<Plan>(module, "Plan", py::module_local(), "A recorded sequence of launches that runs again on other tensors.")
+      .def(py::init<>())
+      .def("__len__", &Plan::size)
+      .def("pointers", &Plan::pointers, "index"_a, "The addresses among the arguments of a launch that is not placed yet.")
+      .def(
+          "place",
+          [](Plan& plan, const std::vector<std::tuple<uint64_t, uint64_t, int, uint64_t>>& ranges) {
+            std::vector<Range> converted;
+            for (const auto& [begin, bytes, base, offset] : ranges) converted.push_back({begin, bytes, base, offset});
+            plan.place(converted);
+          },
+          "ranges"_a, "Make the recorded addresses offsets: ranges of (begin, bytes, base, offset). ValueError for one in none.")
+      .def(
+          "run",
+          [](const Plan& plan, const std::vector<uint64_t>& bases, int device, uint64_t stream, size_t first, size_t last) {
+            py::gil_scoped_release release;
+            DeviceGuard guard(device);
+            plan.run(bases, reinterpret_cast<cudaStream_t>(static_cast<uintptr_t>(stream)), first, last);
+          },
+          "bases"_a, "device"_a, "stream"_a, "first"_a, "last"_a, "Launch numbers first to last - 1 with these bases.");
 }
 
 void bind_launchers(py::module_& module) {
@@ -156,5 +188,6 @@ PYBIND11_MODULE(MCLD_MODULE, module) {
   py::register_exception<mcld::CudaError>(module, "CudaError", PyExc_RuntimeError);
   module.def("driver_version", &mcld::driver,
              "The newest CUDA that the driver runs, (major, minor); None without a driver.");
+  mcld::bind_plan(module);
   mcld::bind_launchers(module);
 }

@@ -30,6 +30,12 @@ class Fields {
     read(name, value);
     return value;
   }
+  // A field that may be missing; null then.
+  pybind11::handle optional(const char* name) {
+    const pybind11::handle value = PyDict_GetItemString(arguments_.ptr(), name);
+    if (value) ++used_;
+    return value;
+  }
   cudaStream_t stream() {
     void* stream;
     read("stream", stream);
@@ -87,6 +93,24 @@ class Fields {
 
   const pybind11::dict& arguments_;
   size_t used_ = 0;
+};
+
+// Calls function(address of the member) for each pointer in a structure, also in its lists and their structures.
+template <class Function> class PointersOf {
+ public:
+  explicit PointersOf(Function function) : function_(function) {}
+  template <class... Members> void operator()(const char*, Members&... members) { (take(members), ...); }
+
+ private:
+  template <class T> void take(T*& member) { function_(static_cast<void*>(&member)); }
+  template <class T, int kMost> void take(List<T, kMost>& member) {
+    if constexpr (!std::is_arithmetic_v<T>) {
+      for (int i = 0; i < member.count; ++i) member.item[i].visit(*this);
+    }
+  }
+  template <class T> void take(T&) {}
+
+  Function function_;
 };
 
 // The keyword arguments of a structure, in the order of its MCLD_FIELDS.

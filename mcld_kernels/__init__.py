@@ -2,12 +2,13 @@
 
 from . import backends, reference
 from .accumulation import accumulate
-from .family_options import CKDTerms, CLKDTerms
+from .family_options import CKDTerms, CLKDTerms, MLKDTerms
 from .losses.ckd import CKDLoss, ckd_loss, ckd_terms
 from .losses.clkd import CLKDLoss, clkd_loss, clkd_terms
 from .losses.info_nce import InfoNCELoss, info_nce
 from .losses.kd import KDLoss, kd_loss
 from .losses.mcld import MCLDLoss, mcld_loss, mcld_terms
+from .losses.mlkd import MLKDLoss, mlkd_loss, mlkd_terms
 from .losses.teacher_queue import TeacherQueue
 from .options import MCLDTerms
 from .version import __version__
@@ -21,6 +22,8 @@ __all__ = [
     "KDLoss",
     "MCLDLoss",
     "MCLDTerms",
+    "MLKDLoss",
+    "MLKDTerms",
     "TeacherQueue",
     "__version__",
     "accumulate",
@@ -33,5 +36,7 @@ __all__ = [
     "kd_loss",
     "mcld_loss",
     "mcld_terms",
+    "mlkd_loss",
+    "mlkd_terms",
     "reference",
 ]

@@ -250,6 +250,12 @@ class KernelSet:
     def __init__(self, tuning: Tuning):
         self.tuning = tuning
 
+    records_calls = False  # True: `run` is asked for a call, which may run a recorded one
+
+    def run(self, compute: Callable[[KernelSet, LossInputs], LossOutputs], inputs: LossInputs) -> LossOutputs:
+        """What ``compute`` gives with these kernels."""
+        return compute(self, inputs)
+
     def operand_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype in which GEMMs of logits of ``dtype`` take their operands."""
         return dtype
@@ -261,6 +267,8 @@ class KernelSet:
     def contrast(self, args: ContrastArgs) -> Contrast:
         """Begin a contrast."""
         raise NotImplementedError
+
+    has_anchor_pass = False  # True: `anchor_pass` is asked
 
     def anchor_pass(self, args: ContrastArgs, out: Tensor) -> Callable[[AnchorPassArgs], None] | None:
         """The function that computes a contrast with frozen candidates whole, loss and gradient ``out`` by the anchors.

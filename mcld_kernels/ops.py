@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from .options import acc_dtype, grad_dtype, is_readable, no_autocast
 
 _LIBRARY = torch.library.Library("mcld_kernels", "DEF")
 _OPERATORS: dict[str, LossOperator] = {}
+_NO_CONTEXT = contextlib.nullcontext()
 _TENSORS = ("student", "teacher", "target", "weight")
 _OUTPUTS = "(Tensor loss, Tensor terms, Tensor student_grad, Tensor teacher_grad)"
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -191,6 +192,16 @@ class LossOperator:
 
     def run(self, call: _Call) -> Outputs:
         """Loss (), terms (num_terms,), gradients of the loss by student and teacher: (batch, classes), else (0,)."""
+        loss, terms, student_grad, teacher_grad = self.evaluate(call)
+        return (
+            loss,
+            terms,
+            call.student.new_empty(0) if student_grad is None else student_grad,
+            call.teacher.new_empty(0) if teacher_grad is None else teacher_grad,
+        )
+
+    def evaluate(self, call: _Call) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """As `run`, with None for a gradient that is not asked for."""
         student, teacher = call.student, call.teacher
         needs_teacher_grad = call.teacher_grad and not self._has_teacher_kernels
         try:
@@ -217,25 +228,27 @@ class LossOperator:
             extra=dict(zip(self._extra, call.extra, strict=True)) if call.extra else {},
         )
         device = student.device
-        if device.type == "cuda" or torch.is_autocast_enabled(device.type):
-            on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-            with on_device, no_autocast(device):
-                outputs = self._evaluate(call, kernels, inputs)
-        else:
-            outputs = self._evaluate(call, kernels, inputs)
-        if outputs is None:
-            return self._like(call, torch.zeros)
-        student_grad = student.new_empty(0) if outputs.student_grad is None else outputs.student_grad
-        teacher_grad = teacher.new_empty(0) if outputs.teacher_grad is None else outputs.teacher_grad
-        return outputs.loss, outputs.terms, student_grad, teacher_grad
+        is_elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+        with (
+            torch.cuda.device(device) if is_elsewhere else _NO_CONTEXT,
+            no_autocast(device) if torch.is_autocast_enabled(device.type) else _NO_CONTEXT,
+        ):
+            if call.ranks is not None:
+                over_ranks = self._evaluate_over_ranks(call.ranks, kernels, inputs)
+                if over_ranks is None:
+                    return self._like(call, torch.zeros)
+                outputs = over_ranks
+            elif kernels.records_calls:
+                outputs = kernels.run(self._compute, inputs)
+            else:
+                outputs = self._compute(kernels, inputs)
+        return outputs.loss, outputs.terms, outputs.student_grad, outputs.teacher_grad
 
-    def _evaluate(self, call: _Call, kernels: KernelSet, inputs: LossInputs) -> LossOutputs | None:
-        """The loss, over ranks after their exchange. None for an empty global batch."""
-        if call.ranks is None:
-            return self._compute(kernels, inputs)
+    def _evaluate_over_ranks(self, options: RanksOptions, kernels: KernelSet, inputs: LossInputs) -> LossOutputs | None:
+        """The loss over ranks, after their exchange. None for an empty global batch."""
         assert self._compute_over_ranks is not None
         rows, device = inputs.student.shape[0], inputs.student.device
-        ranks = distributed.join(call.ranks, rows, _facts(kernels, inputs), device)
+        ranks = distributed.join(options, rows, _facts(kernels, inputs), device)
         if ranks.total == 0:
             return None
         return self._compute(kernels, inputs) if ranks.count == 1 else self._compute_over_ranks(kernels, inputs, ranks)
@@ -388,12 +401,12 @@ class _NoSecondDerivative(torch.autograd.Function):
 _TWICE = "the fast backends of mcld_kernels cannot be differentiated twice; backend='reference' can, at its own cost"
 
 
-def _save(ctx: Any, call: _Call, outputs: Outputs) -> tuple[Tensor | None, ...]:
+def _save(ctx: Any, call: _Call, outputs: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """Save what the derivatives need; returns it."""
     # The inputs that a second derivative is taken by; a constant may be an inference tensor, which cannot be saved.
     inputs = (x if x is not None and x.requires_grad else None for x in (call.student, call.teacher, call.weight))
     # A copy, since whoever logs the terms may change them in place.
-    terms = outputs[1].clone() if call.weight is not None else None
+    terms = outputs[1].clone() if call.weight is not None and outputs[1] is not None else None
     ctx.dtypes = (
         call.student.dtype if call.student_grad else None,
         call.teacher.dtype if call.teacher_grad else None,
@@ -492,7 +505,7 @@ class _EagerLoss(torch.autograd.Function):
         teacher: Tensor,
         weight: Tensor | None,
     ) -> Tensor:
-        outputs = operator.run(_forward_call(operator, call) if call.teacher_grad else call)
+        outputs = operator.evaluate(_forward_call(operator, call) if call.teacher_grad else call)
         _save(ctx, call, outputs)
         terms.append(outputs[1])
         return outputs[0]

@@ -114,12 +114,11 @@ def run(backend: str, student: Tensor, teacher: Tensor, target=None, *, upstream
 
 
 def truth(student: Tensor, teacher: Tensor, target=None, **options) -> Outcome:
-    """The reference in fp64, on the CPU."""
+    """The reference in fp64, on the logits' own device: the CPU's fp64 would take most of a GPU test's time."""
     weight = options.get("weight")
     if isinstance(weight, Tensor):
-        options["weight"] = weight.detach().double().cpu()
-    target = None if target is None else target.cpu()
-    return run("reference", student.detach().double().cpu(), teacher.detach().double().cpu(), target, **options)
+        options["weight"] = weight.detach().double()
+    return run("reference", student.detach().double(), teacher.detach().double(), target, **options)
 
 
 class Error(NamedTuple):
@@ -156,7 +155,7 @@ def errors(got: Outcome, want: Outcome, student: Tensor, teacher: Tensor, option
         if b is not None:
             assert a is not None, f"no {name}"
             assert a.shape == b.shape
-            found[name] = Error(float((a.double().cpu() - b).square().sum()), float(b.norm()), natural)
+            found[name] = Error(float((a.double() - b).square().sum()), float(b.norm()), natural)
     return found
 
 

@@ -200,6 +200,7 @@ def compute(student, teacher, target, options, student_grad=False, teacher_grad=
 
 
 def relative(got, want):
+    want = want.double().cpu()
     return float((got.double().cpu() - want).norm() / want.norm())
 
 

@@ -6,7 +6,6 @@ import os
 import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,10 +16,9 @@ from test_bench import printed, provider
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # bench is not installed
 
-from bench import gpu_report, run, table
+from bench import correct, faults, gpu_report, run, step, table
 from bench.harness import (
     gate,
-    goals,
     machine,
     measure,
     memory,
@@ -138,6 +136,10 @@ def test_a_run_leaves_json_csv_and_plot(tmp_path, capsys):
         (["--temperature", "-1"], "must be positive"),
         (["--temperature", "inf"], "must be positive and finite"),
         (["--smoke", "--batch", "64"], "leave out --smoke or --batch"),
+        (["--short", "--batch", "64"], "leave out --short or --batch"),
+        (["--short", "--forms"], "--short and --forms exclude each other"),
+        (["--forms", "--providers", "cuda"], "leave out --providers"),
+        (["--forms", "--loss", "kd"], "--forms is of mcld"),
         (["--device", "cpu", "--cold"], "--cold is for CUDA"),
         (["--threads", "100000"], "must be at most"),
         (["--loss", "kd", "--terms", "instance"], "--terms are those of mcld"),
@@ -187,108 +189,6 @@ def test_a_row_that_is_not_finite_is_written_as_null(tmp_path):
 
 def test_times_print_with_their_unit():
     assert [report.seconds(value) for value in (1.5, 2.5e-3, 3.4e-5, 5e-9)] == ["1.5 s", "2.5 ms", "34 µs", "5 ns"]
-
-
-class TestGpuReport:
-    def phase(self, code, budget=20, **more):
-        return gpu_report.Phase("try", [sys.executable, "-c", code], budget, **more)
-
-    def test_output_and_values_are_recorded(self, tmp_path):
-        record = gpu_report.run_phase(self.phase("print('{\"a\": 1}')", read=gpu_report.last_json), tmp_path, 20)
-        assert record["status"] == "ok" and record["a"] == 1 and "seconds" in record
-
-    def test_the_output_of_a_failure_is_recorded(self, tmp_path):
-        record = gpu_report.run_phase(self.phase("print('so far'); raise SystemExit(4)"), tmp_path, 20)
-        assert record["status"] == "failed" and record["exit_code"] == 4 and "so far" in record["output_tail"]
-
-    def test_a_phase_out_of_time_can_write_its_results(self, tmp_path):
-        code = (
-            "import time\nprint('begun')\n"
-            "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('{\"kept\": true}')"
-        )
-        record = gpu_report.run_phase(self.phase(code, read=gpu_report.last_json), tmp_path, 1.5)
-        assert record["status"] == "timed out" and record["kept"] is True and record["seconds"] < 10
-
-    def test_a_phase_that_ignores_the_interrupt_is_killed_with_its_children(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(gpu_report, "GRACE_S", 0.5)
-        code = (
-            "import signal, subprocess, sys, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
-            "child = subprocess.Popen(['sleep', '60'])\nprint(child.pid)\ntime.sleep(60)"
-        )
-        record = gpu_report.run_phase(self.phase(code), tmp_path, 1.5)
-        assert record["status"] == "timed out" and record["seconds"] < 10
-        child = int(record["output_tail"].split()[0])
-        for _ in range(50):
-            if not _running(child):
-                break
-            time.sleep(0.1)
-        assert not _running(child)
-
-    def test_a_phase_without_time_or_program_has_a_reason(self, tmp_path):
-        assert gpu_report.run_phase(self.phase(""), tmp_path, 0)["reason"] == "the time was used up"
-        missing = gpu_report.Phase("try", ["/nowhere/program"], 5)
-        assert gpu_report.run_phase(missing, tmp_path, 5)["status"] == "failed"
-
-    def test_the_dry_run_names_every_phase_and_no_path(self, capsys):
-        assert gpu_report.main(["--dry-run", "--skip", "tests"]) == 0
-        shown = capsys.readouterr().out
-        for name in ("info", "build", "ceilings", "tests", "bench", *gpu_report.SANITIZERS):
-            assert name in shown
-        assert "left out by --skip" in shown and str(ROOT) not in shown
-
-    def test_it_is_planned_to_end_within_eight_minutes(self):
-        assert gpu_report.TOTAL_S + gpu_report.GRACE_S < 480
-
-    @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
-    def test_without_a_gpu_it_says_so(self, capsys):
-        assert gpu_report.main([]) == 3
-        assert "no CUDA device" in capsys.readouterr().err
-
-    def test_a_rehearsal_writes_the_report(self, tmp_path, capsys):
-        assert gpu_report.main(["--rehearse", "--skip", "ceilings", "bench", "--output", str(tmp_path)]) == 0
-        record = json.loads((tmp_path / "report.json").read_text())
-        assert record["rehearsal"] and record["phases"]["info"]["status"] == "ok"
-        assert record["phases"]["build"]["reason"] == "a rehearsal builds nothing"
-
-    def test_the_grid_of_the_sanitizer_runs(self):
-        environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-        command = [sys.executable, "bench/sanitize.py", "--device", "cpu"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "18 combinations ran, 0 were not repeatable" in done.stdout
-
-    def test_a_test_run_is_read(self, tmp_path):
-        path = tmp_path / "tests.xml"
-        path.write_text(
-            '<testsuites><testsuite tests="3" failures="1" errors="0" skipped="1">'
-            '<testcase classname="a" name="good"/><testcase classname="a" name="bad"><failure/></testcase>'
-            "</testsuite></testsuites>"
-        )
-        record = gpu_report.read_junit(path)
-        assert record["counts"] == {"tests": 3, "failures": 1, "errors": 0, "skipped": 1}
-        assert record["failed"] == ["a::bad"]
-
-    def test_goals_are_judged_against_rows_of_the_same_case(self):
-        def row(name, median, **more):
-            case = {"batch": 4096, "classes": 1000, "dtype": "bfloat16", "terms": ["instance", "sample"]}
-            case |= {"mode": "forward-backward", "status": "ok", "provider": name, "time": {"median_s": median}}
-            return case | {"fraction_of_gemm": 0.9, "peak_extra_bytes": 100 << 20} | more
-
-        rows = [row("triton", 1.0), row("cuda", 0.9, fraction_of_gemm=0.8), row("library", 1.2)]
-        rows += [row("reference", 2.7), row("compile", 9.0, batch=16384)]
-        judged = {goal["goal"].rpartition(" >=")[0] or goal["goal"]: goal for goal in goals.judge(rows)}
-        assert {goal["backend"] for goal in judged.values()} == {"cuda"}
-        assert judged["fraction of the GEMM ceiling"]["reached"] is False
-        assert judged["times the library path"]["value"] == pytest.approx(1.2 / 0.9)
-        assert judged["times the library path"]["reached"] is True
-        assert judged["times eager"]["reached"] is True  # 3.0
-        assert judged["times torch.compile"]["reached"] is None  # measured at another batch size alone
-        assert judged["extra memory / (600 MB + 3 half copies) <= 1"]["reached"] is True
-
-
-def _running(pid):
-    stat = Path(f"/proc/{pid}/stat")
-    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 def test_the_grid_of_the_options():
@@ -407,21 +307,17 @@ class TestOutput:
         assert not results["complete"] and {row["batch"] for row in results["rows"]} == {16}
         assert (tmp_path / "folder" / "results.csv").exists() and "interrupted" in capsys.readouterr().out
 
-    def test_the_report_of_another_run_is_not_overwritten(self, tmp_path, capsys):
-        (tmp_path / "report.json").write_text("{}")
-        assert gpu_report.main(["--rehearse", "--output", str(tmp_path)]) == Exit.USAGE
-        assert "another run" in capsys.readouterr().err
-
     @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
     def test_every_program_has_one_exit_code_without_a_gpu(self, capsys):
-        assert run.main(["--device", "cuda"]) == gpu_report.main([]) == Exit.NO_DEVICE
+        assert run.main(["--device", "cuda"]) == gpu_report.main(["correct"]) == Exit.NO_DEVICE
+        assert correct.main([]) == step.main([]) == faults.main(["hang"]) == Exit.NO_DEVICE
         command = [sys.executable, "bench/sanitize.py"]
         assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120).returncode == Exit.NO_DEVICE
 
 
 def test_programs_start_without_docstrings_and_document_their_exit_codes():
     # In one process: under -OO each would compile every module again that it imports, torch's too.
-    programs = ["run", "calibrate", "gpu_report", "sanitize", "table"]
+    programs = ["run", "calibrate", "gpu_report", "sanitize", "table", "correct", "publish"]
     code = f"""
 import runpy, sys
 for name in {programs}:

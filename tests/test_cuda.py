@@ -68,7 +68,7 @@ def test_float32_matmul_precision(path, precision, matmul_precision):
     want = cases.truth(student, teacher, target)
     bars = {"highest": 1e-5, "high": 4e-3, "medium": 3e-2}
     got = cases.run("cuda", student, teacher, target)
-    assert float((got.student.double().cpu() - want.student).norm() / want.student.norm()) <= bars[precision]
+    assert float((got.student.double() - want.student).norm() / want.student.norm()) <= bars[precision]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=cases.short)

@@ -235,3 +235,18 @@ class TestProgram:
         with pytest.raises(SystemExit):
             evidence.main(["--methods", "alone,magic"])
         assert "'magic' is not one of alone,kd" in capsys.readouterr().err
+
+
+def test_the_table_of_the_documentation_is_that_of_the_recorded_run():
+    page = (evidence.ROOT / "docs" / "hyperparameters.md").read_text(encoding="utf-8")
+    recorded, rest = page.split("<!-- evidence: ")[1].split(" -->\n", 1)
+    run = json.loads((evidence.ROOT / recorded / "results.json").read_text())
+    rows = {(row.method, row.batch): row for row in evidence_report.rows(run)}
+    lines = rest.split("\n\n")[0].splitlines()[2:]
+    assert len(lines) == len({method for method, _ in rows})
+    for line in lines:
+        title, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        name = next(method.name for method in contenders.METHODS if method.title == title)
+        for batch, accuracy, difference in zip((32, 128, 512), cells[::2], cells[1::2], strict=True):
+            row = rows[name, batch]
+            assert (accuracy, difference) == (str(row.accuracy), evidence_report.signed(row.against_kd))

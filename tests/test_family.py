@@ -16,6 +16,12 @@ CALLS = {
     "ckd": ("ckd", (0.5, 10.0, "teacher", 1e-12), {"temperature": 0.5}),
     "ckd-student": ("ckd", (0.5, 10.0, "student", 1e-12), {"temperature": 0.5, "negatives": "student"}),
     "clkd": ("clkd", ([0.5, 1.0, 0.4], "mean", 1e-12), {}),
+    "mlkd": ("mlkd", (0.5, 0.07, [50.0, 20.0, 1.0], 2, -100, 1e-12), {}),
+    "mlkd-supervised": (
+        "mlkd",
+        (0.5, 0.2, [0.0, 0.0, 1.0], 2, -100, 1e-12),
+        {"weight": (0.0, 0.0, 1.0), "supervised_temperature": 0.2},
+    ),
 }
 NAMES = tuple(dict.fromkeys(name for name, _, _ in CALLS.values()))
 

@@ -6,8 +6,6 @@ import loops
 import pytest
 import torch
 from cases import WEIGHT, labels, logits
-from info_nce import info_nce
-from pytorch_metric_learning.losses import NTXentLoss, SupConLoss
 
 import mcld_kernels
 from mcld_kernels import reference
@@ -103,53 +101,64 @@ SHAPES = [(2, 3), (17, 5), (33, 40)]
 @pytest.mark.parametrize("temperature", [0.07, 0.5])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 class TestPublicLibraries:
+    """Each library is imported by the fixture of its name: where one is missing, its tests alone are skipped."""
+
+    @pytest.fixture
+    def info_nce(self):
+        return pytest.importorskip("info_nce", reason="info-nce-pytorch is not installed").info_nce
+
+    @pytest.fixture
+    def metric_learning(self):
+        reason = "pytorch-metric-learning is not installed"
+        return pytest.importorskip("pytorch_metric_learning.losses", reason=reason)
+
     def compare(self, got, want):
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b, **PUBLIC)
 
-    def test_instance_is_info_nce(self, shape, temperature, backend):
+    def test_instance_is_info_nce(self, shape, temperature, backend, info_nce):
         student, teacher = logits("random", *shape)
         got = only("instance", backend, student, teacher, temperature=temperature)
         self.compare(got, public(lambda s: info_nce(s, teacher, temperature=temperature), student))
 
-    def test_teacher_anchors_are_info_nce_the_other_way_round(self, shape, temperature, backend):
+    def test_teacher_anchors_are_info_nce_the_other_way_round(self, shape, temperature, backend, info_nce):
         student, teacher = logits("random", *shape)
         got = only("instance", backend, student, teacher, temperature=temperature, direction="teacher")
         self.compare(got, public(lambda s: info_nce(teacher, s, temperature=temperature), student))
 
-    def test_category_is_info_nce_of_columns(self, shape, temperature, backend):
+    def test_category_is_info_nce_of_columns(self, shape, temperature, backend, info_nce):
         student, teacher = logits("random", *shape)
         got = only("category", backend, student, teacher, temperature=temperature)
         self.compare(got, public(lambda s: info_nce(s.T, teacher.T, temperature=temperature), student))
 
-    def test_instance_is_nt_xent_of_every_row_its_own_class(self, shape, temperature, backend):
+    def test_instance_is_nt_xent_of_every_row_its_own_class(self, shape, temperature, backend, metric_learning):
         student, teacher = logits("random", *shape)
         own = torch.arange(shape[0])
-        loss = NTXentLoss(temperature)
+        loss = metric_learning.NTXentLoss(temperature)
         got = only("instance", backend, student, teacher, temperature=temperature)
         self.compare(got, public(lambda s: loss(s, own, ref_emb=teacher, ref_labels=own.clone()), student))
 
-    def test_masked_instance_is_nt_xent_over_rows_of_other_classes(self, shape, temperature, backend):
+    def test_masked_instance_is_nt_xent_over_rows_of_other_classes(self, shape, temperature, backend, metric_learning):
         student, teacher = logits("random", *shape)
         target = torch.arange(shape[0]) % min(shape[1], 3)  # every row has a row of another class
         own = torch.arange(shape[0])
         pairs = (own, own, *torch.where(target[:, None] != target))
-        loss = NTXentLoss(temperature)
+        loss = metric_learning.NTXentLoss(temperature)
         got = only("instance", backend, student, teacher, target, temperature=temperature, mask_same_class=True)
         want = public(lambda s: loss(s, indices_tuple=pairs, ref_emb=teacher, ref_labels=own.clone()), student)
         self.compare(got, want)
 
-    def test_sample_is_sup_con_against_the_teacher(self, shape, temperature, backend):
+    def test_sample_is_sup_con_against_the_teacher(self, shape, temperature, backend, metric_learning):
         student, teacher = logits("random", *shape)
         target = torch.arange(shape[0]) % min(shape[1], 3)
-        loss = SupConLoss(temperature)
+        loss = metric_learning.SupConLoss(temperature)
         got = only("sample", backend, student, teacher, target, temperature=temperature)
         self.compare(got, public(lambda s: loss(s, target, ref_emb=teacher, ref_labels=target.clone()), student))
 
-    def test_category_is_nt_xent_of_columns(self, shape, temperature, backend):
+    def test_category_is_nt_xent_of_columns(self, shape, temperature, backend, metric_learning):
         student, teacher = logits("random", *shape)
         own = torch.arange(shape[1])
-        loss = NTXentLoss(temperature)
+        loss = metric_learning.NTXentLoss(temperature)
         got = only("category", backend, student, teacher, temperature=temperature)
         self.compare(got, public(lambda s: loss(s.T, own, ref_emb=teacher.T, ref_labels=own.clone()), student))
 

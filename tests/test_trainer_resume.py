@@ -4,7 +4,7 @@ import signal
 
 import pytest
 import torch
-from trainer_cases import in_processes, last_state, results, write_config
+from trainer_cases import image_folder, in_processes, last_state, merged, results, write_config
 
 from trainer.faults import Exit  # isort: skip
 
@@ -38,7 +38,7 @@ EVERYTHING = {
     "accumulate": 2,
     "augment": {"mixup": 0.4, "cutmix": 1.0, "pad": 1, "mean": [0.5], "std": [0.5]},
     "student": {"name": "tiny-bn", "options": {"dropout": 0.2}},
-    "loss": {"name": "mcld", "over": "rank", "options": {"weight": [1.0, 0.0, 1.0], "warmup_steps": 9}},
+    "loss": {"name": "mcld", "queue": 300, "options": {"weight": [1.0, 2.0, 1.0], "warmup_steps": 9}},
     "ema": {"decay": 0.9, "warmup": True},
     "optimizer": {"name": "adamw", "rate": 0.01, "clip_norm": 1.0},
     "checkpoint": {"every_steps": 3, "every_epochs": 0},
@@ -48,7 +48,9 @@ EVERYTHING = {
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_run_killed_within_an_epoch_and_resumed_ends_bitwise_as_an_undisturbed_one(size, tmp_path):
     data = {"source": "digits", "channels": 1, "classes": 10, "workers": 1 if size == 1 else 0, "validation": ""}
-    changes = EVERYTHING | {"data": data, "batch": 128, "steps": 17}
+    changes = merged(EVERYTHING, {"data": data, "batch": 128, "steps": 17})
+    if size > 1:  # soft labels and a queue over ranks are the reference's alone
+        changes["loss"]["options"]["backend"] = "reference"
     config = write_config(tmp_path, **changes)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     arguments = ["--config", str(config), "--output"]
@@ -66,12 +68,19 @@ def test_a_run_killed_within_an_epoch_and_resumed_ends_bitwise_as_an_undisturbed
     assert steps[1] == sorted(set(steps[1]))  # no step stands twice in the log
 
 
-@pytest.mark.parametrize("loss", ["kd", "dkd"])
+@pytest.mark.parametrize("loss", ["kd", "dkd", "mcld"])
 def test_two_ranks_equal_one_process_at_the_same_global_batch(loss, tmp_path):
-    changes = {
-        "batch": 16, "steps": 20, "accumulate": 2, "ema": {"decay": 0.9},
-        "data": {"images": 160, "validation_images": 13}, "precision": {"dtype": "float64"}, "loss": {"name": loss},
+    changes: dict = {
+        "batch": 16, "steps": 20, "accumulate": 2, "ema": {"decay": 0.9}, "precision": {"dtype": "float64"},
+        "data": {"images": 160, "validation_images": 13}, "loss": {"name": loss, "gradient_norms": 19},
     }  # fmt: skip
+    if loss == "mcld":
+        changes["loss"]["options"] = {
+            "temperature": 0.5,
+            "weight": [3.0, 2.0, 1.0],
+            "warmup": 1,
+            "direction": "symmetric",
+        }
     config = write_config(tmp_path, **changes)
     one, two = tmp_path / "one", tmp_path / "two"
     assert in_processes(1, ["--config", str(config), "--output", str(one)]) == [0]
@@ -84,6 +93,11 @@ def test_two_ranks_equal_one_process_at_the_same_global_batch(loss, tmp_path):
     rows = [results(folder)["last"] for folder in (one, two)]
     for name in ("loss", "cross-entropy", "accuracy", "accuracy_top5", "ema_accuracy"):
         assert rows[0][name] == pytest.approx(rows[1][name], abs=1e-9)
+    rows = [results(folder)["speed"] for folder in (one, two)]
+    norms = [name for name in rows[0] if name.startswith("norm_")]
+    assert len(norms) == (4 if loss == "mcld" else 2)
+    for name in norms:
+        assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-6)
 
 
 def test_sigterm_saves_and_ends_every_rank_with_its_own_code(tmp_path):
@@ -101,6 +115,22 @@ def test_sigterm_saves_and_ends_every_rank_with_its_own_code(tmp_path):
     log = (output / "log.txt").read_text()
     assert "the checkpoint is of 2 ranks, and this is 1: every step sees the same images" in log
     assert results(output)["state"] == "done" and results(output)["steps"] == 10
+
+
+@pytest.mark.parametrize("fault", ["a broken image", "a loss that is not finite"])
+def test_a_fault_of_one_rank_ends_both_with_one_message(fault, tmp_path):
+    if fault == "a broken image":  # only one of the ranks reads it
+        image_folder(tmp_path / "images" / "train", each=4)
+        (tmp_path / "images" / "train" / "class-0" / "000.jpg").write_bytes(b"")
+        data = {"source": "folder", "root": str(tmp_path / "images"), "validation": "", "faulty": "fail"}
+        changes, code, message = {"data": data}, Exit.DATA, "an image cannot be read: class-0/000.jpg"
+    else:
+        changes, code, message = {"optimizer": {"rate": 1e30}}, Exit.FAILED, "the loss is not finite at step"
+    config = write_config(tmp_path, **changes)
+    assert in_processes(2, ["--config", str(config), "--output", str(tmp_path / "out")]) == [code] * 2
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert log.count("error: ") == 1 and message in log and "rank " in log
+    assert results(tmp_path / "out")["exit"] == code
 
 
 def test_fsdp2_trains_and_resumes_as_ddp_does(tmp_path):

@@ -17,6 +17,8 @@ from mcld_kernels import (
     KDLoss,
     MCLDLoss,
     MCLDTerms,
+    MLKDLoss,
+    MLKDTerms,
     TeacherQueue,
     __version__,
     accumulate,
@@ -29,6 +31,8 @@ from mcld_kernels import (
     kd_loss,
     mcld_loss,
     mcld_terms,
+    mlkd_loss,
+    mlkd_terms,
     reference,
 )
 from mcld_kernels.distributed import count_collectives
@@ -98,6 +102,12 @@ def family(student: Tensor, teacher: Tensor, target: Tensor, weight: Tensor) -> 
     losses.append(clkd_loss(student, teacher, weight=weight, eps=1e-6, backend="torch"))
     losses.append(reference.clkd_loss(student, teacher, reduction="mean"))
     losses.append(reference.clkd_terms(student, teacher).instance)
+    mlkd: MLKDTerms = mlkd_terms(student, teacher, target, weight=(50, 20, 1), views=1, ignore_index=-1)
+    losses += [*mlkd, mlkd.loss, mlkd.correlation, mlkd.alignment, mlkd.supervised]
+    losses.append(mlkd_loss(student, teacher, weight=weight, correlation_temperature=1, supervised_temperature=0.1))
+    losses.append(reference.mlkd_loss(student, teacher, target, views=2))
+    losses.append(reference.mlkd_terms(student, teacher, target).supervised)
+    losses.append(MLKDLoss(weight=[20, 10, 0.5], eps=1e-6, backend="torch")(student, teacher, target))
     criteria: list[nn.Module] = [CLKDLoss(weight=[0.5, 1.0, 0.4], reduction="sum")]
     criteria += [CKDLoss(temperature=0.5, weight=weight, negatives="student", backend="auto")]
     losses.extend(criterion(student, teacher, target) for criterion in criteria)
@@ -136,6 +146,7 @@ def mistakes(student: Tensor, teacher: Tensor) -> None:
     mcld_loss(student, teacher, gather="none")  # type: ignore[arg-type]
     mcld_loss(student, teacher, process_group=3)  # type: ignore[arg-type]
     ckd_loss(student, teacher, negatives="both")  # type: ignore[arg-type]
+    mlkd_loss(student, teacher, target=None, views=3)  # type: ignore[arg-type]
     clkd_loss(student, teacher, reduction="none")  # type: ignore[arg-type]
     CKDLoss(1.0)  # type: ignore[call-arg]
     kd_loss(student, teacher, backend="gpu")  # type: ignore[arg-type]

@@ -164,6 +164,17 @@ _CUDA_REGIMES = (
     ((4096,), (1000,), "float32", TERMS),  # fp32 accuracy
     ((16384,), (100,), "bfloat16", ("instance",)),  # the public peers know this term alone
 )
+# In minutes: a case of each regime, those that say the most first.
+_SHORT = (
+    (4096, 1000, "bfloat16", ("instance", "sample")),
+    (16384, 100, "bfloat16", ("instance", "sample")),
+    (16384, 1000, "bfloat16", ("instance", "sample")),
+    (256, 1000, "bfloat16", TERMS),
+    (1024, 21841, "bfloat16", ("category",)),
+    (4096, 1000, "float32", ("instance", "sample")),
+    (65536, 1000, "bfloat16", ("instance", "sample")),
+    (256, 100, "bfloat16", ("instance",)),
+)
 _CPU_REGIMES = (
     ((256, 1024, 4096), (100,), "float32", TERMS),
     ((256, 1024, 4096), (1000,), "float32", TERMS),
@@ -182,6 +193,15 @@ def default_grid(
         case
         for batches, classes, dtype, terms in regimes
         for case in product(batches, classes, [dtype], terms, ["forward-backward"], temperature, seed)
+    ]
+
+
+def short_grid(device: torch.device, seed: int = 0, temperature: float | None = None) -> list[Case]:
+    """A case of each regime of a GPU, the most telling first; on a CPU the same at a toy size."""
+    least = 1 if device.type == "cuda" else 128
+    return [
+        Case(max(16, batch // least), max(10, classes // least), dtype, terms, temperature=temperature, seed=seed)  # type: ignore[arg-type]
+        for batch, classes, dtype, terms in _SHORT
     ]
 
 

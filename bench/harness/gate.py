@@ -107,13 +107,19 @@ def allowed_error(case: Case, student: Tensor, teacher: Tensor, target: Tensor, 
         rounded = [x.to(DTYPES[operands]) for x in (student, teacher)]
         errors.append(error(eager(case, *rounded, target, DTYPES[operands]), exact))
 
-    def bar(values: list[float], floor: float) -> float:
+    return bar(errors, operands)
+
+
+def bar(errors: list[Error], operands: str) -> Error:
+    """What eager's errors allow: twice the largest that is finite, or the floor of the operands' dtype."""
+
+    def most(values: list[float], floor: float) -> float:
         return max([FACTOR * value for value in values if math.isfinite(value)] + [floor])
 
     gradients = [entry.gradient for entry in errors if entry.gradient is not None]
     return Error(
-        bar([entry.loss for entry in errors], LOSS_FLOOR[operands]),
-        bar(gradients, GRADIENT_FLOOR[operands]) if gradients else None,
+        most([entry.loss for entry in errors], LOSS_FLOOR[operands]),
+        most(gradients, GRADIENT_FLOOR[operands]) if gradients else None,
     )
 
 

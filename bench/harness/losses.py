@@ -128,6 +128,12 @@ def _ckd_matrices(case: Case, negatives: str) -> int:
     return int((8 if case.dtype == "float64" else 4) * matrices * case.batch**2)
 
 
+def _mlkd_eager_bytes(case: Case) -> int:
+    """(B, B) matrices at eager's peak, of which four make one of the 2 B rows."""
+    matrices = 30 if case.backward else 25
+    return case.matrix_bytes(0, 0) + (8 if case.dtype == "float64" else 4) * matrices * case.batch**2
+
+
 def _clkd_flop(case: Case) -> int:
     """The products of the correlation, by (C, C) or (B, B) matrices."""
     by_classes = (4 if case.backward else 2) * case.batch * case.classes**2
@@ -238,5 +244,21 @@ LOSSES = {
         magnitude=_clkd_magnitude,
         terms=("instance", "category", "correlation"),
         temperature=1.0,
+    ),
+    "mlkd": Loss(
+        title="MLKD",
+        function=mcld_kernels.mlkd_loss,
+        reference=reference.mlkd_loss,
+        options=lambda case: {"supervised_temperature": case.temperature},
+        # Similarities: student and teacher rows with one another are half of a matrix each, the cross ones a whole.
+        # The gradient: a product with the student's rows, one with the teacher's.
+        flop=lambda case: (8 if case.backward else 4) * case.batch**2 * case.classes,
+        eager_bytes=_mlkd_eager_bytes,
+        magnitude=lambda case, student: (
+            100 / 0.5 + 40 + 1 / case.temperature,
+            (200 / 0.5 + 40 + 4 / case.temperature) * _unit_row_gradient(student),
+        ),
+        terms=("correlation", "alignment", "supervised"),
+        temperature=0.07,
     ),
 }

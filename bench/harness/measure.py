@@ -14,7 +14,8 @@ from bench.harness.cases import DTYPES, Case, inputs
 from bench.harness.losses import Result
 from bench.harness.providers import Provider, Step
 
-GRAPH_BATCH = 1024  # up to here the launches of a step's kernels take most of its time
+GRAPH_BATCH = 1024  # up to here the launches of a step's kernels take most of its time: every provider is captured
+CAPTURED = ("library", "torch", "triton", "cuda", "hopper")  # captured at every size, and their forms
 OK, FAILED, NOT_RUN, ERROR = "ok", "FAILED", "not run", "error"
 
 Announce = Callable[[str], None]
@@ -203,9 +204,7 @@ class CaseRun:
             self._time_launches(clock)
 
     def _time_launches(self, clock: timing.CudaClock) -> None:
-        """Small cases: the kernels without their launches, and the replay of a graph."""
-        if self.case.batch > GRAPH_BATCH:
-            return
+        """The kernels without their launches, and the replay of a graph."""
         back_to_back = {row.provider: clock.sample(self.steps[row.provider], backlog=True) for row in self._ok()}
         times = timing.interleave(back_to_back, self.plan.rounds, self.plan.seconds / 4, self.case.seed)
         for row in self._ok():
@@ -214,6 +213,8 @@ class CaseRun:
             return
         graphs = {}
         for row in self._ok():
+            if self.case.batch > GRAPH_BATCH and row.provider.partition(":")[0] not in CAPTURED:
+                continue
             try:
                 graphs[row.provider] = clock.sample(timing.capture(self.steps[row.provider], self.plan.device))
             except Exception as fault:  # a step that cannot be captured has a note and no replay time

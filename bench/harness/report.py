@@ -107,7 +107,8 @@ def _table(title: str, columns: Sequence[Column], lines: Sequence[tuple[list[str
     for column in columns:
         table.add_column(column.title, justify=column.justify, no_wrap=True)  # type: ignore[arg-type]
     for cells, style in lines:
-        table.add_row(*cells, style=style)
+        # As text: a form's name has brackets, which are markup in a plain string.
+        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells), style=style)
     return table
 
 

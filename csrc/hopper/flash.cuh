@@ -92,6 +92,7 @@ template <Precision kPrecision, int kWidth> struct FlashBlock {
     uint32_t even[kValues / 2], odd[kValues / 2];         // exponentials as the operand of the second product, by turns
     float sums[kWidth / 2] = {};
     float total[2] = {0, 0};
+    pin(sums);  // zeros before the first wgmma_fence, not between it and the wgmma
 
     barrier_wait(ring.anchors(), 0);
     barrier_wait(ring.full(ring.stage), ring.phase);

@@ -29,7 +29,9 @@ class Parts:
             )
         ranks.all(self._make_models)
         group = dist.group.WORLD if ranks.size > 1 else None
-        self.objective = ranks.all(lambda: losses.objective(config, ranks.size, group)).to(ranks.device)
+        self.objective = ranks.all(lambda: losses.objective(config, ranks.size, group, len(classes))).to(ranks.device)
+        soft = bool(config.augment.mixup or config.augment.cutmix)
+        ranks.all(lambda: self.objective.check(ranks.device, soft=soft))
         self.average = self._make_average()
         if config.precision.compile:
             self.student.compile()  # in place: the names of its weights stay

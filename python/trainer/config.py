@@ -121,6 +121,9 @@ class Loss:
         "global",
         "a loss that contrasts rows: over the batch of all ranks, or each rank its own rows, which is another loss",
     )
+    queue: int = option(
+        0, "teacher rows of earlier steps, over all ranks, that a contrast with `candidates` (mcld) also sees", least=0
+    )
     gradient_norms: int = option(
         0, "log the norm of each term's gradient by the logits every this many steps; 0: never", least=0
     )

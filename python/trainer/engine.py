@@ -51,7 +51,7 @@ class Run:
         self.parts = Parts(config, ranks, self.classes, self.order.steps)
         self.model = self.parts.model
         self.epoch = self.steps = 0
-        self.best = -1.0
+        self.best, self.average_is_better = -1.0, self.parts.average is not None
         self.sums: dict[str, float] = {}  # of the epoch so far, on this rank
         self.faults: set[str] = set()  # training images that this rank could not read
         self.validation_faults: set[str] = set()
@@ -83,6 +83,7 @@ class Run:
             "step_in_epoch": step_in_epoch,
             "steps": self.steps,
             "best": self.best,
+            "average_is_better": self.average_is_better,
             "faults": sorted(set().union(*self.ranks.gather(self.faults))),
             "model": checkpoint.model_state(self.model),
             "ema": None if average is None else checkpoint.model_state(average),
@@ -109,6 +110,7 @@ class Run:
             self.parts.scaler.load_state_dict(state["scaler"])
         self.epoch, self.order.first, self.steps = state["epoch"], state["step_in_epoch"], state["steps"]
         self.parts.scheduler.step_update(self.steps)  # the rate is a function of the step alone
+        self.average_is_better = state["average_is_better"]
         self.best, self.faults = state["best"], set(state["faults"])
         same = len(state["ranks"]) == self.ranks.size
         own = state["ranks"][self.ranks.rank if same else 0]
@@ -182,7 +184,7 @@ class Run:
         record.save(
             ranks=ranks.size, machine=machine.describe(self.device), config=settings.tree(config), teacher=teacher,
             student={"model": config.student.name, "parameters": student}, rate=self.parts.rate,
-            steps_an_epoch=self.order.steps, parts=list(self.parts.objective.weights()),
+            steps_an_epoch=self.order.steps,
         )  # fmt: skip
         if self.parts.teacher is not None and self.validation is not None:
             top1, top5, _ = self._validate(self.parts.teacher)
@@ -228,9 +230,7 @@ class Run:
         try:
             for part in range(self.config.accumulate):
                 batch = next(iterator)
-                self._note_faults(batch.faults)
-                if batch.fatal:
-                    raise DataFault(batch.fatal)
+                self._note_faults(batch.faults, batch.fatal)
                 micros.append(self._to_device(batch, number, part))
         except DataFault as fault:
             code, text = BAD_DATA, str(fault)
@@ -284,14 +284,14 @@ class Run:
             micro.teacher = self.cache.put(self.epoch, batch.indices, logits.cpu()).to(self.device, cache_dtype)
         return micro
 
-    def _note_faults(self, names: list[str]) -> None:
+    def _note_faults(self, names: list[str], fatal: str) -> None:
         new = [name for name in names if name not in self.faults]
-        if not new:
-            return
         self.faults.update(new)
         self.record.faults(new)
+        if fatal:
+            raise DataFault(fatal)
         limit = self.config.data.faulty_limit * len(self.training_source)
-        if len(self.faults) > limit:
+        if new and len(self.faults) > limit:
             raise DataFault(
                 f"{len(self.faults)} images cannot be read, more than data.faulty_limit="
                 f"{self.config.data.faulty_limit:g} of {len(self.training_source)}: {some(sorted(self.faults))}"
@@ -299,6 +299,10 @@ class Run:
 
     def _after_step(self, outcome: Outcome, micros: list[Micro], number: int) -> None:
         self.steps += 1
+        if self.parts.objective.queue is not None:
+            teacher = torch.cat([logits for logits in outcome.teacher if logits is not None])
+            rows = [self.ranks.all_rows(x) for x in (teacher, torch.cat([micro.target for micro in micros]))]
+            self.parts.objective.enqueue(*rows)
         self.parts.scheduler.step_update(self.steps)
         if self.parts.average is not None:
             self.parts.average.update(checkpoint.unwrapped(self.model), step=self.steps)
@@ -322,9 +326,12 @@ class Run:
         if not self.interval.steps:
             return
         means, seconds, wall = self.interval.read()
-        names = list(means)
-        totals = self.ranks.sum_floats([*means.values()])
-        means = {name: value / self.ranks.size for name, value in zip(names, totals)}
+        # The gradient of the whole batch: that of each rank's rows, over the number of ranks.
+        squares = [value**2 if name.startswith("norm_") else value for name, value in means.items()]
+        totals = zip(means, self.ranks.sum_floats(squares))
+        means = {
+            name: (math.sqrt(total) if name.startswith("norm_") else total) / self.ranks.size for name, total in totals
+        }
         if not math.isfinite(means["loss"]):
             self.bad_loss = self.bad_loss or f"the loss is not finite at step {self.steps} or just before"
         count = self.interval.steps
@@ -394,6 +401,7 @@ class Run:
             text += f"; {skipped} images could not be read and are left out"
         self.record.line(text)
         score = max(row["accuracy"], row.get("ema_accuracy", 0.0))
+        self.average_is_better = row.get("ema_accuracy", -1.0) >= row["accuracy"]
         better = score > self.best
         self.best = max(score, self.best)
         return better

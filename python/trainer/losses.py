@@ -52,6 +52,8 @@ def _construct(name: str, options: Options, group: Any) -> nn.Module:
                 "loss.over=rank gives each rank the loss of its own rows"
             )
         arguments["process_group"] = group
+        if "even" in signature.parameters:
+            arguments.setdefault("even", True)  # every rank has as many rows: nothing is read back from a GPU
     try:
         return make(**arguments)
     except NotImplementedError:
@@ -70,8 +72,19 @@ class Distillation(nn.Module):
         student, teacher: (batch, classes); target: (batch,) int64, or (batch, classes) soft; output: ().
     """
 
-    def __init__(self, section: Loss, *, smoothing: float = 0.0, soft: bool = False, group: Any = None):
-        """``group``: the ranks over which a loss that contrasts rows takes its batch; None: each its own."""
+    def __init__(
+        self,
+        section: Loss,
+        *,
+        smoothing: float = 0.0,
+        group: Any = None,
+        classes: int | None = None,
+        dtype: torch.dtype = torch.float32,
+    ):
+        """``group``: the ranks over which a loss that contrasts rows takes its batch; None: each its own.
+
+        ``classes`` and ``dtype`` are those of the queue, where the section asks for one.
+        """
         super().__init__()
         self.section, self.smoothing = section, smoothing
         self.name = section.name
@@ -79,51 +92,77 @@ class Distillation(nn.Module):
         self.needs_teacher = section.name != "ce"
         self.ramp = 1.0
         self.loss: nn.Module | None = None
+        self.queue: mcld_kernels.TeacherQueue | None = None
         if not self.needs_teacher:
             if section.options:
                 raise ConfigFault(f"loss.options: ce has none; got {', '.join(section.options)}")
             return
         self.loss = _construct(section.name, section.options, group if self.contrasts else None)
-        self.takes_target = "target" in inspect.signature(self.loss.forward).parameters
-        if soft:
-            self._check_soft()
-        self.terms_alone = self._single_terms(section.options, group) if section.gradient_norms else {}
+        names = inspect.signature(self.loss.forward).parameters
+        sides = ("target",) if "target" in names else ("anchor_target", "candidate_target")  # info_nce has both
+        self.label_names = [name for name in sides if name in names]
+        if section.queue:
+            if "candidates" not in names:
+                raise ConfigFault(f"loss.queue: {section.name} takes no further candidates")
+            assert classes is not None
+            self.queue = mcld_kernels.TeacherQueue(section.queue, classes, dtype=dtype)
+        self.term_names = self._term_names()
+        self.terms_alone = self._single_terms(group if self.contrasts else None) if section.gradient_norms else {}
 
-    def _check_soft(self) -> None:
-        """Does the loss take soft labels? One that needs no labels gets none."""
-        if not self.takes_target or self.name == "kd":
+    def check(self, device: torch.device, *, soft: bool) -> None:
+        """Ask the loss once, on every rank, with the kinds of labels and candidates that it will get.
+
+        A loss that refuses soft labels and needs no labels gets none.
+
+        Raises:
+            ConfigFault: it refuses what it will get.
+        """
+        if self.loss is None or self.name == "kd":
             return
-        probe = _construct(self.name, self.section.options, None)
-        logits = torch.linspace(-1, 1, 8).reshape(4, 2)
-        refusal = None
-        for target in (torch.full((4, 2), 0.5), None):
+        student = torch.linspace(-1, 1, 12, device=device).reshape(4, 3)
+        target = torch.full((4, 3), 1 / 3, device=device) if soft else torch.arange(4, device=device) % 3
+        more = {} if self.queue is None else {"candidates": student.flip(1)}
+        training, refusal = self.loss.training, None
+        self.loss.eval()  # no step is counted
+        for names in (self.label_names, []) if soft else (self.label_names,):
             try:
                 with torch.no_grad():
-                    probe(logits, logits.flip(0), target)
+                    self.loss(student, student.flip(0), **dict.fromkeys(names, target), **more)
             except (ValueError, TypeError, AttributeError, RuntimeError) as fault:
                 refusal = refusal or fault
                 continue
-            self.takes_target = target is not None
+            self.label_names = names
+            self.loss.train(training)
             return
+        what = "soft labels, as mixup and cutmix make them" if soft else "these labels"
+        if self.queue is not None:
+            what += ", with loss.queue"
         raise ConfigFault(
-            f"mixup and cutmix make soft labels, and {self.name} with these options takes hard ones: "
-            f"{str(refusal).partition(chr(10))[0]}"
+            f"{self.name} with these options refuses {what}: {str(refusal).partition(chr(10))[0]}. "
+            "loss.over=rank is process_group=None"
         )
 
-    def _single_terms(self, options: Options, group: Any) -> dict[str, nn.Module]:
-        """For gradient norms: MCLD with one term each, unweighted; another loss is one term."""
-        if self.name != "mcld":
-            return {}
-        shared = {key: value for key, value in options.items() if key not in ("weight", "warmup", "warmup_steps")}
-        shared.pop("uncertainty_weighting", None)
-        active = (self.loss.effective_weight if self.loss is not None else torch.zeros(3)).tolist()
+    def _term_names(self) -> tuple[str, ...]:
+        """The names of the loss's terms; none where it is one term."""
+        if not hasattr(self.loss, "terms"):
+            return ()
+        probe = _construct(self.name, self.section.options, None).eval()
+        logits = torch.linspace(-1, 1, 12).reshape(4, 3)
+        with torch.no_grad():
+            result = probe.terms(logits, logits.flip(0), torch.arange(4) % 3)  # type: ignore[operator]
+        names = tuple(name for name in result._fields if name != "loss")
+        return names if len(names) > 1 else ()
+
+    def _single_terms(self, group: Any) -> dict[str, nn.Module]:
+        """For gradient norms: the loss with one of its terms each, unweighted and without warm-up."""
+        ramps = ("warmup", "warmup_steps", "uncertainty_weighting")
+        shared = {key: value for key, value in self.section.options.items() if key not in ("weight", *ramps)}
         wanted = self.section.options.get("weight", 1.0)
-        wanted = wanted if isinstance(wanted, list) else [wanted] * 3
-        names = ("instance", "sample", "category")
+        wanted = wanted if isinstance(wanted, list) else [wanted] * len(self.term_names)
         return {
-            name: _construct("mcld", {**shared, "weight": [float(i == place) for i in range(3)]}, group)
-            for place, name in enumerate(names)
-            if wanted[place] or active[place]
+            name: _construct(self.name, {**shared, "weight": [float(i == place) for i in range(len(wanted))]}, group)
+            for place, name in enumerate(self.term_names)
+            if wanted[place]
         }
 
     def set_epoch(self, epoch: float) -> None:
@@ -153,21 +192,42 @@ class Distillation(nn.Module):
 
     def _distillation(self, student: Tensor, teacher: Tensor, target: Tensor) -> tuple[Tensor, Parts]:
         assert self.loss is not None
-        arguments = (student, teacher, target) if self.takes_target else (student, teacher)
+        more = self._more_arguments(target)
         if not hasattr(self.loss, "terms"):
-            return self.loss(*arguments), {}
-        result = self.loss.terms(*arguments)  # type: ignore[operator]
-        return result.loss, {name: value for name, value in result._asdict().items() if name != "loss"}
+            return self.loss(student, teacher, **more), {}
+        result = self.loss.terms(student, teacher, **more)  # type: ignore[operator]
+        return result.loss, {name: getattr(result, name) for name in self.term_names}
+
+    def _more_arguments(self, target: Tensor) -> dict[str, Tensor]:
+        """Labels, and the rows of the queue, by the names that the loss gives them."""
+        more = dict.fromkeys(self.label_names, target)
+        if self.queue is not None and len(self.queue):
+            more["candidates"] = self.queue.candidates
+            if self.label_names:
+                more["candidate_target"] = self.queue.target
+        return more
+
+    def enqueue(self, teacher: Tensor, target: Tensor) -> None:
+        """Keep the teacher's rows of a step, those of all ranks, for the steps that follow."""
+        if self.queue is not None:
+            self.queue.enqueue(teacher, target)
 
     def weights(self) -> dict[str, float]:
         """The weight of each part in the loss of this moment, warm-ups included."""
         made = {CROSS_ENTROPY: self.section.cross_entropy}
         if self.loss is not None:
             made[self.name] = self.section.weight * self.ramp
-            if hasattr(self.loss, "effective_weight"):
-                names = ("instance", "sample", "category")
-                made |= dict(zip(names, (made[self.name] * self.loss.effective_weight).tolist()))  # type: ignore[operator]
+            made |= {name: made[self.name] * value for name, value in zip(self.term_names, self._term_weights())}
         return made
+
+    def _term_weights(self) -> list[float]:
+        """The weights of the terms within the loss, in the next step."""
+        loss: Any = self.loss
+        if not self.term_names:
+            return []
+        if hasattr(loss, "effective_weight"):
+            return loss.effective_weight.tolist()
+        return list(loss.options.term_weight) if loss.weight is None else loss.weight.tolist()
 
     def gradient_norms(self, student: Tensor, teacher: Tensor | None, target: Tensor) -> Parts:
         """The norm, over the rows here, of the gradient of each weighted part by the logits."""
@@ -188,14 +248,18 @@ class Distillation(nn.Module):
             self.loss.eval()  # no step is counted
             norm(self.name, lambda leaf: self._distillation(leaf, teacher, target)[0])
             self.loss.train(training)
-        labels = (target,) if self.takes_target else ()
+        more = self._more_arguments(target)
         for name, term in self.terms_alone.items():
-            norm(name, lambda leaf, term=term: term(leaf, teacher, *labels))  # type: ignore[misc]
+            norm(name, lambda leaf, term=term: term(leaf, teacher, **more))  # type: ignore[misc]
         return norms
 
 
-def objective(config: Config, size: int, group: Any) -> Distillation:
+def objective(config: Config, size: int, group: Any, classes: int) -> Distillation:
     """The loss of a run on ``size`` ranks, of which ``group`` is the process group."""
-    soft = bool(config.augment.mixup or config.augment.cutmix)
-    use_group = group if size > 1 and config.loss.over == "global" else None
-    return Distillation(config.loss, smoothing=config.augment.smoothing, soft=soft, group=use_group)
+    return Distillation(
+        config.loss,
+        smoothing=config.augment.smoothing,
+        group=group if size > 1 and config.loss.over == "global" else None,
+        classes=classes,
+        dtype=getattr(torch, config.precision.dtype),
+    )

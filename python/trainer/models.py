@@ -184,7 +184,8 @@ def read_weights(path: Path, key: str) -> dict[str, Any]:
         reason = str(fault).partition("\n")[0]
         raise ConfigFault(f"{key}.checkpoint: {path} is cut off, or holds more than weights: {reason}") from None
     if isinstance(saved, dict) and saved.get("kind") == KIND:
-        state = saved["ema"] if saved.get("ema") is not None else saved["model"]
+        better = saved["ema"] is not None and saved["average_is_better"]  # at the last validation before it
+        state = saved["ema"] if better else saved["model"]
         return {"state": state, "classes": saved["classes"], "model": saved["model_name"]}
     if isinstance(saved, dict) and {"model", "classes", "data", "state"} <= saved.keys():  # of the digits experiment
         return {"state": saved["state"], "classes": None, "model": f"digits-{saved['model']}"}

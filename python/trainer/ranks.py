@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -38,7 +39,7 @@ class Ranks:
             torch.cuda.set_device(self.device)
         backend = config.parallel.backend
         if backend == "auto":
-            backend = "nccl" if kind == "cuda" else "gloo"
+            backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
         if backend == "nccl" and kind == "cpu":
             raise ConfigFault("parallel.backend=nccl needs GPUs: take gloo, or auto")
         self.control: dist.ProcessGroup | None = None
@@ -108,6 +109,14 @@ class Ranks:
                 dist.all_reduce(tensor)
                 tensor /= self.size
 
+    def all_rows(self, rows: Tensor) -> Tensor:
+        """The rows of all ranks, which have as many each."""
+        if self.size == 1:
+            return rows
+        parts = [torch.empty_like(rows) for _ in range(self.size)]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
     def sum_floats(self, values: list[float]) -> list[float]:
         if self.control is None:
             return values
@@ -145,12 +154,14 @@ def wrapped(student: nn.Module, config: Config, ranks: Ranks) -> nn.Module:
         fully_shard(student)
         return student
     if ranks.size > 1:
-        return nn.parallel.DistributedDataParallel(
-            student,
-            device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
-            broadcast_buffers=False,  # each rank keeps its own, and they are averaged before they are used
-            gradient_as_bucket_view=True,
-        )
+        ddp = nn.parallel.DistributedDataParallel
+        # Each rank keeps its own buffers, and they are averaged before they are used.
+        old, new = "broadcast_buffers", "forward_sync_buffers"
+        buffers = (
+            new if new in inspect.signature(ddp).parameters else old
+        )  # the old name is deprecated since torch 2.13
+        devices = [ranks.device.index] if ranks.device.type == "cuda" else None
+        return ddp(student, device_ids=devices, gradient_as_bucket_view=True, **{buffers: False})
     return student
 
 

@@ -24,6 +24,13 @@ from trainer.faults import OutputFault
 SCHEMA = 1
 PACKAGES = ("timm", "torchvision", "torchmetrics", "webdataset", "tensorboard", "numpy", "pillow", "PyYAML")
 SHARES = ("data", "teacher", "student", "loss", "optimizer")
+COLOURS = {
+    "loss": "black", "cross-entropy": "#7f7f7f", "instance": "#1f6fb4", "sample": "#d1495b", "category": "#2a9d8f",
+    "accuracy": "#1f6fb4", "ema_accuracy": "#c9a400",
+    "share_data": "#c7c7c7", "share_teacher": "#c9a400", "share_student": "#1f6fb4", "share_loss": "#d1495b",
+    "share_optimizer": "#2a9d8f",
+}  # fmt: skip
+OTHER = "#8e5ea2"  # the colour of a distillation loss as a whole
 
 
 def versions() -> dict[str, str | None]:
@@ -197,19 +204,18 @@ def plot(path: Path, record: Record) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
-    parts = [name for name in record.results.get("parts", []) if series(record.steps.rows, name)[0]]
+    parts = [name for name in record.steps.columns if f"weight_{name}" in record.steps.columns]
     for name in ("loss", *parts):
         x, y = series(record.steps.rows, name)
-        axes[0].plot(
-            x, y, linewidth=2 if name == "loss" else 1.2, color="black" if name == "loss" else None, label=name
-        )
+        style = {"linewidth": 2} if name == "loss" else {"linewidth": 1.4, "alpha": 0.9}
+        axes[0].plot(x, y, color=COLOURS.get(name, OTHER), label=f"{name}: {y[-1]:.3g}", **style)
     axes[0].set_title("Training loss and its parts\nparts before their weights", loc="left", fontsize=10)
     axes[0].set(xlabel="step", ylabel="loss, nats")
     for name, label in (("accuracy", "student"), ("ema_accuracy", "average of the student (EMA)")):
         x, y = series(record.epochs.rows, name)
         if x:
             values = [100 * value for value in y]
-            axes[1].plot(x, values, marker="o", markersize=3, label=f"{label}: {values[-1]:.1f}")
+            axes[1].plot(x, values, color=COLOURS[name], marker="o", markersize=3, label=f"{label}: {values[-1]:.1f}")
     teacher = record.results.get("teacher", {}).get("accuracy")
     if teacher is not None:
         axes[1].axhline(
@@ -221,9 +227,9 @@ def plot(path: Path, record: Record) -> None:
     shares = [(name, values) for name, values in shares if values[0]]
     if shares:
         rows = [[100 * value for value in values[1]] for _, values in shares]
-        axes[2].stackplot(
-            shares[0][1][0], rows, labels=[f"{name}: {row[-1]:.1f}" for (name, _), row in zip(shares, rows)]
-        )
+        labels = [f"{name}: {row[-1]:.1f}" for (name, _), row in zip(shares, rows)]
+        colours = [COLOURS[f"share_{name}"] for name, _ in shares]
+        axes[2].stackplot(shares[0][1][0], rows, labels=labels, colors=colours)
     axes[2].set_title("Share of a step's time\nthe remainder is the program's own", loc="left", fontsize=10)
     axes[2].set(xlabel="step", ylabel="%", ylim=(0, 100))
     for axis in axes:
@@ -231,7 +237,8 @@ def plot(path: Path, record: Record) -> None:
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
         if axis.get_legend_handles_labels()[0]:
-            axis.legend(frameon=False, fontsize=9)
+            beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "reverse": True} if axis is axes[2] else {}
+            axis.legend(frameon=False, fontsize=9, **beside)
         else:
             axis.text(0.5, 0.5, "not measured", ha="center", transform=axis.transAxes, color="#777777")
     figure.supxlabel(caption(record.results, record.config), fontsize=8, color="#555555")

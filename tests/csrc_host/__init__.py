@@ -168,8 +168,11 @@ def _build(name: str, sources: list[tuple[Path, list[str]]], of_linker: list[str
 
 
 def load() -> ModuleType:
-    """The bindings of mcld_kernels._C over kernels compiled for the host, and ``vector_accesses(bytes)``: the vector
-    accesses of so many bytes, 8 or 16, that the kernels have made."""
+    """The bindings of mcld_kernels._C over kernels compiled for the host, and two functions more.
+
+    ``vector_accesses(bytes)``: the vector accesses of so many bytes, 8 or 16, that the kernels have made.
+    ``stub_launches(on)``: from now on launch nothing, or all; returns the number that was left out so far.
+    """
     path = build(os.environ.get("MCLD_TEST_CHECK", "races"))
     spec = importlib.util.spec_from_file_location("mcld_emulated", path)
     assert spec is not None and spec.loader is not None
@@ -177,6 +180,8 @@ def load() -> ModuleType:
     spec.loader.exec_module(module)
     module.vector_accesses = ctypes.CDLL(str(path)).vector_accesses  # type: ignore[attr-defined]
     module.vector_accesses.restype = ctypes.c_int64
+    module.stub_launches = ctypes.CDLL(str(path)).stub_launches  # type: ignore[attr-defined]
+    module.stub_launches.restype = ctypes.c_int64
     return module
 
 

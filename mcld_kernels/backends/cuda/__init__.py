@@ -28,6 +28,8 @@ from .tuning import MULTIPROCESSORS, CudaTuning
 
 TUNING = CudaTuning
 MIN_CAPABILITY = (8, 0)
+# Device and dtypes -> the module that takes them: each call asks, and the answer takes a dozen calls into the driver.
+_CAN_RUN: dict[tuple[torch.device, torch.dtype, torch.dtype], ModuleType] = {}
 
 
 def unavailable_reason() -> str | None:
@@ -52,6 +54,17 @@ def unavailable_reason() -> str | None:
 
 def unsupported_reason(student: Tensor, teacher: Tensor) -> str | None:
     """The reason why the backend cannot run with these logits; None if it can."""
+    kind = student.device, student.dtype, teacher.dtype
+    module = extension.load()[0]
+    if module is not None and _CAN_RUN.get(kind) is module:
+        return None
+    reason = _find_reason(student, teacher)
+    if reason is None and module is not None:
+        _CAN_RUN[kind] = module
+    return reason
+
+
+def _find_reason(student: Tensor, teacher: Tensor) -> str | None:
     reason = unavailable_reason()
     if reason is not None:
         return reason
@@ -67,19 +80,32 @@ def unsupported_reason(student: Tensor, teacher: Tensor) -> str | None:
 
 def kernel_set(student: Tensor, teacher: Tensor, **overrides: Any) -> CudaKernels:
     """The kernel set for these logits; ``overrides`` are fields of `CudaTuning`."""
-    module = _module()
+    device, fields = student.device, tuple(sorted(overrides.items()))
+    # A budget given by hand holds.
+    budgets = chunk_bytes(device), 0 if "chunk_bytes" in overrides else wave_bytes(device)
+    return _kernel_set(_module(), device, budgets, timings.takes_hopper(student, teacher), fields)
+
+
+@functools.lru_cache(maxsize=64)
+def _kernel_set(
+    module: ModuleType,
+    device: torch.device,
+    budgets: tuple[int, int],
+    hopper: bool,
+    fields: tuple[tuple[str, Any], ...],
+) -> CudaKernels:
+    """One kernel set for all calls: it keeps their plans."""
     tuning = CudaTuning(
-        chunk_bytes=chunk_bytes(student.device),
-        # A budget given by hand holds.
-        wave_bytes=0 if "chunk_bytes" in overrides else wave_bytes(student.device),
-        multiprocessors=_multiprocessors(student.device),
-        hopper=timings.takes_hopper(student, teacher),
+        chunk_bytes=budgets[0],
+        wave_bytes=budgets[1],
+        multiprocessors=_multiprocessors(device),
+        hopper=hopper,
         low_latency_limit=module.constants["low_latency_limit"],
         flash_row_bytes=module.constants["flash_row_bytes"],
     )
-    if overrides:
-        tuning = dataclasses.replace(tuning, **overrides)
-    return CudaKernels(Launcher(module, student.device), tuning)
+    if fields:
+        tuning = dataclasses.replace(tuning, **dict(fields))
+    return CudaKernels(Launcher(module, device), tuning)
 
 
 def runs_on(architecture: str, capability: tuple[int, int], *, jit: bool = True) -> bool:

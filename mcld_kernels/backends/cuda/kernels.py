@@ -27,21 +27,52 @@ from ...kernels import (
 )
 from ...labels import Labels
 from ...options import float32_precision
-from . import low_latency
+from . import low_latency, plans
 from .flash import FlashContrast
 from .launcher import Launcher, pointer
+from .plans import CallPlan
 from .products import TwoProductContrast
 from .tuning import CudaTuning
+
+MOST_PLANS = 256  # shapes and options that a process is expected to come back to
 
 
 class CudaKernels(KernelSet):
     """The portable kernels, and the Hopper kernels where the tuning takes them and they can run."""
 
     tuning: CudaTuning
+    records_calls = True
 
     def __init__(self, launch: Launcher, tuning: CudaTuning):
         super().__init__(tuning)
         self.launch = launch
+        self._plans: dict[object, CallPlan | None] = {}  # None: seen once, or without a plan
+        self._unplanned: set[object] = set()
+
+    def run(self, compute: Callable[[KernelSet, LossInputs], LossOutputs], inputs: LossInputs) -> LossOutputs:
+        """`compute`, from the third call of a kind on by its plan."""
+        key = plans.call_key(compute, inputs)
+        plan = self._plans.get(key)
+        if plan is not None:
+            return plan.run(self.launch, inputs)
+        if key is None or key in self._unplanned or not self.tuning.plans:
+            return compute(self, inputs)
+        if key not in self._plans:
+            if len(self._plans) >= MOST_PLANS:
+                self._plans.clear()
+            self._plans[key] = None
+            return compute(self, inputs)
+        module = self.launch.module
+        recorder = plans.Recorder(module)
+        with recorder:
+            outputs = compute(CudaKernels(Launcher(module, self.launch.device, recorder), self.tuning), inputs)
+        try:
+            self._plans[key] = recorder.finish(inputs, outputs)
+        except plans.NoPlan:
+            if len(self._unplanned) >= MOST_PLANS:
+                self._unplanned.clear()
+            self._unplanned.add(key)
+        return outputs
 
     def operand_dtype(self, dtype: torch.dtype) -> torch.dtype:
         if dtype == torch.float32 and float32_precision() == "medium":
@@ -55,6 +86,8 @@ class CudaKernels(KernelSet):
         if not args.reverse and operand.shape[1] * operand.itemsize <= self.tuning.flash_row_bytes:
             return FlashContrast(self.launch, self.tuning, args)
         return TwoProductContrast(self.launch, self.tuning, args)
+
+    has_anchor_pass = True
 
     def anchor_pass(self, args: ContrastArgs, out: Tensor) -> Callable[[AnchorPassArgs], None] | None:
         # The one epilogue takes a fixed shift and a gradient whose rows are contiguous.

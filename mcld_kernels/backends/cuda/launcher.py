@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from ...options import float32_precision
+from .. import gemm
 
 if TYPE_CHECKING:
     from mcld_kernels._C import Constants
+
+    from .plans import Recorder
 
 LOG2E = 1.4426950408889634
 _TYPE_NAMES: dict[torch.dtype, Literal["float32", "float16", "bfloat16"]] = {
@@ -22,23 +25,35 @@ _TYPE_NAMES: dict[torch.dtype, Literal["float32", "float16", "bfloat16"]] = {
 
 
 class Launcher:
-    """Calls a module's launchers on the device, and on the stream that is current when it is made."""
+    """Calls a module's launchers on the device and its current stream; with a recorder, they are recorded as well."""
 
-    def __init__(self, module: ModuleType, device: torch.device):
-        self.module, self.device = module, device
+    def __init__(self, module: ModuleType, device: torch.device, recorder: Recorder | None = None):
+        self.module, self.device, self._recorder = module, device, recorder
         self.constants: Constants = module.constants
-        self._place = {"device": 0, "stream": 0}
-        if device.type == "cuda":
-            # Under graph capture the current stream is the one that is captured.
-            stream = torch.cuda.current_stream(device)
-            self._place = {"device": stream.device_index, "stream": stream.cuda_stream}
 
     def __call__(self, name: str, **fields: Any) -> None:
         """Launch ``name`` with the fields of its structure (csrc/launchers.h), tensors by their addresses."""
         for key, value in fields.items():
             if value is None or isinstance(value, Tensor):
                 fields[key] = pointer(value)
-        getattr(self.module, name)(**fields, **self._place)
+        device, stream = self.place()
+        launcher = getattr(self.module, name)
+        if self._recorder is None:
+            launcher(**fields, device=device, stream=stream)
+        else:
+            launcher(**fields, device=device, stream=stream, plan=self._recorder.plan)
+            self._recorder.launched()
+
+    def gemm(self, left: Tensor, right: Tensor, out: Tensor, accumulate: bool) -> None:
+        """The library's product, as `gemm.gemm`."""
+        (gemm.gemm if self._recorder is None else self._recorder.gemm)(left, right, out, accumulate)
+
+    def place(self) -> tuple[int, int]:
+        """The number of the device and its current stream; under graph capture, the one that is captured."""
+        if self.device.type != "cuda":
+            return 0, 0
+        index = torch.cuda.current_device() if self.device.index is None else self.device.index
+        return index, torch._C._cuda_getCurrentRawStream(index)
 
     def padded_rows(self, n: int) -> int:
         """The rows of an operand with n rows."""

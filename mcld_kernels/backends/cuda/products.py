@@ -205,7 +205,7 @@ class TwoProductContrast:
             and tuning.takes_library_product(self.tuning, self.dtype, launch.device)
             and gemm.has_gemm(self.dtype, torch.float32)
         ):
-            gemm.gemm(left, operand[:contraction], out, accumulate)
+            launch.gemm(left, operand[:contraction], out, accumulate)
             return
         launch(
             "product",

@@ -30,6 +30,7 @@ class CudaTuning(Tuning):
     multiprocessors: int = MULTIPROCESSORS
 
     hopper: bool  # take the Hopper kernels where they can run
+    plans: bool = True  # record calls and run them again (`plans`)
     library_product: bool | None = None  # take the library's GEMM for product 2; None: `takes_library_product`
     low_latency_limit: int  # rows and classes up to which the low-latency path is taken; the kernels' own at most
     # Launches of the low-latency path begin while the one before ends: to be decided by a clock (bench/NOTES.md).

@@ -1,0 +1,339 @@
+"""Predicted times of the CUDA backend on a GPU, beside measured ones: ``python bench/model.py [results.json ...]``.
+
+Each kernel of a call takes the longest of what its parts need: tensor cores, EX2, instruction issue, device memory;
+then what lies between two launches. The counts are the algorithm's and the compiler's; the rates are assumptions or,
+where results of a GPU are given, that machine's own ceilings. ``--assumptions`` lists them with their sources.
+
+The model says what to expect and which part binds. A measurement outranks it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.append(str(ROOT))
+
+from bench.harness import goals, programs  # noqa: E402
+from bench.harness.cases import TERMS, Case  # noqa: E402
+from bench.harness.programs import Exit  # noqa: E402
+from bench.harness.report import seconds  # noqa: E402
+from mcld_kernels.backends.chunks import CHUNK_MB, CUDA_WAVE_MB  # noqa: E402
+from mcld_kernels.backends.cuda import tuning  # noqa: E402
+
+ROWS = ("instance", "sample")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """A GPU, in what the model asks of it."""
+
+    name: str = "NVIDIA H200"
+    multiprocessors: int = 132
+    clock_hz: float = 1.75e9
+    gemm_flop_per_s: float = 7.9e14
+    copy_bytes_per_s: float = 4.3e12
+    tensor_flop_per_clock: int = 4096
+    ex2_per_clock: int = 16
+    issues_per_clock: int = 4
+    launch_s: float = 2.0e-6
+    graph_launch_s: float = 1.2e-6
+    latency_s: float = 1.5e-6
+
+
+ASSUMPTIONS = (
+    ("multiprocessors", "132: NVIDIA H200 and H100 SXM (torch.cuda.get_device_properties says it)"),
+    ("clock_hz", "1.75 GHz under load: assumed; 1.98 GHz is the highest, and tensor cores at full power run below it"),
+    ("gemm_flop_per_s", "790 Tflop/s in bf16 on random data: a large square cuBLAS product; 989 by the data sheet"),
+    ("copy_bytes_per_s", "4.3 TB/s counting reads and writes: a large device copy; 4.8 by the data sheet"),
+    ("tensor_flop_per_clock", "4,096 dense 16-bit flop a clock and multiprocessor: NVIDIA H100 white paper"),
+    ("ex2_per_clock", "16 a clock and multiprocessor: CUDA C++ Programming Guide, throughput of native instructions"),
+    ("issues_per_clock", "4 warp schedulers of one instruction a clock: the same guide"),
+    ("launch_s", "2.0 us between two kernels of a stream that is kept busy: assumed"),
+    ("graph_launch_s", "1.2 us between two kernels of a graph: assumed"),
+    ("latency_s", "1.5 us that a kernel takes however little it does: assumed"),
+    ("instructions", "product 1: 992 a warp and tile after its products; flash: 380 a warp and tile of 128 candidates "
+                     "(SASS of nvcc 13.0 for sm_90a; .ci/check_cuda.py)"),
+    ("tiles", "product 1 and the library's GEMM: 128 x 256; flash: 128 anchors, 128 candidates up to a pitch of 128, else "
+              "64 (csrc/constants.h; the library's is assumed)"),
+    ("flash_efficiency", "0.9 of a GEMM's speed where products bind; FlashAttention-3 (Shah et al. 2024, arXiv 2407.08608) "
+                         "reports up to 740 Tflop/s forward in fp16 on an H100"),
+    ("overlap", "flash: exponentials and issue beside the products; product 1: its epilogue after them"),
+)  # fmt: skip
+
+PRODUCT_TILE = 128, 256
+PRODUCT_EPILOGUE, PRODUCT_WARPS = 992, 8
+FLASH_ANCHORS, FLASH_INSTRUCTIONS, FLASH_WARPS, FLASH_EXTRA_TILES = 128, 380, 8, 2
+FLASH_PITCH, LOW_LATENCY = 256, 1024  # up to here flash, and the low-latency path, are taken
+FLASH_EFFICIENCY = 0.9
+LOW_LATENCY_LAUNCHES = 5
+TUNING = tuning.CudaTuning(
+    chunk_bytes=CHUNK_MB["cuda"] << 20,
+    wave_bytes=CUDA_WAVE_MB << 20,
+    hopper=True,
+    low_latency_limit=LOW_LATENCY,
+    flash_row_bytes=2 * FLASH_PITCH,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A kernel of a call and the seconds that each of its parts needs; the longest is its time."""
+
+    name: str
+    tensor: float = 0.0
+    ex2: float = 0.0
+    issue: float = 0.0
+    memory: float = 0.0
+    serial: float = 0.0  # after the others: an epilogue that nothing overlaps
+    latency: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return max(self.tensor, self.ex2, self.issue, self.memory, self.latency) + self.serial
+
+    @property
+    def binds(self) -> str:
+        parts = ("tensor", "ex2", "issue", "memory", "latency")
+        return max(parts, key=lambda part: getattr(self, part))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    case: Case
+    steps: tuple[Step, ...]
+    launch_s: float
+
+    @property
+    def seconds(self) -> float:
+        """The time of the kernels, one after the other."""
+        return sum(step.seconds + self.launch_s for step in self.steps)
+
+    @property
+    def binds(self) -> str:
+        """What takes the most of the time."""
+        share: dict[str, float] = {"launches": self.launch_s * len(self.steps)}
+        for step in self.steps:
+            share[step.binds] = share.get(step.binds, 0.0) + step.seconds - step.serial
+            share["epilogue"] = share.get("epilogue", 0.0) + step.serial
+        return max(share, key=lambda part: share[part])
+
+    def fraction(self, machine: Machine) -> float:
+        return self.case.flop / self.seconds / machine.gemm_flop_per_s
+
+
+def _pitch(d: int) -> int:
+    return 64 if d <= 64 else math.ceil(d / 128) * 128
+
+
+def _memory(machine: Machine, name: str, bytes_moved: float) -> Step:
+    return Step(name=name, memory=bytes_moved / machine.copy_bytes_per_s, latency=machine.latency_s)
+
+
+def _product_1(machine: Machine, n: int, m: int, pitch: int) -> Step:
+    """E = exp(A K^T) for n anchors: waves of tiles, each followed by an epilogue of its own."""
+    rows, columns = PRODUCT_TILE
+    waves = math.ceil(math.ceil(n / rows) * math.ceil(m / columns) / machine.multiprocessors)
+    products = 2 * rows * columns * pitch / machine.tensor_flop_per_clock
+    epilogue = max(PRODUCT_EPILOGUE * PRODUCT_WARPS / machine.issues_per_clock, rows * columns / machine.ex2_per_clock)
+    return Step(
+        name="product 1",
+        tensor=waves * products / machine.clock_hz * _slowdown(machine),
+        memory=2 * n * m / machine.copy_bytes_per_s,
+        serial=waves * epilogue / machine.clock_hz,
+    )
+
+
+def _slowdown(machine: Machine) -> float:
+    """A GEMM's best over the tensor cores' peak at the clock: what no kernel gets past."""
+    return machine.multiprocessors * machine.tensor_flop_per_clock * machine.clock_hz / machine.gemm_flop_per_s
+
+
+def _product_2(machine: Machine, n: int, m: int, pitch: int) -> Step:
+    rows, columns = PRODUCT_TILE
+    tiles = math.ceil(n / rows) * math.ceil(pitch / columns)
+    waves = math.ceil(tiles / machine.multiprocessors)
+    whole = waves * machine.multiprocessors * rows * columns * m * 2
+    return Step(
+        name="product 2",
+        tensor=whole / machine.gemm_flop_per_s,
+        memory=(2 * n * m + 4 * n * pitch) / machine.copy_bytes_per_s,
+        latency=machine.latency_s,
+    )
+
+
+def _flash(machine: Machine, n: int, m: int, d: int) -> Step:
+    """Both products and the exponentials of a tile side by side; candidates are split to fill whole rounds."""
+    pitch = _pitch(d)
+    width = math.ceil(d / 16) * 16 if pitch == 128 and d <= 104 else pitch
+    columns = 128 if pitch <= 128 else 64
+    blocks, tiles = math.ceil(n / FLASH_ANCHORS), math.ceil(m / columns)
+
+    def rounds(splits: int) -> float:
+        of_block = math.ceil(tiles / splits) + FLASH_EXTRA_TILES
+        return math.ceil(blocks * splits / machine.multiprocessors) * of_block
+
+    count = min(rounds(splits) for splits in range(1, min(16, tiles) + 1))
+    clocks = count / machine.clock_hz / FLASH_EFFICIENCY
+    return Step(
+        name="flash",
+        tensor=clocks * 4 * FLASH_ANCHORS * columns * width / machine.tensor_flop_per_clock * _slowdown(machine),
+        ex2=clocks * FLASH_ANCHORS * columns / machine.ex2_per_clock,
+        issue=clocks * FLASH_INSTRUCTIONS * FLASH_WARPS * columns / 128 / machine.issues_per_clock,
+        latency=machine.latency_s,
+    )
+
+
+def _contrast(machine: Machine, n: int, d: int) -> list[Step]:
+    pitch = _pitch(d)
+    if pitch <= FLASH_PITCH:
+        return [_flash(machine, n, n, d)]
+    tuned = replace(TUNING, multiprocessors=machine.multiprocessors)
+    rows = tuning.chunk_rows(tuned, n, math.ceil(n / 128) * 128, pitch, 2, 128)
+    steps: list[Step] = []
+    for start in range(0, n, rows):
+        count = min(rows, n - start)
+        steps += [_product_1(machine, count, n, pitch), _product_2(machine, count, n, pitch)]
+    return steps
+
+
+def predict(case: Case, machine: Machine | None = None, graph: bool = False) -> Prediction:
+    """The kernels of loss and gradient for student anchors in 16 bits; ``graph``: their launches are a graph's."""
+    machine = machine or Machine()
+    launch = machine.graph_launch_s if graph else machine.launch_s
+    batch, classes = case.batch, case.classes
+    if max(batch, classes) <= LOW_LATENCY:
+        return Prediction(case=case, steps=tuple(_low_latency(machine, case)), launch_s=launch)
+    steps: list[Step] = []
+    half = 2 * batch * classes
+    if case.category:
+        steps += [_memory(machine, "normalize columns", 2 * 2 * half), *_contrast(machine, classes, batch)]
+        steps.append(_memory(machine, "epilogue", 4 * batch * classes + 3 * half))
+    if case.row_terms:
+        if "sample" in case.terms:
+            steps += [Step(name=name, latency=machine.latency_s) for name in ("index labels", "sort labels")]
+        steps += [_memory(machine, f"normalize {side}", 2 * half) for side in ("student", "teacher")]
+        if "sample" in case.terms:
+            steps.append(_memory(machine, "class means", half + 4 * classes * classes))
+        steps += _contrast(machine, batch, classes)
+        steps.append(_memory(machine, "epilogue", 4 * batch * classes + 3 * half + 4 * batch * classes))
+    return Prediction(case=case, steps=tuple(steps), launch_s=launch)
+
+
+def _low_latency(machine: Machine, case: Case) -> list[Step]:
+    """Five launches, each of the work of all terms; a block of a launch goes through a whole contraction."""
+    flop = 0.0
+    if case.row_terms:
+        flop += 2.0 * case.batch**2 * _pitch(case.classes)
+    if case.category:
+        flop += 2.0 * case.classes**2 * _pitch(case.batch)
+    peak = machine.multiprocessors * machine.tensor_flop_per_clock * machine.clock_hz
+    moved = 2 * case.batch * case.classes * 2 / machine.copy_bytes_per_s
+    depth = max(_pitch(case.classes), _pitch(case.batch)) / 32  # k-steps of a tile, one after the other
+    chain = depth * 100 / machine.clock_hz  # a load, a product and a barrier: assumed to take some 100 clocks
+    steps = [Step(name="normalize", memory=moved, latency=machine.latency_s)]
+    for name in ("similarity", "product"):
+        steps.append(Step(name=name, tensor=4 * flop / peak, latency=machine.latency_s + chain))
+    steps += [Step(name=name, memory=moved, latency=machine.latency_s) for name in ("loss", "outputs")]
+    assert len(steps) == LOW_LATENCY_LAUNCHES
+    return steps
+
+
+# The regimes of harness/goals.py; the last column: a graph's replay.
+REGIMES: tuple[tuple[Case, bool], ...] = (
+    *((Case(batch, 1000, "bfloat16", ROWS), False) for batch in (4096, 16384, 65536)),
+    *((Case(batch, 100, "bfloat16", ROWS), False) for batch in (16384, 65536)),
+    *((Case(batch, 21841, "bfloat16", ("category",)), False) for batch in (256, 1024, 4096)),
+    (Case(256, 1000, "bfloat16", TERMS), True),
+)
+
+
+def machine_of(run: dict[str, Any]) -> Machine:
+    """The machine of a recorded run, its own ceilings in place of the assumed ones. ValueError for a CPU's."""
+    facts, ceilings = run["machine"], run["ceilings"]
+    if "gpu" not in facts:
+        raise ValueError("the recorded run is not of a GPU")
+    made = Machine(name=facts["gpu"], multiprocessors=facts["multiprocessors"])
+    gemm = ceilings.get("gemm_bfloat16_flop_per_s", made.gemm_flop_per_s)
+    return replace(made, gemm_flop_per_s=gemm, copy_bytes_per_s=ceilings["copy_bytes_per_s"])
+
+
+def measured(case: Case, graph: bool, rows: Sequence[dict[str, Any]]) -> tuple[str, float] | None:
+    """The fastest of this package's CUDA kernels at a case, by the kernels' own time (a graph's replay); None of none."""
+    best: tuple[str, float] | None = None
+    for row in rows:
+        same = (row["batch"], row["classes"], row["dtype"], tuple(row["terms"])) == (
+            case.batch, case.classes, case.dtype, case.terms,
+        )  # fmt: skip
+        of_case = same and row["status"] == "ok" and row["mode"] == case.mode and row.get("loss", "mcld") == "mcld"
+        if of_case and row["provider"] in ("cuda", "hopper"):
+            replay = (row.get("graph_time") or {}).get("median_s")
+            time = replay if graph else goals.best_time(row)
+            if time and (best is None or time < best[1]):
+                best = row["provider"], time
+    return best
+
+
+def table(machine: Machine, rows: Sequence[dict[str, Any]] = ()) -> str:
+    """A line for each regime: the prediction, what binds, and the measurement where there is one."""
+    lines = [
+        f"{'case':<46}{'predicted':>10}{'of GEMM':>9}  {'binds':<10}{'launches':>8}{'measured':>11}{'m / p':>7}  by"
+    ]
+    for case, graph in REGIMES:
+        predicted = predict(case, machine, graph)
+        found = measured(case, graph, rows)
+        line = f"{str(case).removesuffix(', forward-backward'):<46}{seconds(predicted.seconds):>10}"
+        line += f"{predicted.fraction(machine):>9.0%}  {predicted.binds:<10}{len(predicted.steps):>8}"
+        if found is not None:
+            line += f"{seconds(found[1]):>11}{found[1] / predicted.seconds:>7.2f}  {found[0]}"
+        lines.append(line)
+    source = "its own ceilings" if rows else "assumed"
+    lines.append(
+        f"{machine.name}: GEMM {machine.gemm_flop_per_s / 1e12:.0f} Tflop/s, copy {machine.copy_bytes_per_s / 1e12:.1f} "
+        f"TB/s ({source}); a model, not a measurement"
+    )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table; returns one of the exit codes of ``--help``."""
+    parser = argparse.ArgumentParser(description="Predicted times beside measured ones.", epilog=programs.EXIT_CODES)
+    parser.add_argument("results", type=Path, nargs="*", help="results.json of bench/run.py on a GPU")
+    parser.add_argument("--assumptions", action="store_true", help="list what the model assumes, with the sources")
+    parser.add_argument("--steps", action="store_true", help="each kernel of each regime, with what its parts need")
+    options = parser.parse_args(arguments)
+    programs.make_output_printable()
+    machine, rows = Machine(), []
+    for path in options.results:
+        try:
+            run = json.loads(path.read_text())
+            machine = machine_of(run)
+            rows += run["rows"]
+        except (OSError, ValueError, KeyError, TypeError) as fault:
+            print(f"model: {path} is no results.json of a GPU: {type(fault).__name__}: {fault}", file=sys.stderr)
+            return Exit.USAGE
+    if options.assumptions:
+        for name, text in ASSUMPTIONS:
+            print(f"{name}: {text}")
+        return Exit.OK
+    print(table(machine, rows))
+    for case, graph in REGIMES if options.steps else ():
+        print(f"\n{case}")
+        steps = predict(case, machine, graph).steps
+        for step in dict.fromkeys(steps):
+            parts = [f"{part} {seconds(value)}" for part, value in vars(step).items() if part != "name" and value]
+            times = f"{steps.count(step)} x " if steps.count(step) > 1 else ""
+            print(f"  {times + step.name:<18}{seconds(step.seconds):>9}  {step.binds:<8}({', '.join(parts)})")
+    return Exit.OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,274 @@
+"""Plans: the host's side of a call, recorded once for each shape and set of options, and run again without its Python.
+
+`CudaKernels.run` records the second call of a kind while it computes it: every launch (csrc/plan.h), every GEMM of the
+library, and every tensor that is made on the way. The tensors that are no result get places in one workspace, two of
+them the same place where one is used up before the other is written. A later call of that kind allocates the workspace
+and the results and launches. What is launched, with which arguments and in which order stands where it always did, in
+the composition of the loss and in this folder.
+
+A call with any other torch operation between the launches has no plan, and runs as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ...kernels import LossInputs, LossOutputs
+from ...options import float32_precision
+from .. import gemm
+
+if TYPE_CHECKING:
+    from .launcher import Launcher
+
+_ALIGNMENT = 256  # of what the allocators give, and more than any kernel needs
+_MADE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+_ZEROED = ("zeros", "zeros_like", "new_zeros")
+_RESULTS = ("loss", "terms", "student_grad", "teacher_grad")
+
+
+class NoPlan(Exception):
+    """A call that cannot be recorded; the message says why."""
+
+
+def call_key(compute: Callable[..., Any], inputs: LossInputs) -> tuple[Any, ...] | None:
+    """What a plan depends on; None for a call that has none. Values of tensors are not read on a GPU."""
+    key = (
+        compute,
+        inputs.options,
+        _signature(inputs.student),
+        _signature(inputs.teacher),
+        _signature(inputs.target),
+        _signature(inputs.weight),
+        _signature(inputs.teacher_target),
+        tuple(_signature(tensor) for tensor in _further(inputs)),
+        inputs.student_grad,
+        inputs.teacher_grad,
+        inputs.offset,
+        inputs.labels_are_classes,
+        float32_precision(),
+    )
+    try:
+        hash(key)
+    except TypeError:  # options with a tensor
+        return None
+    return key
+
+
+def _signature(tensor: Tensor | None) -> tuple[Any, ...] | None:
+    return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype)
+
+
+def _further(inputs: LossInputs) -> Sequence[Tensor | None]:
+    return tuple(getattr(inputs, "extra", {}).values())
+
+
+def _tensors(inputs: LossInputs) -> list[Tensor]:
+    """The inputs, in the order of the bases."""
+    first = (inputs.student, inputs.teacher, inputs.target, inputs.weight, inputs.teacher_target)
+    return [tensor for tensor in (*first, *_further(inputs)) if tensor is not None]
+
+
+@dataclass(kw_only=True, slots=True)
+class _Block:
+    """Memory that was made on the way; ``first`` and ``last`` number the steps that use it."""
+
+    begin: int
+    bytes: int
+    first: int = -1
+    last: int = -1
+    offset: int = 0  # in the workspace
+
+    def used(self, step: int) -> None:
+        self.first = step if self.first < 0 else self.first
+        self.last = step
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _View:
+    """A tensor in the workspace, ``offset`` in elements of its dtype."""
+
+    offset: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    def of(self, typed: dict[torch.dtype, Tensor]) -> Tensor:
+        """The tensor, from the workspace as a tensor of each dtype."""
+        return typed[self.dtype].as_strided(self.shape, self.stride, self.offset)
+
+
+class Recorder(TorchDispatchMode):
+    """Records a call: `Launcher` hands it launches and GEMMs, and torch what else is dispatched."""
+
+    def __init__(self, module: Any):
+        super().__init__()
+        self.plan = module.Plan()
+        self.blocks: list[_Block] = []
+        # ("launch", number), ("zero", tensor) or ("gemm", left, right, out, accumulate)
+        self.steps: list[tuple[Any, ...]] = []
+        self.other: str | None = None  # an operation that no plan has
+        self._held: list[Tensor] = []  # so that an address is not given twice
+        self._inside = False
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        if name in _MADE or name in _ZEROED:
+            self._held.append(result)
+            self.blocks.append(_Block(begin=result.data_ptr(), bytes=result.untyped_storage().nbytes()))
+            if name in _ZEROED:
+                self.steps.append(("zero", result))
+        elif not (self._inside or function.is_view or self.other):
+            self.other = str(function)
+        return result
+
+    def launched(self) -> None:
+        """A launch has been appended to the plan."""
+        self.steps.append(("launch", len(self.plan) - 1))
+
+    def gemm(self, left: Tensor, right: Tensor, out: Tensor, accumulate: bool) -> None:
+        self._inside = True
+        try:
+            gemm.gemm(left, right, out, accumulate)
+        finally:
+            self._inside = False
+        self._held += [left, right, out]
+        self.steps.append(("gemm", left, right, out, accumulate))
+
+    def finish(self, inputs: LossInputs, outputs: LossOutputs) -> CallPlan:
+        """The plan of the call. Raises NoPlan."""
+        if self.other is not None:
+            raise NoPlan(f"it takes {self.other}")
+        ranges = [(*_extent(tensor), base, 0) for base, tensor in enumerate(_tensors(inputs))]
+        ordered = sorted(ranges)
+        if any(a[0] + a[1] > b[0] for a, b in zip(ordered, ordered[1:])):
+            raise NoPlan("its inputs share memory")
+        blocks = {block.begin: block for block in self.blocks if block.bytes}
+        workspace_base = len(ranges)
+        results: list[tuple[torch.Size, torch.dtype]] = []
+        names: dict[str, int] = {}
+        for name in _RESULTS:
+            tensor = getattr(outputs, name)
+            if tensor is None:
+                continue
+            block = blocks.pop(tensor.data_ptr(), None)
+            if block is None or block.bytes != tensor.nbytes or not tensor.is_contiguous():
+                raise NoPlan(f"{name} is a part of another tensor")
+            names[name] = len(results)
+            results.append((tensor.shape, tensor.dtype))
+            ranges.append((block.begin, block.bytes, workspace_base + len(results), 0))
+        kept = list(blocks.values())
+        self._mark(kept)
+        size = _place(kept)
+        ranges += [(block.begin, block.bytes, workspace_base, block.offset) for block in kept]
+        try:
+            self.plan.place(ranges)
+        except ValueError as fault:
+            raise NoPlan(str(fault)) from None
+        steps = self._merged(kept)
+        dtypes = tuple({part.dtype for step in steps for part in step if isinstance(part, _View)})
+        return CallPlan(plan=self.plan, steps=steps, bytes=size, dtypes=dtypes, results=results, names=names)
+
+    def _mark(self, blocks: list[_Block]) -> None:
+        """Note the steps that use each block."""
+        for number, step in enumerate(self.steps):
+            if step[0] == "launch":
+                addresses = self.plan.pointers(step[1])
+            else:
+                addresses = [part.data_ptr() for part in step[1:] if isinstance(part, Tensor)]
+            for address in addresses:
+                for block in blocks:
+                    if 0 <= address - block.begin < block.bytes:
+                        block.used(number)
+
+    def _merged(self, blocks: list[_Block]) -> list[tuple[Any, ...]]:
+        """The steps with launches in a row as one, and tensors as places in the workspace."""
+
+        def view(tensor: Tensor) -> _View:
+            for block in blocks:
+                at = tensor.data_ptr() - block.begin
+                if 0 <= at < block.bytes:
+                    offset = (block.offset + at) // tensor.itemsize
+                    return _View(offset=offset, shape=tensor.shape, stride=tensor.stride(), dtype=tensor.dtype)
+            raise NoPlan("a torch operation takes an input or writes a result")
+
+        merged: list[tuple[Any, ...]] = []
+        for step in self.steps:
+            if step[0] != "launch":
+                merged.append(tuple(view(part) if isinstance(part, Tensor) else part for part in step))
+            elif merged and merged[-1][0] == "launch":
+                merged[-1] = ("launch", merged[-1][1], step[1] + 1)
+            else:
+                merged.append(("launch", step[1], step[1] + 1))
+        return merged
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """Address and bytes from the first element of a tensor to its last."""
+    if tensor.numel() == 0:
+        return tensor.data_ptr(), 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    return tensor.data_ptr(), (last + 1) * tensor.itemsize
+
+
+def _place(blocks: list[_Block]) -> int:
+    """Give each block the lowest place that no block in use at the same time has; returns the bytes of all."""
+    placed: list[_Block] = []
+    for block in sorted(blocks, key=lambda block: -block.bytes):
+        if block.first < 0:
+            continue  # nothing uses it
+        together = [other for other in placed if other.first <= block.last and block.first <= other.last]
+        block.offset = 0
+        for other in sorted(together, key=lambda other: other.offset):
+            if block.offset + block.bytes <= other.offset:
+                break
+            end = other.offset + other.bytes
+            block.offset = max(block.offset, (end + _ALIGNMENT - 1) // _ALIGNMENT * _ALIGNMENT)
+        placed.append(block)
+    size = max((block.offset + block.bytes for block in placed), default=0)
+    return (size + _ALIGNMENT - 1) // _ALIGNMENT * _ALIGNMENT
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CallPlan:
+    """A recorded call."""
+
+    plan: Any  # csrc/plan.h
+    steps: list[tuple[Any, ...]]  # ("launch", first, last), ("zero", view) or ("gemm", left, right, out, accumulate)
+    bytes: int  # of the workspace
+    dtypes: tuple[torch.dtype, ...]  # of views of the workspace
+    results: list[tuple[torch.Size, torch.dtype]]
+    names: dict[str, int]  # field of `LossOutputs` -> number of the result
+
+    def run(self, launch: Launcher, inputs: LossInputs) -> LossOutputs:
+        """The call for other inputs of the same key."""
+        device = inputs.student.device
+        workspace = torch.empty(self.bytes, dtype=torch.uint8, device=device)
+        results = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self.results]
+        bases = [tensor.data_ptr() for tensor in _tensors(inputs)]
+        bases.append(workspace.data_ptr())
+        for result in results:
+            bases.append(result.data_ptr())
+        index, stream = launch.place()
+        typed = {dtype: workspace.view(dtype) for dtype in self.dtypes}
+        for kind, *step in self.steps:
+            if kind == "launch":
+                self.plan.run(bases, index, stream, step[0], step[1])
+            elif kind == "gemm":
+                left, right, out, accumulate = step
+                gemm.gemm(left.of(typed), right.of(typed), out.of(typed), accumulate)
+            else:
+                step[0].of(typed).zero_()
+        fields = {name: results[number] for name, number in self.names.items()}
+        return LossOutputs(
+            loss=fields["loss"],
+            terms=fields["terms"],
+            student_grad=fields.get("student_grad"),
+            teacher_grad=fields.get("teacher_grad"),
+        )

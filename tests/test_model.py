@@ -1,0 +1,93 @@
+"""The model of the GPU's times: its shape, its bounds and what it prints. No value is held to a number."""
+
+import json
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # bench is not installed
+
+from bench import model
+from bench.harness import goals
+from bench.harness.cases import Case
+from bench.harness.programs import Exit
+
+ROWS = ("instance", "sample")
+
+
+def test_every_regime_of_the_goals_with_a_ceiling_is_predicted():
+    names = set()
+    for case, graph in model.REGIMES:
+        predicted = model.predict(case, graph=graph)
+        assert 0 < predicted.fraction(model.Machine()) < 1, case
+        assert predicted.binds in ("tensor", "ex2", "issue", "memory", "latency", "launches", "epilogue")
+        names |= set(goals.regimes(vars(case) | {"terms": list(case.terms)}))
+    ceilings = {goal.regime for goal in goals.GOALS if "GEMM" in goal.quantity}
+    assert ceilings <= names and goals.SMALL in names
+
+
+@pytest.mark.parametrize("classes", [50, 100, 250, 1000])
+def test_a_larger_batch_takes_longer_and_fills_the_machine_better(classes):
+    cases = [Case(batch, classes, "bfloat16", ROWS) for batch in (4096, 8192, 16384, 32768, 65536)]
+    times = [model.predict(case).seconds for case in cases]
+    fractions = [model.predict(case).fraction(model.Machine()) for case in cases]
+    assert times == sorted(times) and fractions[-1] > fractions[0]
+    # Never faster than the products at the GEMM's speed.
+    assert all(time > case.flop / model.Machine().gemm_flop_per_s for case, time in zip(cases, times))
+
+
+@pytest.mark.parametrize(
+    "field", ["gemm_flop_per_s", "copy_bytes_per_s", "clock_hz", "ex2_per_clock", "issues_per_clock"]
+)
+def test_a_faster_machine_is_never_slower(field):
+    slow, fast = model.Machine(), model.Machine(**{field: 4 * getattr(model.Machine(), field)})
+    for case, graph in model.REGIMES:
+        if field != "clock_hz":  # at a higher clock the ceiling stays
+            assert model.predict(case, fast, graph).seconds <= model.predict(case, slow, graph).seconds
+    for case, _ in model.REGIMES:
+        assert model.predict(case, slow, True).seconds <= model.predict(case, slow, False).seconds
+
+
+def test_the_longest_part_of_a_kernel_is_its_time():
+    step = model.Step(name="a", tensor=3.0, ex2=5.0, memory=1.0, serial=2.0)
+    assert step.seconds == 7.0 and step.binds == "ex2"
+    two = model.Prediction(case=model.REGIMES[0][0], steps=(step, step), launch_s=1.0)
+    assert two.seconds == 16.0 and two.binds == "ex2"
+
+
+def test_what_is_assumed_is_listed():
+    listed = {name for name, _ in model.ASSUMPTIONS}
+    assert {field.name for field in fields(model.Machine)} - {"name"} <= listed
+
+
+def test_measurements_stand_beside_predictions(tmp_path, capsys):
+    row = {"batch": 4096, "classes": 1000, "dtype": "bfloat16", "terms": list(ROWS), "mode": "forward-backward"}
+    row |= {"status": "ok", "time": {"median_s": 9e-4}, "graph_time": None}
+    rows = [
+        row | {"provider": "cuda", "kernels_time": {"median_s": 3e-4}},
+        row | {"provider": "hopper", "kernels_time": {"median_s": 2e-4}},
+        row | {"provider": "library", "kernels_time": {"median_s": 1e-4}},
+        row | {"provider": "hopper", "kernels_time": {"median_s": 1e-9}, "status": "FAILED"},
+    ]
+    run = {"machine": {"gpu": "A GPU", "multiprocessors": 100}, "rows": rows}
+    run["ceilings"] = {"gemm_bfloat16_flop_per_s": 5e14, "copy_bytes_per_s": 2e12}
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(run))
+    assert model.main([str(path), "--steps"]) == Exit.OK
+    shown = capsys.readouterr().out
+    (line,) = [line for line in shown.splitlines() if line.startswith("B=4096 C=1000")][:1]
+    predicted = model.predict(model.REGIMES[0][0], model.machine_of(run)).seconds
+    assert "200 µs" in line and f"{2e-4 / predicted:.2f}" in line and line.endswith("hopper")
+    assert "A GPU: GEMM 500 Tflop/s, copy 2.0 TB/s (its own ceilings)" in shown and "product 1" in shown
+
+
+def test_without_results_nothing_is_measured(capsys, tmp_path):
+    assert model.main([]) == Exit.OK
+    shown = capsys.readouterr().out
+    assert shown.count("\n") == len(model.REGIMES) + 2 and "a model, not a measurement" in shown
+    assert model.main(["--assumptions"]) == Exit.OK and "white paper" in capsys.readouterr().out
+    (tmp_path / "cpu.json").write_text(json.dumps({"machine": {}, "ceilings": {}, "rows": []}))
+    assert model.main([str(tmp_path / "cpu.json")]) == Exit.USAGE
+    assert "not of a GPU" in capsys.readouterr().err
