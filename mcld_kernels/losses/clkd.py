@@ -64,9 +64,9 @@ def clkd_loss(
     Source: "Class-aware Information for Logit-based Knowledge Distillation", arXiv 2211.14773; terms and constants are
     those of public re-implementations: 0.5 (instance + 2 category) + 0.4 correlation.
 
-    Backends "triton" and "cuda" have no kernel for this loss, and refuse it: the correlation is bound by its GEMMs, 86 %
-    of its time at B = 4096, C = 1000 in fp32 on one CPU thread, which the library runs at its own speed; the rest is
-    elementwise work on matrices of the logits' size.
+    Backends "triton" and "cuda" have no kernel for this loss, and refuse it: the correlation is bound by its GEMMs,
+    86 % of its time at B = 4096, C = 1000 in fp32 on one CPU thread, which the library runs at its own speed; the rest
+    is elementwise work on matrices of the logits' size.
 
     Args:
         student: logits, or any embeddings, (batch, classes), float16, bfloat16, float32 or float64, any strides.

@@ -26,6 +26,7 @@ from ..kernels import GradCoefficients, GradEpilogueArgs, KernelSet, LossInputs,
 from ..labels import index_labels
 from ..ops import LossOperator
 from ..options import Backend, check_backend, grad_dtype
+from . import mlkd_whole
 from .mlkd_correlation import Positives, Rows, correlate
 
 # Constants of the released code, weights of (correlation, alignment, supervised), by data set.
@@ -228,6 +229,8 @@ class MLKDLoss(nn.Module):
 
 def compute(kernels: KernelSet, inputs: LossInputs) -> LossOutputs:
     """Loss, terms and gradients of a call."""
+    if mlkd_whole.applies(kernels, inputs):
+        return mlkd_whole.compute(inputs)
     options: MLKDOptions = inputs.options
     student, teacher, acc = inputs.student, inputs.teacher, inputs.acc_dtype
     factors: Sequence[Tensor | float] = options.term_weight
