@@ -80,7 +80,7 @@ def clkd_loss(
             whose size does not depend on the shape.
         eps: a row or column with L2 norm <= eps has no direction: it is normalised to zeros and gets no gradient.
         backend: "auto", "torch" or "reference".
-        process_group: reserved for the loss over a global batch; only None for now.
+        process_group: None; the loss has no form over a global batch yet.
 
     Returns:
         Tensor of shape (), float64 for float64 logits and float32 otherwise; 0 for an empty batch. The gradient has

@@ -96,7 +96,7 @@ def mlkd_loss(
             anchor of the supervised term and of the same class as no row.
         eps: a row with L2 norm <= eps has no direction: it is normalised to zeros and gets no gradient.
         backend: "auto", "torch" or "reference"; without the correlation also "triton" or "cuda".
-        process_group: reserved for the loss over a global batch; only None for now.
+        process_group: None; the loss has no form over a global batch yet.
 
     Returns:
         Tensor of shape (), float64 for float64 logits and float32 otherwise. The gradient has the logits' dtype. An
