@@ -1,8 +1,8 @@
 """Predicted times of the CUDA backend on a GPU, beside measured ones: ``python bench/model.py [results.json ...]``.
 
 Each kernel of a call takes the longest of what its parts need: tensor cores, EX2, instruction issue, device memory;
-then what lies between two launches. The counts are the algorithm's and the compiler's, the rates are assumptions or, where
-results of a GPU are given, that machine's own ceilings. ``--assumptions`` lists them with their sources.
+then what lies between two launches. The counts are the algorithm's and the compiler's; the rates are assumptions or,
+where results of a GPU are given, that machine's own ceilings. ``--assumptions`` lists them with their sources.
 
 The model says what to expect and which part binds. A measurement outranks it.
 """

@@ -67,7 +67,8 @@ def ranks_options(process_group: Any, gather: Any, even: Any) -> RanksOptions | 
     """Check how a call is to run over ranks. None for ``process_group=None``, one process."""
     if gather not in GATHERS:
         raise ValueError(f"gather must be one of {', '.join(map(repr, GATHERS))}; got {gather!r}")
-    check_flag("even", even)
+    if even is not False:
+        check_flag("even", even)
     if process_group is None:
         return None
     if isinstance(process_group, str):
