@@ -267,7 +267,7 @@ def machine_of(run: dict[str, Any]) -> Machine:
 
 
 def measured(case: Case, graph: bool, rows: Sequence[dict[str, Any]]) -> tuple[str, float] | None:
-    """The fastest of this package's CUDA kernels at a case, by the kernels' own time (a graph's replay); None of none."""
+    """The fastest of this package's CUDA kernels at a case, by the kernels' own time (a graph's); None of none."""
     best: tuple[str, float] | None = None
     for row in rows:
         same = (row["batch"], row["classes"], row["dtype"], tuple(row["terms"])) == (
@@ -297,8 +297,8 @@ def table(machine: Machine, rows: Sequence[dict[str, Any]] = ()) -> str:
         lines.append(line)
     source = "its own ceilings" if rows else "assumed"
     lines.append(
-        f"{machine.name}: GEMM {machine.gemm_flop_per_s / 1e12:.0f} Tflop/s, copy {machine.copy_bytes_per_s / 1e12:.1f} "
-        f"TB/s ({source}); a model, not a measurement"
+        f"{machine.name}: GEMM {machine.gemm_flop_per_s / 1e12:.0f} Tflop/s, "
+        f"copy {machine.copy_bytes_per_s / 1e12:.1f} TB/s ({source}); a model, not a measurement"
     )
     return "\n".join(lines)
 
