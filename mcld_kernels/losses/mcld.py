@@ -449,6 +449,8 @@ class MCLDLoss(nn.Module):
             parts.append(f"warmup_steps={self.warmup_steps}")
         if self.uncertainty_weighting:
             parts.append("uncertainty_weighting=True")
+        if self.ranks is not None:
+            parts.append(f"process_group={self.ranks.group!r}, gather={self.ranks.gather!r}, even={self.ranks.even}")
         return ", ".join([*parts, f"backend={self.backend!r}"])
 
 
