@@ -150,6 +150,7 @@ def _rank(rank: int, size: int, port: int, arguments: list[str], signal_at: tupl
     from trainer import engine, program
 
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # workers of the loader need not import everything again
     if signal_at is not None:
         after_step = engine.Run._after_step
 
