@@ -62,10 +62,10 @@ ASSUMPTIONS = (
     ("latency_s", "1.5 us that a kernel takes however little it does: assumed"),
     ("instructions", "product 1: 992 a warp and tile after its products; flash: 380 a warp and tile of 128 candidates "
                      "(SASS of nvcc 13.0 for sm_90a; .ci/check_cuda.py)"),
-    ("tiles", "product 1 and the library's GEMM: 128 x 256; flash: 128 anchors, 128 candidates up to a pitch of 128, else "
-              "64 (csrc/constants.h; the library's is assumed)"),
-    ("flash_efficiency", "0.9 of a GEMM's speed where products bind; FlashAttention-3 (Shah et al. 2024, arXiv 2407.08608) "
-                         "reports up to 740 Tflop/s forward in fp16 on an H100"),
+    ("tiles", "product 1 and the library's GEMM: 128 x 256; flash: 128 anchors, 128 candidates up to a pitch of 128, "
+              "else 64 (csrc/constants.h; the library's is assumed)"),
+    ("flash_efficiency", "0.9 of a GEMM's speed where products bind: assumed; FlashAttention-3 (Shah et al. 2024, "
+                         "arXiv 2407.08608) reports up to 740 Tflop/s forward in fp16 on an H100"),
     ("overlap", "flash: exponentials and issue beside the products; product 1: its epilogue after them"),
 )  # fmt: skip
 
@@ -267,7 +267,7 @@ def machine_of(run: dict[str, Any]) -> Machine:
 
 
 def measured(case: Case, graph: bool, rows: Sequence[dict[str, Any]]) -> tuple[str, float] | None:
-    """The fastest of this package's CUDA kernels at a case, by the kernels' own time (a graph's replay); None of none."""
+    """The fastest of this package's CUDA kernels at a case, by the kernels' own time (a graph's); None of none."""
     best: tuple[str, float] | None = None
     for row in rows:
         same = (row["batch"], row["classes"], row["dtype"], tuple(row["terms"])) == (
@@ -297,8 +297,8 @@ def table(machine: Machine, rows: Sequence[dict[str, Any]] = ()) -> str:
         lines.append(line)
     source = "its own ceilings" if rows else "assumed"
     lines.append(
-        f"{machine.name}: GEMM {machine.gemm_flop_per_s / 1e12:.0f} Tflop/s, copy {machine.copy_bytes_per_s / 1e12:.1f} "
-        f"TB/s ({source}); a model, not a measurement"
+        f"{machine.name}: GEMM {machine.gemm_flop_per_s / 1e12:.0f} Tflop/s, "
+        f"copy {machine.copy_bytes_per_s / 1e12:.1f} TB/s ({source}); a model, not a measurement"
     )
     return "\n".join(lines)
 

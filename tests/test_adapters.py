@@ -100,6 +100,8 @@ class TestTimm:
         for soft_labels in (False, True):
             self.task(models, Recorder(), soft_labels=soft_labels)(torch.randn(4, 3, 64, 64), soft)
         assert torch.equal(heard[0], soft.argmax(1)) and heard[1] is soft
+        with_soft_labels = self.task(models, MCLDLoss(**OPTIONS), soft_labels=True)
+        with_soft_labels(torch.randn(4, 3, 64, 64), soft)["loss"].backward()
 
     def test_a_script_of_timm_gets_the_loss_and_its_own_arguments(self, monkeypatch, tmp_path, capsys):
         import timm.task

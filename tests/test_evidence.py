@@ -207,6 +207,22 @@ class TestProgram:
         for ours, expected in zip(results_of(tmp_path)["cells"], results_of(whole)["cells"], strict=True):
             assert ours["students"] == expected["students"]
 
+    def test_a_recorded_run_goes_on_from_its_json(self, whole, tmp_path, capsys):
+        recorded = results_of(whole)
+        recorded["cells"] = [cell for cell in recorded["cells"] if cell["method"] != "mcld-0.5-3"]
+        (tmp_path / "results.json").write_text(json.dumps(recorded))
+        command = ["--quick", "--methods", METHODS, "--output", str(tmp_path)]
+        assert evidence.main(command) == 0
+        assert "6 of 7 cells are done" in capsys.readouterr().out
+        for ours, expected in zip(results_of(tmp_path)["cells"], results_of(whole)["cells"], strict=True):
+            assert ours["students"] == expected["students"]
+        other = tmp_path / "other"
+        other.mkdir()
+        (other / "results.json").write_text(json.dumps(recorded | {"teacher": {"validation": 0.5, "test": 0.5}}))
+        for _ in range(2):
+            assert evidence.main([*command[:-1], str(other)]) == Exit.USAGE
+        assert "the cells would not compare" in " ".join(capsys.readouterr().out.split())
+
     def test_a_folder_of_another_plan_is_refused(self, whole, capsys):
         assert evidence.main(["--quick", "--seeds", "4", "--output", str(whole)]) == Exit.USAGE
         assert "another plan: seeds 3 there, 4 now" in " ".join(capsys.readouterr().out.split())
