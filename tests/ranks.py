@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 TIMEOUT_S = 60  # of a collective
 START_S = 60  # of a process, at most
+ANSWER_S = 300  # of what a function does beside its collectives, at most
 
 
 class Pool:
@@ -41,8 +42,8 @@ class Pool:
             pipe.send((function, args, len(pipes)))
         replies = []
         for rank, pipe in enumerate(pipes):
-            if not pipe.poll(self.timeout_s + START_S):
-                raise AssertionError(f"rank {rank} did not answer within {self.timeout_s + START_S} s")
+            if not pipe.poll(self.timeout_s + ANSWER_S):
+                raise AssertionError(f"rank {rank} did not answer within {self.timeout_s + ANSWER_S} s")
             try:
                 replies.append(pipe.recv())
             except EOFError:

@@ -116,9 +116,9 @@ class SoftMeans(LabelMeans):
     def begin(self, with_local: bool, with_remote: bool, remote_grad: bool) -> None:
         unit, soft, ranks = self.local.unit, self.soft, self.ranks
         acc = unit.inv_norm.dtype
-        local = unit.rows[: unit.n, : unit.d].to(acc)
+        local = unit.rows[: unit.n].to(acc)  # as wide as operands are, padding included
         whole, first = self.remote.own()
-        remote = whole.rows[first : first + unit.n, : unit.d].to(acc)
+        remote = whole.rows[first : first + unit.n].to(acc)
         totals = ranks.all_reduce(soft.totals.clone())
         of_remote = soft.share(totals)  # (b,) of own rows as remote anchors
         of_local = of_remote
@@ -128,7 +128,7 @@ class SoftMeans(LabelMeans):
                 further, theirs = self.remote.further, self.remote.further_soft
                 assert theirs is not None
                 of_local = soft.share(totals + theirs.totals)
-                sums = sums + theirs.class_sums(further.rows[: further.n, : further.d])
+                sums = sums + theirs.class_sums(further.rows[: further.n])
             self.means = self._mixed(sums).mul_(of_local[:, None])
         if with_remote:
             self.by_remote = self._mixed(self._summed(local)).mul_(of_remote[:, None])
@@ -140,7 +140,7 @@ class SoftMeans(LabelMeans):
             self.by_local = self._mixed(self._summed(local * of_local[:, None]))
 
     def _summed(self, rows: Tensor) -> Tensor:
-        """Y^T rows over all ranks: (C, d)."""
+        """Y^T rows over all ranks: (C, >= d)."""
         table = rows.new_zeros(self.soft.totals.shape[0], rows.shape[1])
         if rows.shape[0] > 0:
             table = self.soft.class_sums(rows)
@@ -152,6 +152,7 @@ class SoftMeans(LabelMeans):
     def pull_own(self, gradient: Tensor, of_local: GradCoefficients | None, of_remote: GradCoefficients | None) -> None:
         if of_local is not None and of_local.class_mean is not None and self.by_local is not None:
             # The same for every anchor that counts; rows that do not count share no class.
-            gradient.addcmul_(self.by_local, -of_local.class_mean.amax())
+            gradient.addcmul_(self.by_local[:, : self.local.unit.d], -of_local.class_mean.amax())
         if of_remote is not None and of_remote.class_mean is not None and self.by_remote is not None:
-            gradient.addcmul_(self.by_remote, -of_remote.class_mean[self.ranks.own, None])
+            by_remote = self.by_remote[:, : self.local.unit.d]
+            gradient.addcmul_(by_remote, -of_remote.class_mean[self.ranks.own, None])
