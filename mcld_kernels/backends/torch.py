@@ -85,6 +85,8 @@ class _TorchContrast:
         self.args, self.without_shift = args, without_shift
         anchors, candidates = args.anchors, args.candidates
         self.acc_dtype = anchors.inv_norm.dtype
+        if args.candidate_grad:  # its product (m, d) and the anchors times their coefficients take the other half
+            budget //= 2
         self.chunk_rows = max(1, budget // (candidates.n * self.acc_dtype.itemsize))
         self.candidate_product = _zeros_like(candidates, self.acc_dtype) if args.candidate_grad else None
         reverse_grad = args.reverse and args.candidate_grad
