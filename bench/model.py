@@ -297,8 +297,8 @@ def table(machine: Machine, rows: Sequence[dict[str, Any]] = ()) -> str:
         lines.append(line)
     source = "its own ceilings" if rows else "assumed"
     lines.append(
-        f"{machine.name}: GEMM {machine.gemm_flop_per_s / 1e12:.0f} Tflop/s, copy {machine.copy_bytes_per_s / 1e12:.1f} "
-        f"TB/s ({source}); a model, not a measurement"
+        f"{machine.name}: GEMM {machine.gemm_flop_per_s / 1e12:.0f} Tflop/s, "
+        f"copy {machine.copy_bytes_per_s / 1e12:.1f} TB/s ({source}); a model, not a measurement"
     )
     return "\n".join(lines)
 

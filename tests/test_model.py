@@ -46,7 +46,7 @@ def test_a_faster_machine_is_never_slower(field):
     for case, graph in model.REGIMES:
         if field != "clock_hz":  # at a higher clock the ceiling stays
             assert model.predict(case, fast, graph).seconds <= model.predict(case, slow, graph).seconds
-    for case, graph in model.REGIMES:
+    for case, _ in model.REGIMES:
         assert model.predict(case, slow, True).seconds <= model.predict(case, slow, False).seconds
 
 
