@@ -65,9 +65,12 @@ def count_collectives() -> Iterator[list[Collective]]:
 
 def ranks_options(process_group: Any, gather: Any, even: Any) -> RanksOptions | None:
     """Check how a call is to run over ranks. None for ``process_group=None``, one process."""
+    if process_group is None and gather == "all" and even is False:
+        return None  # the usual call, and the cheapest
     if gather not in GATHERS:
         raise ValueError(f"gather must be one of {', '.join(map(repr, GATHERS))}; got {gather!r}")
-    check_flag("even", even)
+    if even is not False:
+        check_flag("even", even)
     if process_group is None:
         return None
     if isinstance(process_group, str):

@@ -96,7 +96,8 @@ def ckd_options(
     *, temperature: Any, weight: Any, negatives: Any, eps: Any, process_group: Any
 ) -> tuple[CKDOptions, Tensor | None]:
     """The options, and the weight tensor (1,) if one came."""
-    check_process_group(process_group)
+    if negatives == "student":
+        check_process_group(process_group, 'CKD with negatives="student"')
     numbers, tensor = _split_weight(weight, ("contrast",))
     return _cached(_cached_ckd_options, _ckd_options, temperature, numbers, negatives, eps), tensor
 
@@ -112,7 +113,7 @@ def _ckd_options(temperature: Any, weight: Any, negatives: Any, eps: Any) -> CKD
 
 def clkd_options(*, weight: Any, reduction: Any, eps: Any, process_group: Any) -> tuple[CLKDOptions, Tensor | None]:
     """The options, and the weight tensor (3,) if one came."""
-    check_process_group(process_group)
+    check_process_group(process_group, "CLKD")
     numbers, tensor = _split_weight(weight, CLKD_TERMS)
     return _cached(_cached_clkd_options, _clkd_options, numbers, reduction, eps), tensor
 
@@ -137,7 +138,7 @@ def mlkd_options(
     process_group: Any,
 ) -> tuple[MLKDOptions, Tensor | None]:
     """The options, and the weight tensor (3,) if one came."""
-    check_process_group(process_group)
+    check_process_group(process_group, "MLKD")
     numbers, tensor = _split_weight(weight, MLKD_TERMS)
     values = (correlation_temperature, supervised_temperature, numbers, views, ignore_index, eps)
     return _cached(_cached_mlkd_options, _mlkd_options, *values), tensor
@@ -173,10 +174,12 @@ def _cached(cached: Callable[..., Options], plain: Callable[..., Options], *valu
         return plain(*values)
 
 
-def check_process_group(process_group: Any) -> None:
+def check_process_group(process_group: Any, name: str) -> None:
+    """Refuse a group for a loss without a form over ranks."""
     if process_group is not None:
         raise NotImplementedError(
-            "process_group: the loss over a global batch is not implemented for this loss; pass process_group=None"
+            f"process_group: {name} has no form over the global batch; pass process_group=None, for the mean over the "
+            'ranks of each one\'s own loss. MCLD, and CKD with negatives="teacher", take a group'
         )
 
 

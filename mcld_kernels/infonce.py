@@ -125,9 +125,12 @@ def contrast(
         reverse=reverse is not None,
         is_bounded=is_bounded,
     )
-    if _anchor_pass(kernels, args, anchors, candidates):
+    means = class_index = None
+    if any(weight.positives == "label" for weight in anchors.weights):
+        means, class_index = _class_means(kernels, anchors, candidates)
+    if kernels.has_anchor_pass and _anchor_pass(kernels, args, anchors, means, class_index):
         return
-    forward_terms, means, class_index = _anchor_terms(kernels, anchors, candidates, temperature, offset)
+    forward_terms = _anchor_terms(kernels, anchors, candidates, temperature, offset, means, class_index)
     pass_ = kernels.contrast(args)
     partner: list[Tensor] = []
     class_mean: list[Tensor] = []
@@ -169,7 +172,9 @@ def contrast(
         _finish_without_partner(kernels, pass_, anchors, candidates, torch.cat(class_mean))
 
 
-def _anchor_pass(kernels: KernelSet, args: ContrastArgs, anchors: Anchors, candidates: Side) -> bool:
+def _anchor_pass(
+    kernels: KernelSet, args: ContrastArgs, anchors: Anchors, means: Tensor | None, class_index: Tensor | None
+) -> bool:
     """Compute the contrast by `KernelSet.anchor_pass`; False, with nothing done, where there is none for it."""
     side, grad = anchors.side, anchors.side.grad
     if not grad.needed or args.candidate_grad or args.reverse:
@@ -182,7 +187,6 @@ def _anchor_pass(kernels: KernelSet, args: ContrastArgs, anchors: Anchors, candi
     compute = kernels.anchor_pass(args, out)
     if compute is None:
         return False
-    means, class_index = _class_means(kernels, anchors, candidates)
     compute(
         AnchorPassArgs(
             weights=anchors.weights,
@@ -197,10 +201,8 @@ def _anchor_pass(kernels: KernelSet, args: ContrastArgs, anchors: Anchors, candi
     return True
 
 
-def _class_means(kernels: KernelSet, anchors: Anchors, candidates: Side) -> tuple[Tensor | None, Tensor | None]:
+def _class_means(kernels: KernelSet, anchors: Anchors, candidates: Side) -> tuple[Tensor, Tensor]:
     """For a term with label positives: class means of the candidates, and the row of each anchor's class."""
-    if all(weight.positives != "label" for weight in anchors.weights):
-        return None, None
     labels, soft = anchors.side.labels, anchors.side.soft
     assert labels is not None and candidates.labels is not None
     if soft is None:
@@ -212,19 +214,23 @@ def _class_means(kernels: KernelSet, anchors: Anchors, candidates: Side) -> tupl
 
 
 def _anchor_terms(
-    kernels: KernelSet, anchors: Anchors, candidates: Side, temperature: float, offset: int
-) -> tuple[AnchorTerms, Tensor | None, Tensor | None]:
-    """The anchors' positives; for a term with label positives, class means of the candidates and their row for each."""
-    means, class_index = _class_means(kernels, anchors, candidates)
+    kernels: KernelSet,
+    anchors: Anchors,
+    candidates: Side,
+    temperature: float,
+    offset: int,
+    means: Tensor | None,
+    class_index: Tensor | None,
+) -> AnchorTerms:
+    """The anchors' positives; ``means`` and ``class_index`` as `_class_means` gives them."""
     positive, label_positive = kernels.positive_cosines(anchors.side.unit, candidates.unit, offset, means, class_index)
-    terms = AnchorTerms(
+    return AnchorTerms(
         positive=positive,
         label_positive=label_positive,
         temperature=temperature,
         weights=anchors.weights,
         per_anchor=anchors.per_anchor,
     )
-    return terms, means, class_index
 
 
 def _loss_without_partner(terms: AnchorTerms, sums: NegativeSums) -> GradCoefficients:
@@ -308,7 +314,12 @@ def _finish(
     reverse_coefficients = None
     if reverse is not None:
         assert sums.reverse is not None
-        reverse_terms, *_ = _anchor_terms(kernels, reverse, anchors.side, args.temperature, -args.offset)
+        means = class_index = None
+        if any(weight.positives == "label" for weight in reverse.weights):
+            means, class_index = _class_means(kernels, reverse, anchors.side)
+        reverse_terms = _anchor_terms(
+            kernels, reverse, anchors.side, args.temperature, -args.offset, means, class_index
+        )
         reverse_coefficients = kernels.loss_epilogue(reverse_terms, sums.reverse)
     if not args.candidate_grad:
         return

@@ -268,6 +268,8 @@ class KernelSet:
         """Begin a contrast."""
         raise NotImplementedError
 
+    has_anchor_pass = False  # True: `anchor_pass` is asked
+
     def anchor_pass(self, args: ContrastArgs, out: Tensor) -> Callable[[AnchorPassArgs], None] | None:
         """The function that computes a contrast with frozen candidates whole, loss and gradient ``out`` by the anchors.
 

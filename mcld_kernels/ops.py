@@ -22,6 +22,7 @@ from .options import acc_dtype, grad_dtype, is_readable, no_autocast
 
 _LIBRARY = torch.library.Library("mcld_kernels", "DEF")
 _OPERATORS: dict[str, LossOperator] = {}
+_NO_CONTEXT = contextlib.nullcontext()
 _TENSORS = ("student", "teacher", "target", "weight")
 _OUTPUTS = "(Tensor loss, Tensor terms, Tensor student_grad, Tensor teacher_grad)"
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -228,23 +229,26 @@ class LossOperator:
         )
         device = student.device
         is_elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-        if is_elsewhere or torch.is_autocast_enabled(device.type):
-            on_device = torch.cuda.device(device) if is_elsewhere else contextlib.nullcontext()
-            with on_device, no_autocast(device):
-                outputs = self._evaluate(call, kernels, inputs)
-        else:
-            outputs = self._evaluate(call, kernels, inputs)
-        if outputs is None:
-            return self._like(call, torch.zeros)
+        with (
+            torch.cuda.device(device) if is_elsewhere else _NO_CONTEXT,
+            no_autocast(device) if torch.is_autocast_enabled(device.type) else _NO_CONTEXT,
+        ):
+            if call.ranks is not None:
+                over_ranks = self._evaluate_over_ranks(call.ranks, kernels, inputs)
+                if over_ranks is None:
+                    return self._like(call, torch.zeros)
+                outputs = over_ranks
+            elif kernels.records_calls:
+                outputs = kernels.run(self._compute, inputs)
+            else:
+                outputs = self._compute(kernels, inputs)
         return outputs.loss, outputs.terms, outputs.student_grad, outputs.teacher_grad
 
-    def _evaluate(self, call: _Call, kernels: KernelSet, inputs: LossInputs) -> LossOutputs | None:
-        """The loss, over ranks after their exchange. None for an empty global batch."""
-        if call.ranks is None:
-            return kernels.run(self._compute, inputs) if kernels.records_calls else self._compute(kernels, inputs)
+    def _evaluate_over_ranks(self, options: RanksOptions, kernels: KernelSet, inputs: LossInputs) -> LossOutputs | None:
+        """The loss over ranks, after their exchange. None for an empty global batch."""
         assert self._compute_over_ranks is not None
         rows, device = inputs.student.shape[0], inputs.student.device
-        ranks = distributed.join(call.ranks, rows, _facts(kernels, inputs), device)
+        ranks = distributed.join(options, rows, _facts(kernels, inputs), device)
         if ranks.total == 0:
             return None
         return self._compute(kernels, inputs) if ranks.count == 1 else self._compute_over_ranks(kernels, inputs, ranks)

@@ -54,24 +54,21 @@ class MCLDOptions(NamedTuple):
         """The terms that are computed."""
         return self.term_weight[0] != 0, self.term_weight[1] != 0, self.term_weight[2] != 0
 
-    @property
-    def label_terms(self) -> tuple[bool, bool, bool]:
-        """The terms that are computed and read the labels."""
-        return _label_terms(self)
 
-
-def _label_terms(options: MCLDOptions) -> tuple[bool, bool, bool]:
+def label_terms(options: MCLDOptions) -> tuple[bool, bool, bool]:
+    """The terms that are computed and read the labels."""
     # A function, since torch 2.6 cannot trace a property of a NamedTuple.
     instance, sample, category = options.term_weight
     return instance != 0 and options.mask_same_class, sample != 0, category != 0 and options.present_only
 
 
-def row_groups(options: MCLDOptions) -> list[tuple[int, ...]]:
+@lru_cache(maxsize=256)
+def row_groups(options: MCLDOptions) -> tuple[tuple[int, ...], ...]:
     """The active row terms, those together that share one contrast."""
     instance, sample, _ = options.active
     if instance and sample and not options.mask_same_class and options.temperature[0] == options.temperature[1]:
-        return [(INSTANCE, SAMPLE)]
-    return [(term,) for term, active in ((INSTANCE, instance), (SAMPLE, sample)) if active]
+        return ((INSTANCE, SAMPLE),)
+    return tuple((term,) for term, active in ((INSTANCE, instance), (SAMPLE, sample)) if active)
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -171,10 +168,10 @@ def check_mcld_inputs(
     if candidates is not None or candidate_target is not None:
         _check_candidates(candidates, candidate_target, teacher, options)
     if target is None:
-        if any(_label_terms(options)):
+        if any(label_terms(options)):
             _raise_missing_target(options, weight)
         return False
-    return check_target(target, student, options.ignore_index, read_values=any(_label_terms(options)))
+    return check_target(target, student, options.ignore_index, read_values=any(label_terms(options)))
 
 
 def _check_candidates(candidates: Any, candidate_target: Tensor | None, teacher: Tensor, options: MCLDOptions) -> None:
@@ -196,7 +193,7 @@ def _check_candidates(candidates: Any, candidate_target: Tensor | None, teacher:
         )
     if candidate_target is not None:
         check_target(
-            candidate_target, candidates, options.ignore_index, read_values=any(_label_terms(options)),
+            candidate_target, candidates, options.ignore_index, read_values=any(label_terms(options)),
             name="candidate_target", shape="rows",
         )  # fmt: skip
 
@@ -357,7 +354,7 @@ def _raise_missing_target(options: MCLDOptions, weight: Tensor | None) -> None:
         "the sample-wise term (weight[1] other than 0)",
         "present_only of the category-wise term",
     )
-    needed = [reason for reason, used in zip(reasons, _label_terms(options), strict=True) if used]
+    needed = [reason for reason, used in zip(reasons, label_terms(options), strict=True) if used]
     remedy = "a term: weight 0"
     if weight is not None:
         remedy = "a term: three numbers as weight, with a 0; a tensor computes all three terms, whatever its values"

@@ -124,7 +124,8 @@ def _run(study: Study, methods: Sequence[str], screen: Console) -> int:
     try:
         screen.print(f"teacher: {study.plan.teacher_epochs} epochs, once", style="dim")
         results["teacher"] = study.teacher_accuracy()
-        study.prepare()
+        if left:
+            study.prepare()
         remaining = Remaining(study.predicted_seconds)
         screen.print(f"{len(wanted) - len(left)} of {len(wanted)} cells are done", style="dim")
         _train(study, left, remaining, screen)

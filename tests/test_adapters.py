@@ -100,6 +100,8 @@ class TestTimm:
         for soft_labels in (False, True):
             self.task(models, Recorder(), soft_labels=soft_labels)(torch.randn(4, 3, 64, 64), soft)
         assert torch.equal(heard[0], soft.argmax(1)) and heard[1] is soft
+        with_soft_labels = self.task(models, MCLDLoss(**OPTIONS), soft_labels=True)
+        with_soft_labels(torch.randn(4, 3, 64, 64), soft)["loss"].backward()
 
     def test_a_script_of_timm_gets_the_loss_and_its_own_arguments(self, monkeypatch, tmp_path, capsys):
         import timm.task
@@ -273,7 +275,7 @@ class TestLightning:
 
 # Each rank takes every other row, 8 a step; both steps' rows are those of 16 in one process.
 TWO_RANKS = """
-import sys
+import os, sys
 sys.path += [{python!r}, {tests!r}]
 import torchvision_shim
 torchvision_shim.install()
@@ -291,8 +293,9 @@ if __name__ == "__main__":
                           lambda values: torch.optim.SGD(values, lr=0.1))
     trainer = L.Trainer(max_epochs=1, accelerator="cpu", devices=2, strategy="ddp", logger=False,
                         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-                        default_root_dir={folder!r})
-    trainer.fit(module, torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data), 8))
+                        use_distributed_sampler=False, default_root_dir={folder!r})
+    own = torch.utils.data.TensorDataset(*(values[int(os.environ.get("LOCAL_RANK", 0)) :: 2] for values in data))
+    trainer.fit(module, torch.utils.data.DataLoader(own, 8))
     if trainer.is_global_zero:
         torch.save({{"first": first, "last": student.state_dict(), "teacher": teacher.state_dict(), "data": data}},
                    {folder!r} + "/two.pt")

@@ -242,6 +242,7 @@ def test_a_provider_with_fields_of_its_tuning(monkeypatch):
     assert [provider.name for provider in providers.choose(names)] == [
         "reference", "torch:chunk_bytes=4096", "hopper:hopper_skew=2+library_product=False",
     ]  # fmt: skip
+    assert not any(":" in provider.name for provider in providers.choose(None)), "of one call alone"
     chosen = []
     tuned = providers.backends.tuned
     monkeypatch.setattr(providers.backends, "tuned", lambda **fields: chosen.append(fields) or tuned(**fields))

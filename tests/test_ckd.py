@@ -1,10 +1,12 @@
 """CKD: against its definition in loops, the released form, the reference on every backend, and MCLD's own term."""
 
+import copy
 import math
 
 import loops
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from cases import DTYPES, labels, logits, short
 from family import Loss, check, on_the_cpu, run, spread
@@ -136,6 +138,34 @@ class TestKernels:
         student, teacher = logits("random", 5, 4, torch.float32)
         with on_the_cpu(name), pytest.raises(backends.BackendUnavailable, match="no gradient by the teacher"):
             run(mcld_kernels.ckd_terms, student, teacher, teacher_grad=True, backend=name, **CASES[form].options)
+
+
+def _over_ranks(group, backend, sizes):
+    """Run on every rank: the mean over ranks and this rank's gradient against one process."""
+    student, teacher = logits("random", sum(sizes), 7)
+    own = [x.split(sizes)[dist.get_rank(group)] for x in (student, teacher)]
+    weight = torch.tensor(3.0, dtype=torch.float64)
+    got = run(mcld_kernels.ckd_terms, *own, temperature=0.5, weight=weight, backend=backend, process_group=group)
+    want = run(reference.ckd_terms, student, teacher, temperature=0.5, weight=3.0)
+    values = torch.stack([got.loss, *got.terms])
+    dist.all_reduce(values, group=group)
+    torch.testing.assert_close(values / len(sizes), torch.stack([want.loss, *want.terms]))
+    torch.testing.assert_close(got.student / len(sizes), want.student.split(sizes)[dist.get_rank(group)])
+    module = copy.deepcopy(CKDLoss(temperature=0.5, weight=3.0, backend=backend, process_group=group))
+    torch.testing.assert_close(module(*own).detach(), got.loss)
+
+
+def test_two_ranks_are_one_process(pool):
+    for backend in ("reference", "torch"):
+        for sizes in ((5, 5), (7, 2)):
+            pool.run(_over_ranks, backend, sizes, ranks=2)
+
+
+@pytest.mark.parametrize("function", [mcld_kernels.ckd_loss, reference.ckd_loss])
+def test_a_group_that_is_none_is_refused(function):
+    student, teacher = logits("random", 4, 3)
+    with pytest.raises(TypeError, match="process_group of type object: pass a torch.distributed.ProcessGroup"):
+        function(student, teacher, process_group=object())
 
 
 class TestWeight:

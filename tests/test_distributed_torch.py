@@ -174,6 +174,7 @@ def pickled(group):
     inputs = arguments(group)
     want = module(*inputs)
     assert module.process_group == group.group_name
+    assert f"process_group={group.group_name!r}, gather='all', even=False" in repr(module)
     for other in (pickle.loads(pickle.dumps(module)), copy.deepcopy(module)):
         assert torch.equal(other(*inputs), want)
     assert not any("group" in name for name in module.state_dict())

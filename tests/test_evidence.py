@@ -207,6 +207,22 @@ class TestProgram:
         for ours, expected in zip(results_of(tmp_path)["cells"], results_of(whole)["cells"], strict=True):
             assert ours["students"] == expected["students"]
 
+    def test_a_recorded_run_goes_on_from_its_json(self, whole, tmp_path, capsys):
+        recorded = results_of(whole)
+        recorded["cells"] = [cell for cell in recorded["cells"] if cell["method"] != "mcld-0.5-3"]
+        (tmp_path / "results.json").write_text(json.dumps(recorded))
+        command = ["--quick", "--methods", METHODS, "--output", str(tmp_path)]
+        assert evidence.main(command) == 0
+        assert "6 of 7 cells are done" in capsys.readouterr().out
+        for ours, expected in zip(results_of(tmp_path)["cells"], results_of(whole)["cells"], strict=True):
+            assert ours["students"] == expected["students"]
+        other = tmp_path / "other"
+        other.mkdir()
+        (other / "results.json").write_text(json.dumps(recorded | {"teacher": {"validation": 0.5, "test": 0.5}}))
+        for _ in range(2):
+            assert evidence.main([*command[:-1], str(other)]) == Exit.USAGE
+        assert "the cells would not compare" in " ".join(capsys.readouterr().out.split())
+
     def test_a_folder_of_another_plan_is_refused(self, whole, capsys):
         assert evidence.main(["--quick", "--seeds", "4", "--output", str(whole)]) == Exit.USAGE
         assert "another plan: seeds 3 there, 4 now" in " ".join(capsys.readouterr().out.split())
@@ -235,3 +251,18 @@ class TestProgram:
         with pytest.raises(SystemExit):
             evidence.main(["--methods", "alone,magic"])
         assert "'magic' is not one of alone,kd" in capsys.readouterr().err
+
+
+def test_the_table_of_the_documentation_is_that_of_the_recorded_run():
+    page = (evidence.ROOT / "docs" / "hyperparameters.md").read_text(encoding="utf-8")
+    recorded, rest = page.split("<!-- evidence: ")[1].split(" -->\n", 1)
+    run = json.loads((evidence.ROOT / recorded / "results.json").read_text())
+    rows = {(row.method, row.batch): row for row in evidence_report.rows(run)}
+    lines = rest.split("\n\n")[0].splitlines()[2:]
+    assert len(lines) == len({method for method, _ in rows})
+    for line in lines:
+        title, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        name = next(method.name for method in contenders.METHODS if method.title == title)
+        for batch, accuracy, difference in zip((32, 128, 512), cells[::2], cells[1::2], strict=True):
+            row = rows[name, batch]
+            assert (accuracy, difference) == (str(row.accuracy), evidence_report.signed(row.against_kd))

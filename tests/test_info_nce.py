@@ -6,7 +6,7 @@ import loops
 import pytest
 import torch
 from cases import DTYPES, logits, short
-from test_low_latency import _Operations
+from test_low_latency import NEEDS_MODULE, _Operations
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -150,9 +150,7 @@ def test_fp64_is_the_reference(way, name, temperature):
             frozen = info_nce(leaf, candidates, temperature=temperature, backend=backend, **both)
             frozen.backward((upstream[-1:] if reduction != "none" else upstream).reshape(frozen.shape))
         for key, value in want.items():
-            torch.testing.assert_close(
-                got[key], value, rtol=1e-10, atol=1e-12, msg=lambda text: f"{both} {key}: {text}"
-            )
+            torch.testing.assert_close(got[key], value, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(frozen.detach(), want["loss"], rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(leaf.grad, want["anchors"], rtol=1e-10, atol=1e-12)
 
@@ -235,6 +233,29 @@ def test_a_gpu_within_the_error_bar(backend, name, dtype):
 @pytest.mark.parametrize("width", [64, 4096])
 def test_any_width(width):
     hold_to_the_bar("torch", "diagonal", torch.float32, (33, 65, width), draws=1)
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=NEEDS_MODULE)], ids=["torch", "compiled"])
+@pytest.mark.parametrize("n", [1, 9, 70, 260])
+def test_pairs_in_fp32(n, compiled):
+    """Frozen candidates, as many as anchors: whole matrices, by the compiled module where it is built."""
+    anchors, candidates = logits("random", n, 33, torch.float32)
+    for temperature in (0.1, torch.tensor(0.3), 0.01):
+        results = []
+        for function, dtype in (
+            (info_nce, torch.float32),
+            (reference.info_nce, torch.float32),
+            (reference.info_nce, torch.float64),
+        ):
+            leaf = anchors.detach().to(dtype, copy=True).requires_grad_()
+            with backends.tuned(compiled=compiled):
+                loss = function(leaf, candidates.to(dtype), temperature=temperature)
+            loss.backward()
+            results.append((loss.detach(), leaf.grad))
+        for ours, eager, want in zip(*results, strict=True):
+            errors = [float((x.double() - want).norm()) for x in (ours, eager)]
+            assert errors[0] <= 2 * errors[1] + 1e-6 * (1 + float(want.norm())), (temperature, errors)
 
 
 def test_a_small_loss_keeps_its_digits():
@@ -321,7 +342,8 @@ class TestOperator:
         for options, most in (({}, (30, 19)), ({"positives": "label", "anchor_target": hard[0]}, (42, 31))):
             for with_grad, count in zip((True, False), most, strict=True):
                 inputs = self.inputs(anchors, candidates, with_grad, options)
-                kernels = backends.kernel_set("torch", anchors, candidates)
+                with backends.tuned(compiled=False):
+                    kernels = backends.kernel_set("torch", anchors, candidates)
                 with _Operations() as seen:
                     kernels.info_nce_low_latency(inputs)(inputs)
                 assert len(seen.names) <= count, (len(seen.names), seen.names)

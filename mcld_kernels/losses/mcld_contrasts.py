@@ -1,4 +1,7 @@
-"""MCLD as contrasts of rows and of columns, in one process; `mcld_ranks` is the same over ranks."""
+"""MCLD as contrasts of rows and of columns, in one process; `mcld_ranks` is the same over ranks.
+
+Row terms share one contrast where their temperatures agree and nothing is masked.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from torch import Tensor
 from ..infonce import Anchors, GradBuffer, Side, contrast
 from ..kernels import KernelSet, LossInputs, LossOutputs, TermWeight, UnitRows
 from ..labels import Labels, SoftLabels, class_weights, hard_labels
-from ..options import CATEGORY, INSTANCE, SAMPLE, MCLDOptions, row_groups
+from ..options import CATEGORY, INSTANCE, SAMPLE, MCLDOptions, label_terms, row_groups
 
 
 def compute(kernels: KernelSet, inputs: LossInputs) -> LossOutputs:
@@ -22,11 +25,11 @@ def compute(kernels: KernelSet, inputs: LossInputs) -> LossOutputs:
             f"{student.shape[0]} student rows against {teacher.shape[0]} teacher rows: only the row terms with "
             "direction='student' are defined for that"
         )
-    is_soft = inputs.target is not None and inputs.target.is_floating_point() and any(options.label_terms)
+    is_soft = inputs.target is not None and inputs.target.is_floating_point() and any(label_terms(options))
     if inputs.extra.get("candidates") is None and not is_soft:
         if (low_latency := kernels.mcld_low_latency(inputs)) is not None:
             return low_latency(inputs)
-    composition = _Composition(kernels, inputs)
+    composition = _Composition(kernels, inputs, instance or sample, category)
     operand, eps = kernels.operand_dtype(inputs.dtype), options.eps
     # The column copies are gone before the row copies are made.
     if category:
@@ -41,7 +44,7 @@ def compute(kernels: KernelSet, inputs: LossInputs) -> LossOutputs:
 class _Composition:
     """One call as contrasts of rows and of columns."""
 
-    def __init__(self, kernels: KernelSet, inputs: LossInputs):
+    def __init__(self, kernels: KernelSet, inputs: LossInputs, by_row: bool, by_column: bool):
         self.kernels, self.inputs, self.options = kernels, inputs, inputs.options
         options, student, acc = self.options, inputs.student, inputs.acc_dtype
         self.weight = None if inputs.weight is None else inputs.weight.to(acc)
@@ -49,11 +52,10 @@ class _Composition:
         self.teacher_grad = GradBuffer(inputs.teacher, inputs.teacher_grad)
         # What each anchor adds to a term: a row for every term and direction.
         rows = 5 if options.direction == "symmetric" else 3
-        (n, classes), (instance, sample, category) = student.shape, options.active
-        by_row = instance or sample
+        n, classes = student.shape
         # Rows of one width are written whole.
-        is_whole = n == inputs.teacher.shape[0] and (not by_row or not category or n == classes)
-        width = max(n if by_row else 1, classes if category else 1)
+        is_whole = n == inputs.teacher.shape[0] and (not by_row or not by_column or n == classes)
+        width = max(n if by_row else 1, classes if by_column else 1)
         self.per_anchor = (student.new_empty if is_whole else student.new_zeros)((rows, width), dtype=acc)
         self.terms: list[int] = []  # the term of each row of `per_anchor` that is in use
         candidates = inputs.extra.get("candidates")
@@ -64,7 +66,7 @@ class _Composition:
         self.extended_labels: Labels | None = None  # of the teacher's rows and the further candidates
         self.soft: SoftLabels | None = None
         self.extended_soft: SoftLabels | None = None
-        if inputs.target is not None and any(options.label_terms):
+        if inputs.target is not None and any(label_terms(options)):
             if self.candidates is not None or inputs.target.is_floating_point():
                 self._index_labels(inputs.target)
             else:

@@ -16,7 +16,7 @@ from ..distributed import Ranks
 from ..infonce import Anchors, GradBuffer, Side
 from ..kernels import KernelSet, LossInputs, LossOutputs, TermWeight
 from ..labels import Labels, SoftLabels, class_weights, hard_labels, index_labels_over_ranks
-from ..options import CATEGORY, INSTANCE, SAMPLE, row_groups
+from ..options import CATEGORY, INSTANCE, SAMPLE, label_terms, row_groups
 from ..over_ranks.columns import contrast_columns_over_ranks
 from ..over_ranks.remote import RemoteSide, normalize_rows
 from ..over_ranks.rows import contrast_over_ranks
@@ -53,7 +53,7 @@ class _RankComposition:
         self.own_soft: SoftLabels | None = None
         self.further_soft: SoftLabels | None = None
         self.candidates: Tensor | None = inputs.extra.get("candidates")
-        if any(options.label_terms):
+        if any(label_terms(options)):
             assert inputs.target is not None
             self._index_labels(inputs.target)
 

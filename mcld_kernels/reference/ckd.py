@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..family_options import CKDOptions, CKDTerms, Negatives, check_inputs, ckd_options
 from ..options import acc_dtype, no_autocast
-from .mcld import similarities, unit_rows
+from .mcld import mcld_terms, similarities, unit_rows
 
 
 def contrast(student: Tensor, teacher: Tensor, dtype: torch.dtype, options: CKDOptions) -> Tensor:
@@ -78,5 +78,17 @@ def ckd_terms(
     options, weight_tensor = ckd_options(
         temperature=temperature, weight=weight, negatives=negatives, eps=eps, process_group=process_group
     )
+    if process_group is not None:  # MCLD's instance-wise term with teacher anchors has a form over ranks
+        terms = mcld_terms(
+            student,
+            teacher,
+            temperature=options.temperature,
+            weight=(options.term_weight, 0.0, 0.0),
+            direction="teacher",
+            eps=options.eps,
+            process_group=process_group,
+        )
+        loss = terms.loss if weight_tensor is None else weight_tensor[0].to(terms.loss.dtype) * terms.loss
+        return CKDTerms(loss, terms.instance)
     check_inputs(student, teacher, weight_tensor)
     return evaluate(student, teacher, weight_tensor, options)

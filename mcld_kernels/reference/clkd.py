@@ -1,4 +1,4 @@
-"""CLKD, class-level knowledge distillation, in eager PyTorch (arXiv 2211.14773, from public re-implementations).
+"""CLKD, class-aware logit knowledge distillation, in eager PyTorch (arXiv 2211.14773, from public re-implementations).
 
 S, T: student and teacher logits, (B, C). rn, cn divide every row, column by its L2 norm; S_c, T_c: less the mean over
 the batch.

@@ -28,7 +28,8 @@ class LossTask(LogitDistillationTask):
 
     No epoch reaches a task: a warm-up counts steps (``MCLDLoss(warmup_steps=...)``). The count is in timm's
     checkpoints and comes back with --resume. With mixup or cutmix the target is soft, (batch, classes);
-    ``soft_labels=False`` gives the loss its most likely class, True the target as it is. ``sync``: over several ranks,
+    ``soft_labels=False`` gives the loss its most likely class, True the target as it is, for a loss that takes one, as
+    MCLDLoss does. ``sync``: over several ranks,
     take the loss of the global batch, as `sync_over_ranks` says.
     """
 

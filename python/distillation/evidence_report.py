@@ -143,13 +143,13 @@ def tables(results: Results) -> list[Table]:
         for row in (row for row in all_rows if row.batch == batch):
             edges = "".join(f" ({name} at the grid's end)" for name in row.at_edge if name in ("weight", "rate"))
             setting = " ".join(f"{name} {value:g}" for name, value in row.setting.items())
-            cells = [_signed(row.against_alone), _signed(row.against_kd), setting + edges]
+            cells = [signed(row.against_alone), signed(row.against_kd), setting + edges]
             table.add_row(BY_NAME[row.method].title, str(row.accuracy), *cells)
         made.append(table)
     return made
 
 
-def _signed(found: Interval | None) -> str:
+def signed(found: Interval | None) -> str:
     if found is None:
         return ""
     return f"{100 * found.mean:+.1f} ± {100 * found.half:.1f}" + ("" if found.excludes_zero else " ~")
@@ -246,7 +246,8 @@ def plot_settings(path: Path, results: Results, caption: str, method: str = "mcl
 
 def _finish(figure: Any, axes: Any, path: Path, results: Results, caption: str, legend: str) -> None:
     for axis in axes:
-        axis.grid(axis="x", alpha=0.3)
+        if not axis.images:
+            axis.grid(axis="x", alpha=0.3)
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
     plan, teacher = results["plan"], results["teacher"]

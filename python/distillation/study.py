@@ -87,8 +87,17 @@ class Study:
     """The cells of a plan in a folder."""
 
     def __init__(self, plan: Plan, folder: Path):
-        """Raises PlanMismatch where the folder belongs to another plan, OSError where it cannot be made."""
+        """Raises PlanMismatch where the folder belongs to another plan, OSError where it cannot be made.
+
+        A folder that has results.json alone, as a recorded run, is gone on with too; its teacher is trained again.
+        """
         self.plan, self.folder = plan, folder
+        self._recorded_teacher: dict[str, float] | None = None
+        if (folder / "results.json").exists():
+            results = json.loads((folder / "results.json").read_text())
+            self._recorded_teacher = results["teacher"]
+            if not (folder / "cells").exists():
+                self._unpack(results)
         (folder / "cells").mkdir(parents=True, exist_ok=True)
         head = folder / "plan.json"
         written = json.loads(json.dumps(asdict(plan)))
@@ -103,6 +112,14 @@ class Study:
         self._teacher: torch.nn.Module | None = None
         self._pools: dict[int, stack.Pool] = {}
         self.splits = digits(plan.images, plan.label_noise, 0)
+
+    def _unpack(self, results: dict[str, Any]) -> None:
+        """Cells and plan of a recorded run, of which only results.json is kept."""
+        (self.folder / "cells").mkdir()
+        write_json(self.folder / "plan.json", results["plan"])
+        for record in results["cells"]:
+            cell = Cell(record["phase"], record["method"], record["batch"])
+            write_json(self.folder / "cells" / cell.file, record)
 
     def record(self, cell: Cell) -> dict[str, Any] | None:
         """The cell's result; None where it has not run. PlanMismatch where the method had other settings then."""
@@ -211,7 +228,13 @@ class Study:
 
     def teacher_accuracy(self) -> dict[str, float]:
         held_out = {name: loader(self.splits.held_out(name), 512, train=False) for name in ("validation", "test")}
-        return {name: engine.accuracy(self.teacher(), data, torch.device("cpu")) for name, data in held_out.items()}
+        found = {name: engine.accuracy(self.teacher(), data, torch.device("cpu")) for name, data in held_out.items()}
+        if self._recorded_teacher not in (None, found):
+            raise PlanMismatch(
+                f"the teacher that this machine trains has accuracies {found}, that of the recorded run "
+                f"{self._recorded_teacher}: the cells would not compare. Choose another --output"
+            )
+        return found
 
 
 class Remaining:

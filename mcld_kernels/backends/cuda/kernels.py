@@ -87,6 +87,8 @@ class CudaKernels(KernelSet):
             return FlashContrast(self.launch, self.tuning, args)
         return TwoProductContrast(self.launch, self.tuning, args)
 
+    has_anchor_pass = True
+
     def anchor_pass(self, args: ContrastArgs, out: Tensor) -> Callable[[AnchorPassArgs], None] | None:
         # The one epilogue takes a fixed shift and a gradient whose rows are contiguous.
         if not self.tuning.one_epilogue or not args.has_fixed_shift() or (out.stride(1) != 1 and out.shape[1] > 1):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import LossInputs, LossOutputs, has_fixed_shift
-from ...options import MCLDOptions, grad_dtype
+from ...options import MCLDOptions, grad_dtype, label_terms
 from .launcher import Launcher
 
 
@@ -41,7 +41,7 @@ def evaluate(inputs: LossInputs, launch: Launcher, operand_dtype: torch.dtype, d
     batch, num_classes = student.shape
     workspace = _Workspace(launch, operand_dtype)
     matrices = _matrices(workspace, batch, num_classes, options, inputs.student_grad)
-    labelled = inputs.target is not None and any(options.label_terms)
+    labelled = inputs.target is not None and any(label_terms(options))
     target = inputs.target.contiguous() if inputs.target is not None and labelled else None
     weight = None if weight is None else weight.to(torch.float32).contiguous()
     gradient_dtype = grad_dtype(student.dtype)
