@@ -267,7 +267,7 @@ def machine_of(run: dict[str, Any]) -> Machine:
 
 
 def measured(case: Case, graph: bool, rows: Sequence[dict[str, Any]]) -> tuple[str, float] | None:
-    """The fastest of this package's CUDA kernels at a case, by the kernels' own time (a graph's); None of none."""
+    """The fastest of this package's CUDA kernels at a case by their own time, or by a graph's replay; None of none."""
     best: tuple[str, float] | None = None
     for row in rows:
         same = (row["batch"], row["classes"], row["dtype"], tuple(row["terms"])) == (

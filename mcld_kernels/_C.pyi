@@ -1,7 +1,8 @@
 """The compiled module (csrc/bindings.cpp).
 
 A launcher takes the fields of its structure in csrc/launchers.h by keyword: tensors by their addresses (0: null),
-enumerations by their numbers in `constants`. `hopper_*` are there where ``info()["hopper"]`` is true.
+enumerations by their numbers in `constants`. Each also takes ``plan``, a `Plan` that records the launch. `hopper_*` are
+there where ``info()["hopper"]`` is true.
 """
 
 from collections.abc import Sequence
@@ -476,3 +477,10 @@ def hopper_flash(
     device: int,
     stream: int,
 ) -> None: ...
+
+class Plan:
+    def __init__(self) -> None: ...
+    def __len__(self) -> int: ...
+    def pointers(self, index: int) -> list[int]: ...
+    def place(self, ranges: Sequence[tuple[int, int, int, int]]) -> None: ...
+    def run(self, bases: Sequence[int], device: int, stream: int, first: int, last: int) -> None: ...

@@ -49,8 +49,8 @@ class TestPhases:
             "import time\nprint('begun')\n"
             "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('{\"kept\": true}')"
         )
-        record = run(tmp_path, code(text, read=phases.last_json), seconds=1.5 + phases.GRACE_S)["try"]
-        assert record["status"] == "timed out" and record["kept"] is True and record["seconds"] < 10
+        record = run(tmp_path, code(text, read=phases.last_json), seconds=5.0 + phases.GRACE_S)["try"]
+        assert record["status"] == "timed out" and record["kept"] is True and record["seconds"] < 20
 
     def test_a_phase_that_ignores_the_interrupt_is_killed_with_its_children(self, tmp_path, monkeypatch):
         monkeypatch.setattr(phases, "GRACE_S", 0.5)
@@ -58,8 +58,8 @@ class TestPhases:
             "import signal, subprocess, sys, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
             "child = subprocess.Popen(['sleep', '60'])\nprint(child.pid, flush=True)\ntime.sleep(60)"
         )
-        record = run(tmp_path, code(text), seconds=2.0)["try"]
-        assert record["status"] == "timed out" and record["seconds"] < 10
+        record = run(tmp_path, code(text), seconds=6.0)["try"]  # the start of Python on a busy machine
+        assert record["status"] == "timed out" and record["seconds"] < 20
         child = int(record["output_tail"].split()[0])
         for _ in range(50):
             if not _running(child):
