@@ -12,6 +12,7 @@ import torch
 import mcld_kernels
 from mcld_kernels import backends, info, installation
 from mcld_kernels.backends import torch_low_latency
+from mcld_kernels.backends.triton import configs
 
 
 def run(*arguments: str) -> str:
@@ -82,6 +83,28 @@ def test_every_device_says_what_auto_takes():
     assert devices["cpu"]["auto takes"] == {"float32": "torch", "bfloat16": "torch"}
     for device in devices.values():
         assert set(device["auto takes"].values()) <= set(backends.NAMES)
+
+
+def test_a_gpu_of_amd_shows_its_architecture_and_state(monkeypatch):
+    properties = SimpleNamespace(
+        name="AMD Test", gcnArchName="gfx942:sramecc+:xnack-", multi_processor_count=304, total_memory=192 << 30
+    )
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: properties.name)
+    monkeypatch.setattr(info, "_auto", lambda device: {"float32": "triton"})
+    configs.architecture.cache_clear()
+    description = info.describe()
+    configs.architecture.cache_clear()
+    assert description["devices"]["cuda:0"]["architecture"] == "gfx942"
+    assert description["devices"]["cuda:0"]["state"].endswith("gfx942 and gfx950, never run")
+    assert description["versions"]["HIP of torch"] == "7.0"
+
+
+def test_triton_is_found_under_each_of_its_names(monkeypatch):
+    monkeypatch.setattr(info, "_distribution_version", {"pytorch-triton-rocm": "3.7.1"}.get)
+    assert info.describe()["versions"]["triton"] == "3.7.1"
 
 
 def test_every_backend_is_available_or_explained():
