@@ -4,8 +4,8 @@
 // gradient is. Nothing of size n x d is written but the gradient.
 #pragma once
 
+#include "anchor_loss.cuh"
 #include "grad_epilogue.cuh"
-#include "loss_epilogue.cuh"
 
 namespace mcld {
 
