@@ -160,7 +160,9 @@ def test_the_command_for_cuda_names_the_source_of_this_installation(record, orig
 
 def test_public_names():
     assert set(mcld_kernels.__all__) == {
-        "KDLoss", "MCLDLoss", "MCLDTerms", "__version__", "backends", "kd_loss", "mcld_loss", "mcld_terms", "reference",
+        "CKDLoss", "CKDTerms", "CLKDLoss", "CLKDTerms", "InfoNCELoss", "KDLoss", "MCLDLoss", "MCLDTerms", "MLKDLoss",
+        "MLKDTerms", "TeacherQueue", "__version__", "accumulate", "backends", "ckd_loss", "ckd_terms", "clkd_loss",
+        "clkd_terms", "info_nce", "kd_loss", "mcld_loss", "mcld_terms", "mlkd_loss", "mlkd_terms", "reference",
     }  # fmt: skip
     assert all(hasattr(mcld_kernels, name) for name in mcld_kernels.__all__)
     assert mcld_kernels.MCLDTerms._fields == ("loss", "instance", "sample", "category")
