@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .backends.gemm import keeps_sums
 from .kernels import slices
 
 _LEAST_CHUNKS = 8  # the diagonal blocks are computed whole: 1/8 more than half of the matrix
@@ -25,7 +26,7 @@ def mm(a: Tensor, b: Tensor, acc_dtype: torch.dtype) -> Tensor:
     """a @ b in the accumulator dtype."""
     if a.dtype == acc_dtype:
         return torch.mm(a, b)
-    if a.is_cuda and hasattr(torch.ops.aten.mm, "dtype"):
+    if a.is_cuda and keeps_sums():
         return torch.mm(a, b, out_dtype=acc_dtype)  # keeps the fp32 sums; torch before 2.8 rounds them
     return torch.mm(a, b).to(acc_dtype)
 

@@ -18,6 +18,7 @@ import torch
 from . import __version__, backends, installation
 from .backends import timings, torch_low_latency
 from .backends.cuda import extension
+from .backends.triton import configs
 from .options import float32_precision
 
 SCHEMA = 1
@@ -28,6 +29,9 @@ VARIABLES = {
     "MCLD_TABLE": "the table of measurements that backend 'auto' chooses by, instead of the one in the cache folder",
     "TRITON_INTERPRET": "1: run Triton kernels on CPU tensors, slowly, to test them",
 }
+TRITON_DISTRIBUTIONS = ("triton", "triton-rocm", "pytorch-triton-rocm")  # the last two beside a torch for AMD's GPUs
+# No such GPU has run them.
+AMD_STATE = f"Triton's kernels are compiled for {' and '.join(configs.AMD)}, never run"
 AUTO_SHAPE = (1024, 1000)  # the logits for which a device's "auto" is shown
 AUTO_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -56,7 +60,8 @@ def _versions() -> dict[str, str | None]:
         "platform": platform.platform(),
         "torch": torch.__version__,
         "CUDA of torch": torch.version.cuda,
-        "triton": _distribution_version("triton"),
+        "HIP of torch": torch.version.hip,
+        "triton": next(filter(None, map(_distribution_version, TRITON_DISTRIBUTIONS)), None),
         "numpy": _distribution_version("numpy"),
         "float32 matmul precision": float32_precision(),
     }
@@ -128,12 +133,18 @@ def _devices() -> dict[str, dict[str, Any]]:
         properties = torch.cuda.get_device_properties(i)
         devices[f"cuda:{i}"] = {
             "name": properties.name,
-            "compute capability": f"{properties.major}.{properties.minor}",
+            **_architecture(torch.device("cuda", i), properties),
             "multiprocessors": properties.multi_processor_count,
             "memory GiB": round(properties.total_memory / 2**30, 1),
             "auto takes": _auto(f"cuda:{i}"),
         }
     return devices
+
+
+def _architecture(device: torch.device, properties: Any) -> dict[str, str]:
+    if torch.version.hip is not None:
+        return {"architecture": configs.architecture(device), "state": AMD_STATE}
+    return {"compute capability": f"{properties.major}.{properties.minor}"}
 
 
 def _auto(device: str) -> dict[str, str]:

@@ -11,7 +11,7 @@ from cases import DTYPES, KINDS, WEIGHT, check, labels, logits, options_of, run,
 
 import mcld_kernels
 from mcld_kernels import backends, reference
-from mcld_kernels.backends import chunks
+from mcld_kernels.backends import chunks, gemm
 from mcld_kernels.backends.torch import TorchKernels
 from mcld_kernels.kernels import ContrastArgs, LossInputs
 from mcld_kernels.losses import mcld
@@ -462,3 +462,16 @@ class TestMemory:
             largest["reference"] = seen.numel
         assert largest["torch"] <= 400 * 31
         assert largest["reference"] >= 400 * 400
+
+
+@pytest.mark.parametrize(
+    ("hip", "version", "keeps"),
+    [(None, "2.8.0+cu128", True), ("7.0", "2.9.1+rocm7.0", False), ("7.0", "2.10.0+rocm7.0", True)],
+)
+def test_sums_of_16_bit_products_are_kept_where_the_librarys_gemm_can(hip, version, keeps, monkeypatch):
+    """For AMD's GPUs torch.mm(out_dtype=...) of torch 2.8 and 2.9 raises; without it the sums are rounded."""
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch, "__version__", version)
+    gemm.keeps_sums.cache_clear()
+    assert gemm.keeps_sums() == keeps
+    gemm.keeps_sums.cache_clear()

@@ -25,6 +25,7 @@ from mcld_kernels.kernels import LossInputs
 from mcld_kernels.losses import mcld
 from mcld_kernels.reference import mcld as reference
 
+ROOT = Path(__file__).resolve().parents[1]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Odd, one row, one class, past one tile of 64 or 128 in each direction, rows of more than one slice of shared memory.
 SHAPES = ((1, 7), (5, 1), (7, 5), (65, 130), (131, 37), (193, 66), (67, 300))
@@ -494,6 +495,21 @@ def gpu(monkeypatch):
     return seems
 
 
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1)], ids=str)
+def test_the_default_build_runs_on(gpu, capability):
+    default = re.search(r'CMAKE_CUDA_ARCHITECTURES "([^"]+)" CACHE', (ROOT / "CMakeLists.txt").read_text())[1]
+    logits = gpu(*capability)
+    with extension.use(compiled_for(default, (13, 0))):
+        assert cuda.unsupported_reason(logits, logits) is None
+
+
+def test_the_cuda_kernels_are_not_for_amd(gpu, monkeypatch):
+    logits = gpu(9, 4)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    with extension.use(compiled_for("80-real;90a-real", (13, 0))):
+        assert "AMD's GPUs (HIP 7.0)" in cuda.unsupported_reason(logits, logits)
+
+
 @pytest.mark.parametrize("driver", [(12, 4), (11, 8)])
 def test_a_driver_older_than_the_toolkits_major_version_is_a_reason(gpu, driver):
     """It fails at the first launch with cudaErrorInsufficientDriver."""
@@ -540,6 +556,7 @@ def test_a_device_without_code_is_a_reason(gpu):
         ("80-real", [(8, 0), (8, 6), (8, 9)], [(7, 5), (9, 0), (12, 0)]),
         ("90a-real", [(9, 0)], [(8, 0), (10, 0)]),
         ("100a-real", [(10, 0)], [(10, 3), (12, 0)]),
+        ("100", [(10, 0), (10, 3), (11, 0)], [(9, 0)]),
         ("120", [(12, 0), (12, 1), (13, 0)], [(10, 0)]),
         ("86", [(8, 6), (8, 9), (9, 0)], [(8, 0)]),
         ("90-virtual", [(9, 0), (12, 0)], [(8, 9)]),

@@ -12,6 +12,7 @@ import torch
 import mcld_kernels
 from mcld_kernels import backends, info, installation
 from mcld_kernels.backends import torch_low_latency
+from mcld_kernels.backends.triton import configs
 
 
 def run(*arguments: str) -> str:
@@ -84,6 +85,28 @@ def test_every_device_says_what_auto_takes():
         assert set(device["auto takes"].values()) <= set(backends.NAMES)
 
 
+def test_a_gpu_of_amd_shows_its_architecture_and_state(monkeypatch):
+    properties = SimpleNamespace(
+        name="AMD Test", gcnArchName="gfx942:sramecc+:xnack-", multi_processor_count=304, total_memory=192 << 30
+    )
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: properties.name)
+    monkeypatch.setattr(info, "_auto", lambda device: {"float32": "triton"})
+    configs.architecture.cache_clear()
+    description = info.describe()
+    configs.architecture.cache_clear()
+    assert description["devices"]["cuda:0"]["architecture"] == "gfx942"
+    assert description["devices"]["cuda:0"]["state"].endswith("gfx942 and gfx950, never run")
+    assert description["versions"]["HIP of torch"] == "7.0"
+
+
+def test_triton_is_found_under_each_of_its_names(monkeypatch):
+    monkeypatch.setattr(info, "_distribution_version", {"pytorch-triton-rocm": "3.7.1"}.get)
+    assert info.describe()["versions"]["triton"] == "3.7.1"
+
+
 def test_every_backend_is_available_or_explained():
     reasons = info.describe()["backends"]
     assert tuple(reasons) == backends.NAMES
@@ -137,7 +160,9 @@ def test_the_command_for_cuda_names_the_source_of_this_installation(record, orig
 
 def test_public_names():
     assert set(mcld_kernels.__all__) == {
-        "KDLoss", "MCLDLoss", "MCLDTerms", "__version__", "backends", "kd_loss", "mcld_loss", "mcld_terms", "reference",
+        "CKDLoss", "CKDTerms", "CLKDLoss", "CLKDTerms", "InfoNCELoss", "KDLoss", "MCLDLoss", "MCLDTerms", "MLKDLoss",
+        "MLKDTerms", "TeacherQueue", "__version__", "accumulate", "backends", "ckd_loss", "ckd_terms", "clkd_loss",
+        "clkd_terms", "info_nce", "kd_loss", "mcld_loss", "mcld_terms", "mlkd_loss", "mlkd_terms", "reference",
     }  # fmt: skip
     assert all(hasattr(mcld_kernels, name) for name in mcld_kernels.__all__)
     assert mcld_kernels.MCLDTerms._fields == ("loss", "instance", "sample", "category")

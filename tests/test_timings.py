@@ -9,6 +9,7 @@ import torch
 import mcld_kernels
 from mcld_kernels import backends, info
 from mcld_kernels.backends import timings
+from mcld_kernels.backends.triton import configs
 
 GPU = "NVIDIA Test 9000"
 ROWS = [
@@ -65,6 +66,18 @@ def choose(batch, classes, dtype=torch.bfloat16):
 def test_without_a_table_the_order_is_fixed():
     assert choose(4096, 1000) == (("triton", "cuda"), False)
     assert "python -m mcld_kernels.calibrate" in timings.find(GPU)[1]
+
+
+@pytest.mark.parametrize("capability", [(10, 0), (10, 3), (11, 0)], ids=str)
+def test_blackwell_takes_triton_and_its_configurations_before_cuda(monkeypatch, capability):
+    """Only Triton makes tcgen05.mma there; tests/test_triton_compile.py asserts that it does."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(backends, "unsupported_reason", lambda name, *rest: None)
+    x = logits(4096, 1000)
+    assert backends.choose("auto", x, x, False) == "triton"
+    configs.architecture.cache_clear()
+    assert configs.architecture(x.device) == "sm_100"
+    configs.architecture.cache_clear()
 
 
 @pytest.mark.parametrize(

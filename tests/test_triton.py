@@ -4,6 +4,7 @@ The flash kernel takes short rows and the two-product path long ones; a small li
 """
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ import triton_interpreter
 import mcld_kernels
 from mcld_kernels import backends, reference
 from mcld_kernels.backends import triton as backend
-from mcld_kernels.backends.triton import autotune, flash, similarity
+from mcld_kernels.backends.triton import autotune, configs, flash, similarity
 from mcld_kernels.backends.triton.configs import Configs, Launch, TritonTuning
 from mcld_kernels.backends.triton.product import product_kernel
 from mcld_kernels.kernels import ContrastArgs, GradCoefficients, LossInputs, has_fixed_shift
@@ -197,6 +198,34 @@ def test_tf32x3_is_as_accurate_as_fp32():
     ir = triton_interpreter.ir.INPUT_PRECISION
     assert error(tensor_core(ir.TF32x3)) <= 2 * error(a @ b.T)
     assert error(tensor_core(ir.TF32)) > 100 * error(a @ b.T)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "highest", "high"),
+    [
+        ("sm_80", "tf32x3", "tf32"),
+        ("sm_100", "tf32x3", "tf32"),
+        ("gfx942", "ieee", "tf32"),
+        ("gfx950", "ieee", "bf16x3"),
+    ],
+)
+def test_products_of_fp32_take_what_the_architecture_has(architecture, highest, high, matmul_precision):
+    launches = Configs(TritonTuning(chunk_bytes=1, architecture=architecture))
+    for setting, precision in (("highest", highest), ("high", high)):
+        matmul_precision(setting)
+        assert launches.precision(torch.float32) == precision
+        assert launches.precision(torch.bfloat16) == "ieee"
+        assert launches.flash(torch.float32, 32, "online") and launches.product(torch.float32)
+
+
+def test_three_bf16_products_are_more_accurate_than_tf32():
+    """So "high" may take them where there is no tf32: a = a1 + a2, b = b1 + b2 of bf16, and a1 b1 + a1 b2 + a2 b1."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.nn.functional.normalize(torch.randn(256, 1000, generator=generator), dim=1) for _ in range(2))
+    exact = a.double() @ b.double().T
+    (a1, a2), (b1, b2) = ((x.bfloat16().float(), (x - x.bfloat16()).bfloat16().float()) for x in (a, b))
+    three = a1 @ b1.T + a1 @ b2.T + a2 @ b1.T
+    assert (three - exact).norm() < 0.1 * (nearest_tf32(a) @ nearest_tf32(b).T - exact).norm()
 
 
 class TestResult:
@@ -432,6 +461,32 @@ class TestReasons:
         monkeypatch.setattr(backend, "interpreted", lambda: False)
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         assert "CUDA" in backends.unsupported_reason("triton", torch.zeros(2, 2), torch.zeros(2, 2), False)
+
+    @pytest.mark.parametrize("name", ["gfx942:sramecc+:xnack-", "gfx950", "gfx90a:sramecc+", "gfx1100"])
+    def test_of_amds_gpus_it_takes_those_with_a_table(self, name, monkeypatch):
+        """torch calls them "cuda" too, with a capability of its own, (9, 4) for gfx942."""
+        monkeypatch.setattr(backend, "interpreted", lambda: False)
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        monkeypatch.setattr(torch.version, "hip", "7.0")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        properties = SimpleNamespace(gcnArchName=name)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        logits = SimpleNamespace(dtype=torch.bfloat16, device=torch.device("cuda", 0))
+        configs.architecture.cache_clear()
+        reason, architecture = backend.unsupported_reason(logits, logits), configs.architecture(logits.device)
+        configs.architecture.cache_clear()
+        assert architecture == name.partition(":")[0]
+        if architecture in configs.AMD:
+            assert reason is None
+        else:
+            assert reason == f"of AMD's GPUs it takes gfx942 and gfx950, and cuda:0 is {architecture}"
+
+    def test_no_device_of_amd(self, monkeypatch):
+        monkeypatch.setattr(backend, "interpreted", lambda: False)
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        monkeypatch.setattr(torch.version, "hip", "7.0")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert "no HIP device" in backends.unavailable_reason("triton")
 
     def test_no_triton(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "triton", None)

@@ -1,7 +1,7 @@
 """Compile, without a GPU, every kernel that the "triton" backend launches. A program of its own: an interpreted kernel
 does not compile, so it must run without TRITON_INTERPRET.
 
-    python triton_compiler.py [--few] ARCHITECTURE CASE...     (80, 90 or 100; the names of CASES)
+    python triton_compiler.py [--few] ARCHITECTURE CASE...     (80, 90, 100, gfx942 or gfx950; the names of CASES)
 
 With --few a kernel without a product is compiled once for each type, in its first form alone.
 
@@ -33,6 +33,7 @@ from mcld_kernels.options import mcld_options
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TENSOR_CORES = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
+AMD = ("gfx942", "gfx950")
 PRODUCTS = ("flash_kernel", "similarity_kernel", "product_kernel")
 
 # (batch, classes, dtype, options): long and short rows, whole and ragged sizes. Options: of `mcld_loss`, and
@@ -70,14 +71,30 @@ CASES: dict[str, tuple[int, int, torch.dtype, dict[str, Any]]] = {
     "tf32": (4096, 1000, torch.float32, {"precision": "high"}),
     "tf32-10": (1031, 10, torch.float32, {"precision": "high", **EVERYTHING}),
     "tf32-48": (1031, 48, torch.float32, {"precision": "high", **EVERYTHING}),
+    "tf32-48-online": (1031, 48, torch.float32, {"precision": "high", **ONLINE}),
     "tf32-100": (1031, 100, torch.float32, {"precision": "high", **EVERYTHING}),
     "tf32-100-online": (1031, 100, torch.float32, {"precision": "high", **ONLINE}),
+}
+# Few forms for AMD: every kernel, and every row of the tables for the architecture that it is named after.
+AMD_CASES = {
+    "gfx942": (
+        *("bf16-all", "bf16-online", "bf16-10", "bf16-48", "bf16-100", "bf16-100-online", "bf16-200"),
+        *("fp32-all", "fp32-10", "fp32-48", "fp32-48-online", "tf32-10", "tf32-48", "tf32-48-online", "tf32-100"),
+    ),
+    "gfx950": (
+        *("bf16-all", "bf16-online", "bf16-100-online", "bf16-200"),
+        *("fp32-48", "fp32-48-online", "tf32-10", "tf32-48", "tf32-48-online"),
+    ),
 }
 
 
 class Compiler:
-    def __init__(self, architecture: int, few: bool):
+    def __init__(self, architecture: str, few: bool):
         self.architecture, self.few = architecture, few
+        if architecture in AMD:
+            self.target = GPUTarget("hip", architecture, 64)
+        else:
+            self.target = GPUTarget("cuda", int(architecture), 32)
         self.seen: set[str] = set()
         self.case = ""
 
@@ -108,7 +125,7 @@ class Compiler:
             return
         self.seen.add(key)
         source = ASTSource(kernel, signature, constants, attributes)
-        compiled = triton.compile(source, target=GPUTarget("cuda", self.architecture, 32), options=options)
+        compiled = triton.compile(source, target=self.target, options=options)
         report = {
             "triton": triton.__version__,
             "case": self.case,
@@ -124,9 +141,14 @@ class Compiler:
         report["dtype"] = dtype
         report["shared"] = compiled.metadata.shared
         report["has_dot"] = "tt.dot" in compiled.asm["ttir"]
-        # ptxas makes HMMA, HGMMA or UTCHMMA of these alone; a disassembler that showed those took a third of the time.
-        report["tensor_cores"] = [name for name in TENSOR_CORES if re.search(rf"\b{name}\b", compiled.asm["ptx"])]
-        report |= resources(compiled.asm["cubin"])
+        if self.architecture in AMD:
+            report["tensor_cores"] = sorted(set(re.findall(r"\bv_mfma_\w+", compiled.asm["amdgcn"])))
+            report |= amd_resources(compiled.asm["amdgcn"])
+        else:
+            # ptxas makes HMMA, HGMMA or UTCHMMA of these alone; a disassembler that showed those took a third of the
+            # time.
+            report["tensor_cores"] = [name for name in TENSOR_CORES if re.search(rf"\b{name}\b", compiled.asm["ptx"])]
+            report |= resources(compiled.asm["cubin"])
         print(json.dumps(report), flush=True)
 
 
@@ -137,6 +159,21 @@ def resources(cubin: bytes) -> dict[str, int]:
         file.flush()
         usage = subprocess.check_output([TOOLS / "cuobjdump", "--dump-resource-usage", file.name], text=True)
     return {name.lower(): int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+
+
+def amd_resources(assembly: str) -> dict[str, int]:
+    """The same from the metadata of AMDGCN assembly: a lane's registers and scratch memory, and spilled registers."""
+    fields = {
+        "reg": "vgpr_count",
+        "stack": "private_segment_fixed_size",
+        "local": "vgpr_spill_count",
+        "scalar_spills": "sgpr_spill_count",
+    }
+    # Without the metadata there is no report: a field that is missing must not read as 0.
+    return {
+        name: int(re.findall(rf"^\s*(?:- )?\.{field}:\s*(\d+)$", assembly, re.MULTILINE)[0])
+        for name, field in fields.items()
+    }
 
 
 def run(case: str, tuning: TritonTuning) -> None:
@@ -172,9 +209,10 @@ def main() -> None:
     few = arguments[0] == "--few"
     if few:
         del arguments[0]
-    compiler = Compiler(int(arguments[0]), few)
+    compiler = Compiler(arguments[0], few)
+    name = compiler.architecture if compiler.architecture in AMD else f"sm_{compiler.architecture}"
     # No product is the library's: on a GPU it takes some, and these kernels must be good as well.
-    tuning = TritonTuning(chunk_bytes=128 << 20, architecture=f"sm_{compiler.architecture}", library_product=False)
+    tuning = TritonTuning(chunk_bytes=128 << 20, architecture=name, library_product=False)
     JITFunction.run = lambda kernel, *args, **kwargs: compiler.launch(kernel, *args, **kwargs)
     for case in arguments[1:] or CASES:
         compiler.case = case

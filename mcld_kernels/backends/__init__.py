@@ -104,6 +104,8 @@ def preference(student: Tensor, teacher: Tensor) -> tuple[str, ...]:
     Without timings Triton comes first, because its compiler is the better tested of the two; what the timings do not
     name comes last.
     """
+    # On Blackwell (10.x, 11.0) that order has another reason: Triton's products are tcgen05.mma there, those of "cuda"
+    # mma.sync, which has a fraction of that rate.
     return tuple(dict.fromkeys((*(timings.order(student, teacher) or ()), "triton", "cuda")))
 
 

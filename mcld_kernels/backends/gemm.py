@@ -16,8 +16,20 @@ def has_gemm(operand_dtype: torch.dtype, acc_dtype: torch.dtype) -> bool:
     """
     if operand_dtype == acc_dtype:
         return True
-    release = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    return release >= (2, 10) and "dtype_out" in torch.ops.aten.mm.overloads()
+    return _release() >= (2, 10) and "dtype_out" in torch.ops.aten.mm.overloads()
+
+
+@cache
+def keeps_sums() -> bool:
+    """True if torch.mm with ``out_dtype`` gives the fp32 sums of 16-bit operands on a GPU: from torch 2.8 on.
+
+    For AMD's GPUs 2.8 and 2.9 have the overload, but raise (pytorch/pytorch pull request 162600).
+    """
+    return hasattr(torch.ops.aten.mm, "dtype") and (torch.version.hip is None or _release() >= (2, 10))
+
+
+def _release() -> tuple[int, ...]:
+    return tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
 
 
 def gemm(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:

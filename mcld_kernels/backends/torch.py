@@ -29,6 +29,7 @@ from ..kernels import (
 from ..options import float32_precision
 from . import torch_info_nce, torch_low_latency
 from .chunks import chunk_bytes
+from .gemm import keeps_sums
 from .torch_low_latency import LowLatencyTuning
 from .torch_self_contrast import TorchSelfContrast
 
@@ -177,7 +178,7 @@ def _mm(a: Tensor, b: Tensor, acc_dtype: torch.dtype) -> Tensor:
         if _column_major(b):
             return torch.mm(b.T, a.T).T
         return torch.mm(a, b)
-    if a.is_cuda and hasattr(torch.ops.aten.mm, "dtype"):
+    if a.is_cuda and keeps_sums():
         return torch.mm(a, b, out_dtype=acc_dtype)  # keeps the fp32 sums; torch before 2.8 rounds them
     return torch.mm(a, b).to(acc_dtype)
 

@@ -1,6 +1,6 @@
 """The "cuda" backend: the compiled module's kernels (csrc/) as a `KernelSet`.
 
-The kernels compile for sm_80, sm_90a, sm_100a and sm_120 without spills, and every test run executes them on the CPU,
+The kernels compile for sm_80, sm_90a, sm_100 and sm_120 without spills, and every test run executes them on the CPU,
 compiled for the host (tests/csrc_host), against the fp64 reference.
 
 float32 logits follow the float32 matmul precision: "highest" is accurate to fp32 (three tf32 products), "high" is tf32,
@@ -39,6 +39,8 @@ def unavailable_reason() -> str | None:
         return reason
     if _is_host_build(module):
         return None
+    if torch.version.hip is not None:
+        return f"its kernels are CUDA's, and this torch is for AMD's GPUs (HIP {torch.version.hip})"
     if not torch.cuda.is_available():
         return "there is no CUDA device"
     toolkit, driver = _toolkit(module), module.driver_version()

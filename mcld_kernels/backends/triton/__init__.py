@@ -1,4 +1,7 @@
-"""The "triton" backend: fused kernels for CUDA devices of compute capability 8.0 and above, and for the interpreter.
+"""The "triton" backend: fused kernels for NVIDIA GPUs of compute capability 8.0 and above, for AMD's gfx942 and gfx950,
+and for the interpreter.
+
+torch calls AMD's GPUs "cuda" too: what is said of CUDA tensors here holds for them.
 
 This module imports triton only inside the functions that need it.
 """
@@ -17,7 +20,7 @@ from torch import Tensor
 
 from ...options import float32_precision
 from ..chunks import chunk_bytes
-from .configs import INTERPRETER, TritonTuning, architecture
+from .configs import AMD, INTERPRETER, TritonTuning, architecture
 
 if TYPE_CHECKING:
     from .kernels import TritonKernels
@@ -44,10 +47,9 @@ def unavailable_reason() -> str | None:
             "TRITON_INTERPRET was set after the kernels had been imported, when Triton reads it: set it before "
             "the first call, as in `TRITON_INTERPRET=1 python ...`"
         )
-    if torch.version.cuda is None or not torch.cuda.is_available():
-        return (
-            "there is no CUDA device (TRITON_INTERPRET=1, set before the first import, interprets the kernels on a CPU)"
-        )
+    if not torch.cuda.is_available():
+        gpu = "CUDA" if torch.version.hip is None else "HIP"
+        return f"there is no {gpu} device (TRITON_INTERPRET=1, set before the first import, interprets on a CPU)"
     return None
 
 
@@ -64,12 +66,23 @@ def unsupported_reason(student: Tensor, teacher: Tensor) -> str | None:
         return None
     if student.device.type != "cuda":
         return f"it takes CUDA tensors, and these are on {student.device} (TRITON_INTERPRET=1 lifts that)"
-    capability = torch.cuda.get_device_capability(student.device)
-    if capability < MIN_CAPABILITY:
-        least, has = (".".join(map(str, pair)) for pair in (MIN_CAPABILITY, capability))
-        return f"it needs compute capability {least} or above, and {student.device} has {has}"
+    reason = _device_reason(student.device)
+    if reason is not None:
+        return reason
     if dtype == torch.float64:
         return "it takes fp64 only in the interpreter"
+    return None
+
+
+def _device_reason(device: torch.device) -> str | None:
+    """The reason why the kernels have no configurations for a GPU; None if they have."""
+    if torch.version.hip is not None:
+        name = architecture(device)
+        return None if name in AMD else f"of AMD's GPUs it takes {' and '.join(AMD)}, and {device} is {name}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        least, has = (".".join(map(str, pair)) for pair in (MIN_CAPABILITY, capability))
+        return f"it needs compute capability {least} or above, and {device} has {has}"
     return None
 
 

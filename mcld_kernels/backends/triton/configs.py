@@ -1,8 +1,9 @@
 """Launch configurations: block sizes, warps and pipeline stages by architecture, kernel, operand and pitch.
 
 Chosen from compile reports (registers, no spills, shared memory, tensor-core instructions) for sm_80, sm_90 and sm_100
-with Triton 3.6.0, 3.7.1 and 3.9.0; tests/test_triton_compile.py repeats the reports. The tables hold for every launch,
-so a cold start times nothing; MCLD_AUTOTUNE=1 times the alternatives of the kernels with products instead.
+with Triton 3.6.0, 3.7.1 and 3.9.0, and for AMD's gfx942 and gfx950 with 3.7.1; tests/test_triton_compile.py repeats
+the reports. The tables hold for every launch, so a cold start times nothing; MCLD_AUTOTUNE=1 times the alternatives of
+the kernels with products instead.
 """
 
 from __future__ import annotations
@@ -24,7 +25,14 @@ ROWS = 128
 PITCH = 128
 
 # The longest padded row that the flash kernel takes, by kind of operand: its tiles and accumulator are that wide.
-FLASH_PITCH = {"half": 256, "tf32": 128, "tf32x3": 64, "fp64": 256}
+FLASH_PITCH = {"half": 256, "tf32": 128, "tf32x3": 64, "bf16x3": 64, "ieee": 64, "fp64": 256}
+
+AMD = ("gfx942", "gfx950")  # Instinct MI300 and MI350: 64 and 160 KB of shared memory a block
+
+# input_precision of an fp32 dot at the float32 matmul precisions "highest" and "high". AMD's matrix cores multiply fp32
+# as IEEE does, and those of gfx942 alone tf32; three bf16 products keep 16 bits of a mantissa, where tf32 keeps 11.
+FLOAT32 = {"gfx942": ("ieee", "tf32"), "gfx950": ("ieee", "bf16x3")}
+FLOAT32_NVIDIA = ("tf32x3", "tf32")
 
 
 class Launch(NamedTuple):
@@ -35,7 +43,7 @@ class Launch(NamedTuple):
     stages: int = 2
 
 
-_FALLBACK = {"sm_100": "sm_90"}  # whose rows hold where an architecture has none
+_FALLBACK = {"sm_100": "sm_90", "gfx950": "gfx942"}  # whose rows hold where an architecture has none
 
 # (architecture, kind of operand, pitch): blocks of the flash kernel. "sm_80" serves every architecture without rows of
 # its own, so it keeps to the 99 KB of shared memory of sm_86, sm_89 and sm_120.
@@ -63,6 +71,18 @@ FLASH = {
     ("sm_90", "tf32x3", 32): Launch(64, 32, warps=4, stages=2),
     ("sm_90", "tf32x3", 64): Launch(64, 32, warps=4, stages=2),
     ("sm_100", "tf32x3", 64): Launch(64, 16, warps=4, stages=2),
+    # AMD's compiler gives a lane up to 512 registers; a second stage would halve the waves that hide a load.
+    ("gfx942", "half", 32): Launch(128, 64, warps=4, stages=1),
+    ("gfx942", "half", 64): Launch(128, 32, warps=4, stages=1),
+    ("gfx942", "half", 128): Launch(128, 32, warps=4, stages=1),
+    ("gfx942", "half", 256): Launch(64, 32, warps=4, stages=1),
+    ("gfx942", "tf32", 32): Launch(64, 64, warps=4, stages=1),
+    ("gfx942", "tf32", 64): Launch(64, 32, warps=4, stages=1),
+    ("gfx942", "tf32", 128): Launch(64, 32, warps=4, stages=1),
+    ("gfx942", "ieee", 32): Launch(64, 64, warps=4, stages=1),
+    ("gfx942", "ieee", 64): Launch(64, 32, warps=4, stages=1),
+    ("gfx950", "bf16x3", 32): Launch(64, 32, warps=4, stages=1),
+    ("gfx950", "bf16x3", 64): Launch(64, 32, warps=4, stages=1),
 }
 
 # Rows of their own where an online maximum takes more registers than a fixed shift.
@@ -79,6 +99,10 @@ PRODUCT = {
     ("sm_90", "tf32"): Launch(128, 128, 32, warps=8, stages=3),
     ("sm_80", "tf32x3"): Launch(128, 64, 32, warps=8, stages=3),
     ("sm_90", "tf32x3"): Launch(128, 64, 32, warps=8, stages=3),
+    ("gfx942", "half"): Launch(128, 128, 64, warps=4, stages=2),
+    ("gfx942", "tf32"): Launch(128, 128, 32, warps=4, stages=2),
+    ("gfx942", "ieee"): Launch(128, 128, 32, warps=4, stages=2),
+    ("gfx950", "bf16x3"): Launch(128, 128, 32, warps=4, stages=2),
 }
 
 # What autotuning times besides the tables' rows; what does not fit a GPU is left out there.
@@ -135,7 +159,10 @@ def _power_of_2(value: int) -> int:
 
 @lru_cache
 def architecture(device: torch.device) -> str:
-    """The architecture of a CUDA device, as the tables name it."""
+    """The architecture of a GPU, as the tables name it; of AMD's any that torch names, as "gfx90a"."""
+    if torch.version.hip is not None:
+        # With its features after it, as in "gfx942:sramecc+:xnack-".
+        return str(torch.cuda.get_device_properties(device).gcnArchName).partition(":")[0]
     major = torch.cuda.get_device_capability(device)[0]
     return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_80")
 
@@ -149,7 +176,8 @@ class Configs:
     def precision(self, operand_dtype: torch.dtype) -> str:
         """input_precision of a dot; for fp32 operands it follows torch's float32 matmul precision."""
         if operand_dtype == torch.float32:
-            return "tf32x3" if float32_precision() == "highest" else "tf32"
+            highest, high = FLOAT32.get(self.tuning.architecture, FLOAT32_NVIDIA)
+            return highest if float32_precision() == "highest" else high
         return "ieee"
 
     def flash_pitch(self, operand_dtype: torch.dtype) -> int:
