@@ -22,6 +22,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import reference
@@ -64,7 +65,7 @@ def ckd_loss(
     negatives: Negatives = "teacher",
     eps: float = 1e-12,
     backend: Backend = "auto",
-    process_group: Any = None,
+    process_group: dist.ProcessGroup | str | None = None,
     gather: Gather = "all",
     even: bool = False,
 ) -> Tensor:
@@ -126,7 +127,7 @@ def ckd_terms(
     negatives: Negatives = "teacher",
     eps: float = 1e-12,
     backend: Backend = "auto",
-    process_group: Any = None,
+    process_group: dist.ProcessGroup | str | None = None,
     gather: Gather = "all",
     even: bool = False,
 ) -> CKDTerms:
@@ -222,7 +223,7 @@ class CKDLoss(ModuleOverRanks):
         negatives: Negatives = "teacher",
         eps: float = 1e-12,
         backend: Backend = "auto",
-        process_group: Any = None,
+        process_group: dist.ProcessGroup | str | None = None,
         gather: Gather = "all",
         even: bool = False,
     ):

@@ -26,6 +26,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import reference
@@ -50,7 +51,7 @@ def clkd_loss(
     reduction: Reduction = "mean",
     eps: float = 1e-12,
     backend: Backend = "auto",
-    process_group: Any = None,
+    process_group: dist.ProcessGroup | str | None = None,
     gather: Gather = "all",
     even: bool = False,
 ) -> Tensor:
@@ -117,7 +118,7 @@ def clkd_terms(
     reduction: Reduction = "mean",
     eps: float = 1e-12,
     backend: Backend = "auto",
-    process_group: Any = None,
+    process_group: dist.ProcessGroup | str | None = None,
     gather: Gather = "all",
     even: bool = False,
 ) -> CLKDTerms:
@@ -184,7 +185,7 @@ class CLKDLoss(ModuleOverRanks):
         reduction: Reduction = "mean",
         eps: float = 1e-12,
         backend: Backend = "auto",
-        process_group: Any = None,
+        process_group: dist.ProcessGroup | str | None = None,
         gather: Gather = "all",
         even: bool = False,
     ):

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import MappingProxyType
-from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import backends, reference
@@ -63,7 +63,7 @@ def mlkd_loss(
     ignore_index: int = -100,
     eps: float = 1e-12,
     backend: Backend = "auto",
-    process_group: Any = None,
+    process_group: dist.ProcessGroup | str | None = None,
     gather: Gather = "all",
     even: bool = False,
 ) -> Tensor:
@@ -151,7 +151,7 @@ def mlkd_terms(
     ignore_index: int = -100,
     eps: float = 1e-12,
     backend: Backend = "auto",
-    process_group: Any = None,
+    process_group: dist.ProcessGroup | str | None = None,
     gather: Gather = "all",
     even: bool = False,
 ) -> MLKDTerms:
@@ -227,7 +227,7 @@ class MLKDLoss(ModuleOverRanks):
         ignore_index: int = -100,
         eps: float = 1e-12,
         backend: Backend = "auto",
-        process_group: Any = None,
+        process_group: dist.ProcessGroup | str | None = None,
         gather: Gather = "all",
         even: bool = False,
     ):

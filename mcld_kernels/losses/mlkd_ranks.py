@@ -78,6 +78,8 @@ class _Pairs:
         self.everything = ranks.all_gather(torch.stack([x.rows for x in self.unit], 1)).unbind(1)  # (B, C) each
         if labels is not None:
             rows = torch.cat(self.everything[: options.views])
+            if options.views == sides:
+                self.everything = rows.split(ranks.total)  # one copy is enough
             one = torch.ones(rows.shape[0], dtype=self.acc, device=rows.device)
             both = UnitRows(rows=rows, inv_norm=one, n=rows.shape[0], d=rows.shape[1])
             self.positives = find_positives(kernels, labels, options, both)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch.distributed as dist
 from torch import nn
 
@@ -13,7 +11,7 @@ from ..distributed import Gather, RanksOptions, ranks_options
 class ModuleOverRanks(nn.Module):
     """A loss with ``process_group``. It keeps the group's name alone, so that it can be copied and pickled."""
 
-    def __init__(self, process_group: Any, gather: Gather, even: bool):
+    def __init__(self, process_group: dist.ProcessGroup | str | None, gather: Gather, even: bool):
         super().__init__()
         self.ranks = ranks_options(process_group, gather, even)
         self._gather, self._even = gather, even

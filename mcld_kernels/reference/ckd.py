@@ -11,9 +11,8 @@ negatives="student" (the paper's summary: the other student rows are the negativ
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..distributed import Gather, Ranks, RanksOptions, ranks_options, report
@@ -67,7 +66,7 @@ def ckd_loss(
     weight: float | Tensor = 10.0,
     negatives: Negatives = "teacher",
     eps: float = 1e-12,
-    process_group: Any = None,
+    process_group: dist.ProcessGroup | str | None = None,
     gather: Gather = "all",
     even: bool = False,
 ) -> Tensor:
@@ -95,7 +94,7 @@ def ckd_terms(
     weight: float | Tensor = 10.0,
     negatives: Negatives = "teacher",
     eps: float = 1e-12,
-    process_group: Any = None,
+    process_group: dist.ProcessGroup | str | None = None,
     gather: Gather = "all",
     even: bool = False,
 ) -> CKDTerms:

@@ -14,9 +14,9 @@ reduction="sum" takes the sum over each unit vector, and the mean over the vecto
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..distributed import Gather, Ranks, RanksOptions, ranks_options, report
@@ -83,7 +83,7 @@ def clkd_loss(
     weight: Sequence[float] | Tensor = (0.5, 1.0, 0.4),
     reduction: Reduction = "mean",
     eps: float = 1e-12,
-    process_group: Any = None,
+    process_group: dist.ProcessGroup | str | None = None,
     gather: Gather = "all",
     even: bool = False,
 ) -> Tensor:
@@ -109,7 +109,7 @@ def clkd_terms(
     weight: Sequence[float] | Tensor = (0.5, 1.0, 0.4),
     reduction: Reduction = "mean",
     eps: float = 1e-12,
-    process_group: Any = None,
+    process_group: dist.ProcessGroup | str | None = None,
     gather: Gather = "all",
     even: bool = False,
 ) -> CLKDTerms:

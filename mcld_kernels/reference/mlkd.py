@@ -14,9 +14,9 @@ and z = s for views=1. The last mean is over the anchors that have a positive.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..distributed import Gather, Ranks, RanksOptions, ranks_options, report
@@ -103,7 +103,7 @@ def mlkd_loss(
     views: Views = 2,
     ignore_index: int = -100,
     eps: float = 1e-12,
-    process_group: Any = None,
+    process_group: dist.ProcessGroup | str | None = None,
     gather: Gather = "all",
     even: bool = False,
 ) -> Tensor:
@@ -135,7 +135,7 @@ def mlkd_terms(
     views: Views = 2,
     ignore_index: int = -100,
     eps: float = 1e-12,
-    process_group: Any = None,
+    process_group: dist.ProcessGroup | str | None = None,
     gather: Gather = "all",
     even: bool = False,
 ) -> MLKDTerms:
