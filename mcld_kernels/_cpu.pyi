@@ -35,6 +35,7 @@ def low_latency(
     instance: bool,
     sample: bool,
     category: bool,
+    teacher_anchors: bool,
     eps: float,
     /,
 ) -> None: ...

@@ -56,6 +56,12 @@ def test_within_the_error_bar(shape, weight, path, poison):
     check("torch", "cpu", "random", *shape, torch.float32, weight=weight)
 
 
+@pytest.mark.parametrize("weight", [(1.3, 0.0, 0.0), (1.0, 0.0, 0.4)], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_teacher_anchors_within_the_error_bar(shape, weight, path, poison):
+    check("torch", "cpu", "random", *shape, torch.float32, weight=weight, direction="teacher")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds_of_logits(kind, path):
     check("torch", "cpu", kind, 37, 29, torch.float32)

@@ -184,7 +184,7 @@ struct Call : LowLatency {
   float *row_inv_norm, *row_factor, *row_loss;           // (n,)
   int32_t* class_index;                                  // (n,)
   float *column_inv_norm, *column_factor, *column_loss;  // (C,)
-  float *sums, *parts, *scratch;                         // (pitch,)
+  float *sums, *parts, *scratch;                         // (C,) or (n,)
 
   explicit Call(const LowLatency& call) : LowLatency(call) {
     const Layout at(n, num_classes);
@@ -199,7 +199,8 @@ struct Call : LowLatency {
     class_index = reinterpret_cast<int32_t*>(next + 3 * row_pitch);
     next = work + at.column_vectors;
     column_inv_norm = next, column_factor = next + pitch, column_loss = next + 2 * pitch;
-    sums = next + 3 * pitch, parts = next + 4 * pitch, scratch = next + 5 * pitch;
+    const int64_t width = pitch > row_pitch ? pitch : row_pitch;
+    sums = next + 3 * pitch, parts = sums + width, scratch = parts + width;
   }
 
   int64_t elements() const { return n * pitch; }
@@ -285,6 +286,36 @@ struct Call : LowLatency {
     if (sample) mean_classes();
   }
 
+  // Anchors are the columns of `similarity` (count, count), which becomes exponentials, with -neg_k on the diagonal. Writes
+  // each anchor's loss and its factor of the gradient; returns the sum of the losses.
+  double sum_columns(int64_t count, int64_t width, float temperature, float term_weight, float* loss_of,
+                     float* factor) const {
+    const float inverse = 1.f / temperature;
+    float* positive = scratch;
+    for_slices(threads, width, kLanes, count * width, [=](int64_t first, int64_t last) {
+      for (int64_t k = first; k < last; ++k) positive[k] = k < count ? similarity[k * width + k] : 0.f;
+      for (int64_t k = first; k < last; k += kLanes) store(positive + k, exp(load(positive + k) * inverse));
+      add_rows(count, first, last, sums, parts, [=](int64_t l, int64_t k) {
+        float* at = similarity + l * width + k;
+        const Vector value = exp(load(at) * inverse);
+        store(at, value);
+        if (l - k < 0 || l - k >= kLanes) return value;
+        at[l - k] = 0;
+        return load(at);
+      });
+      for (int64_t k = first; k < smaller(last, count); ++k) {
+        const float negative = sums[k];
+        loss_of[k] = log1pf(negative / positive[k]);
+        factor[k] = term_weight / (float(count) * temperature) / (positive[k] + negative);
+        similarity[k * width + k] = -negative;
+      }
+      for (int64_t k = first > count ? first : count; k < last; ++k) factor[k] = 0;
+    });
+    double loss_sum = 0;
+    for (int64_t k = 0; k < count; ++k) loss_sum += loss_of[k];
+    return loss_sum;
+  }
+
   // ---- rows
 
   void row_similarity() const {
@@ -299,7 +330,22 @@ struct Call : LowLatency {
     gemm(student_rows, pitch, 1, transposed, row_pitch, similarity, row_pitch, n, row_pitch, num_classes);
   }
 
+  // The instance-wise term of teacher anchors, which are the columns of `similarity`.
+  void teacher_sums() const {
+    const double loss_sum = sum_columns(n, row_pitch, row_temperature, weight[0], row_loss, row_factor);
+    terms[0] = float(loss_sum / double(n)), terms[1] = 0;
+    if (gradient == nullptr) return;
+    for_slices(threads, n, 1, elements(), [=](int64_t first, int64_t last) {
+      for (int64_t j = first; j < last; ++j) {
+        float* row = teacher_rows + j * pitch;
+        for (int64_t c = 0; c < pitch; c += kLanes) store(row + c, load(row + c) * row_factor[j]);
+        row_factor[j] = 1;  // the product has it
+      }
+    });
+  }
+
   void row_sums() const {
+    if (teacher_anchors) return teacher_sums();
     const float inverse = 1.f / row_temperature;
     const float coefficient = (instance ? weight[0] : 0.f) + (sample ? weight[1] : 0.f);
     const float label_part = sample && coefficient > 0 ? weight[1] / coefficient : 0.f;
@@ -391,29 +437,8 @@ struct Call : LowLatency {
   }
 
   void column_sums() const {
-    const float inverse = 1.f / column_temperature;
-    float* positive = scratch;
-    for_slices(threads, pitch, kLanes, num_classes * pitch, [=](int64_t first, int64_t last) {
-      for (int64_t k = first; k < last; ++k) positive[k] = k < num_classes ? similarity[k * pitch + k] : 0.f;
-      for (int64_t k = first; k < last; k += kLanes) store(positive + k, exp(load(positive + k) * inverse));
-      add_rows(num_classes, first, last, sums, parts, [=](int64_t l, int64_t k) {
-        float* at = similarity + l * pitch + k;
-        const Vector value = exp(load(at) * inverse);
-        store(at, value);
-        if (l - k < 0 || l - k >= kLanes) return value;
-        at[l - k] = 0;
-        return load(at);
-      });
-      for (int64_t k = first; k < smaller(last, num_classes); ++k) {
-        const float negative = sums[k];
-        column_loss[k] = log1pf(negative / positive[k]);
-        column_factor[k] = weight[2] / (float(num_classes) * column_temperature) / (positive[k] + negative);
-        similarity[k * pitch + k] = -negative;
-      }
-      for (int64_t k = first > num_classes ? first : num_classes; k < last; ++k) column_factor[k] = 0;
-    });
-    double loss_sum = 0;
-    for (int64_t k = 0; k < num_classes; ++k) loss_sum += column_loss[k];
+    const double loss_sum =
+        sum_columns(num_classes, pitch, column_temperature, weight[2], column_loss, column_factor);
     terms[2] = float(loss_sum / double(num_classes));
   }
 

@@ -1,11 +1,15 @@
-// A whole call of MCLD on fp32 logits of the CPU: student anchors, a frozen teacher, no masks. Raw pointers and sizes only.
+// A whole call of MCLD on fp32 logits of the CPU: a frozen teacher, no masks. Raw pointers and sizes only.
 //
 // With S, T the logits (n, C), rn and cn unit rows and columns, t a temperature, and sums over the negatives alone:
 //
 //   E = exp(rn(S) rn(T)^T / t) without its diagonal, neg_i = sum_j E_ij, pos_i = exp(rn(S)_i . rn(T)_i / t)
 //   loss_i = log1p(neg_i / pos_i), gradient by rn(S)_i: weight / (n t (pos_i + neg_i)) (sum_j E_ij rn(T)_j - neg_i rn(T)_i)
 //
-// and, for columns, the same of F = exp(cn(T)^T cn(S) / t), stored with anchors as columns so that both GEMMs read rows.
+// With teacher anchors (of the instance-wise term alone) the sums run over the columns of the same E and the student rows
+// are candidates: neg_j = sum_i E_ij, f_j = weight / (n t (pos_j + neg_j)), and the gradient by rn(S)_i is
+// sum_j E_ij f_j rn(T)_j - neg_i f_i rn(T)_i: the factors go to the teacher rows, so that E is multiplied as it is.
+//
+// For columns it is the same of F = exp(cn(T)^T cn(S) / t), stored with anchors as columns so that both GEMMs read rows.
 // The two GEMMs of a similarity matrix are separate steps: the caller may leave them to a library.
 #pragma once
 
@@ -25,6 +29,7 @@ struct LowLatency {
   float row_temperature, column_temperature;
   float weight[3];                 // of the terms, in loss and gradient
   bool instance, sample, category; // the terms that are computed
+  bool teacher_anchors;            // of the instance-wise term; without the sample-wise one
   float eps;                       // a row or column with norm <= eps has no direction
   int threads;
 
@@ -57,7 +62,7 @@ struct Layout {
   int64_t column_product;    // (n, C), in the place of teacher_rows
   int64_t transposed;        // (C, n) of row_pitch: teacher_rows^T; in the place of row_product and beyond
   int64_t class_means;       // (min(n, C), C)
-  int64_t row_vectors, column_vectors;  // 4 of row_pitch, 6 of pitch
+  int64_t row_vectors, column_vectors;  // 4 of row_pitch; 3 of pitch, 3 of the larger pitch
   int64_t size;
 
   Layout(int64_t n, int64_t c) {
@@ -70,7 +75,7 @@ struct Layout {
     column_product = teacher_rows;
     row_product = transposed = take(n * pitch > c * row_pitch ? n * pitch : c * row_pitch);
     class_means = take((n < c ? n : c) * pitch);
-    row_vectors = take(4 * row_pitch), column_vectors = take(6 * pitch);
+    row_vectors = take(4 * row_pitch), column_vectors = take(3 * pitch + 3 * (pitch > row_pitch ? pitch : row_pitch));
     size = next;
   }
 };

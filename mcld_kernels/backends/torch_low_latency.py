@@ -6,7 +6,9 @@ into the matrix of exponentials:
 
     W_ij = e_ij / (neg_sum_i + e_ii) (j != i),   W_ii = -neg_sum_i / (neg_sum_i + e_ii),   g = weight / (n t) W K
 
-and, for label positives with weight c', g_i gains c' (K_i - mean of the candidates with i's label).
+and, for label positives with weight c', g_i gains c' (K_i - mean of the candidates with i's label). Where the teacher's
+rows are the anchors, of the instance-wise term alone, they are the columns of the same matrix, as in the category-wise
+term.
 
 With the compiled module fp32 logits take csrc/cpu/low_latency.cpp: a small call whole, a larger one with torch's GEMMs
 between its steps. Without it, and for fp64, the same steps are torch operations.
@@ -43,7 +45,7 @@ class LowLatencyTuning(Tuning):
 
 
 def mcld(inputs: LossInputs, tuning: LowLatencyTuning) -> Callable[[LossInputs], LossOutputs] | None:
-    """The function for student anchors and a frozen teacher; None where this path does not apply."""
+    """The function for a frozen teacher; None where this path does not apply."""
     if not tuning.low_latency or not _applies(inputs, tuning.chunk_bytes):
         return None
     if tuning.compiled and (module := compiled_module()) is not None and _has_plain_fp32_memory(inputs):
@@ -83,7 +85,7 @@ def _options_apply(
     return (
         dtype in (torch.float32, torch.float64)
         and any(options.active)
-        and (options.direction == "student" or not rows)
+        and (options.direction == "student" or not rows or (options.direction == "teacher" and not sample))
         and not (instance and options.mask_same_class)
         and not (category and options.present_only)
         and not (instance and sample and options.temperature[0] != options.temperature[1])
@@ -176,6 +178,7 @@ def _mcld_compiled(inputs: LossInputs, module: Any, tuning: LowLatencyTuning) ->
         instance,
         sample,
         category,
+        options.direction == "teacher",
         options.eps,
     )
     if n * num_classes * (n + num_classes) <= tuning.compiled_gemm:
@@ -222,7 +225,10 @@ def _mcld_torch(inputs: LossInputs) -> LossOutputs:
         target = inputs.target if sample else None
         temperature = options.temperature[0 if instance else 1]
         coefficients = (weight[0] if instance else 0.0, weight[1] if sample else 0.0)
-        row_loss, label_gap, grad = _rows(unit, inv_norm, target, temperature, coefficients, inputs.student_grad)
+        if options.direction == "teacher":
+            row_loss, grad = _teacher_rows(unit, inv_norm, temperature, weight[0], inputs.student_grad)
+        else:
+            row_loss, label_gap, grad = _rows(unit, inv_norm, target, temperature, coefficients, inputs.student_grad)
     if category:
         if logits.shape[1] <= _SERIAL_ROWS:
             norm = torch.linalg.vector_norm(logits, dim=1, keepdim=True)
@@ -304,6 +310,36 @@ def _rows(
     return loss, label_gap, gradient.mul_(inv_norm)
 
 
+def _teacher_rows(
+    unit: Tensor, inv_norm: Tensor, temperature: float, weight: float, with_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The instance-wise term of teacher anchors and its gradient (n, C) by the student."""
+    student, teacher = unit.unbind()
+    n = student.shape[0]
+    e = torch.addmm(inv_norm, student, teacher.T, beta=0, alpha=1 / temperature)  # (n, n), anchors are columns
+    loss = _column_anchors(e, with_grad)
+    if not with_grad:
+        return loss, None
+    gradient = torch.addmm(inv_norm, e, teacher, beta=0, alpha=weight / (n * temperature))
+    gradient.addcmul_(student, (gradient * student).sum(1, keepdim=True), value=-1)
+    return loss, gradient.mul_(inv_norm)
+
+
+def _column_anchors(e: Tensor, with_grad: bool) -> Tensor:
+    """The mean loss of the anchors, columns of the similarities ``e``, which become W of the module's text."""
+    diagonal = e.diagonal()
+    positive = diagonal.exp()
+    e.exp_()
+    diagonal.zero_()
+    neg_sum = e.sum(0)
+    loss = (neg_sum / positive).log1p_().mean()
+    if with_grad:
+        total = positive.add_(neg_sum)
+        e.div_(total)
+        diagonal.addcdiv_(neg_sum, total, value=-1)
+    return loss
+
+
 def _by_classes(n: int, num_classes: int) -> bool:
     """True where two GEMMs with one-hot labels, n x C x C, cost less than some passes over an n x n matrix."""
     return n > 256 and num_classes * num_classes <= 16 * n
@@ -324,17 +360,9 @@ def _columns(
     num_classes = student.shape[1]
     # Anchors are columns here: their factors broadcast along rows.
     e = torch.addmm(inv_norm, teacher.T, student, beta=0, alpha=1 / temperature)  # (C, C)
-    diagonal = e.diagonal()
-    positive = diagonal.exp()
-    e.exp_()
-    diagonal.zero_()
-    neg_sum = e.sum(0)
-    loss = (neg_sum / positive).log1p_().mean()
+    loss = _column_anchors(e, with_grad)
     if not with_grad:
         return loss, None
-    total = positive.add_(neg_sum)
-    e.div_(total)
-    diagonal.addcdiv_(neg_sum, total, value=-1)
     gradient = torch.addmm(inv_norm, teacher, e, beta=0, alpha=weight / (num_classes * temperature))
     gradient.addcmul_(student, (gradient * student).sum(0), value=-1)
     return loss, gradient.mul_(inv_norm) if row_grad is None else row_grad.addcmul_(gradient, inv_norm)
