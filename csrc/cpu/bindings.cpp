@@ -33,8 +33,8 @@ void run(int steps, int isa, int threads, uintptr_t student, int64_t student_row
   low_latency(call, steps, isa);
 }
 
-py::dict layout(int64_t n, int64_t num_classes) {
-  const Layout at(n, num_classes);
+py::dict layout(int64_t n, int64_t num_classes, bool sample, bool category) {
+  const Layout at(n, num_classes, sample, category);
   py::dict result;
   result["size"] = at.size;
   result["pitch"] = at.pitch;

@@ -162,8 +162,8 @@ inline void gemm_panel(const float* a, int64_t a_row, int64_t a_depth, const flo
 }
 
 // out (rows, columns) = a b: element (i, k) of a is a[i a_row + k a_depth]; b (depth, columns) row-major; columns is padded.
-void gemm(const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t b_pitch, float* out,
-          int64_t out_pitch, int64_t rows, int64_t columns, int64_t depth) {
+void gemm_rows(const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t b_pitch, float* out,
+               int64_t out_pitch, int64_t rows, int64_t columns, int64_t depth) {
   for (int64_t k = 0; k == 0 || k < depth; k += kDepthOfSum) {
     const int64_t part = smaller(kDepthOfSum, depth - k);
     const float *left = a + k * a_depth, *right = b + k * b_pitch;
@@ -177,6 +177,17 @@ void gemm(const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_
   }
 }
 
+constexpr int64_t kProductsOfElement = 16;  // multiply-adds that take the time of an element of the other steps
+
+void gemm(int threads, const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t b_pitch, float* out,
+          int64_t out_pitch, int64_t rows, int64_t columns, int64_t depth) {
+  for_slices(threads, rows, kTileRows, rows * columns * depth / kProductsOfElement, [=](int64_t first, int64_t last) {
+    if (first >= last) return;
+    gemm_rows(a + first * a_row, a_row, a_depth, b, b_pitch, out + first * out_pitch, out_pitch, last - first, columns,
+              depth);
+  });
+}
+
 struct Call : LowLatency {
   int64_t pitch, row_pitch;
   float *student_rows, *teacher_rows, *student_columns, *teacher_columns, *similarity, *row_product, *column_product;
@@ -187,7 +198,8 @@ struct Call : LowLatency {
   float *sums, *parts, *scratch;                         // (C,) or (n,)
 
   explicit Call(const LowLatency& call) : LowLatency(call) {
-    const Layout at(n, num_classes);
+    const Layout at(n, num_classes, sample, category);
+    if (terms == nullptr) terms = work + at.terms;
     pitch = at.pitch, row_pitch = at.row_pitch;
     student_rows = work + at.student_rows, teacher_rows = work + at.teacher_rows;
     student_columns = work + at.student_columns, teacher_columns = work + at.teacher_columns;
@@ -207,7 +219,7 @@ struct Call : LowLatency {
 
   // ---- unit rows and columns
 
-  // The logits go to `columns`, padded with zeros, and their unit rows to `rows`.
+  // The logits go to `columns`, padded with zeros, and their unit rows to `rows`, which may be the same memory.
   void normalize_rows(const float* x, int64_t row_stride, int64_t column_stride, float* rows, float* columns,
                       float* inv_norm) const {
     for_slices(threads, n, 1, elements(), [=](int64_t first, int64_t last) {
@@ -319,15 +331,17 @@ struct Call : LowLatency {
   // ---- rows
 
   void row_similarity() const {
-    for (int64_t block = 0; block < row_pitch; block += kLanes) {
-      for (int64_t c = 0; c < num_classes; ++c) {
-        float* out = transposed + c * row_pitch + block;
+    for_slices(threads, row_pitch, kLanes, num_classes * row_pitch, [=](int64_t first, int64_t end) {
+      for (int64_t block = first; block < end; block += kLanes) {
         const int64_t last = smaller(kLanes, n - block);
-        for (int64_t j = 0; j < last; ++j) out[j] = teacher_rows[(block + j) * pitch + c];
-        for (int64_t j = last < 0 ? 0 : last; j < kLanes; ++j) out[j] = 0;
+        for (int64_t c = 0; c < num_classes; ++c) {
+          float* out = transposed + c * row_pitch + block;
+          for (int64_t j = 0; j < last; ++j) out[j] = teacher_rows[(block + j) * pitch + c];
+          for (int64_t j = last < 0 ? 0 : last; j < kLanes; ++j) out[j] = 0;
+        }
       }
-    }
-    gemm(student_rows, pitch, 1, transposed, row_pitch, similarity, row_pitch, n, row_pitch, num_classes);
+    });
+    gemm(threads, student_rows, pitch, 1, transposed, row_pitch, similarity, row_pitch, n, row_pitch, num_classes);
   }
 
   // The instance-wise term of teacher anchors, which are the columns of `similarity`.
@@ -433,7 +447,7 @@ struct Call : LowLatency {
   // ---- columns
 
   void column_similarity() const {
-    gemm(teacher_columns, 1, pitch, student_columns, pitch, similarity, pitch, num_classes, pitch, n);
+    gemm(threads, teacher_columns, 1, pitch, student_columns, pitch, similarity, pitch, num_classes, pitch, n);
   }
 
   void column_sums() const {
@@ -491,8 +505,8 @@ void low_latency(const LowLatency& arguments, int steps) {
     if (steps & kRowSimilarity) call.row_similarity();
     if (steps & kRowSums) call.row_sums();
     if (with_gradient && steps & kRowProduct) {
-      gemm(call.similarity, call.row_pitch, 1, call.teacher_rows, call.pitch, call.row_product, call.pitch, call.n,
-           call.pitch, call.n);
+      gemm(call.threads, call.similarity, call.row_pitch, 1, call.teacher_rows, call.pitch, call.row_product, call.pitch,
+           call.n, call.pitch, call.n);
     }
     if (with_gradient && steps & kRowGradient) call.row_gradient();
   }
@@ -500,8 +514,8 @@ void low_latency(const LowLatency& arguments, int steps) {
     if (steps & kColumnSimilarity) call.column_similarity();
     if (steps & kColumnSums) call.column_sums();
     if (with_gradient && steps & kColumnProduct) {
-      gemm(call.teacher_columns, call.pitch, 1, call.similarity, call.pitch, call.column_product, call.pitch, call.n,
-           call.pitch, call.num_classes);
+      gemm(call.threads, call.teacher_columns, call.pitch, 1, call.similarity, call.pitch, call.column_product, call.pitch,
+           call.n, call.pitch, call.num_classes);
     }
   }
   if (steps & kFinish) call.finish();

@@ -23,9 +23,9 @@ struct LowLatency {
   const int64_t* target;           // (n,) labels in [0, C) for the sample-wise term, or null
   int64_t target_stride;
   int64_t n, num_classes;
-  float* work;                     // Layout(n, num_classes).size floats
+  float* work;                     // Layout(n, num_classes, sample, category).size floats
   float* gradient;                 // (n, C) contiguous by the student, or null
-  float *loss, *terms;             // () and (3,)
+  float *loss, *terms;             // () and (3,); terms may be null
   float row_temperature, column_temperature;
   float weight[3];                 // of the terms, in loss and gradient
   bool instance, sample, category; // the terms that are computed
@@ -56,26 +56,29 @@ struct Layout {
   static constexpr int64_t pad(int64_t x) { return (x + kPad - 1) / kPad * kPad; }
 
   int64_t pitch, row_pitch;  // of matrices of C and of n columns
-  int64_t student_rows, teacher_rows, student_columns, teacher_columns;  // (n, C)
-  int64_t similarity;        // (n, n) of row_pitch, then (C, C) of pitch
+  int64_t student_rows, teacher_rows, student_columns, teacher_columns;  // (n, C); without category columns are rows
+  int64_t similarity;        // (n, n) of row_pitch, then (C, C) of pitch with category
   int64_t row_product;       // (n, C)
   int64_t column_product;    // (n, C), in the place of teacher_rows
   int64_t transposed;        // (C, n) of row_pitch: teacher_rows^T; in the place of row_product and beyond
-  int64_t class_means;       // (min(n, C), C)
+  int64_t class_means;       // (min(n, C), C) with sample
   int64_t row_vectors, column_vectors;  // 4 of row_pitch; 3 of pitch, 3 of the larger pitch
+  int64_t terms;             // kPad, where the caller has none
   int64_t size;
 
-  Layout(int64_t n, int64_t c) {
+  Layout(int64_t n, int64_t c, bool sample, bool category) {
     pitch = pad(c), row_pitch = pad(n);
     int64_t next = 0;
     const auto take = [&next](int64_t count) { return next += count, next - count; };
     student_rows = take(n * pitch), teacher_rows = take(n * pitch);
-    student_columns = take(n * pitch), teacher_columns = take(n * pitch);
-    similarity = take(n * row_pitch > c * pitch ? n * row_pitch : c * pitch);
+    student_columns = category ? take(n * pitch) : student_rows;
+    teacher_columns = category ? take(n * pitch) : teacher_rows;
+    similarity = take(category && c * pitch > n * row_pitch ? c * pitch : n * row_pitch);
     column_product = teacher_rows;
     row_product = transposed = take(n * pitch > c * row_pitch ? n * pitch : c * row_pitch);
-    class_means = take((n < c ? n : c) * pitch);
+    class_means = take(sample ? (n < c ? n : c) * pitch : 0);
     row_vectors = take(4 * row_pitch), column_vectors = take(3 * pitch + 3 * (pitch > row_pitch ? pitch : row_pitch));
+    terms = take(kPad);
     size = next;
   }
 };

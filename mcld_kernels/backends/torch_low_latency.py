@@ -28,6 +28,7 @@ from torch import Tensor
 from .. import installation
 from ..kernels import LossInputs, LossOutputs, Tuning, has_fixed_shift
 from ..options import MCLDOptions
+from .chunks import CHUNK_MB
 
 # Where one shift serves all rows, similarities stay between -40 and 40: exp needs none at all, and ratios of sums of so
 # many exponentials stay inside fp32: exp(80) x 4096 = 2e38.
@@ -40,7 +41,7 @@ _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 class LowLatencyTuning(Tuning):
     low_latency: bool = True  # take this path where it applies
     compiled: bool = True  # use the compiled module where it is built
-    compiled_gemm: int = 1 << 20  # the largest n C (n + C) whose GEMMs the compiled module takes
+    compiled_gemm: int = 1 << 24  # the largest n C (n + C) whose GEMMs the compiled module takes
     isa: str | None = None  # the compiled module's instruction set; None: the fastest
 
 
@@ -139,9 +140,9 @@ class _Layout(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def _layout(n: int, num_classes: int) -> _Layout:
+def _layout(n: int, num_classes: int, sample: bool, category: bool) -> _Layout:
     module = compiled_module()
-    return _Layout(**module.layout(n, num_classes))
+    return _Layout(**module.layout(n, num_classes, sample, category))
 
 
 @cache
@@ -153,11 +154,11 @@ def _isa_index(name: str | None) -> int:
 def _mcld_compiled(inputs: LossInputs, module: Any, tuning: LowLatencyTuning) -> LossOutputs:
     student, teacher, target, options = inputs.student, inputs.teacher, inputs.target, inputs.options
     n, num_classes = student.shape
-    instance, sample, category = options.active
-    layout = _layout(n, num_classes)
-    work = torch.empty(layout.size, dtype=torch.float32)
-    loss, terms = torch.empty((), dtype=torch.float32), torch.empty(3, dtype=torch.float32)
-    gradient = torch.empty((n, num_classes), dtype=torch.float32) if inputs.student_grad else None
+    _, sample, category = options.active
+    layout = _layout(n, num_classes, sample, category)
+    # new_empty: torch's default device may be another one.
+    work, loss, terms = student.new_empty(layout.size), student.new_empty(()), student.new_empty(3)
+    gradient = student.new_empty((n, num_classes)) if inputs.student_grad else None
     arguments = (
         _isa_index(tuning.isa),
         torch.get_num_threads(),
@@ -172,20 +173,74 @@ def _mcld_compiled(inputs: LossInputs, module: Any, tuning: LowLatencyTuning) ->
         0 if gradient is None else gradient.data_ptr(),
         loss.data_ptr(),
         terms.data_ptr(),
-        options.temperature[0 if instance else 1],
-        options.temperature[2],
-        *_weights(inputs),
-        instance,
-        sample,
-        category,
-        options.direction == "teacher",
-        options.eps,
+        *_constants(options, _weights(inputs)),
     )
     if n * num_classes * (n + num_classes) <= tuning.compiled_gemm:
         module.low_latency(module.ALL_STEPS, *arguments)
     else:
         _steps(module, arguments, work, layout, inputs)
     return LossOutputs(loss=loss, terms=terms, student_grad=gradient, teacher_grad=None)
+
+
+class _Plan(NamedTuple):
+    """What a plain call passes to the compiled module whatever its logits, for options and a shape."""
+
+    run: Any
+    all_steps: int
+    isa: int
+    size: int
+    constants: tuple[Any, ...]
+
+
+@lru_cache(maxsize=256)
+def _plan(options: MCLDOptions, n: int, num_classes: int) -> _Plan | None:
+    """None where the compiled module does not take the call whole, with the default tuning, or reads labels."""
+    module = compiled_module()
+    tuning = LowLatencyTuning(chunk_bytes=CHUNK_MB["cpu"] << 20)
+    instance, sample, category = options.active
+    if (
+        module is None
+        or sample
+        or n * num_classes * (n + num_classes) > tuning.compiled_gemm
+        or not _options_apply(options, n, num_classes, torch.float32, tuning.chunk_bytes, False)
+    ):
+        return None
+    return _Plan(
+        run=module.low_latency,
+        all_steps=module.ALL_STEPS,
+        isa=_isa_index(tuning.isa),
+        size=_layout(n, num_classes, sample, category).size,
+        constants=_constants(options, options.term_weight),
+    )
+
+
+def plain_call(
+    student: Tensor, teacher: Tensor, options: MCLDOptions, with_grad: bool
+) -> tuple[Tensor, Tensor | None] | None:
+    """Loss and gradient of a call with the default tuning, without terms; None where this path does not apply.
+
+    The logits (n, C), n C > 0, are plain fp32 tensors of the CPU.
+    """
+    shape = student.shape
+    plan = _plan(options, *shape)
+    if plan is None or student.is_neg() or teacher.is_neg():
+        return None
+    run, all_steps, isa, size, constants = plan
+    work, loss = student.new_empty(size), student.new_empty(())
+    gradient = student.new_empty(shape) if with_grad else None
+    run(
+        all_steps, isa, torch.get_num_threads(), student.data_ptr(), *student.stride(), teacher.data_ptr(),
+        *teacher.stride(), 0, 0, *shape, work.data_ptr(), 0 if gradient is None else gradient.data_ptr(),
+        loss.data_ptr(), 0, *constants,
+    )  # fmt: skip
+    return loss, gradient
+
+
+def _constants(options: MCLDOptions, weight: tuple[float, ...]) -> tuple[Any, ...]:
+    """The last arguments of the compiled module."""
+    active = options.active
+    temperature = options.temperature[0 if active[0] else 1], options.temperature[2]
+    return (*temperature, *weight, *active, options.direction == "teacher", options.eps)
 
 
 def _steps(module: Any, arguments: tuple[Any, ...], work: Tensor, layout: _Layout, inputs: LossInputs) -> None:
@@ -347,7 +402,7 @@ def _by_classes(n: int, num_classes: int) -> bool:
 
 def _class_means(rows: Tensor, target: Tensor) -> Tensor:
     """The mean of the rows with each row's label: (n, C)."""
-    one_hot = (target.unsqueeze(1) == torch.arange(rows.shape[1])).to(rows.dtype)  # (n, C)
+    one_hot = (target.unsqueeze(1) == torch.arange(rows.shape[1], device=rows.device)).to(rows.dtype)
     sums = torch.mm(one_hot.T, rows)
     return sums.div_(one_hot.sum(0).clamp_(min=1).unsqueeze(1))[target]
 

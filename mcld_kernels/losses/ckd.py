@@ -18,6 +18,8 @@ since every student row is an anchor and a candidate of all others; `KernelSet.s
 
 from __future__ import annotations
 
+import dataclasses
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
@@ -25,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import reference
+from ..backends.torch_low_latency import compiled_module
 from ..distributed import ranks_options
 from ..family_options import CKDOptions, CKDTerms, Negatives, check_inputs, ckd_options
 from ..infonce import Anchors, GradBuffer, Side, contrast
@@ -40,7 +43,8 @@ from ..kernels import (
     has_fixed_shift,
 )
 from ..ops import LossOperator
-from ..options import Backend, check_backend, check_positive
+from ..options import Backend, MCLDOptions, check_backend, check_positive, instance_term
+from ..plain_call import plain_call
 from .mcld import mcld_terms
 
 # Constants of the released code (github.com/wencheng-zhu/CKD), by data set.
@@ -109,6 +113,8 @@ def ckd_loss(
     )
     if process_group is not None:
         return _over_ranks(student, teacher, weight_tensor, options, backend, process_group).loss
+    if weight_tensor is None and (loss := plain_call(student, teacher, options, _as_mcld, backend)) is not None:
+        return loss
     check_inputs(student, teacher, weight_tensor, backend)
     if backend == "reference":
         return reference.ckd.evaluate(student, teacher, weight_tensor, options).loss
@@ -167,6 +173,14 @@ def evaluate(student: Tensor, teacher: Tensor, weight: Tensor | None, options: C
     return CKDTerms(loss, *terms.unbind())
 
 
+@lru_cache(maxsize=256)
+def _as_mcld(options: CKDOptions) -> MCLDOptions | None:
+    """The options with negatives="teacher", which is MCLD's instance-wise term with teacher anchors."""
+    if options.negatives != "teacher":
+        return None
+    return instance_term(options.temperature, options.eps, options.term_weight, "teacher")
+
+
 class CKDLoss(nn.Module):
     """:func:`mcld_kernels.ckd_loss` with its options kept. The method has no warm-up.
 
@@ -214,6 +228,9 @@ class CKDLoss(nn.Module):
         self.options = self.options._replace(temperature=check_positive("temperature", value))
 
     def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
+        if self.weight is None and self.process_group is None:
+            if (loss := plain_call(student, teacher, self.options, _as_mcld, self.backend)) is not None:
+                return loss
         return self.terms(student, teacher, target).loss
 
     def terms(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> CKDTerms:
@@ -241,6 +258,8 @@ def compute(kernels: KernelSet, inputs: LossInputs) -> LossOutputs:
             loss=terms.sum(), terms=terms, student_grad=student_grad.result(), teacher_grad=teacher_grad.result()
         )
     if _is_small(kernels, inputs):
+        if options.negatives == "teacher" and (compiled := _compute_compiled(kernels, inputs)) is not None:
+            return compiled
         return _compute_whole(inputs)
     operand = kernels.operand_dtype(inputs.dtype)
     unit = kernels.l2_normalize(student, operand, options.eps), kernels.l2_normalize(teacher, operand, options.eps)
@@ -323,6 +342,22 @@ def _is_small(kernels: KernelSet, inputs: LossInputs) -> bool:
         and n <= _LARGEST_SIZE
         and 2 * n * n * dtype.itemsize <= kernels.tuning.chunk_bytes
     )
+
+
+def _compute_compiled(kernels: KernelSet, inputs: LossInputs) -> LossOutputs | None:
+    """negatives="teacher" by the compiled module for a CPU; None without it."""
+    if compiled_module() is None or not getattr(kernels.tuning, "compiled", False) or inputs.dtype != torch.float32:
+        return None  # `_compute_whole` takes fewer operations than MCLD's path without the module
+    options: CKDOptions = inputs.options
+    weight = options.term_weight if inputs.weight is None else inputs.weight.item() * options.term_weight
+    as_mcld = instance_term(options.temperature, options.eps, weight, "teacher")
+    as_inputs = dataclasses.replace(inputs, target=None, weight=None, options=as_mcld)
+    function = kernels.mcld_low_latency(as_inputs)
+    if function is None:
+        return None
+    outputs = function(as_inputs)
+    outputs.terms = outputs.terms[:1]
+    return outputs
 
 
 def _compute_whole(inputs: LossInputs) -> LossOutputs:
