@@ -35,7 +35,7 @@ def low_latency(
     instance: bool,
     sample: bool,
     category: bool,
-    teacher_anchors: bool,
+    anchors: int,
     eps: float,
     /,
 ) -> None: ...

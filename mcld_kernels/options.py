@@ -56,9 +56,12 @@ class MCLDOptions(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def instance_term(temperature: float, eps: float, weight: float = 1.0, direction: Direction = "student") -> MCLDOptions:
-    """MCLD with the instance-wise term alone."""
-    return MCLDOptions((temperature,) * 3, (weight, 0.0, 0.0), direction, False, False, -100, eps)
+def instance_term(temperature: float, eps: float, weight: float = 1.0, direction: str = "student") -> MCLDOptions:
+    """MCLD with the instance-wise term alone.
+
+    direction: also "self", for kernels alone: student rows against one another, with their teacher rows as positives.
+    """
+    return MCLDOptions((temperature,) * 3, (weight, 0.0, 0.0), direction, False, False, -100, eps)  # type: ignore[arg-type]
 
 
 def label_terms(options: MCLDOptions) -> tuple[bool, bool, bool]:

@@ -216,6 +216,7 @@ struct Call : LowLatency {
   }
 
   int64_t elements() const { return n * pitch; }
+  const float* candidates() const { return anchors == kSelf ? student_rows : teacher_rows; }
 
   // ---- unit rows and columns
 
@@ -331,12 +332,13 @@ struct Call : LowLatency {
   // ---- rows
 
   void row_similarity() const {
+    const float* from = candidates();
     for_slices(threads, row_pitch, kLanes, num_classes * row_pitch, [=](int64_t first, int64_t end) {
       for (int64_t block = first; block < end; block += kLanes) {
         const int64_t last = smaller(kLanes, n - block);
         for (int64_t c = 0; c < num_classes; ++c) {
           float* out = transposed + c * row_pitch + block;
-          for (int64_t j = 0; j < last; ++j) out[j] = teacher_rows[(block + j) * pitch + c];
+          for (int64_t j = 0; j < last; ++j) out[j] = from[(block + j) * pitch + c];
           for (int64_t j = last < 0 ? 0 : last; j < kLanes; ++j) out[j] = 0;
         }
       }
@@ -359,7 +361,7 @@ struct Call : LowLatency {
   }
 
   void row_sums() const {
-    if (teacher_anchors) return teacher_sums();
+    if (anchors == kTeacher) return teacher_sums();
     const float inverse = 1.f / row_temperature;
     const float coefficient = (instance ? weight[0] : 0.f) + (sample ? weight[1] : 0.f);
     const float label_part = sample && coefficient > 0 ? weight[1] / coefficient : 0.f;
@@ -367,7 +369,8 @@ struct Call : LowLatency {
     for_slices(threads, n, 1, n * row_pitch, [=](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
         float* e = similarity + i * row_pitch;
-        const float positive = exp(e[i] * inverse);
+        const float cosine = anchors == kSelf ? dot(student_rows + i * pitch, teacher_rows + i * pitch, pitch) : e[i];
+        const float positive = exp(cosine * inverse);
         if (sample) {
           const float* mean = class_means + class_index[i] * pitch;
           label_gap()[i] = dot_difference(student_rows + i * pitch, teacher_rows + i * pitch, mean, pitch) * inverse;
@@ -404,9 +407,11 @@ struct Call : LowLatency {
         row_loss[i] = log1pf(negative / positive);
         row_factor[i] = coefficient / (float(n) * row_temperature) / (positive + negative);
         // Label positives pull by partner - mean: the partner's part cancels here, before it is rounded.
-        e[i] = label_part * positive - diagonal_part * negative;
+        e[i] = anchors == kSelf ? 0.f : label_part * positive - diagonal_part * negative;
+        if (anchors == kSelf) scratch[i] = negative * row_factor[i];
       }
     });
+    if (anchors == kSelf && gradient != nullptr) weigh_both();
     double loss_sum = 0, label_sum = 0;
     for (int64_t i = 0; i < n; ++i) loss_sum += row_loss[i];
     if (sample) {
@@ -414,6 +419,19 @@ struct Call : LowLatency {
     }
     terms[0] = instance ? float(loss_sum / double(n)) : 0.f;
     terms[1] = sample ? float((loss_sum + label_sum) / double(n)) : 0.f;
+  }
+
+  // The coefficients of rows that are anchors and candidates of one another.
+  void weigh_both() const {
+    for (int64_t j = n; j < row_pitch; ++j) row_factor[j] = 0;
+    for_slices(threads, n, 1, n * row_pitch, [=](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        float* e = similarity + i * row_pitch;
+        const Vector factor = splat(row_factor[i]);
+        for (int64_t j = 0; j < row_pitch; j += kLanes) store(e + j, load(e + j) * (load(row_factor + j) + factor));
+      }
+    });
+    for (int64_t i = 0; i < n; ++i) row_factor[i] = 1;  // the product has it
   }
 
   // (n,) positive less label positive, in row_product, which is written later.
@@ -434,6 +452,7 @@ struct Call : LowLatency {
         for (int64_t c = 0; c < pitch; c += kLanes) {
           Vector value = load(g + c) * factor;
           if (sample) value -= load(mean + c) * label;
+          if (anchors == kSelf) value -= load(teacher_rows + i * pitch + c) * scratch[i];
           store(g + c, value);
           total += value * load(unit + c);
         }
@@ -505,7 +524,7 @@ void low_latency(const LowLatency& arguments, int steps) {
     if (steps & kRowSimilarity) call.row_similarity();
     if (steps & kRowSums) call.row_sums();
     if (with_gradient && steps & kRowProduct) {
-      gemm(call.threads, call.similarity, call.row_pitch, 1, call.teacher_rows, call.pitch, call.row_product, call.pitch,
+      gemm(call.threads, call.similarity, call.row_pitch, 1, call.candidates(), call.pitch, call.row_product, call.pitch,
            call.n, call.pitch, call.n);
     }
     if (with_gradient && steps & kRowGradient) call.row_gradient();

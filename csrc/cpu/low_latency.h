@@ -8,6 +8,8 @@
 // With teacher anchors (of the instance-wise term alone) the sums run over the columns of the same E and the student rows
 // are candidates: neg_j = sum_i E_ij, f_j = weight / (n t (pos_j + neg_j)), and the gradient by rn(S)_i is
 // sum_j E_ij f_j rn(T)_j - neg_i f_i rn(T)_i: the factors go to the teacher rows, so that E is multiplied as it is.
+// With student rows on both sides E is symmetric, and a row is an anchor and a candidate of all others: the gradient by
+// rn(S)_i is sum_j E_ij (f_i + f_j) rn(S)_j - neg_i f_i rn(T)_i.
 //
 // For columns it is the same of F = exp(cn(T)^T cn(S) / t), stored with anchors as columns so that both GEMMs read rows.
 // The two GEMMs of a similarity matrix are separate steps: the caller may leave them to a library.
@@ -16,6 +18,13 @@
 #include <cstdint>
 
 namespace mcld::cpu {
+
+// What the anchors are, and against what.
+enum Anchors : int {
+  kStudent,  // student rows against teacher rows
+  kTeacher,  // teacher rows against student rows
+  kSelf,     // student rows against the other student rows; the positive is the teacher row
+};
 
 struct LowLatency {
   const float *student, *teacher;  // (n, C) logits
@@ -29,7 +38,7 @@ struct LowLatency {
   float row_temperature, column_temperature;
   float weight[3];                 // of the terms, in loss and gradient
   bool instance, sample, category; // the terms that are computed
-  bool teacher_anchors;            // of the instance-wise term; without the sample-wise one
+  Anchors anchors;                 // others than kStudent for the instance-wise term alone
   float eps;                       // a row or column with norm <= eps has no direction
   int threads;
 
@@ -39,9 +48,9 @@ struct LowLatency {
 // The steps of a call in their order. GEMM steps may be taken by the caller, on the buffers of Layout.
 enum Step : int {
   kNormalize = 1,            // unit rows and columns, class means
-  kRowSimilarity = 2,        // similarity = student_rows teacher_rows^T
+  kRowSimilarity = 2,        // similarity = student_rows teacher_rows^T; with kSelf student_rows twice
   kRowSums = 4,              // similarity -> exponentials, row terms
-  kRowProduct = 8,           // row_product = similarity teacher_rows
+  kRowProduct = 8,           // row_product = similarity teacher_rows; with kSelf student_rows
   kRowGradient = 16,         // row_product -> gradient by the student of the row terms
   kColumnSimilarity = 32,    // similarity = teacher_columns^T student_columns
   kColumnSums = 64,          // similarity -> exponentials, category-wise term
@@ -60,7 +69,7 @@ struct Layout {
   int64_t similarity;        // (n, n) of row_pitch, then (C, C) of pitch with category
   int64_t row_product;       // (n, C)
   int64_t column_product;    // (n, C), in the place of teacher_rows
-  int64_t transposed;        // (C, n) of row_pitch: teacher_rows^T; in the place of row_product and beyond
+  int64_t transposed;        // (C, n) of row_pitch: the candidates^T; in the place of row_product and beyond
   int64_t class_means;       // (min(n, C), C) with sample
   int64_t row_vectors, column_vectors;  // 4 of row_pitch; 3 of pitch, 3 of the larger pitch
   int64_t terms;             // kPad, where the caller has none

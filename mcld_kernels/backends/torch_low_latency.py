@@ -34,6 +34,7 @@ from .chunks import CHUNK_MB
 # many exponentials stay inside fp32: exp(80) x 4096 = 2e38.
 LARGEST_SIZE = 4096
 _SERIAL_ROWS = 64  # over columns vector_norm adds row after row; `sum` adds in parts, with less rounding error
+_ANCHORS = {"student": 0, "teacher": 1, "self": 2}  # of csrc/cpu/low_latency.h
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
@@ -51,7 +52,7 @@ def mcld(inputs: LossInputs, tuning: LowLatencyTuning) -> Callable[[LossInputs],
         return None
     if tuning.compiled and (module := compiled_module()) is not None and _has_plain_fp32_memory(inputs):
         return partial(_mcld_compiled, module=module, tuning=tuning)
-    return _mcld_torch
+    return None if inputs.options.direction == "self" else _mcld_torch
 
 
 def _has_plain_fp32_memory(inputs: LossInputs) -> bool:
@@ -86,7 +87,7 @@ def _options_apply(
     return (
         dtype in (torch.float32, torch.float64)
         and any(options.active)
-        and (options.direction == "student" or not rows or (options.direction == "teacher" and not sample))
+        and (options.direction == "student" or not rows or (options.direction in _ANCHORS and not sample))
         and not (instance and options.mask_same_class)
         and not (category and options.present_only)
         and not (instance and sample and options.temperature[0] != options.temperature[1])
@@ -240,7 +241,7 @@ def _constants(options: MCLDOptions, weight: tuple[float, ...]) -> tuple[Any, ..
     """The last arguments of the compiled module."""
     active = options.active
     temperature = options.temperature[0 if active[0] else 1], options.temperature[2]
-    return (*temperature, *weight, *active, options.direction == "teacher", options.eps)
+    return (*temperature, *weight, *active, _ANCHORS.get(options.direction, 0), options.eps)
 
 
 def _steps(module: Any, arguments: tuple[Any, ...], work: Tensor, layout: _Layout, inputs: LossInputs) -> None:
@@ -252,11 +253,12 @@ def _steps(module: Any, arguments: tuple[Any, ...], work: Tensor, layout: _Layou
     if instance or sample:
         student = work.as_strided((n, num_classes), (pitch, 1), layout.student_rows)
         teacher = work.as_strided((n, num_classes), (pitch, 1), layout.teacher_rows)
+        candidates = student if inputs.options.direction == "self" else teacher
         similarity = work.as_strided((n, n), (row_pitch, 1), layout.similarity)
-        torch.mm(student, teacher.T, out=similarity)
+        torch.mm(student, candidates.T, out=similarity)
         module.low_latency(module.ROW_SUMS, *arguments)
         if inputs.student_grad:
-            torch.mm(similarity, teacher, out=work.as_strided((n, num_classes), (pitch, 1), layout.row_product))
+            torch.mm(similarity, candidates, out=work.as_strided((n, num_classes), (pitch, 1), layout.row_product))
             module.low_latency(module.ROW_GRADIENT, *arguments)
     if category:
         student = work.as_strided((n, num_classes), (pitch, 1), layout.student_columns)

@@ -174,11 +174,10 @@ def evaluate(student: Tensor, teacher: Tensor, weight: Tensor | None, options: C
 
 
 @lru_cache(maxsize=256)
-def _as_mcld(options: CKDOptions) -> MCLDOptions | None:
-    """The options with negatives="teacher", which is MCLD's instance-wise term with teacher anchors."""
-    if options.negatives != "teacher":
-        return None
-    return instance_term(options.temperature, options.eps, options.term_weight, "teacher")
+def _as_mcld(options: CKDOptions) -> MCLDOptions:
+    """The options as MCLD's instance-wise term."""
+    direction = "teacher" if options.negatives == "teacher" else "self"
+    return instance_term(options.temperature, options.eps, options.term_weight, direction)
 
 
 class CKDLoss(nn.Module):
@@ -258,7 +257,7 @@ def compute(kernels: KernelSet, inputs: LossInputs) -> LossOutputs:
             loss=terms.sum(), terms=terms, student_grad=student_grad.result(), teacher_grad=teacher_grad.result()
         )
     if _is_small(kernels, inputs):
-        if options.negatives == "teacher" and (compiled := _compute_compiled(kernels, inputs)) is not None:
+        if (compiled := _compute_compiled(kernels, inputs)) is not None:
             return compiled
         return _compute_whole(inputs)
     operand = kernels.operand_dtype(inputs.dtype)
@@ -345,13 +344,12 @@ def _is_small(kernels: KernelSet, inputs: LossInputs) -> bool:
 
 
 def _compute_compiled(kernels: KernelSet, inputs: LossInputs) -> LossOutputs | None:
-    """negatives="teacher" by the compiled module for a CPU; None without it."""
+    """The same by the compiled module for a CPU; None without it."""
     if compiled_module() is None or not getattr(kernels.tuning, "compiled", False) or inputs.dtype != torch.float32:
         return None  # `_compute_whole` takes fewer operations than MCLD's path without the module
-    options: CKDOptions = inputs.options
-    weight = options.term_weight if inputs.weight is None else inputs.weight.item() * options.term_weight
-    as_mcld = instance_term(options.temperature, options.eps, weight, "teacher")
-    as_inputs = dataclasses.replace(inputs, target=None, weight=None, options=as_mcld)
+    as_mcld = _as_mcld(inputs.options)
+    weight = None if inputs.weight is None else inputs.weight.expand(3)
+    as_inputs = dataclasses.replace(inputs, target=None, weight=weight, options=as_mcld)
     function = kernels.mcld_low_latency(as_inputs)
     if function is None:
         return None
