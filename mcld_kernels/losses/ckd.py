@@ -18,6 +18,8 @@ since every student row is an anchor and a candidate of all others; `KernelSet.s
 
 from __future__ import annotations
 
+import dataclasses
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
@@ -26,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import reference
+from ..backends.torch_low_latency import compiled_module
 from ..distributed import Gather, RanksOptions, ranks_options, report
 from ..family_options import CKDOptions, CKDTerms, Negatives, check_gather, check_inputs, ckd_options
 from ..infonce import Anchors, GradBuffer, Side, contrast
@@ -41,7 +44,8 @@ from ..kernels import (
     has_fixed_shift,
 )
 from ..ops import LossOperator
-from ..options import Backend, check_backend, check_positive
+from ..options import Backend, MCLDOptions, check_backend, check_positive, instance_term
+from ..plain_call import plain_call
 from .ckd_ranks import compute_over_ranks
 from .mcld import mcld_terms
 from .module_over_ranks import ModuleOverRanks
@@ -111,6 +115,9 @@ def ckd_loss(
         mcld_kernels.backends.BackendUnavailable: the backend asked for cannot run; the message says why.
     """
     options, weight_tensor, ranks = _arguments(temperature, weight, negatives, eps, process_group, gather, even)
+    if ranks is None and weight_tensor is None:
+        if (loss := plain_call(student, teacher, options, _instance_options, backend)) is not None:
+            return loss
     if ranks is not None or backend == "reference":
         return evaluate(student, teacher, weight_tensor, options, backend, ranks).loss
     check_inputs(student, teacher, weight_tensor, backend)
@@ -160,7 +167,7 @@ def check_ring(ranks: RanksOptions | None, options: CKDOptions) -> None:
         check_gather(ranks, 'CKD with negatives="student"')
 
 
-def _as_mcld(
+def _teacher_form_over_ranks(
     student: Tensor, teacher: Tensor, weight: Tensor | None, options: CKDOptions, backend: str, ranks: RanksOptions
 ) -> CKDTerms:
     """negatives="teacher" over ranks: MCLD's instance-wise term with teacher anchors."""
@@ -195,11 +202,18 @@ def evaluate(
         report(ranks, error)
         raise
     if ranks is not None and options.negatives == "teacher":
-        return _as_mcld(student, teacher, weight, options, backend, ranks)
+        return _teacher_form_over_ranks(student, teacher, weight, options, backend, ranks)
     if backend == "reference":
         return reference.ckd.evaluate(student, teacher, weight, options, ranks)
     loss, terms = _OPERATOR(student, teacher, None, weight, options, backend, ranks=ranks)
     return CKDTerms(loss, *terms.unbind())
+
+
+@lru_cache(maxsize=256)
+def _instance_options(options: CKDOptions) -> MCLDOptions:
+    """The options as MCLD's instance-wise term."""
+    direction = "teacher" if options.negatives == "teacher" else "self"
+    return instance_term(options.temperature, options.eps, options.term_weight, direction)
 
 
 class CKDLoss(ModuleOverRanks):
@@ -250,6 +264,9 @@ class CKDLoss(ModuleOverRanks):
         self.options = self.options._replace(temperature=check_positive("temperature", value))
 
     def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
+        if self.weight is None and self.ranks is None:
+            if (loss := plain_call(student, teacher, self.options, _instance_options, self.backend)) is not None:
+                return loss
         return self.terms(student, teacher, target).loss
 
     def terms(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> CKDTerms:
@@ -275,6 +292,8 @@ def compute(kernels: KernelSet, inputs: LossInputs) -> LossOutputs:
             loss=terms.sum(), terms=terms, student_grad=student_grad.result(), teacher_grad=teacher_grad.result()
         )
     if _is_small(kernels, inputs):
+        if (compiled := _compute_compiled(kernels, inputs)) is not None:
+            return compiled
         return _compute_whole(inputs)
     operand = kernels.operand_dtype(inputs.dtype)
     unit = kernels.l2_normalize(student, operand, options.eps), kernels.l2_normalize(teacher, operand, options.eps)
@@ -357,6 +376,21 @@ def _is_small(kernels: KernelSet, inputs: LossInputs) -> bool:
         and n <= _LARGEST_SIZE
         and 2 * n * n * dtype.itemsize <= kernels.tuning.chunk_bytes
     )
+
+
+def _compute_compiled(kernels: KernelSet, inputs: LossInputs) -> LossOutputs | None:
+    """The same by the compiled module for a CPU; None without it."""
+    if compiled_module() is None or not getattr(kernels.tuning, "compiled", False) or inputs.dtype != torch.float32:
+        return None  # `_compute_whole` takes fewer operations than MCLD's path without the module
+    as_mcld = _instance_options(inputs.options)
+    weight = None if inputs.weight is None else inputs.weight.expand(3)
+    as_inputs = dataclasses.replace(inputs, target=None, weight=weight, options=as_mcld)
+    function = kernels.mcld_low_latency(as_inputs)
+    if function is None:
+        return None
+    outputs = function(as_inputs)
+    outputs.terms = outputs.terms[:1]
+    return outputs
 
 
 def _compute_whole(inputs: LossInputs) -> LossOutputs:
