@@ -73,6 +73,56 @@ def collectives(
     return found
 
 
+def family_collectives(
+    loss: str,
+    ranks: int,
+    rows: int,
+    classes: int,
+    *,
+    weight: Sequence[float] = (1.0, 1.0, 1.0),
+    views: int = 2,
+    student_grad: bool = True,
+    teacher_grad: bool = False,
+    operand: int = 2,
+    acc: int = 4,
+    chunk: int = CHUNK,
+) -> list[tuple[str, int]]:
+    """`collectives` of "ckd" with the student's negatives, "clkd" and "mlkd"; weight: of their terms."""
+    sides, first, last = student_grad + teacher_grad, bool(weight[0]), bool(weight[2])
+
+    def all_gather(bytes_of_a_row: int) -> tuple[str, int]:
+        return "all-gather", (ranks - 1) * rows * bytes_of_a_row
+
+    def all_reduce(numbers: int) -> tuple[str, int]:
+        return "all-reduce", 2 * numbers * acc * (ranks - 1) // ranks
+
+    found = [("exchange", (ranks - 1) * 32)]
+    if loss == "ckd":
+        found.append(all_gather(classes * operand))
+        return found + [all_gather(acc)] * student_grad
+    if loss == "mlkd":
+        if last:
+            found.append(all_gather(8))  # labels
+        if first or last:
+            found.append(all_gather((2 if first or views == 2 else 1) * classes * operand))
+            if student_grad or (teacher_grad and (first or views == 2)):
+                found.append(all_gather((4 * first + views * last) * acc))
+        return found
+    category = bool(weight[1])
+    if category or last:
+        found.append(all_reduce(2 * (category + last) * classes))  # norms and means
+    if category and sides:
+        found.append(all_reduce(sides * classes))
+    if last and 3 * ranks * rows < classes:
+        found += [all_gather(2 * classes * acc), all_reduce(1)]
+    elif last and 2 * classes**2 * acc <= chunk:
+        found.append(all_reduce(classes**2))
+    elif last:
+        step = max(1, chunk // (2 * classes * acc))
+        found += [all_reduce(min(step, classes - k) * classes) for k in range(0, classes, step)]
+    return found
+
+
 def received(*args: int, **options: object) -> int:
     """Bytes that each rank receives in a call."""
     return sum(size for _, size in collectives(*args, **options))  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ FINISH: int
 ALL_STEPS: int
 
 def isas() -> list[str]: ...
-def layout(n: int, num_classes: int, /) -> dict[str, int]: ...
+def layout(n: int, num_classes: int, sample: bool, category: bool, /) -> dict[str, int]: ...
 def low_latency(
     steps: int,
     isa: int,
@@ -35,6 +35,7 @@ def low_latency(
     instance: bool,
     sample: bool,
     category: bool,
+    anchors: int,
     eps: float,
     /,
 ) -> None: ...

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from .distributed import RanksOptions
 from .options import (
     check_backend,
     check_eps,
@@ -92,12 +93,8 @@ class MLKDOptions(NamedTuple):
     eps: float
 
 
-def ckd_options(
-    *, temperature: Any, weight: Any, negatives: Any, eps: Any, process_group: Any
-) -> tuple[CKDOptions, Tensor | None]:
+def ckd_options(*, temperature: Any, weight: Any, negatives: Any, eps: Any) -> tuple[CKDOptions, Tensor | None]:
     """The options, and the weight tensor (1,) if one came."""
-    if negatives == "student":
-        check_process_group(process_group, 'CKD with negatives="student"')
     numbers, tensor = _split_weight(weight, ("contrast",))
     return _cached(_cached_ckd_options, _ckd_options, temperature, numbers, negatives, eps), tensor
 
@@ -111,9 +108,8 @@ def _ckd_options(temperature: Any, weight: Any, negatives: Any, eps: Any) -> CKD
     )
 
 
-def clkd_options(*, weight: Any, reduction: Any, eps: Any, process_group: Any) -> tuple[CLKDOptions, Tensor | None]:
+def clkd_options(*, weight: Any, reduction: Any, eps: Any) -> tuple[CLKDOptions, Tensor | None]:
     """The options, and the weight tensor (3,) if one came."""
-    check_process_group(process_group, "CLKD")
     numbers, tensor = _split_weight(weight, CLKD_TERMS)
     return _cached(_cached_clkd_options, _clkd_options, numbers, reduction, eps), tensor
 
@@ -135,10 +131,8 @@ def mlkd_options(
     views: Any,
     ignore_index: Any,
     eps: Any,
-    process_group: Any,
 ) -> tuple[MLKDOptions, Tensor | None]:
     """The options, and the weight tensor (3,) if one came."""
-    check_process_group(process_group, "MLKD")
     numbers, tensor = _split_weight(weight, MLKD_TERMS)
     values = (correlation_temperature, supervised_temperature, numbers, views, ignore_index, eps)
     return _cached(_cached_mlkd_options, _mlkd_options, *values), tensor
@@ -174,12 +168,12 @@ def _cached(cached: Callable[..., Options], plain: Callable[..., Options], *valu
         return plain(*values)
 
 
-def check_process_group(process_group: Any, name: str) -> None:
-    """Refuse a group for a loss without a form over ranks."""
-    if process_group is not None:
+def check_gather(ranks: RanksOptions | None, name: str) -> None:
+    """Refuse the ring for a loss without that form."""
+    if ranks is not None and ranks.gather == "ring":
         raise NotImplementedError(
-            f"process_group: {name} has no form over the global batch; pass process_group=None, for the mean over the "
-            'ranks of each one\'s own loss. MCLD, and CKD with negatives="teacher", take a group'
+            f'gather="ring": {name} has no form in which rows travel around the ranks; pass gather="all". MCLD, and '
+            'CKD with negatives="teacher", have one'
         )
 
 
@@ -211,7 +205,7 @@ def check_mlkd_target(target: Tensor | None, student: Tensor, options: MLKDOptio
         return
     check_target(target, student, options.ignore_index, read_values=False)
     # Labels are compared with one another alone, so they may exceed the width of an embedding.
-    if is_readable(target):
+    if is_readable(target) and target.numel() and int(target.amin()) < 0:
         bad = target[(target < 0) & (target != options.ignore_index)]
         if bad.numel():
             raise ValueError(

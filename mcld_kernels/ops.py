@@ -131,7 +131,7 @@ class LossOperator:
         student_grad, teacher_grad, weight_grad = needs_grad(student), needs_grad(teacher), needs_grad(weight)
         if student_grad or teacher_grad or weight_grad:
             is_transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-            if not (is_transformed or _is_observed(student)):
+            if not (is_transformed or is_observed(student)):
                 call = _Call(
                     self.name, student, teacher, target, weight, options, backend,
                     student_grad, teacher_grad, labels_are_classes, extra, ranks,
@@ -147,7 +147,7 @@ class LossOperator:
             self.name, student, teacher, target, weight, options, backend, False, False, labels_are_classes, extra,
             ranks,
         )  # fmt: skip
-        outputs = self.dispatch(call) if _is_observed(student) else self.run(call)
+        outputs = self.dispatch(call) if is_observed(student) else self.run(call)
         return outputs[0], outputs[1]
 
     def dispatch(self, call: _Call) -> Outputs:
@@ -366,7 +366,7 @@ def _schema_type(hint: Any) -> str:
     return {float: "float", bool: "bool", int: "int", str: "str"}[hint]
 
 
-def _is_observed(tensor: Tensor) -> bool:
+def is_observed(tensor: Tensor) -> bool:
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
@@ -376,7 +376,7 @@ def _is_observed(tensor: Tensor) -> bool:
     )
 
 
-class _NoSecondDerivative(torch.autograd.Function):
+class NoSecondDerivative(torch.autograd.Function):
     """The identity of a gradient that depends on ``inputs``; its own derivative raises instead of being lost."""
 
     generate_vmap_rule = True
@@ -431,7 +431,7 @@ def _forward_call(operator: LossOperator, call: _Call) -> _Call:
 def _forward(call: _Call) -> Outputs:
     operator = _OPERATORS[call.name]
     call = _forward_call(operator, call)
-    return operator.dispatch(call) if _is_observed(call.student) else operator.run(call)
+    return operator.dispatch(call) if is_observed(call.student) else operator.run(call)
 
 
 def _backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
@@ -454,7 +454,7 @@ def _gradients(ctx: Any, upstream: Tensor, indices: tuple[int, int, int]) -> lis
             gradient = _weighted_teacher_grad(ctx.call, saved[6:], upstream)
         # Grad mode is on in backward where a graph of it was asked for (create_graph=True).
         if torch.is_grad_enabled():
-            gradient = _NoSecondDerivative.apply(gradient, *inputs, upstream if is_weighted else None)
+            gradient = NoSecondDerivative.apply(gradient, *inputs, upstream if is_weighted else None)
         if is_weighted:
             product = gradient
         elif upstream.ndim == 0:
@@ -475,7 +475,7 @@ def _weighted_teacher_grad(kept: tuple[str, Any, str], tensors: tuple[Any, ...],
             name, student, teacher, target, weight, options, backend, False, True,
             extra=operator.weighted(tuple(extra), upstream),
         )  # fmt: skip
-        return (operator.dispatch(call) if _is_observed(student) else operator.run(call))[3]
+        return (operator.dispatch(call) if is_observed(student) else operator.run(call))[3]
 
 
 class _Loss(torch.autograd.Function):
@@ -542,7 +542,7 @@ class _TransformableLoss(torch.autograd.Function):
         parts = []
         for gradient, dtype, index in zip(gradients, ctx.dtypes, (1, 2, 4), strict=True):
             if dtype is not None and tangents[index] is not None:
-                product = _NoSecondDerivative.apply(gradient, student, teacher, weight) * tangents[index]
+                product = NoSecondDerivative.apply(gradient, student, teacher, weight) * tangents[index]
                 if ctx.is_per_anchor:
                     parts.append(product.sum(1) if product.ndim == 2 else product)
                 else:

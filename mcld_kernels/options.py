@@ -55,6 +55,15 @@ class MCLDOptions(NamedTuple):
         return self.term_weight[0] != 0, self.term_weight[1] != 0, self.term_weight[2] != 0
 
 
+@lru_cache(maxsize=256)
+def instance_term(temperature: float, eps: float, weight: float = 1.0, direction: str = "student") -> MCLDOptions:
+    """MCLD with the instance-wise term alone.
+
+    direction: also "self", for kernels alone: student rows against one another, with their teacher rows as positives.
+    """
+    return MCLDOptions((temperature,) * 3, (weight, 0.0, 0.0), direction, False, False, -100, eps)  # type: ignore[arg-type]
+
+
 def label_terms(options: MCLDOptions) -> tuple[bool, bool, bool]:
     """The terms that are computed and read the labels."""
     # A function, since torch 2.6 cannot trace a property of a NamedTuple.

@@ -30,6 +30,14 @@ settings.register_profile("explore", max_examples=1000, **_COMMON)
 settings.load_profile("fixed")
 
 
+def pytest_configure(config):
+    if getattr(config.option, "numprocesses", None):
+        # xdist rebuilds a worker's warnings in this process, and imports the modules that they are of.
+        import torchvision_shim
+
+        torchvision_shim.install()
+
+
 # The longest tests by far. They start first: at the end of a run, one worker would do them and the others nothing.
 LONGEST = ("test_memory_of_the_kernels", "test_compiled_kernels", "test_inductor")
 

@@ -6,9 +6,11 @@ torch takes the GEMMs; torch: there is no compiled module.
 
 import concurrent.futures
 
+import family
 import pytest
 import torch
 from cases import KINDS, WEIGHT, check, labels, logits, options_of, run, truth
+from test_ckd import CASES as CKD
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mcld_kernels
@@ -54,6 +56,24 @@ def path(request, contrasts):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_within_the_error_bar(shape, weight, path, poison):
     check("torch", "cpu", "random", *shape, torch.float32, weight=weight)
+
+
+@pytest.mark.parametrize("weight", [(1.3, 0.0, 0.0), (1.0, 0.0, 0.4)], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_teacher_anchors_within_the_error_bar(shape, weight, path, poison):
+    check("torch", "cpu", "random", *shape, torch.float32, weight=weight, direction="teacher")
+
+
+@pytest.mark.parametrize("negatives", ["teacher", "student"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_ckd_within_the_error_bar(shape, negatives, path, poison):
+    family.check(CKD[negatives], "torch", "random", *shape, torch.float32, temperature=0.2, weight=3.0)
+
+
+@pytest.mark.parametrize("negatives", ["teacher", "student"])
+def test_ckd_on_the_threads_share(negatives, path):
+    family.check(CKD[negatives], "torch", "random", 260, 150, torch.float32, draws=1)
+    family.check(CKD[negatives], "torch", "zeros", 37, 29, torch.float32)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -157,14 +177,18 @@ def test_inputs_are_not_written(path):
 
 
 @NEEDS_MODULE
-def test_threads_change_no_bit():
+@pytest.mark.parametrize("negatives", [None, "teacher", "student"], ids=str)
+def test_threads_change_no_bit(negatives):
     student, teacher = logits("random", 300, 200, torch.float32)
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 5):
             torch.set_num_threads(count)
             with backends.tuned(compiled_gemm=ANY_SIZE):
-                results.append(run("torch", student, teacher, labels(300, 200)))
+                if negatives is None:
+                    results.append(run("torch", student, teacher, labels(300, 200)))
+                else:
+                    results.append(family.run(mcld_kernels.ckd_terms, student, teacher, negatives=negatives))
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:

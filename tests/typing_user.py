@@ -120,6 +120,8 @@ def over_ranks(network: nn.Module, images: Tensor, teacher: Tensor, target: Tens
     name: str | None = criterion.process_group
     losses = [mcld_loss(images, teacher, target, process_group=name, gather="all")]
     losses.append(reference.mcld_loss(images, teacher, target, process_group=group))
+    losses.append(mlkd_loss(images, teacher, target, process_group=group, gather="all", even=True))
+    losses.append(CLKDLoss(process_group=group)(images, teacher))
     losses.append(accumulate(network, [images[:8], images[8:]], lambda student: criterion(student, teacher, target)))
     losses.append(accumulate(network, [(images,), {"input": images}], torch.sum))
     with count_collectives() as collectives:

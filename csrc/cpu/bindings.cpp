@@ -15,8 +15,9 @@ void run(int steps, int isa, int threads, uintptr_t student, int64_t student_row
          int64_t teacher_row, int64_t teacher_column, uintptr_t target, int64_t target_stride, int64_t n, int64_t num_classes,
          uintptr_t work, uintptr_t gradient, uintptr_t loss, uintptr_t terms, float row_temperature, float column_temperature,
          float instance_weight, float sample_weight, float category_weight, bool instance, bool sample, bool category,
-         float eps) {
+         int anchors, float eps) {
   if (isa < 0 || isa >= num_isas()) throw py::value_error("no such instruction set on this machine");
+  if (anchors < kStudent || anchors > kSelf) throw py::value_error("no such anchors");
   LowLatency call;
   call.student = pointer<const float>(student), call.student_row = student_row, call.student_column = student_column;
   call.teacher = pointer<const float>(teacher), call.teacher_row = teacher_row, call.teacher_column = teacher_column;
@@ -27,13 +28,14 @@ void run(int steps, int isa, int threads, uintptr_t student, int64_t student_row
   call.row_temperature = row_temperature, call.column_temperature = column_temperature;
   call.weight[0] = instance_weight, call.weight[1] = sample_weight, call.weight[2] = category_weight;
   call.instance = instance, call.sample = sample, call.category = category;
+  call.anchors = Anchors(anchors);
   call.eps = eps, call.threads = threads;
   py::gil_scoped_release release;
   low_latency(call, steps, isa);
 }
 
-py::dict layout(int64_t n, int64_t num_classes) {
-  const Layout at(n, num_classes);
+py::dict layout(int64_t n, int64_t num_classes, bool sample, bool category) {
+  const Layout at(n, num_classes, sample, category);
   py::dict result;
   result["size"] = at.size;
   result["pitch"] = at.pitch;

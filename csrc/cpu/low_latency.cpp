@@ -162,8 +162,8 @@ inline void gemm_panel(const float* a, int64_t a_row, int64_t a_depth, const flo
 }
 
 // out (rows, columns) = a b: element (i, k) of a is a[i a_row + k a_depth]; b (depth, columns) row-major; columns is padded.
-void gemm(const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t b_pitch, float* out,
-          int64_t out_pitch, int64_t rows, int64_t columns, int64_t depth) {
+void gemm_rows(const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t b_pitch, float* out,
+               int64_t out_pitch, int64_t rows, int64_t columns, int64_t depth) {
   for (int64_t k = 0; k == 0 || k < depth; k += kDepthOfSum) {
     const int64_t part = smaller(kDepthOfSum, depth - k);
     const float *left = a + k * a_depth, *right = b + k * b_pitch;
@@ -177,6 +177,17 @@ void gemm(const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_
   }
 }
 
+constexpr int64_t kProductsOfElement = 16;  // multiply-adds that take the time of an element of the other steps
+
+void gemm(int threads, const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t b_pitch, float* out,
+          int64_t out_pitch, int64_t rows, int64_t columns, int64_t depth) {
+  for_slices(threads, rows, kTileRows, rows * columns * depth / kProductsOfElement, [=](int64_t first, int64_t last) {
+    if (first >= last) return;
+    gemm_rows(a + first * a_row, a_row, a_depth, b, b_pitch, out + first * out_pitch, out_pitch, last - first, columns,
+              depth);
+  });
+}
+
 struct Call : LowLatency {
   int64_t pitch, row_pitch;
   float *student_rows, *teacher_rows, *student_columns, *teacher_columns, *similarity, *row_product, *column_product;
@@ -184,10 +195,11 @@ struct Call : LowLatency {
   float *row_inv_norm, *row_factor, *row_loss;           // (n,)
   int32_t* class_index;                                  // (n,)
   float *column_inv_norm, *column_factor, *column_loss;  // (C,)
-  float *sums, *parts, *scratch;                         // (pitch,)
+  float *sums, *parts, *scratch;                         // (C,) or (n,)
 
   explicit Call(const LowLatency& call) : LowLatency(call) {
-    const Layout at(n, num_classes);
+    const Layout at(n, num_classes, sample, category);
+    if (terms == nullptr) terms = work + at.terms;
     pitch = at.pitch, row_pitch = at.row_pitch;
     student_rows = work + at.student_rows, teacher_rows = work + at.teacher_rows;
     student_columns = work + at.student_columns, teacher_columns = work + at.teacher_columns;
@@ -199,14 +211,16 @@ struct Call : LowLatency {
     class_index = reinterpret_cast<int32_t*>(next + 3 * row_pitch);
     next = work + at.column_vectors;
     column_inv_norm = next, column_factor = next + pitch, column_loss = next + 2 * pitch;
-    sums = next + 3 * pitch, parts = next + 4 * pitch, scratch = next + 5 * pitch;
+    const int64_t width = pitch > row_pitch ? pitch : row_pitch;
+    sums = next + 3 * pitch, parts = sums + width, scratch = parts + width;
   }
 
   int64_t elements() const { return n * pitch; }
+  const float* candidates() const { return anchors == kSelf ? student_rows : teacher_rows; }
 
   // ---- unit rows and columns
 
-  // The logits go to `columns`, padded with zeros, and their unit rows to `rows`.
+  // The logits go to `columns`, padded with zeros, and their unit rows to `rows`, which may be the same memory.
   void normalize_rows(const float* x, int64_t row_stride, int64_t column_stride, float* rows, float* columns,
                       float* inv_norm) const {
     for_slices(threads, n, 1, elements(), [=](int64_t first, int64_t last) {
@@ -285,21 +299,69 @@ struct Call : LowLatency {
     if (sample) mean_classes();
   }
 
+  // Anchors are the columns of `similarity` (count, count), which becomes exponentials, with -neg_k on the diagonal. Writes
+  // each anchor's loss and its factor of the gradient; returns the sum of the losses.
+  double sum_columns(int64_t count, int64_t width, float temperature, float term_weight, float* loss_of,
+                     float* factor) const {
+    const float inverse = 1.f / temperature;
+    float* positive = scratch;
+    for_slices(threads, width, kLanes, count * width, [=](int64_t first, int64_t last) {
+      for (int64_t k = first; k < last; ++k) positive[k] = k < count ? similarity[k * width + k] : 0.f;
+      for (int64_t k = first; k < last; k += kLanes) store(positive + k, exp(load(positive + k) * inverse));
+      add_rows(count, first, last, sums, parts, [=](int64_t l, int64_t k) {
+        float* at = similarity + l * width + k;
+        const Vector value = exp(load(at) * inverse);
+        store(at, value);
+        if (l - k < 0 || l - k >= kLanes) return value;
+        at[l - k] = 0;
+        return load(at);
+      });
+      for (int64_t k = first; k < smaller(last, count); ++k) {
+        const float negative = sums[k];
+        loss_of[k] = log1pf(negative / positive[k]);
+        factor[k] = term_weight / (float(count) * temperature) / (positive[k] + negative);
+        similarity[k * width + k] = -negative;
+      }
+      for (int64_t k = first > count ? first : count; k < last; ++k) factor[k] = 0;
+    });
+    double loss_sum = 0;
+    for (int64_t k = 0; k < count; ++k) loss_sum += loss_of[k];
+    return loss_sum;
+  }
+
   // ---- rows
 
   void row_similarity() const {
-    for (int64_t block = 0; block < row_pitch; block += kLanes) {
-      for (int64_t c = 0; c < num_classes; ++c) {
-        float* out = transposed + c * row_pitch + block;
+    const float* from = candidates();
+    for_slices(threads, row_pitch, kLanes, num_classes * row_pitch, [=](int64_t first, int64_t end) {
+      for (int64_t block = first; block < end; block += kLanes) {
         const int64_t last = smaller(kLanes, n - block);
-        for (int64_t j = 0; j < last; ++j) out[j] = teacher_rows[(block + j) * pitch + c];
-        for (int64_t j = last < 0 ? 0 : last; j < kLanes; ++j) out[j] = 0;
+        for (int64_t c = 0; c < num_classes; ++c) {
+          float* out = transposed + c * row_pitch + block;
+          for (int64_t j = 0; j < last; ++j) out[j] = from[(block + j) * pitch + c];
+          for (int64_t j = last < 0 ? 0 : last; j < kLanes; ++j) out[j] = 0;
+        }
       }
-    }
-    gemm(student_rows, pitch, 1, transposed, row_pitch, similarity, row_pitch, n, row_pitch, num_classes);
+    });
+    gemm(threads, student_rows, pitch, 1, transposed, row_pitch, similarity, row_pitch, n, row_pitch, num_classes);
+  }
+
+  // The instance-wise term of teacher anchors, which are the columns of `similarity`.
+  void teacher_sums() const {
+    const double loss_sum = sum_columns(n, row_pitch, row_temperature, weight[0], row_loss, row_factor);
+    terms[0] = float(loss_sum / double(n)), terms[1] = 0;
+    if (gradient == nullptr) return;
+    for_slices(threads, n, 1, elements(), [=](int64_t first, int64_t last) {
+      for (int64_t j = first; j < last; ++j) {
+        float* row = teacher_rows + j * pitch;
+        for (int64_t c = 0; c < pitch; c += kLanes) store(row + c, load(row + c) * row_factor[j]);
+        row_factor[j] = 1;  // the product has it
+      }
+    });
   }
 
   void row_sums() const {
+    if (anchors == kTeacher) return teacher_sums();
     const float inverse = 1.f / row_temperature;
     const float coefficient = (instance ? weight[0] : 0.f) + (sample ? weight[1] : 0.f);
     const float label_part = sample && coefficient > 0 ? weight[1] / coefficient : 0.f;
@@ -307,7 +369,8 @@ struct Call : LowLatency {
     for_slices(threads, n, 1, n * row_pitch, [=](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
         float* e = similarity + i * row_pitch;
-        const float positive = exp(e[i] * inverse);
+        const float cosine = anchors == kSelf ? dot(student_rows + i * pitch, teacher_rows + i * pitch, pitch) : e[i];
+        const float positive = exp(cosine * inverse);
         if (sample) {
           const float* mean = class_means + class_index[i] * pitch;
           label_gap()[i] = dot_difference(student_rows + i * pitch, teacher_rows + i * pitch, mean, pitch) * inverse;
@@ -344,9 +407,11 @@ struct Call : LowLatency {
         row_loss[i] = log1pf(negative / positive);
         row_factor[i] = coefficient / (float(n) * row_temperature) / (positive + negative);
         // Label positives pull by partner - mean: the partner's part cancels here, before it is rounded.
-        e[i] = label_part * positive - diagonal_part * negative;
+        e[i] = anchors == kSelf ? 0.f : label_part * positive - diagonal_part * negative;
+        if (anchors == kSelf) scratch[i] = negative * row_factor[i];
       }
     });
+    if (anchors == kSelf && gradient != nullptr) weigh_both();
     double loss_sum = 0, label_sum = 0;
     for (int64_t i = 0; i < n; ++i) loss_sum += row_loss[i];
     if (sample) {
@@ -354,6 +419,19 @@ struct Call : LowLatency {
     }
     terms[0] = instance ? float(loss_sum / double(n)) : 0.f;
     terms[1] = sample ? float((loss_sum + label_sum) / double(n)) : 0.f;
+  }
+
+  // The coefficients of rows that are anchors and candidates of one another.
+  void weigh_both() const {
+    for (int64_t j = n; j < row_pitch; ++j) row_factor[j] = 0;
+    for_slices(threads, n, 1, n * row_pitch, [=](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        float* e = similarity + i * row_pitch;
+        const Vector factor = splat(row_factor[i]);
+        for (int64_t j = 0; j < row_pitch; j += kLanes) store(e + j, load(e + j) * (load(row_factor + j) + factor));
+      }
+    });
+    for (int64_t i = 0; i < n; ++i) row_factor[i] = 1;  // the product has it
   }
 
   // (n,) positive less label positive, in row_product, which is written later.
@@ -374,6 +452,7 @@ struct Call : LowLatency {
         for (int64_t c = 0; c < pitch; c += kLanes) {
           Vector value = load(g + c) * factor;
           if (sample) value -= load(mean + c) * label;
+          if (anchors == kSelf) value -= load(teacher_rows + i * pitch + c) * scratch[i];
           store(g + c, value);
           total += value * load(unit + c);
         }
@@ -387,33 +466,12 @@ struct Call : LowLatency {
   // ---- columns
 
   void column_similarity() const {
-    gemm(teacher_columns, 1, pitch, student_columns, pitch, similarity, pitch, num_classes, pitch, n);
+    gemm(threads, teacher_columns, 1, pitch, student_columns, pitch, similarity, pitch, num_classes, pitch, n);
   }
 
   void column_sums() const {
-    const float inverse = 1.f / column_temperature;
-    float* positive = scratch;
-    for_slices(threads, pitch, kLanes, num_classes * pitch, [=](int64_t first, int64_t last) {
-      for (int64_t k = first; k < last; ++k) positive[k] = k < num_classes ? similarity[k * pitch + k] : 0.f;
-      for (int64_t k = first; k < last; k += kLanes) store(positive + k, exp(load(positive + k) * inverse));
-      add_rows(num_classes, first, last, sums, parts, [=](int64_t l, int64_t k) {
-        float* at = similarity + l * pitch + k;
-        const Vector value = exp(load(at) * inverse);
-        store(at, value);
-        if (l - k < 0 || l - k >= kLanes) return value;
-        at[l - k] = 0;
-        return load(at);
-      });
-      for (int64_t k = first; k < smaller(last, num_classes); ++k) {
-        const float negative = sums[k];
-        column_loss[k] = log1pf(negative / positive[k]);
-        column_factor[k] = weight[2] / (float(num_classes) * column_temperature) / (positive[k] + negative);
-        similarity[k * pitch + k] = -negative;
-      }
-      for (int64_t k = first > num_classes ? first : num_classes; k < last; ++k) column_factor[k] = 0;
-    });
-    double loss_sum = 0;
-    for (int64_t k = 0; k < num_classes; ++k) loss_sum += column_loss[k];
+    const double loss_sum =
+        sum_columns(num_classes, pitch, column_temperature, weight[2], column_loss, column_factor);
     terms[2] = float(loss_sum / double(num_classes));
   }
 
@@ -466,8 +524,8 @@ void low_latency(const LowLatency& arguments, int steps) {
     if (steps & kRowSimilarity) call.row_similarity();
     if (steps & kRowSums) call.row_sums();
     if (with_gradient && steps & kRowProduct) {
-      gemm(call.similarity, call.row_pitch, 1, call.teacher_rows, call.pitch, call.row_product, call.pitch, call.n,
-           call.pitch, call.n);
+      gemm(call.threads, call.similarity, call.row_pitch, 1, call.candidates(), call.pitch, call.row_product, call.pitch,
+           call.n, call.pitch, call.n);
     }
     if (with_gradient && steps & kRowGradient) call.row_gradient();
   }
@@ -475,8 +533,8 @@ void low_latency(const LowLatency& arguments, int steps) {
     if (steps & kColumnSimilarity) call.column_similarity();
     if (steps & kColumnSums) call.column_sums();
     if (with_gradient && steps & kColumnProduct) {
-      gemm(call.teacher_columns, call.pitch, 1, call.similarity, call.pitch, call.column_product, call.pitch, call.n,
-           call.pitch, call.num_classes);
+      gemm(call.threads, call.teacher_columns, call.pitch, 1, call.similarity, call.pitch, call.column_product, call.pitch,
+           call.n, call.pitch, call.num_classes);
     }
   }
   if (steps & kFinish) call.finish();

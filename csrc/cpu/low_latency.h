@@ -1,11 +1,17 @@
-// A whole call of MCLD on fp32 logits of the CPU: student anchors, a frozen teacher, no masks. Raw pointers and sizes only.
+// A whole call of MCLD on fp32 logits of the CPU: a frozen teacher, no masks. Raw pointers and sizes only.
 //
 // With S, T the logits (n, C), rn and cn unit rows and columns, t a temperature, and sums over the negatives alone:
 //
 //   E = exp(rn(S) rn(T)^T / t) without its diagonal, neg_i = sum_j E_ij, pos_i = exp(rn(S)_i . rn(T)_i / t)
 //   loss_i = log1p(neg_i / pos_i), gradient by rn(S)_i: weight / (n t (pos_i + neg_i)) (sum_j E_ij rn(T)_j - neg_i rn(T)_i)
 //
-// and, for columns, the same of F = exp(cn(T)^T cn(S) / t), stored with anchors as columns so that both GEMMs read rows.
+// With teacher anchors (of the instance-wise term alone) the sums run over the columns of the same E and the student rows
+// are candidates: neg_j = sum_i E_ij, f_j = weight / (n t (pos_j + neg_j)), and the gradient by rn(S)_i is
+// sum_j E_ij f_j rn(T)_j - neg_i f_i rn(T)_i: the factors go to the teacher rows, so that E is multiplied as it is.
+// With student rows on both sides E is symmetric, and a row is an anchor and a candidate of all others: the gradient by
+// rn(S)_i is sum_j E_ij (f_i + f_j) rn(S)_j - neg_i f_i rn(T)_i.
+//
+// For columns it is the same of F = exp(cn(T)^T cn(S) / t), stored with anchors as columns so that both GEMMs read rows.
 // The two GEMMs of a similarity matrix are separate steps: the caller may leave them to a library.
 #pragma once
 
@@ -13,18 +19,26 @@
 
 namespace mcld::cpu {
 
+// What the anchors are, and against what.
+enum Anchors : int {
+  kStudent,  // student rows against teacher rows
+  kTeacher,  // teacher rows against student rows
+  kSelf,     // student rows against the other student rows; the positive is the teacher row
+};
+
 struct LowLatency {
   const float *student, *teacher;  // (n, C) logits
   int64_t student_row, student_column, teacher_row, teacher_column;  // strides in elements
   const int64_t* target;           // (n,) labels in [0, C) for the sample-wise term, or null
   int64_t target_stride;
   int64_t n, num_classes;
-  float* work;                     // Layout(n, num_classes).size floats
+  float* work;                     // Layout(n, num_classes, sample, category).size floats
   float* gradient;                 // (n, C) contiguous by the student, or null
-  float *loss, *terms;             // () and (3,)
+  float *loss, *terms;             // () and (3,); terms may be null
   float row_temperature, column_temperature;
   float weight[3];                 // of the terms, in loss and gradient
   bool instance, sample, category; // the terms that are computed
+  Anchors anchors;                 // others than kStudent for the instance-wise term alone
   float eps;                       // a row or column with norm <= eps has no direction
   int threads;
 
@@ -34,9 +48,9 @@ struct LowLatency {
 // The steps of a call in their order. GEMM steps may be taken by the caller, on the buffers of Layout.
 enum Step : int {
   kNormalize = 1,            // unit rows and columns, class means
-  kRowSimilarity = 2,        // similarity = student_rows teacher_rows^T
+  kRowSimilarity = 2,        // similarity = student_rows teacher_rows^T; with kSelf student_rows twice
   kRowSums = 4,              // similarity -> exponentials, row terms
-  kRowProduct = 8,           // row_product = similarity teacher_rows
+  kRowProduct = 8,           // row_product = similarity teacher_rows; with kSelf student_rows
   kRowGradient = 16,         // row_product -> gradient by the student of the row terms
   kColumnSimilarity = 32,    // similarity = teacher_columns^T student_columns
   kColumnSums = 64,          // similarity -> exponentials, category-wise term
@@ -51,26 +65,29 @@ struct Layout {
   static constexpr int64_t pad(int64_t x) { return (x + kPad - 1) / kPad * kPad; }
 
   int64_t pitch, row_pitch;  // of matrices of C and of n columns
-  int64_t student_rows, teacher_rows, student_columns, teacher_columns;  // (n, C)
-  int64_t similarity;        // (n, n) of row_pitch, then (C, C) of pitch
+  int64_t student_rows, teacher_rows, student_columns, teacher_columns;  // (n, C); without category columns are rows
+  int64_t similarity;        // (n, n) of row_pitch, then (C, C) of pitch with category
   int64_t row_product;       // (n, C)
   int64_t column_product;    // (n, C), in the place of teacher_rows
-  int64_t transposed;        // (C, n) of row_pitch: teacher_rows^T; in the place of row_product and beyond
-  int64_t class_means;       // (min(n, C), C)
-  int64_t row_vectors, column_vectors;  // 4 of row_pitch, 6 of pitch
+  int64_t transposed;        // (C, n) of row_pitch: the candidates^T; in the place of row_product and beyond
+  int64_t class_means;       // (min(n, C), C) with sample
+  int64_t row_vectors, column_vectors;  // 4 of row_pitch; 3 of pitch, 3 of the larger pitch
+  int64_t terms;             // kPad, where the caller has none
   int64_t size;
 
-  Layout(int64_t n, int64_t c) {
+  Layout(int64_t n, int64_t c, bool sample, bool category) {
     pitch = pad(c), row_pitch = pad(n);
     int64_t next = 0;
     const auto take = [&next](int64_t count) { return next += count, next - count; };
     student_rows = take(n * pitch), teacher_rows = take(n * pitch);
-    student_columns = take(n * pitch), teacher_columns = take(n * pitch);
-    similarity = take(n * row_pitch > c * pitch ? n * row_pitch : c * pitch);
+    student_columns = category ? take(n * pitch) : student_rows;
+    teacher_columns = category ? take(n * pitch) : teacher_rows;
+    similarity = take(category && c * pitch > n * row_pitch ? c * pitch : n * row_pitch);
     column_product = teacher_rows;
     row_product = transposed = take(n * pitch > c * row_pitch ? n * pitch : c * row_pitch);
-    class_means = take((n < c ? n : c) * pitch);
-    row_vectors = take(4 * row_pitch), column_vectors = take(6 * pitch);
+    class_means = take(sample ? (n < c ? n : c) * pitch : 0);
+    row_vectors = take(4 * row_pitch), column_vectors = take(3 * pitch + 3 * (pitch > row_pitch ? pitch : row_pitch));
+    terms = take(kPad);
     size = next;
   }
 };

@@ -127,6 +127,11 @@ def tuned(**fields: Any) -> Iterator[None]:
         _TUNING.reset(token)
 
 
+def is_tuned() -> bool:
+    """True inside `tuned`."""
+    return bool(_TUNING.get())
+
+
 def _overrides(module: Any) -> dict[str, Any]:
     """The fields given by `tuned` that this backend's Tuning has."""
     given = _TUNING.get()

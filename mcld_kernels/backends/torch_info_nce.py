@@ -14,14 +14,13 @@ csrc/cpu/low_latency.cpp.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ..info_nce_options import InfoNCEOptions, needs_labels
 from ..kernels import LossInputs, LossOutputs, has_fixed_shift
-from ..options import MCLDOptions, check_positive
+from ..options import check_positive, instance_term
 from .torch_low_latency import LARGEST_SIZE, LowLatencyTuning, compiled_module, mcld
 
 
@@ -69,15 +68,10 @@ def _as_mcld(inputs: LossInputs) -> LossInputs:
         teacher=inputs.teacher,
         target=None,
         weight=None,
-        options=_mcld_options(temperature, inputs.options.eps),
+        options=instance_term(temperature, inputs.options.eps),
         student_grad=inputs.student_grad,
         teacher_grad=False,
     )
-
-
-@lru_cache(maxsize=256)
-def _mcld_options(temperature: float, eps: float) -> MCLDOptions:
-    return MCLDOptions((temperature,) * 3, (1.0, 0.0, 0.0), "student", False, False, -100, eps)
 
 
 def _without_terms(outputs: LossOutputs) -> LossOutputs:

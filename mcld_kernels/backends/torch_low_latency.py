@@ -6,7 +6,9 @@ into the matrix of exponentials:
 
     W_ij = e_ij / (neg_sum_i + e_ii) (j != i),   W_ii = -neg_sum_i / (neg_sum_i + e_ii),   g = weight / (n t) W K
 
-and, for label positives with weight c', g_i gains c' (K_i - mean of the candidates with i's label).
+and, for label positives with weight c', g_i gains c' (K_i - mean of the candidates with i's label). Where the teacher's
+rows are the anchors, of the instance-wise term alone, they are the columns of the same matrix, as in the category-wise
+term.
 
 With the compiled module fp32 logits take csrc/cpu/low_latency.cpp: a small call whole, a larger one with torch's GEMMs
 between its steps. Without it, and for fp64, the same steps are torch operations.
@@ -26,11 +28,13 @@ from torch import Tensor
 from .. import installation
 from ..kernels import LossInputs, LossOutputs, Tuning, has_fixed_shift
 from ..options import MCLDOptions
+from .chunks import CHUNK_MB
 
 # Where one shift serves all rows, similarities stay between -40 and 40: exp needs none at all, and ratios of sums of so
 # many exponentials stay inside fp32: exp(80) x 4096 = 2e38.
 LARGEST_SIZE = 4096
 _SERIAL_ROWS = 64  # over columns vector_norm adds row after row; `sum` adds in parts, with less rounding error
+_ANCHORS = {"student": 0, "teacher": 1, "self": 2}  # of csrc/cpu/low_latency.h
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
@@ -38,17 +42,17 @@ _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 class LowLatencyTuning(Tuning):
     low_latency: bool = True  # take this path where it applies
     compiled: bool = True  # use the compiled module where it is built
-    compiled_gemm: int = 1 << 20  # the largest n C (n + C) whose GEMMs the compiled module takes
+    compiled_gemm: int = 1 << 24  # the largest n C (n + C) whose GEMMs the compiled module takes
     isa: str | None = None  # the compiled module's instruction set; None: the fastest
 
 
 def mcld(inputs: LossInputs, tuning: LowLatencyTuning) -> Callable[[LossInputs], LossOutputs] | None:
-    """The function for student anchors and a frozen teacher; None where this path does not apply."""
+    """The function for a frozen teacher; None where this path does not apply."""
     if not tuning.low_latency or not _applies(inputs, tuning.chunk_bytes):
         return None
     if tuning.compiled and (module := compiled_module()) is not None and _has_plain_fp32_memory(inputs):
         return partial(_mcld_compiled, module=module, tuning=tuning)
-    return _mcld_torch
+    return None if inputs.options.direction == "self" else _mcld_torch
 
 
 def _has_plain_fp32_memory(inputs: LossInputs) -> bool:
@@ -83,7 +87,7 @@ def _options_apply(
     return (
         dtype in (torch.float32, torch.float64)
         and any(options.active)
-        and (options.direction == "student" or not rows)
+        and (options.direction == "student" or not rows or (options.direction in _ANCHORS and not sample))
         and not (instance and options.mask_same_class)
         and not (category and options.present_only)
         and not (instance and sample and options.temperature[0] != options.temperature[1])
@@ -137,9 +141,9 @@ class _Layout(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def _layout(n: int, num_classes: int) -> _Layout:
+def _layout(n: int, num_classes: int, sample: bool, category: bool) -> _Layout:
     module = compiled_module()
-    return _Layout(**module.layout(n, num_classes))
+    return _Layout(**module.layout(n, num_classes, sample, category))
 
 
 @cache
@@ -151,11 +155,11 @@ def _isa_index(name: str | None) -> int:
 def _mcld_compiled(inputs: LossInputs, module: Any, tuning: LowLatencyTuning) -> LossOutputs:
     student, teacher, target, options = inputs.student, inputs.teacher, inputs.target, inputs.options
     n, num_classes = student.shape
-    instance, sample, category = options.active
-    layout = _layout(n, num_classes)
-    work = torch.empty(layout.size, dtype=torch.float32)
-    loss, terms = torch.empty((), dtype=torch.float32), torch.empty(3, dtype=torch.float32)
-    gradient = torch.empty((n, num_classes), dtype=torch.float32) if inputs.student_grad else None
+    _, sample, category = options.active
+    layout = _layout(n, num_classes, sample, category)
+    # new_empty: torch's default device may be another one.
+    work, loss, terms = student.new_empty(layout.size), student.new_empty(()), student.new_empty(3)
+    gradient = student.new_empty((n, num_classes)) if inputs.student_grad else None
     arguments = (
         _isa_index(tuning.isa),
         torch.get_num_threads(),
@@ -170,19 +174,74 @@ def _mcld_compiled(inputs: LossInputs, module: Any, tuning: LowLatencyTuning) ->
         0 if gradient is None else gradient.data_ptr(),
         loss.data_ptr(),
         terms.data_ptr(),
-        options.temperature[0 if instance else 1],
-        options.temperature[2],
-        *_weights(inputs),
-        instance,
-        sample,
-        category,
-        options.eps,
+        *_constants(options, _weights(inputs)),
     )
     if n * num_classes * (n + num_classes) <= tuning.compiled_gemm:
         module.low_latency(module.ALL_STEPS, *arguments)
     else:
         _steps(module, arguments, work, layout, inputs)
     return LossOutputs(loss=loss, terms=terms, student_grad=gradient, teacher_grad=None)
+
+
+class _Plan(NamedTuple):
+    """What a plain call passes to the compiled module whatever its logits, for options and a shape."""
+
+    run: Any
+    all_steps: int
+    isa: int
+    size: int
+    constants: tuple[Any, ...]
+
+
+@lru_cache(maxsize=256)
+def _plan(options: MCLDOptions, n: int, num_classes: int) -> _Plan | None:
+    """None where the compiled module does not take the call whole, with the default tuning, or reads labels."""
+    module = compiled_module()
+    tuning = LowLatencyTuning(chunk_bytes=CHUNK_MB["cpu"] << 20)
+    instance, sample, category = options.active
+    if (
+        module is None
+        or sample
+        or n * num_classes * (n + num_classes) > tuning.compiled_gemm
+        or not _options_apply(options, n, num_classes, torch.float32, tuning.chunk_bytes, False)
+    ):
+        return None
+    return _Plan(
+        run=module.low_latency,
+        all_steps=module.ALL_STEPS,
+        isa=_isa_index(tuning.isa),
+        size=_layout(n, num_classes, sample, category).size,
+        constants=_constants(options, options.term_weight),
+    )
+
+
+def plain_call(
+    student: Tensor, teacher: Tensor, options: MCLDOptions, with_grad: bool
+) -> tuple[Tensor, Tensor | None] | None:
+    """Loss and gradient of a call with the default tuning, without terms; None where this path does not apply.
+
+    The logits (n, C), n C > 0, are plain fp32 tensors of the CPU.
+    """
+    shape = student.shape
+    plan = _plan(options, *shape)
+    if plan is None or student.is_neg() or teacher.is_neg():
+        return None
+    run, all_steps, isa, size, constants = plan
+    work, loss = student.new_empty(size), student.new_empty(())
+    gradient = student.new_empty(shape) if with_grad else None
+    run(
+        all_steps, isa, torch.get_num_threads(), student.data_ptr(), *student.stride(), teacher.data_ptr(),
+        *teacher.stride(), 0, 0, *shape, work.data_ptr(), 0 if gradient is None else gradient.data_ptr(),
+        loss.data_ptr(), 0, *constants,
+    )  # fmt: skip
+    return loss, gradient
+
+
+def _constants(options: MCLDOptions, weight: tuple[float, ...]) -> tuple[Any, ...]:
+    """The last arguments of the compiled module."""
+    active = options.active
+    temperature = options.temperature[0 if active[0] else 1], options.temperature[2]
+    return (*temperature, *weight, *active, _ANCHORS.get(options.direction, 0), options.eps)
 
 
 def _steps(module: Any, arguments: tuple[Any, ...], work: Tensor, layout: _Layout, inputs: LossInputs) -> None:
@@ -194,11 +253,12 @@ def _steps(module: Any, arguments: tuple[Any, ...], work: Tensor, layout: _Layou
     if instance or sample:
         student = work.as_strided((n, num_classes), (pitch, 1), layout.student_rows)
         teacher = work.as_strided((n, num_classes), (pitch, 1), layout.teacher_rows)
+        candidates = student if inputs.options.direction == "self" else teacher
         similarity = work.as_strided((n, n), (row_pitch, 1), layout.similarity)
-        torch.mm(student, teacher.T, out=similarity)
+        torch.mm(student, candidates.T, out=similarity)
         module.low_latency(module.ROW_SUMS, *arguments)
         if inputs.student_grad:
-            torch.mm(similarity, teacher, out=work.as_strided((n, num_classes), (pitch, 1), layout.row_product))
+            torch.mm(similarity, candidates, out=work.as_strided((n, num_classes), (pitch, 1), layout.row_product))
             module.low_latency(module.ROW_GRADIENT, *arguments)
     if category:
         student = work.as_strided((n, num_classes), (pitch, 1), layout.student_columns)
@@ -222,7 +282,10 @@ def _mcld_torch(inputs: LossInputs) -> LossOutputs:
         target = inputs.target if sample else None
         temperature = options.temperature[0 if instance else 1]
         coefficients = (weight[0] if instance else 0.0, weight[1] if sample else 0.0)
-        row_loss, label_gap, grad = _rows(unit, inv_norm, target, temperature, coefficients, inputs.student_grad)
+        if options.direction == "teacher":
+            row_loss, grad = _teacher_rows(unit, inv_norm, temperature, weight[0], inputs.student_grad)
+        else:
+            row_loss, label_gap, grad = _rows(unit, inv_norm, target, temperature, coefficients, inputs.student_grad)
     if category:
         if logits.shape[1] <= _SERIAL_ROWS:
             norm = torch.linalg.vector_norm(logits, dim=1, keepdim=True)
@@ -304,6 +367,36 @@ def _rows(
     return loss, label_gap, gradient.mul_(inv_norm)
 
 
+def _teacher_rows(
+    unit: Tensor, inv_norm: Tensor, temperature: float, weight: float, with_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The instance-wise term of teacher anchors and its gradient (n, C) by the student."""
+    student, teacher = unit.unbind()
+    n = student.shape[0]
+    e = torch.addmm(inv_norm, student, teacher.T, beta=0, alpha=1 / temperature)  # (n, n), anchors are columns
+    loss = _column_anchors(e, with_grad)
+    if not with_grad:
+        return loss, None
+    gradient = torch.addmm(inv_norm, e, teacher, beta=0, alpha=weight / (n * temperature))
+    gradient.addcmul_(student, (gradient * student).sum(1, keepdim=True), value=-1)
+    return loss, gradient.mul_(inv_norm)
+
+
+def _column_anchors(e: Tensor, with_grad: bool) -> Tensor:
+    """The mean loss of the anchors, columns of the similarities ``e``, which become W of the module's text."""
+    diagonal = e.diagonal()
+    positive = diagonal.exp()
+    e.exp_()
+    diagonal.zero_()
+    neg_sum = e.sum(0)
+    loss = (neg_sum / positive).log1p_().mean()
+    if with_grad:
+        total = positive.add_(neg_sum)
+        e.div_(total)
+        diagonal.addcdiv_(neg_sum, total, value=-1)
+    return loss
+
+
 def _by_classes(n: int, num_classes: int) -> bool:
     """True where two GEMMs with one-hot labels, n x C x C, cost less than some passes over an n x n matrix."""
     return n > 256 and num_classes * num_classes <= 16 * n
@@ -311,7 +404,7 @@ def _by_classes(n: int, num_classes: int) -> bool:
 
 def _class_means(rows: Tensor, target: Tensor) -> Tensor:
     """The mean of the rows with each row's label: (n, C)."""
-    one_hot = (target.unsqueeze(1) == torch.arange(rows.shape[1])).to(rows.dtype)  # (n, C)
+    one_hot = (target.unsqueeze(1) == torch.arange(rows.shape[1], device=rows.device)).to(rows.dtype)
     sums = torch.mm(one_hot.T, rows)
     return sums.div_(one_hot.sum(0).clamp_(min=1).unsqueeze(1))[target]
 
@@ -324,17 +417,9 @@ def _columns(
     num_classes = student.shape[1]
     # Anchors are columns here: their factors broadcast along rows.
     e = torch.addmm(inv_norm, teacher.T, student, beta=0, alpha=1 / temperature)  # (C, C)
-    diagonal = e.diagonal()
-    positive = diagonal.exp()
-    e.exp_()
-    diagonal.zero_()
-    neg_sum = e.sum(0)
-    loss = (neg_sum / positive).log1p_().mean()
+    loss = _column_anchors(e, with_grad)
     if not with_grad:
         return loss, None
-    total = positive.add_(neg_sum)
-    e.div_(total)
-    diagonal.addcdiv_(neg_sum, total, value=-1)
     gradient = torch.addmm(inv_norm, teacher, e, beta=0, alpha=weight / (num_classes * temperature))
     gradient.addcmul_(student, (gradient * student).sum(0), value=-1)
     return loss, gradient.mul_(inv_norm) if row_grad is None else row_grad.addcmul_(gradient, inv_norm)

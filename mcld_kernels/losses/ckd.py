@@ -18,15 +18,19 @@ since every student row is an anchor and a candidate of all others; `KernelSet.s
 
 from __future__ import annotations
 
+import dataclasses
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import reference
-from ..distributed import ranks_options
-from ..family_options import CKDOptions, CKDTerms, Negatives, check_inputs, ckd_options
+from ..backends.torch_low_latency import compiled_module
+from ..distributed import Gather, RanksOptions, ranks_options, report
+from ..family_options import CKDOptions, CKDTerms, Negatives, check_gather, check_inputs, ckd_options
 from ..infonce import Anchors, GradBuffer, Side, contrast
 from ..kernels import (
     AnchorTerms,
@@ -40,8 +44,11 @@ from ..kernels import (
     has_fixed_shift,
 )
 from ..ops import LossOperator
-from ..options import Backend, check_backend, check_positive
+from ..options import Backend, MCLDOptions, check_backend, check_positive, instance_term
+from ..plain_call import plain_call
+from .ckd_ranks import compute_over_ranks
 from .mcld import mcld_terms
+from .module_over_ranks import ModuleOverRanks
 
 # Constants of the released code (github.com/wencheng-zhu/CKD), by data set.
 PRESETS = MappingProxyType(
@@ -62,7 +69,9 @@ def ckd_loss(
     negatives: Negatives = "teacher",
     eps: float = 1e-12,
     backend: Backend = "auto",
-    process_group: Any = None,
+    process_group: dist.ProcessGroup | str | None = None,
+    gather: Gather = "all",
+    even: bool = False,
 ) -> Tensor:
     r"""Contrastive knowledge distillation: a student row is to resemble its teacher row more than others do.
 
@@ -91,8 +100,8 @@ def ckd_loss(
             "student" as the paper's summary states it (the other student rows are the negatives).
         eps: a row with L2 norm <= eps has no direction: it is normalised to zeros and gets no gradient.
         backend: "auto" (the fastest that can run), "reference", "torch", "triton" or "cuda".
-        process_group: with ``negatives="teacher"``, the group over whose ranks the batch is spread, as for
-            :func:`mcld_kernels.mcld_loss`: the mean over the ranks is the loss of the global batch.
+        process_group, gather, even: as for :func:`mcld_kernels.mcld_loss`; the mean over the ranks is the loss of the
+            global batch. ``gather="ring"`` is for ``negatives="teacher"`` alone.
 
     Returns:
         Tensor of shape (), float64 for float64 logits and float32 otherwise; 0 for an empty batch and for one row. The
@@ -101,17 +110,17 @@ def ckd_loss(
     Raises:
         ValueError: shapes, devices, values or options do not fit.
         TypeError: a dtype or type does not fit.
-        NotImplementedError: ``process_group`` is given, with ``negatives="student"``.
+        NotImplementedError: ``gather="ring"`` over ranks, with ``negatives="student"``.
+        RuntimeError: a collective failed: a rank has ended, or ran other code until the group's timeout.
         mcld_kernels.backends.BackendUnavailable: the backend asked for cannot run; the message says why.
     """
-    options, weight_tensor = ckd_options(
-        temperature=temperature, weight=weight, negatives=negatives, eps=eps, process_group=process_group
-    )
-    if process_group is not None:
-        return _over_ranks(student, teacher, weight_tensor, options, backend, process_group).loss
+    options, weight_tensor, ranks = _arguments(temperature, weight, negatives, eps, process_group, gather, even)
+    if ranks is None and weight_tensor is None:
+        if (loss := plain_call(student, teacher, options, _instance_options, backend)) is not None:
+            return loss
+    if ranks is not None or backend == "reference":
+        return evaluate(student, teacher, weight_tensor, options, backend, ranks).loss
     check_inputs(student, teacher, weight_tensor, backend)
-    if backend == "reference":
-        return reference.ckd.evaluate(student, teacher, weight_tensor, options).loss
     return _OPERATOR(student, teacher, None, weight_tensor, options, backend)[0]
 
 
@@ -125,25 +134,43 @@ def ckd_terms(
     negatives: Negatives = "teacher",
     eps: float = 1e-12,
     backend: Backend = "auto",
-    process_group: Any = None,
+    process_group: dist.ProcessGroup | str | None = None,
+    gather: Gather = "all",
+    even: bool = False,
 ) -> CKDTerms:
     """:func:`ckd_loss` and its part: ``CKDTerms(loss, contrast)``, each of shape ().
 
     ``loss`` is what :func:`ckd_loss` returns, with its gradient; ``contrast`` is unweighted and detached, for logging.
     Arguments and errors as :func:`ckd_loss`.
     """
-    options, weight_tensor = ckd_options(
-        temperature=temperature, weight=weight, negatives=negatives, eps=eps, process_group=process_group
-    )
-    if process_group is not None:
-        return _over_ranks(student, teacher, weight_tensor, options, backend, process_group)
-    return evaluate(student, teacher, weight_tensor, options, backend)
+    options, weight_tensor, ranks = _arguments(temperature, weight, negatives, eps, process_group, gather, even)
+    return evaluate(student, teacher, weight_tensor, options, backend, ranks)
 
 
-def _over_ranks(
-    student: Tensor, teacher: Tensor, weight: Tensor | None, options: CKDOptions, backend: str, process_group: Any
+def _arguments(
+    temperature: Any, weight: Any, negatives: Any, eps: Any, process_group: Any, gather: Any, even: Any
+) -> tuple[CKDOptions, Tensor | None, RanksOptions | None]:
+    """The options, the weight tensor (1,) if one came, and how to run over ranks; all ranks raise if one refuses."""
+    ranks = ranks_options(process_group, gather, even)
+    try:
+        options, tensor = ckd_options(temperature=temperature, weight=weight, negatives=negatives, eps=eps)
+        check_ring(ranks, options)
+    except (NotImplementedError, TypeError, ValueError) as error:
+        report(ranks, error)
+        raise
+    return options, tensor, ranks
+
+
+def check_ring(ranks: RanksOptions | None, options: CKDOptions) -> None:
+    """Refuse the ring where there is no such form."""
+    if options.negatives == "student":
+        check_gather(ranks, 'CKD with negatives="student"')
+
+
+def _teacher_form_over_ranks(
+    student: Tensor, teacher: Tensor, weight: Tensor | None, options: CKDOptions, backend: str, ranks: RanksOptions
 ) -> CKDTerms:
-    """negatives="teacher" over the ranks of a group: MCLD's instance-wise term with teacher anchors."""
+    """negatives="teacher" over ranks: MCLD's instance-wise term with teacher anchors."""
     terms = mcld_terms(
         student,
         teacher,
@@ -152,27 +179,49 @@ def _over_ranks(
         direction="teacher",
         eps=options.eps,
         backend=backend,  # type: ignore[arg-type]
-        process_group=process_group,
+        process_group=ranks.group,
+        gather=ranks.gather,
+        even=ranks.even,
     )
     loss = terms.loss if weight is None else weight[0].to(terms.loss.dtype) * terms.loss
     return CKDTerms(loss, terms.instance)
 
 
-def evaluate(student: Tensor, teacher: Tensor, weight: Tensor | None, options: CKDOptions, backend: str) -> CKDTerms:
+def evaluate(
+    student: Tensor,
+    teacher: Tensor,
+    weight: Tensor | None,
+    options: CKDOptions,
+    backend: str,
+    ranks: RanksOptions | None = None,
+) -> CKDTerms:
     """Check the tensors and run a backend. weight: (1,) or None."""
-    check_inputs(student, teacher, weight, backend)
+    try:
+        check_inputs(student, teacher, weight, backend)
+    except (TypeError, ValueError) as error:
+        report(ranks, error)
+        raise
+    if ranks is not None and options.negatives == "teacher":
+        return _teacher_form_over_ranks(student, teacher, weight, options, backend, ranks)
     if backend == "reference":
-        return reference.ckd.evaluate(student, teacher, weight, options)
-    loss, terms = _OPERATOR(student, teacher, None, weight, options, backend)
+        return reference.ckd.evaluate(student, teacher, weight, options, ranks)
+    loss, terms = _OPERATOR(student, teacher, None, weight, options, backend, ranks=ranks)
     return CKDTerms(loss, *terms.unbind())
 
 
-class CKDLoss(nn.Module):
+@lru_cache(maxsize=256)
+def _instance_options(options: CKDOptions) -> MCLDOptions:
+    """The options as MCLD's instance-wise term."""
+    direction = "teacher" if options.negatives == "teacher" else "self"
+    return instance_term(options.temperature, options.eps, options.term_weight, direction)
+
+
+class CKDLoss(ModuleOverRanks):
     """:func:`mcld_kernels.ckd_loss` with its options kept. The method has no warm-up.
 
     Args:
-        temperature, weight, negatives, eps, backend, process_group: as for :func:`mcld_kernels.ckd_loss`. ``weight`` as
-            a tensor becomes a buffer, or a parameter if it is one.
+        temperature, weight, negatives, eps, backend, process_group, gather, even: as for :func:`mcld_kernels.ckd_loss`.
+            ``weight`` as a tensor becomes a buffer, or a parameter if it is one. ``process_group`` can be assigned.
 
     Shapes:
         student, teacher: (batch, classes); target: (batch,), not used; output: ().
@@ -188,21 +237,22 @@ class CKDLoss(nn.Module):
         negatives: Negatives = "teacher",
         eps: float = 1e-12,
         backend: Backend = "auto",
-        process_group: Any = None,
+        process_group: dist.ProcessGroup | str | None = None,
+        gather: Gather = "all",
+        even: bool = False,
     ):
-        super().__init__()
+        super().__init__(process_group, gather, even)
         check_backend(backend)
         self.backend = backend
-        self.options, _ = ckd_options(
-            temperature=temperature, weight=weight, negatives=negatives, eps=eps, process_group=process_group
-        )
-        # The group's name, so that the module can be copied and pickled.
-        ranks = ranks_options(process_group, "all", False)
-        self.process_group = None if ranks is None else ranks.group
+        self.options, _ = ckd_options(temperature=temperature, weight=weight, negatives=negatives, eps=eps)
+        self._check_ranks(self.ranks)
         if isinstance(weight, nn.Parameter):
             self.weight = weight
         else:
             self.register_buffer("weight", weight if isinstance(weight, Tensor) else None)
+
+    def _check_ranks(self, ranks: RanksOptions | None) -> None:
+        check_ring(ranks, self.options)
 
     @property
     def temperature(self) -> float:
@@ -214,20 +264,21 @@ class CKDLoss(nn.Module):
         self.options = self.options._replace(temperature=check_positive("temperature", value))
 
     def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
+        if self.weight is None and self.ranks is None:
+            if (loss := plain_call(student, teacher, self.options, _instance_options, self.backend)) is not None:
+                return loss
         return self.terms(student, teacher, target).loss
 
     def terms(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> CKDTerms:
         """The loss and its term, as :func:`mcld_kernels.ckd_terms`."""
         weight = None if self.weight is None else self.weight.reshape(1)
-        if self.process_group is not None:
-            return _over_ranks(student, teacher, weight, self.options, self.backend, self.process_group)
-        return evaluate(student, teacher, weight, self.options, self.backend)
+        return evaluate(student, teacher, weight, self.options, self.backend, self.ranks)
 
     def extra_repr(self) -> str:
         options = self.options
         weight = options.term_weight if self.weight is None else self.weight.detach()
         shown = f"temperature={options.temperature:g}, weight={weight}, negatives={options.negatives!r}"
-        return f"{shown}, eps={options.eps:g}, backend={self.backend!r}"
+        return f"{shown}, eps={options.eps:g}, {self._shown_ranks()}backend={self.backend!r}"
 
 
 def compute(kernels: KernelSet, inputs: LossInputs) -> LossOutputs:
@@ -241,6 +292,8 @@ def compute(kernels: KernelSet, inputs: LossInputs) -> LossOutputs:
             loss=terms.sum(), terms=terms, student_grad=student_grad.result(), teacher_grad=teacher_grad.result()
         )
     if _is_small(kernels, inputs):
+        if (compiled := _compute_compiled(kernels, inputs)) is not None:
+            return compiled
         return _compute_whole(inputs)
     operand = kernels.operand_dtype(inputs.dtype)
     unit = kernels.l2_normalize(student, operand, options.eps), kernels.l2_normalize(teacher, operand, options.eps)
@@ -325,6 +378,21 @@ def _is_small(kernels: KernelSet, inputs: LossInputs) -> bool:
     )
 
 
+def _compute_compiled(kernels: KernelSet, inputs: LossInputs) -> LossOutputs | None:
+    """The same by the compiled module for a CPU; None without it."""
+    if compiled_module() is None or not getattr(kernels.tuning, "compiled", False) or inputs.dtype != torch.float32:
+        return None  # `_compute_whole` takes fewer operations than MCLD's path without the module
+    as_mcld = _instance_options(inputs.options)
+    weight = None if inputs.weight is None else inputs.weight.expand(3)
+    as_inputs = dataclasses.replace(inputs, target=None, weight=weight, options=as_mcld)
+    function = kernels.mcld_low_latency(as_inputs)
+    if function is None:
+        return None
+    outputs = function(as_inputs)
+    outputs.terms = outputs.terms[:1]
+    return outputs
+
+
 def _compute_whole(inputs: LossInputs) -> LossOutputs:
     """The same in few operations. The gradient by the unit rows is one product, W K, with the partners' coefficients
     written into the diagonal of W where the partner is a candidate."""
@@ -373,4 +441,6 @@ def _flops(batch: int, classes: int, options: CKDOptions, with_grad: bool) -> in
     return 2 * product if with_grad else product // 2
 
 
-_OPERATOR = LossOperator("ckd", CKDOptions, num_terms=1, compute=compute, flops=_flops)
+_OPERATOR = LossOperator(
+    "ckd", CKDOptions, num_terms=1, compute=compute, flops=_flops, compute_over_ranks=compute_over_ranks
+)

@@ -14,7 +14,9 @@ With D = S_c - T_c and M = (S_c + T_c) / 2 it is, without cancellation,
 
     ||G||^2 = 2 <D D^T, M M^T> + 2 <H, H^T>,    S_c G = (H + D D^T / 2) M + (M M^T + H^T / 2) D,
 
-10 B^2 C flop, taken where that is less. Where a (C, C) matrix is larger than a chunk, G is taken by blocks of columns.
+10 B^2 C flop, taken where that is less. Where a (C, C) matrix is larger than a chunk, G is taken by blocks of columns
+(`losses.clkd_correlation`). Over ranks the column norms, the batch means, the dots of the projection and G are sums
+over the ranks; all else is local.
 """
 
 from __future__ import annotations
@@ -24,13 +26,17 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import reference
-from ..family_options import CLKDOptions, CLKDTerms, Reduction, check_inputs, clkd_options
+from ..distributed import Gather, Ranks, RanksOptions, ranks_options, report
+from ..family_options import CLKDOptions, CLKDTerms, Reduction, check_gather, check_inputs, clkd_options
 from ..kernels import KernelSet, LossInputs, LossOutputs, slices
 from ..ops import LossOperator
 from ..options import Backend, check_backend, grad_dtype
+from .clkd_correlation import gram_of, is_by_rows
+from .module_over_ranks import ModuleOverRanks
 
 # Constants of public re-implementations; they name one set for every data set.
 PRESETS = MappingProxyType({"published": MappingProxyType({"weight": (0.5, 1.0, 0.4), "reduction": "mean"})})
@@ -45,7 +51,9 @@ def clkd_loss(
     reduction: Reduction = "mean",
     eps: float = 1e-12,
     backend: Backend = "auto",
-    process_group: Any = None,
+    process_group: dist.ProcessGroup | str | None = None,
+    gather: Gather = "all",
+    even: bool = False,
 ) -> Tensor:
     r"""Class-aware logit knowledge distillation: rows, columns and the correlation of classes are to be the teacher's.
 
@@ -80,7 +88,8 @@ def clkd_loss(
             whose size does not depend on the shape.
         eps: a row or column with L2 norm <= eps has no direction: it is normalised to zeros and gets no gradient.
         backend: "auto", "torch" or "reference".
-        process_group: None; the loss has no form over a global batch yet.
+        process_group, gather, even: as for :func:`mcld_kernels.mcld_loss`; the mean over the ranks is the loss of the
+            global batch. ``gather`` must be "all": rows do not travel around the ranks here.
 
     Returns:
         Tensor of shape (), float64 for float64 logits and float32 otherwise; 0 for an empty batch. The gradient has
@@ -89,13 +98,14 @@ def clkd_loss(
     Raises:
         ValueError: shapes, devices, values or options do not fit.
         TypeError: a dtype or type does not fit.
-        NotImplementedError: ``process_group`` is given.
+        NotImplementedError: ``gather="ring"`` over ranks.
+        RuntimeError: a collective failed: a rank has ended, or ran other code until the group's timeout.
         mcld_kernels.backends.BackendUnavailable: the backend asked for cannot run; the message says why.
     """
-    options, weight_tensor = clkd_options(weight=weight, reduction=reduction, eps=eps, process_group=process_group)
+    options, weight_tensor, ranks = _arguments(weight, reduction, eps, process_group, gather, even)
+    if ranks is not None or backend == "reference":
+        return evaluate(student, teacher, weight_tensor, options, backend, ranks).loss
     check_inputs(student, teacher, weight_tensor, backend)
-    if backend == "reference":
-        return reference.clkd.evaluate(student, teacher, weight_tensor, options).loss
     return _OPERATOR(student, teacher, None, weight_tensor, options, backend)[0]
 
 
@@ -108,32 +118,59 @@ def clkd_terms(
     reduction: Reduction = "mean",
     eps: float = 1e-12,
     backend: Backend = "auto",
-    process_group: Any = None,
+    process_group: dist.ProcessGroup | str | None = None,
+    gather: Gather = "all",
+    even: bool = False,
 ) -> CLKDTerms:
     """:func:`clkd_loss` and its parts: ``CLKDTerms(loss, instance, category, correlation)``, each of shape ().
 
     ``loss`` is what :func:`clkd_loss` returns, with its gradient; the terms are unweighted and detached, for logging. A
     term with weight 0 is not computed and reads 0. Arguments and errors as :func:`clkd_loss`.
     """
-    options, weight_tensor = clkd_options(weight=weight, reduction=reduction, eps=eps, process_group=process_group)
-    return evaluate(student, teacher, weight_tensor, options, backend)
+    options, weight_tensor, ranks = _arguments(weight, reduction, eps, process_group, gather, even)
+    return evaluate(student, teacher, weight_tensor, options, backend, ranks)
 
 
-def evaluate(student: Tensor, teacher: Tensor, weight: Tensor | None, options: CLKDOptions, backend: str) -> CLKDTerms:
+def _arguments(
+    weight: Any, reduction: Any, eps: Any, process_group: Any, gather: Any, even: Any
+) -> tuple[CLKDOptions, Tensor | None, RanksOptions | None]:
+    """The options, the weight tensor (3,) if one came, and how to run over ranks; all ranks raise if one refuses."""
+    ranks = ranks_options(process_group, gather, even)
+    try:
+        options, tensor = clkd_options(weight=weight, reduction=reduction, eps=eps)
+        check_gather(ranks, "CLKD")
+    except (NotImplementedError, TypeError, ValueError) as error:
+        report(ranks, error)
+        raise
+    return options, tensor, ranks
+
+
+def evaluate(
+    student: Tensor,
+    teacher: Tensor,
+    weight: Tensor | None,
+    options: CLKDOptions,
+    backend: str,
+    ranks: RanksOptions | None = None,
+) -> CLKDTerms:
     """Check the tensors and run a backend. weight: (3,) or None."""
-    check_inputs(student, teacher, weight, backend)
+    try:
+        check_inputs(student, teacher, weight, backend)
+    except (TypeError, ValueError) as error:
+        report(ranks, error)
+        raise
     if backend == "reference":
-        return reference.clkd.evaluate(student, teacher, weight, options)
-    loss, terms = _OPERATOR(student, teacher, None, weight, options, backend)
+        return reference.clkd.evaluate(student, teacher, weight, options, ranks)
+    loss, terms = _OPERATOR(student, teacher, None, weight, options, backend, ranks=ranks)
     return CLKDTerms(loss, *terms.unbind())
 
 
-class CLKDLoss(nn.Module):
+class CLKDLoss(ModuleOverRanks):
     """:func:`mcld_kernels.clkd_loss` with its options kept. The method has no warm-up.
 
     Args:
-        weight, reduction, eps, backend, process_group: as for :func:`mcld_kernels.clkd_loss`. ``weight`` as a tensor
-            becomes a buffer, or a parameter if it is one.
+        weight, reduction, eps, backend, process_group, gather, even: as for :func:`mcld_kernels.clkd_loss`. ``weight``
+            as a tensor becomes a buffer, or a parameter if it is one. ``process_group`` can be assigned.
 
     Shapes:
         student, teacher: (batch, classes); target: (batch,), not used; output: ().
@@ -148,28 +185,35 @@ class CLKDLoss(nn.Module):
         reduction: Reduction = "mean",
         eps: float = 1e-12,
         backend: Backend = "auto",
-        process_group: Any = None,
+        process_group: dist.ProcessGroup | str | None = None,
+        gather: Gather = "all",
+        even: bool = False,
     ):
-        super().__init__()
+        super().__init__(process_group, gather, even)
         check_backend(backend)
         self.backend = backend
-        self.options, _ = clkd_options(weight=weight, reduction=reduction, eps=eps, process_group=process_group)
+        self.options, _ = clkd_options(weight=weight, reduction=reduction, eps=eps)
+        self._check_ranks(self.ranks)
         if isinstance(weight, nn.Parameter):
             self.weight = weight
         else:
             self.register_buffer("weight", weight if isinstance(weight, Tensor) else None)
+
+    def _check_ranks(self, ranks: RanksOptions | None) -> None:
+        check_gather(ranks, "CLKD")
 
     def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
         return self.terms(student, teacher, target).loss
 
     def terms(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> CLKDTerms:
         """The loss and its three terms, as :func:`mcld_kernels.clkd_terms`."""
-        return evaluate(student, teacher, self.weight, self.options, self.backend)
+        return evaluate(student, teacher, self.weight, self.options, self.backend, self.ranks)
 
     def extra_repr(self) -> str:
         options = self.options
         weight = options.term_weight if self.weight is None else self.weight.detach()
-        return f"weight={weight}, reduction={options.reduction!r}, eps={options.eps:g}, backend={self.backend!r}"
+        shown = f"weight={weight}, reduction={options.reduction!r}, eps={options.eps:g}"
+        return f"{shown}, {self._shown_ranks()}backend={self.backend!r}"
 
 
 def compute(kernels: KernelSet, inputs: LossInputs) -> LossOutputs:
@@ -177,38 +221,56 @@ def compute(kernels: KernelSet, inputs: LossInputs) -> LossOutputs:
     return _CLKD(kernels.tuning.chunk_bytes, inputs).outputs()
 
 
-class _CLKD:
-    """One call. Pairs hold the student's and the teacher's tensor; (rows, C) tensors are of one chunk of rows."""
+def compute_over_ranks(kernels: KernelSet, inputs: LossInputs, ranks: Ranks) -> LossOutputs:
+    """The same of this rank's rows, for a global batch that is not empty; sums over the batch are all-reduced."""
+    return _CLKD(kernels.tuning.chunk_bytes, inputs, ranks).outputs()
 
-    def __init__(self, budget: int, inputs: LossInputs):
-        self.inputs, self.options = inputs, inputs.options
+
+class _CLKD:
+    """One call. Pairs hold the student's and the teacher's tensor; (rows, C) tensors are of one chunk of rows.
+
+    Over ranks the rows are this rank's, and what a term sums over the rows is (number of ranks) x their part. The
+    correlation is not such a sum: it is the same on every rank.
+    """
+
+    def __init__(self, budget: int, inputs: LossInputs, ranks: Ranks | None = None):
+        self.inputs, self.options, self.ranks = inputs, inputs.options, ranks
         self.n, self.num_classes = n, num_classes = inputs.student.shape
+        # Rows of the global batch, and the number of ranks.
+        self.total, self.count = (n, 1) if ranks is None else (ranks.total, ranks.count)
         self.acc, device = inputs.acc_dtype, inputs.student.device
         self.needed = inputs.student_grad, inputs.teacher_grad
         weights = self.options.term_weight
         if inputs.weight is not None:
             weights = [w * factor for w, factor in zip(inputs.weight.to(self.acc).unbind(), weights, strict=True)]
+        self.poison = None if ranks is None or ranks.poison is None else ranks.poison.to(self.acc)
+        if self.poison is not None:
+            weights = [w * self.poison for w in weights]
         self.weights = weights
         self.instance, self.category, self.correlation = (w != 0 for w in self.options.term_weight)
         # A chunk holds some eight temporaries of its size.
         self.chunks = slices(n, max(1, budget // (8 * num_classes * self.acc.itemsize)))
         self.kept: tuple[Tensor, Tensor] | None = None  # D and M of the chunk, where there is one
         is_mean = self.options.reduction == "mean"
-        self.row_factor = 1 / (n * num_classes) if is_mean else 1 / n
-        self.column_factor = 1 / (n * num_classes) if is_mean else 1 / num_classes
+        elements = self.total * num_classes
+        self.row_factor = self.count / (elements if is_mean else self.total)
+        self.column_factor = self.count / (elements if is_mean else num_classes)
         zeros = torch.zeros(3, num_classes, dtype=self.acc, device=device)
         self.terms: list[Tensor] = [zeros[0, :0].sum()] * 3
         self.column_square = zeros[0]  # sum over the batch of (u - v)^2
         self.column_dots = zeros[1], zeros[2]  # of (u - v) u and (u - v) v
+        self.dots_needed = zeros[2 - self.needed[0] : 2 + self.needed[1]]  # of the sides with a gradient
         self.row_inv_norm: list[tuple[Tensor, Tensor]] = []
         self.column_inv_norm = self.difference_mean = self.middle_mean = zeros[:0]
-        self.gram = _gram(self, budget) if self.correlation else None
+        self.gram = gram_of(self, budget) if self.correlation else None
 
     def outputs(self) -> LossOutputs:
         if self.category or self.correlation:
             self._sum_columns()
         for rows in self.chunks:
             self._add_terms(rows)
+        if self.ranks is not None and self.category and any(self.needed):
+            self.ranks.all_reduce(self.dots_needed)
         if self.instance:
             self.terms[0] = self.terms[0] * self.row_factor
         if self.category:
@@ -227,7 +289,10 @@ class _CLKD:
         for weight, term, active in zip(self.weights, self.terms, self.options.term_weight, strict=True):
             if active:
                 loss = loss + weight * term
-        return LossOutputs(loss=loss, terms=torch.stack(self.terms), student_grad=grads[0], teacher_grad=grads[1])
+        terms = torch.stack(self.terms)
+        if self.poison is not None:
+            terms = terms * self.poison
+        return LossOutputs(loss=loss, terms=terms, student_grad=grads[0], teacher_grad=grads[1])
 
     def _logits(self, rows: slice) -> tuple[Tensor, Tensor]:
         return self.inputs.student[rows].to(self.acc), self.inputs.teacher[rows].to(self.acc)
@@ -245,10 +310,21 @@ class _CLKD:
                 parts = (s - t).sum(0), (s + t).sum(0)
                 difference = parts[0] if difference is None else difference.add_(parts[0])
                 middle = parts[1] if middle is None else middle.add_(parts[1])
+        if self.ranks is not None:
+            sums = [squares] * self.category + [difference, middle] * self.correlation
+            sizes = [2] * self.category + [1, 1] * self.correlation
+            whole = self.column_square.new_zeros(sum(sizes), self.num_classes)
+            parts = whole.split(sizes)
+            for part, x in zip(parts, sums, strict=True):
+                if x is not None:  # this rank has rows
+                    part.copy_(x)
+            self.ranks.all_reduce(whole)
+            squares = parts[0] if self.category else None
+            difference, middle = (x[0] for x in parts[-2:]) if self.correlation else (None, None)
         if squares is not None:
             self.column_inv_norm = _inverse(squares.sqrt_(), self.options.eps)
         if difference is not None and middle is not None:
-            self.difference_mean, self.middle_mean = difference.div_(self.n), middle.div_(2 * self.n)
+            self.difference_mean, self.middle_mean = difference.div_(self.total), middle.div_(2 * self.total)
 
     def _add_terms(self, rows: slice) -> None:
         s, t = self._logits(rows)
@@ -312,115 +388,23 @@ def _inverse(norm: Tensor, eps: float) -> Tensor:
     return torch.threshold_(norm, eps, torch.inf).reciprocal_()
 
 
-def _gram(call: _CLKD, budget: int) -> _ByClasses | _WholeBatch:
-    """The form of the correlation that takes fewer flop and whose matrix fits."""
-    n, num_classes = call.n, call.num_classes
-    if 5 * n < 2 * num_classes:
-        return _ByRows(call, budget)
-    if 2 * num_classes**2 * call.acc.itemsize <= budget:
-        return _ByClasses(call)
-    return _ByBlocks(call, budget)
-
-
-class _ByClasses:
-    """G (C, C) whole."""
-
-    def __init__(self, call: _CLKD):
-        self.call, self.product = call, None
-
-    product: Tensor | None
-
-    def add(self, rows: slice, difference: Tensor, middle: Tensor) -> None:
-        """Add a chunk of D and M."""
-        self.product = difference.T @ middle if self.product is None else self.product.addmm_(difference.T, middle)
-
-    def finish(self, weight: Tensor | float, factor: float) -> Tensor:
-        """The term, from the factor of ||G||^2; weight: of the term in the gradient."""
-        assert self.product is not None
-        gram = self.product + self.product.T
-        term = torch.dot(gram.view(-1), gram.view(-1)) * factor
-        self.product = gram.mul_(4 * factor * weight)
-        return term
-
-    def add_gradient(self, rows: slice, side: int, centred: Tensor, g: Tensor) -> None:
-        """Add the gradient by a chunk of one side's rows, ``centred``, to g (rows, C)."""
-        assert self.product is not None
-        g.addmm_(centred, self.product, alpha=1 if side == 0 else -1)
-
-
-class _WholeBatch:
-    """What keeps D and M (B, C) of the whole batch: both of the forms whose matrices come by chunks."""
-
-    def __init__(self, call: _CLKD, budget: int):
-        self.call, self.budget = call, budget
-        student = call.inputs.student
-        shape = 2, call.n, call.num_classes
-        self.difference, self.middle = torch.empty(shape, dtype=call.acc, device=student.device).unbind()
-        self.gradients = [torch.empty_like(self.middle) if needed else None for needed in call.needed]
-
-    def add(self, rows: slice, difference: Tensor, middle: Tensor) -> None:
-        self.difference[rows], self.middle[rows] = difference, middle
-
-    def finish(self, weight: Tensor | float, factor: float) -> Tensor:
-        term = self._square() * factor
-        for gradient, sign in zip(self.gradients, (4, -4), strict=True):
-            if gradient is not None:
-                gradient.mul_(sign * factor * weight)
-        return term
-
-    def add_gradient(self, rows: slice, side: int, centred: Tensor, g: Tensor) -> None:
-        gradient = self.gradients[side]
-        assert gradient is not None
-        g.add_(gradient[rows])
-
-    def _square(self) -> Tensor:
-        """||G||^2; writes S_c G and T_c G where they are needed."""
-        raise NotImplementedError
-
-
-class _ByRows(_WholeBatch):
-    """By (B, B) matrices, a chunk of their rows at a time."""
-
-    def _square(self) -> Tensor:
-        d, m, n = self.difference, self.middle, self.call.n
-        total = d.new_zeros(())
-        chunks = slices(n, max(1, self.budget // (4 * n * d.itemsize)))
-        for rows in chunks:
-            dd, mm, h = d[rows] @ d.T, m[rows] @ m.T, m[rows] @ d.T  # (rows, B)
-            transposed = h.T if len(chunks) == 1 else d[rows] @ m.T
-            total = total + 2 * ((dd * mm).sum() + (h * transposed).sum())
-            for gradient, half in zip(self.gradients, (0.5, -0.5), strict=True):
-                if gradient is not None:
-                    torch.mm(torch.add(h, dd, alpha=half), m, out=gradient[rows])
-                    gradient[rows].addmm_(torch.add(mm, transposed, alpha=half), d)
-        return total
-
-
-class _ByBlocks(_WholeBatch):
-    """By blocks of columns of G (C, C)."""
-
-    def _square(self) -> Tensor:
-        d, m, num_classes = self.difference, self.middle, self.call.num_classes
-        total = d.new_zeros(())
-        sides = [None if g is None else m + d * half for g, half in zip(self.gradients, (0.5, -0.5), strict=True)]
-        for columns in slices(num_classes, max(1, self.budget // (2 * num_classes * d.itemsize))):
-            block = torch.addmm(d.T @ m[:, columns], m.T, d[:, columns])  # (C, columns)
-            for gradient, centred in zip(self.gradients, sides, strict=True):
-                if gradient is not None and centred is not None:
-                    gradient[:, columns] = centred @ block
-            total = total + block.square_().sum()
-        return total
-
-
 def _flops(batch: int, classes: int, options: CLKDOptions, with_grad: bool) -> int:
     """Some ten operations an element for either normalization; of the correlation the products alone."""
     instance, category, correlation = (w != 0 for w in options.term_weight)
     total = (instance + category) * (20 if with_grad else 10) * batch * classes
     if not correlation:
         return total
-    if 5 * batch < 2 * classes:
+    if is_by_rows(batch, classes, False):
         return total + (10 if with_grad else 6) * batch**2 * classes
     return total + (4 if with_grad else 2) * batch * classes**2
 
 
-_OPERATOR = LossOperator("clkd", CLKDOptions, num_terms=3, compute=compute, flops=_flops, supported=("torch",))
+_OPERATOR = LossOperator(
+    "clkd",
+    CLKDOptions,
+    num_terms=3,
+    compute=compute,
+    flops=_flops,
+    supported=("torch",),
+    compute_over_ranks=compute_over_ranks,
+)

@@ -10,6 +10,8 @@ it on the device, and the kernels run at temperature 1 with a maximum for each r
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor, nn
 
@@ -26,7 +28,8 @@ from ..infonce import Anchors, GradBuffer, Side, contrast
 from ..kernels import KernelSet, LossInputs, LossOutputs, Positives, TermWeight, UnitRows
 from ..labels import Labels, SoftLabels, class_weights, hard_labels
 from ..ops import LossOperator, needs_grad
-from ..options import Backend, check_backend, check_flag, check_positive
+from ..options import Backend, MCLDOptions, check_backend, check_flag, check_positive, instance_term
+from ..plain_call import plain_call
 from ..reference.info_nce import evaluate as evaluate_reference
 
 
@@ -119,6 +122,9 @@ def evaluate(
     backend: str,
 ) -> Tensor:
     """Check the tensors and run a backend."""
+    if temperature is None and anchor_target is None and candidate_target is None:
+        if (loss := plain_call(anchors, candidates, options, _as_mcld, backend)) is not None:
+            return loss
     labels_are_good = check_info_nce_inputs(
         anchors, candidates, anchor_target, candidate_target, temperature, options, backend
     )
@@ -130,6 +136,16 @@ def evaluate(
         options = options._replace(temperature_grad=True)
     extra = candidate_target, None
     return _OPERATOR(anchors, candidates, anchor_target, temperature, options, backend, labels_are_good, extra)[0]
+
+
+@lru_cache(maxsize=256)
+def _as_mcld(options: InfoNCEOptions) -> MCLDOptions | None:
+    """The options where they ask for the mean over pairs, MCLD's instance-wise term."""
+    if (options.positives, options.reduction, options.offset) != ("diagonal", "mean", 0):
+        return None
+    if options.mask_same_class or not options.normalize:
+        return None
+    return instance_term(options.temperature, options.eps)
 
 
 class InfoNCELoss(nn.Module):

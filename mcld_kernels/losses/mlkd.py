@@ -15,19 +15,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import MappingProxyType
-from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import backends, reference
-from ..family_options import MLKDOptions, MLKDTerms, Views, check_inputs, check_mlkd_target, mlkd_options
-from ..kernels import GradCoefficients, GradEpilogueArgs, KernelSet, LossInputs, LossOutputs, UnitRows, slices
-from ..labels import index_labels
+from ..distributed import Gather, RanksOptions, ranks_options, report
+from ..family_options import (
+    MLKDOptions,
+    MLKDTerms,
+    Views,
+    check_gather,
+    check_inputs,
+    check_mlkd_target,
+    mlkd_options,
+)
+from ..kernels import GradCoefficients, GradEpilogueArgs, KernelSet, LossInputs, LossOutputs, UnitRows
 from ..ops import LossOperator
 from ..options import Backend, check_backend, grad_dtype
 from . import mlkd_whole
-from .mlkd_correlation import Positives, Rows, correlate
+from .mlkd_correlation import Rows, correlate
+from .mlkd_parts import align, find_positives
+from .mlkd_ranks import compute_over_ranks
+from .module_over_ranks import ModuleOverRanks
 
 # Constants of the released code, weights of (correlation, alignment, supervised), by data set.
 PRESETS = MappingProxyType(
@@ -38,7 +49,6 @@ PRESETS = MappingProxyType(
         for name, weight in (("cifar100", (50.0, 20.0, 1.0)), ("imagenet", (20.0, 10.0, 0.5)))
     }
 )
-_ANY_LABEL = 1 << 62  # labels are compared with one another: no table has a row for each possible one
 
 
 def mlkd_loss(
@@ -53,7 +63,9 @@ def mlkd_loss(
     ignore_index: int = -100,
     eps: float = 1e-12,
     backend: Backend = "auto",
-    process_group: Any = None,
+    process_group: dist.ProcessGroup | str | None = None,
+    gather: Gather = "all",
+    even: bool = False,
 ) -> Tensor:
     r"""Multi-level knowledge distillation: alignment of rows, correlation among rows, and supervised contrast.
 
@@ -96,7 +108,8 @@ def mlkd_loss(
             anchor of the supervised term and of the same class as no row.
         eps: a row with L2 norm <= eps has no direction: it is normalised to zeros and gets no gradient.
         backend: "auto", "torch" or "reference"; without the correlation also "triton" or "cuda".
-        process_group: None; the loss has no form over a global batch yet.
+        process_group, gather, even: as for :func:`mcld_kernels.mcld_loss`; the mean over the ranks is the loss of the
+            global batch. ``gather`` must be "all": rows do not travel around the ranks here.
 
     Returns:
         Tensor of shape (), float64 for float64 logits and float32 otherwise. The gradient has the logits' dtype. An
@@ -105,19 +118,25 @@ def mlkd_loss(
     Raises:
         ValueError: shapes, devices, values or options do not fit, labels are missing, soft, or negative.
         TypeError: a dtype or type does not fit.
-        NotImplementedError: ``process_group`` is given.
+        NotImplementedError: ``gather="ring"`` over ranks.
+        RuntimeError: a collective failed: a rank has ended, or ran other code until the group's timeout.
         mcld_kernels.backends.BackendUnavailable: the backend asked for cannot run; the message says why.
     """
-    options, weight_tensor = mlkd_options(
+    return mlkd_terms(
+        student,
+        teacher,
+        target,
         correlation_temperature=correlation_temperature,
         supervised_temperature=supervised_temperature,
         weight=weight,
         views=views,
         ignore_index=ignore_index,
         eps=eps,
+        backend=backend,
         process_group=process_group,
-    )
-    return evaluate(student, teacher, target, weight_tensor, options, backend).loss
+        gather=gather,
+        even=even,
+    ).loss
 
 
 def mlkd_terms(
@@ -132,23 +151,30 @@ def mlkd_terms(
     ignore_index: int = -100,
     eps: float = 1e-12,
     backend: Backend = "auto",
-    process_group: Any = None,
+    process_group: dist.ProcessGroup | str | None = None,
+    gather: Gather = "all",
+    even: bool = False,
 ) -> MLKDTerms:
     """:func:`mlkd_loss` and its parts: ``MLKDTerms(loss, correlation, alignment, supervised)``, each of shape ().
 
     ``loss`` is what :func:`mlkd_loss` returns, with its gradient; the terms are unweighted and detached, for logging. A
     term with weight 0 is not computed and reads 0. Arguments and errors as :func:`mlkd_loss`.
     """
-    options, weight_tensor = mlkd_options(
-        correlation_temperature=correlation_temperature,
-        supervised_temperature=supervised_temperature,
-        weight=weight,
-        views=views,
-        ignore_index=ignore_index,
-        eps=eps,
-        process_group=process_group,
-    )
-    return evaluate(student, teacher, target, weight_tensor, options, backend)
+    ranks = ranks_options(process_group, gather, even)
+    try:
+        options, weight_tensor = mlkd_options(
+            correlation_temperature=correlation_temperature,
+            supervised_temperature=supervised_temperature,
+            weight=weight,
+            views=views,
+            ignore_index=ignore_index,
+            eps=eps,
+        )
+        check_gather(ranks, "MLKD")
+    except (NotImplementedError, TypeError, ValueError) as error:
+        report(ranks, error)
+        raise
+    return evaluate(student, teacher, target, weight_tensor, options, backend, ranks)
 
 
 def evaluate(
@@ -158,25 +184,32 @@ def evaluate(
     weight: Tensor | None,
     options: MLKDOptions,
     backend: str,
+    ranks: RanksOptions | None = None,
 ) -> MLKDTerms:
     """Check the tensors and run a backend. weight: (3,) or None."""
-    check_inputs(student, teacher, weight, backend)
-    check_mlkd_target(target, student, options)
-    if backend == "reference":
-        return reference.mlkd.evaluate(student, teacher, target, weight, options)
-    if options.term_weight[0] != 0 and backend != "torch":  # only torch operations compute the correlation
-        backend = "torch" if backend == "auto" else backends.choose(backend, student, teacher, False, ("torch",))
     used = target if options.term_weight[2] != 0 else None
-    loss, terms = _OPERATOR(student, teacher, used, weight, options, backend)
+    try:
+        check_inputs(student, teacher, weight, backend)
+        check_mlkd_target(target, student, options)
+        if options.term_weight[0] != 0 and backend not in ("torch", "reference"):
+            # Only torch operations compute the correlation.
+            backend = "torch" if backend == "auto" else backends.choose(backend, student, teacher, False, ("torch",))
+    except (TypeError, ValueError, backends.BackendUnavailable) as error:
+        report(ranks, error)
+        raise
+    if backend == "reference":
+        return reference.mlkd.evaluate(student, teacher, used, weight, options, ranks)
+    loss, terms = _OPERATOR(student, teacher, used, weight, options, backend, ranks=ranks)
     return MLKDTerms(loss, *terms.unbind())
 
 
-class MLKDLoss(nn.Module):
+class MLKDLoss(ModuleOverRanks):
     """:func:`mcld_kernels.mlkd_loss` with its options kept. The method has no warm-up.
 
     Args:
-        correlation_temperature, supervised_temperature, weight, views, ignore_index, eps, backend, process_group: as
-            for :func:`mcld_kernels.mlkd_loss`. ``weight`` as a tensor becomes a buffer, or a parameter if it is one.
+        correlation_temperature, supervised_temperature, weight, views, ignore_index, eps, backend, process_group,
+            gather, even: as for :func:`mcld_kernels.mlkd_loss`. ``weight`` as a tensor becomes a buffer, or a parameter
+            if it is one. ``process_group`` can be assigned.
 
     Shapes:
         student, teacher: (batch, classes); target: (batch,) int64; output: ().
@@ -194,9 +227,11 @@ class MLKDLoss(nn.Module):
         ignore_index: int = -100,
         eps: float = 1e-12,
         backend: Backend = "auto",
-        process_group: Any = None,
+        process_group: dist.ProcessGroup | str | None = None,
+        gather: Gather = "all",
+        even: bool = False,
     ):
-        super().__init__()
+        super().__init__(process_group, gather, even)
         check_backend(backend)
         self.backend = backend
         self.options, _ = mlkd_options(
@@ -206,25 +241,29 @@ class MLKDLoss(nn.Module):
             views=views,
             ignore_index=ignore_index,
             eps=eps,
-            process_group=process_group,
         )
+        self._check_ranks(self.ranks)
         if isinstance(weight, nn.Parameter):
             self.weight = weight
         else:
             self.register_buffer("weight", weight if isinstance(weight, Tensor) else None)
+
+    def _check_ranks(self, ranks: RanksOptions | None) -> None:
+        check_gather(ranks, "MLKD")
 
     def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
         return self.terms(student, teacher, target).loss
 
     def terms(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> MLKDTerms:
         """The loss and its three terms, as :func:`mcld_kernels.mlkd_terms`."""
-        return evaluate(student, teacher, target, self.weight, self.options, self.backend)
+        return evaluate(student, teacher, target, self.weight, self.options, self.backend, self.ranks)
 
     def extra_repr(self) -> str:
         shown = self.options._asdict()
         term_weight = shown.pop("term_weight")
         shown["weight"] = term_weight if self.weight is None else self.weight.detach()
-        return ", ".join([*(f"{name}={value!r}" for name, value in shown.items()), f"backend={self.backend!r}"])
+        parts = [f"{name}={value!r}" for name, value in shown.items()]
+        return ", ".join([*parts, f"{self._shown_ranks()}backend={self.backend!r}"])
 
 
 def compute(kernels: KernelSet, inputs: LossInputs) -> LossOutputs:
@@ -256,37 +295,18 @@ def compute(kernels: KernelSet, inputs: LossInputs) -> LossOutputs:
                 n=student.shape[0] * options.views,
                 d=student.shape[1],
             )
-            positives = _positives(kernels, inputs, both)
+            assert inputs.target is not None
+            positives = find_positives(kernels, inputs.target, options, both)
         terms[0], terms[2] = correlate(
             Rows(*unit), options, factors[0], factors[2], positives, grads, kernels.tuning.chunk_bytes
         )
     if alignment:
-        terms[1] = _align(kernels, inputs, factors[1], grads)
+        terms[1] = align(kernels, inputs, factors[1], grads, student.shape[0])
     loss = zero
     for factor, term, active in zip(factors, terms, options.term_weight, strict=True):
         if active:
             loss = loss + factor * term
     return LossOutputs(loss=loss, terms=torch.stack(terms), student_grad=grads[0], teacher_grad=grads[1])
-
-
-def _positives(kernels: KernelSet, inputs: LossInputs, unit: UnitRows) -> Positives:
-    """The positives of the supervised term's N rows."""
-    assert inputs.target is not None
-    options, views = inputs.options, inputs.options.views
-    (labels,) = index_labels((torch.cat((inputs.target,) * views),), options.ignore_index, _ANY_LABEL, inputs.acc_dtype)
-    means = kernels.class_means(unit, labels, labels.counts)
-    own, with_mean = kernels.positive_cosines(unit, unit, 0, means, labels.class_index)
-    rows_of_class = labels.counts[labels.class_index].to(inputs.acc_dtype)
-    others = (rows_of_class - 1).clamp_(min=1)
-    counted = labels.valid & (rows_of_class > 1)
-    return Positives(
-        cosine=(rows_of_class * with_mean - own) / others,
-        counted=counted,
-        factor=labels.poison / counted.sum().clamp(min=1),
-        pull=2 * rows_of_class / others,
-        means=means,
-        class_index=labels.class_index,
-    )
 
 
 def _contrast(
@@ -297,7 +317,8 @@ def _contrast(
     logits = torch.cat((inputs.student, inputs.teacher)) if options.views == 2 else inputs.student
     unit = kernels.l2_normalize(logits, operand, options.eps)
     temperature = options.supervised_temperature
-    positives = _positives(kernels, inputs, unit)
+    assert inputs.target is not None
+    positives = find_positives(kernels, inputs.target, options, unit)
     partner = positives.counted * (positives.factor * weight / temperature)  # (N,)
     with_grad = grads[0] is not None or (options.views == 2 and grads[1] is not None)
     pass_ = kernels.self_contrast(unit, temperature, with_grad)
@@ -338,25 +359,6 @@ def _contrast(
     return per_anchor.sum() * positives.factor
 
 
-def _align(kernels: KernelSet, inputs: LossInputs, weight: Tensor | float, grads: list[Tensor | None]) -> Tensor:
-    """The alignment, by chunks of rows; adds its gradients."""
-    n, d = inputs.student.shape
-    acc, eps = inputs.acc_dtype, inputs.options.eps
-    total = inputs.student.new_zeros((), dtype=acc)
-    for rows in slices(n, max(1, kernels.tuning.chunk_bytes // (6 * d * acc.itemsize))):
-        unit = [KernelSet.l2_normalize(kernels, x[rows], acc, eps) for x in (inputs.student, inputs.teacher)]
-        difference = unit[0].rows - unit[1].rows
-        # A row without direction is zeros: of its 2 - 2 s . t the square holds 1 less.
-        missing = sum((x.inv_norm == 0).sum() for x in unit)
-        total = total + difference.square().sum() + missing
-        for side, grad in enumerate(grads):
-            if grad is not None:
-                x = unit[side]
-                g = torch.addcmul(difference, x.rows, (difference * x.rows).sum(1, keepdim=True), value=-1)
-                grad[rows] += g.mul_(x.inv_norm[:, None] * ((2 if side == 0 else -2) / n * weight))
-    return total / n
-
-
 def _flops(batch: int, classes: int, options: MLKDOptions, with_grad: bool) -> int:
     """Products alone, half of a symmetric matrix's: see `mlkd_correlation`, and `KernelSet.self_contrast`."""
     correlation, alignment, supervised = (w != 0 for w in options.term_weight)
@@ -371,4 +373,6 @@ def _flops(batch: int, classes: int, options: MLKDOptions, with_grad: bool) -> i
     return total + (similarities if not with_grad else 2 * similarities + 2 + cross) * square
 
 
-_OPERATOR = LossOperator("mlkd", MLKDOptions, num_terms=3, compute=compute, flops=_flops)
+_OPERATOR = LossOperator(
+    "mlkd", MLKDOptions, num_terms=3, compute=compute, flops=_flops, compute_over_ranks=compute_over_ranks
+)

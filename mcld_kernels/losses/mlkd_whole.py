@@ -34,7 +34,7 @@ def applies(kernels: KernelSet, inputs: LossInputs) -> bool:
 
 def _has_bad_label(target: Tensor, ignore_index: int) -> bool:
     # Traced calls come here unchecked; the path by chunks makes their term NaN.
-    return bool(((target < 0) & (target != ignore_index)).any())
+    return bool(target.amin() < 0) and bool(((target < 0) & (target != ignore_index)).any())
 
 
 def compute(inputs: LossInputs) -> LossOutputs:

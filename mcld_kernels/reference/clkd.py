@@ -14,20 +14,23 @@ reduction="sum" takes the sum over each unit vector, and the mean over the vecto
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from ..family_options import CLKDOptions, CLKDTerms, Reduction, check_inputs, clkd_options
+from ..distributed import Gather, Ranks, RanksOptions, ranks_options, report
+from ..family_options import CLKDOptions, CLKDTerms, Reduction, check_gather, check_inputs, clkd_options
 from ..options import acc_dtype, no_autocast
-from .mcld import unit_rows
+from .mcld import gather_logits, mean_of_own, unit_rows
 
 
-def unit_error(s: Tensor, t: Tensor, options: CLKDOptions) -> Tensor:
-    """The squared distance of the unit rows of s and t (n, d)."""
-    square = (unit_rows(s, options.eps) - unit_rows(t, options.eps)).square()
-    return square.mean() if options.reduction == "mean" else square.sum(1).mean()
+def unit_error(s: Tensor, t: Tensor, options: CLKDOptions, ranks: Ranks | None, by_columns: bool = False) -> Tensor:
+    """The squared distance of the unit rows, or columns, of s and t (B, C); over ranks the part of this rank's rows."""
+    s, t = (unit_rows(x.T, options.eps).T if by_columns else unit_rows(x, options.eps) for x in (s, t))
+    square = (s - t).square()
+    vectors = s.shape[1] if by_columns else s.shape[0]
+    return mean_of_own(square, ranks, s.numel() if options.reduction == "mean" else vectors)
 
 
 def correlation(s: Tensor, t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -41,21 +44,31 @@ def correlation(s: Tensor, t: Tensor, dtype: torch.dtype) -> Tensor:
     return (gram(s) - gram(t)).square().sum() / (max(classes - 1, 1) ** 2 * classes**2)
 
 
-def evaluate(student: Tensor, teacher: Tensor, weight: Tensor | None, options: CLKDOptions) -> CLKDTerms:
-    """The loss and its terms for arguments that are already checked."""
+def evaluate(
+    student: Tensor,
+    teacher: Tensor,
+    weight: Tensor | None,
+    options: CLKDOptions,
+    over_ranks: RanksOptions | None = None,
+) -> CLKDTerms:
+    """The loss and its terms for arguments that are already checked; over ranks, from all logits, gathered."""
     dtype = torch.promote_types(student.dtype, teacher.dtype)
     acc = acc_dtype(dtype)
     with no_autocast(student.device):
-        s, t = student.to(acc), teacher.to(acc)
+        s, t, ranks = student.to(acc), teacher.to(acc), None
+        if over_ranks is not None:
+            s, t, _, ranks = gather_logits(over_ranks, student, teacher, None, weight, options, s, t)
         loss = zero = s[:0].sum() + t[:0].sum()
         terms = [zero, zero, zero]
-        if student.shape[0] > 0:
+        if s.shape[0] > 0:
             if options.term_weight[0]:
-                terms[0] = unit_error(s, t, options)
+                terms[0] = unit_error(s, t, options, ranks)
             if options.term_weight[1]:
-                terms[1] = unit_error(s.T, t.T, options)
+                terms[1] = unit_error(s, t, options, ranks, by_columns=True)
             if options.term_weight[2]:
                 terms[2] = correlation(s, t, dtype)
+                if ranks is not None and ranks.poison is not None:
+                    terms[2] = terms[2] * ranks.poison.to(acc)
         for i, term in enumerate(terms):
             if options.term_weight[i]:
                 loss = loss + options.term_weight[i] * (term if weight is None else weight[i].to(acc) * term)
@@ -70,11 +83,21 @@ def clkd_loss(
     weight: Sequence[float] | Tensor = (0.5, 1.0, 0.4),
     reduction: Reduction = "mean",
     eps: float = 1e-12,
-    process_group: Any = None,
+    process_group: dist.ProcessGroup | str | None = None,
+    gather: Gather = "all",
+    even: bool = False,
 ) -> Tensor:
     """The CLKD loss, shape (). Arguments and errors as :func:`mcld_kernels.clkd_loss`."""
     return clkd_terms(
-        student, teacher, target, weight=weight, reduction=reduction, eps=eps, process_group=process_group
+        student,
+        teacher,
+        target,
+        weight=weight,
+        reduction=reduction,
+        eps=eps,
+        process_group=process_group,
+        gather=gather,
+        even=even,
     ).loss
 
 
@@ -86,9 +109,17 @@ def clkd_terms(
     weight: Sequence[float] | Tensor = (0.5, 1.0, 0.4),
     reduction: Reduction = "mean",
     eps: float = 1e-12,
-    process_group: Any = None,
+    process_group: dist.ProcessGroup | str | None = None,
+    gather: Gather = "all",
+    even: bool = False,
 ) -> CLKDTerms:
     """The CLKD loss and its terms. Arguments and errors as :func:`mcld_kernels.clkd_terms`."""
-    options, weight_tensor = clkd_options(weight=weight, reduction=reduction, eps=eps, process_group=process_group)
-    check_inputs(student, teacher, weight_tensor)
-    return evaluate(student, teacher, weight_tensor, options)
+    ranks = ranks_options(process_group, gather, even)
+    try:
+        options, weight_tensor = clkd_options(weight=weight, reduction=reduction, eps=eps)
+        check_gather(ranks, "CLKD")
+        check_inputs(student, teacher, weight_tensor)
+    except (NotImplementedError, TypeError, ValueError) as error:
+        report(ranks, error)
+        raise
+    return evaluate(student, teacher, weight_tensor, options, ranks)

@@ -146,6 +146,33 @@ def category(s: Tensor, t: Tensor, labels: _Labels, dtype: torch.dtype, options:
     return (per_class * labels.present).sum() / labels.present.sum().clamp(min=1) * labels.poison
 
 
+def gather_logits(
+    over_ranks: RanksOptions,
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    weight: Tensor | None,
+    options: Any,
+    s: Tensor,
+    t: Tensor,
+) -> tuple[Tensor, Tensor, Tensor | None, Ranks]:
+    """Begin a call over ranks: the logits s, t (in the accumulator dtype) and labels of all ranks."""
+    facts = same_on_all_ranks(student, teacher, target, weight, options, "of the reference")
+    facts |= {"student gradient": student.requires_grad, "teacher gradient": teacher.requires_grad}
+    ranks = join(over_ranks, student.shape[0], facts, student.device)
+    s, t = gather_with_grad(s, ranks), gather_with_grad(t, ranks)
+    return s, t, None if target is None else ranks.all_gather(target.contiguous()), ranks
+
+
+def mean_of_own(values: Tensor, ranks: Ranks | None, total: Tensor | int | None = None) -> Tensor:
+    """The sum of ``values`` (n, ...) over ``total``, by default n; over ranks (number of ranks) x this rank's part."""
+    total = values.shape[0] if total is None else total
+    if ranks is None:
+        return values.sum() / total
+    mean = values[ranks.own].sum() * ranks.count / total
+    return mean if ranks.poison is None else mean * ranks.poison.to(mean.dtype)
+
+
 def evaluate(
     student: Tensor,
     teacher: Tensor,
@@ -162,11 +189,7 @@ def evaluate(
     with no_autocast(student.device):
         s, t, ranks = student.to(acc), teacher.to(acc), None
         if over_ranks is not None:
-            facts = same_on_all_ranks(student, teacher, target, weight, options, "of the reference")
-            facts |= {"student gradient": student.requires_grad, "teacher gradient": teacher.requires_grad}
-            ranks = join(over_ranks, student.shape[0], facts, student.device)
-            s, t = gather_with_grad(s, ranks), gather_with_grad(t, ranks)
-            target = None if target is None else ranks.all_gather(target.contiguous())
+            s, t, target, ranks = gather_logits(over_ranks, student, teacher, target, weight, options, s, t)
         zero = s[:0].sum() + t[:0].sum()  # differentiable, also where no term is computed
         terms = [zero, zero, zero]
         if s.shape[0] > 0:

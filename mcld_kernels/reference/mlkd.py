@@ -14,14 +14,23 @@ and z = s for views=1. The last mean is over the anchors that have a positive.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from ..family_options import MLKDOptions, MLKDTerms, Views, check_inputs, check_mlkd_target, mlkd_options
+from ..distributed import Gather, Ranks, RanksOptions, ranks_options, report
+from ..family_options import (
+    MLKDOptions,
+    MLKDTerms,
+    Views,
+    check_gather,
+    check_inputs,
+    check_mlkd_target,
+    mlkd_options,
+)
 from ..options import acc_dtype, no_autocast
-from .mcld import similarities, unit_rows
+from .mcld import gather_logits, mean_of_own, similarities, unit_rows
 
 
 def off_diagonal(a: Tensor) -> Tensor:
@@ -30,13 +39,13 @@ def off_diagonal(a: Tensor) -> Tensor:
     return a.flatten()[1:].view(n - 1, n + 1)[:, :-1].reshape(n, n - 1)
 
 
-def correlation(s: Tensor, t: Tensor, dtype: torch.dtype, temperature: float) -> Tensor:
+def correlation(s: Tensor, t: Tensor, dtype: torch.dtype, temperature: float, ranks: Ranks | None) -> Tensor:
     """Of unit rows (B, C): the student's softmax over the other rows is to be the teacher's."""
     log_q, log_p = (off_diagonal(similarities(x, x, dtype, temperature)).log_softmax(1) for x in (s, t))
-    return (log_p.exp() * (log_p - log_q)).sum(1).mean()
+    return mean_of_own((log_p.exp() * (log_p - log_q)).sum(1), ranks)
 
 
-def supervised(z: Tensor, y: Tensor, dtype: torch.dtype, options: MLKDOptions) -> Tensor:
+def supervised(z: Tensor, y: Tensor, dtype: torch.dtype, options: MLKDOptions, ranks: Ranks | None) -> Tensor:
     """Supervised contrast of unit rows (N, C) with labels (N,)."""
     a = off_diagonal(similarities(z, z, dtype, options.supervised_temperature))
     valid = y != options.ignore_index
@@ -46,29 +55,37 @@ def supervised(z: Tensor, y: Tensor, dtype: torch.dtype, options: MLKDOptions) -
     per_anchor = a.logsumexp(1) - (a * same).sum(1) / count.clamp(min=1)
     # On the CPU a negative label has already raised; elsewhere it turns the term into NaN.
     poison = torch.ones((), dtype=a.dtype, device=a.device).masked_fill((valid & (y < 0)).any(), torch.nan)
-    return torch.where(counted, per_anchor, 0.0).sum() / counted.sum().clamp(min=1) * poison
+    of_views = torch.where(counted, per_anchor, 0.0).view(options.views, -1).sum(0)  # (B,)
+    return mean_of_own(of_views, ranks, counted.sum().clamp(min=1)) * poison
 
 
 def evaluate(
-    student: Tensor, teacher: Tensor, target: Tensor | None, weight: Tensor | None, options: MLKDOptions
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    weight: Tensor | None,
+    options: MLKDOptions,
+    over_ranks: RanksOptions | None = None,
 ) -> MLKDTerms:
-    """The loss and its terms for arguments that are already checked."""
+    """The loss and its terms for arguments that are already checked; over ranks, from all logits, gathered."""
     dtype = torch.promote_types(student.dtype, teacher.dtype)
     acc = acc_dtype(dtype)
     with no_autocast(student.device):
-        s, t = student.to(acc), teacher.to(acc)
+        s, t, ranks = student.to(acc), teacher.to(acc), None
+        if over_ranks is not None:
+            s, t, target, ranks = gather_logits(over_ranks, student, teacher, target, weight, options, s, t)
         loss = zero = s[:0].sum() + t[:0].sum()
         terms = [zero, zero, zero]
-        if student.shape[0] > 0:
+        if s.shape[0] > 0:
             s, t = unit_rows(s, options.eps), unit_rows(t, options.eps)
             if options.term_weight[0]:
-                terms[0] = correlation(s, t, dtype, options.correlation_temperature)
+                terms[0] = correlation(s, t, dtype, options.correlation_temperature, ranks)
             if options.term_weight[1]:
-                terms[1] = (2 - 2 * (s * t).sum(1)).mean()
+                terms[1] = mean_of_own(2 - 2 * (s * t).sum(1), ranks)
             if options.term_weight[2]:
                 assert target is not None
                 z, y = (torch.cat((s, t)), torch.cat((target, target))) if options.views == 2 else (s, target)
-                terms[2] = supervised(z, y, dtype, options)
+                terms[2] = supervised(z, y, dtype, options, ranks)
         for i, term in enumerate(terms):
             if options.term_weight[i]:
                 loss = loss + options.term_weight[i] * (term if weight is None else weight[i].to(acc) * term)
@@ -86,7 +103,9 @@ def mlkd_loss(
     views: Views = 2,
     ignore_index: int = -100,
     eps: float = 1e-12,
-    process_group: Any = None,
+    process_group: dist.ProcessGroup | str | None = None,
+    gather: Gather = "all",
+    even: bool = False,
 ) -> Tensor:
     """The MLKD loss, shape (). Arguments and errors as :func:`mcld_kernels.mlkd_loss`."""
     return mlkd_terms(
@@ -100,6 +119,8 @@ def mlkd_loss(
         ignore_index=ignore_index,
         eps=eps,
         process_group=process_group,
+        gather=gather,
+        even=even,
     ).loss
 
 
@@ -114,18 +135,25 @@ def mlkd_terms(
     views: Views = 2,
     ignore_index: int = -100,
     eps: float = 1e-12,
-    process_group: Any = None,
+    process_group: dist.ProcessGroup | str | None = None,
+    gather: Gather = "all",
+    even: bool = False,
 ) -> MLKDTerms:
     """The MLKD loss and its terms. Arguments and errors as :func:`mcld_kernels.mlkd_terms`."""
-    options, weight_tensor = mlkd_options(
-        correlation_temperature=correlation_temperature,
-        supervised_temperature=supervised_temperature,
-        weight=weight,
-        views=views,
-        ignore_index=ignore_index,
-        eps=eps,
-        process_group=process_group,
-    )
-    check_inputs(student, teacher, weight_tensor)
-    check_mlkd_target(target, student, options)
-    return evaluate(student, teacher, target, weight_tensor, options)
+    ranks = ranks_options(process_group, gather, even)
+    try:
+        options, weight_tensor = mlkd_options(
+            correlation_temperature=correlation_temperature,
+            supervised_temperature=supervised_temperature,
+            weight=weight,
+            views=views,
+            ignore_index=ignore_index,
+            eps=eps,
+        )
+        check_gather(ranks, "MLKD")
+        check_inputs(student, teacher, weight_tensor)
+        check_mlkd_target(target, student, options)
+    except (NotImplementedError, TypeError, ValueError) as error:
+        report(ranks, error)
+        raise
+    return evaluate(student, teacher, target, weight_tensor, options, ranks)

@@ -1,0 +1,83 @@
+"""The shortest way of a small call: plain fp32 logits on a CPU, a frozen teacher, no labels, the compiled module.
+
+Such a call is mostly what surrounds its arithmetic. Here one set of conditions stands for every check of the tensors,
+and only what the loss and the gradient need is allocated. Where a condition does not hold the call goes through
+`ops.LossOperator`, which checks, explains and computes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import backends
+from .backends import torch_low_latency
+from .ops import NoSecondDerivative, is_observed
+from .options import MCLDOptions, float32_precision
+
+Options = TypeVar("Options")
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
+
+def plain_call(
+    student: Tensor, teacher: Tensor, options: Options, as_mcld: Callable[[Options], MCLDOptions | None], backend: str
+) -> Tensor | None:
+    """The loss () with its gradient by the student; None where this way does not apply.
+
+    Nothing is checked yet but the options. ``as_mcld`` gives them as those of MCLD, None where they are no case of it.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    if type(student) not in _PLAIN_TYPES or type(teacher) not in _PLAIN_TYPES or is_observed(student):
+        return None
+    if (
+        student.dtype is not torch.float32
+        or teacher.dtype is not torch.float32
+        or student.shape != teacher.shape
+        or student.ndim != 2
+        or student.numel() == 0
+        or not (student.is_cpu and teacher.is_cpu)
+        or not (student.layout is teacher.layout is torch.strided)
+        or student.is_nested
+        or teacher.is_nested
+        or (backend != "auto" and backend != "torch")
+        or forward_ad._current_level >= 0
+        or backends.is_tuned()
+        or "MCLD_CHUNK_MB" in os.environ
+        or float32_precision() == "medium"
+    ):
+        return None
+    with_grad = False
+    if torch.is_grad_enabled():
+        if teacher.requires_grad:
+            return None
+        with_grad = student.requires_grad
+    mcld_options = as_mcld(options)
+    if mcld_options is None:
+        return None
+    outputs = torch_low_latency.plain_call(student, teacher, mcld_options, with_grad)
+    if outputs is None:
+        return None
+    return _PlainLoss.apply(student, outputs) if with_grad else outputs[0]  # type: ignore[no-any-return]
+
+
+class _PlainLoss(torch.autograd.Function):
+    """The loss with its gradient by the student, both computed."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, outputs: tuple[Tensor, Tensor]) -> Tensor:
+        ctx.save_for_backward(outputs[1], student)
+        return outputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        gradient, student = ctx.saved_tensors
+        # Grad mode is on in backward where a graph of it was asked for (create_graph=True).
+        if torch.is_grad_enabled():
+            gradient = NoSecondDerivative.apply(gradient, student)
+        return gradient * upstream, None
