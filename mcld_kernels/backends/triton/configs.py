@@ -89,6 +89,7 @@ FLASH = {
 FLASH_ONLINE = {
     ("sm_80", "tf32", 128): Launch(128, 32, warps=8, stages=2),
     ("sm_100", "half", 32): Launch(128, 32, warps=8, stages=3),
+    ("sm_100", "tf32", 64): Launch(64, 64, warps=8, stages=2),
 }
 
 # (architecture, kind of operand): blocks of either product of the two-product path.
