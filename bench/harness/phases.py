@@ -195,8 +195,9 @@ def be_interruptible() -> None:
 
 def without_paths(text: str) -> str:
     """Recorded results are published: no path of the machine in them."""
-    for path, name in ((ROOT, "."), (sys.prefix, "<python>"), (Path.home(), "~")):
-        text = text.replace(str(path), name)
+    names = {str(ROOT): ".", sys.prefix: "<python>", str(Path.home()): "~"}
+    for path in sorted(names, key=len, reverse=True):  # one may lie in another, as a virtual environment in a checkout
+        text = text.replace(path, names[path])
     return text
 
 

@@ -59,7 +59,7 @@ FLASH = {
     ("sm_100", "half", 32): Launch(128, 32, warps=4, stages=3),
     ("sm_100", "half", 128): Launch(128, 64, warps=8, stages=2),
     ("sm_100", "half", 256): Launch(128, 32, warps=8, stages=2),
-    ("sm_80", "tf32", 32): Launch(64, 64, warps=4, stages=2),
+    ("sm_80", "tf32", 32): Launch(64, 32, warps=4, stages=2),
     ("sm_80", "tf32", 64): Launch(64, 32, warps=4, stages=2),
     ("sm_80", "tf32", 128): Launch(64, 32, warps=4, stages=2),
     ("sm_90", "tf32", 32): Launch(64, 64, warps=4, stages=2),
