@@ -33,6 +33,7 @@ from ..options import (
 )
 from .mcld_contrasts import compute, count_flops
 from .mcld_ranks import compute_over_ranks
+from .module_over_ranks import ModuleOverRanks
 
 _RAMP_ONE = 1 << 52  # the ramp as an integer: exact for every float64 in [0, 1] of that resolution
 
@@ -224,7 +225,7 @@ def evaluate(
     return MCLDTerms(loss, *terms.unbind())
 
 
-class MCLDLoss(nn.Module):
+class MCLDLoss(ModuleOverRanks):
     """:func:`mcld_kernels.mcld_loss` with its options kept, and a warm-up of the category-wise term.
 
     The weight of the category-wise term is multiplied by a ramp from 0 to 1: by epochs (``warmup``), by training steps
@@ -280,7 +281,7 @@ class MCLDLoss(nn.Module):
         warmup_steps: int = 0,
         uncertainty_weighting: bool = False,
     ):
-        super().__init__()
+        super().__init__(process_group, gather, even)
         if not is_number(warmup) or not 0 <= warmup < math.inf:
             raise ValueError(f"warmup must be a finite number of epochs >= 0; got {warmup!r}")
         if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int) or warmup_steps < 0:
@@ -295,8 +296,6 @@ class MCLDLoss(nn.Module):
             ignore_index=ignore_index,
             eps=eps,
         )
-        self.ranks = ranks_options(process_group, gather, even)
-        self._gather, self._even = gather, even
         self.uncertainty_weighting = check_flag("uncertainty_weighting", uncertainty_weighting)
         if uncertainty_weighting and tensor is None:
             # The gradient by a tensor of weights does not know of weights beside it.
@@ -324,15 +323,6 @@ class MCLDLoss(nn.Module):
     @temperature.setter
     def temperature(self, value: float | Sequence[float]) -> None:
         self.options = self.options._replace(temperature=check_temperatures(value))
-
-    @property
-    def process_group(self) -> str | None:
-        """The name of the process group; None: the loss of this process's rows. Assign a group, its name or None."""
-        return None if self.ranks is None else self.ranks.group
-
-    @process_group.setter
-    def process_group(self, value: dist.ProcessGroup | str | None) -> None:
-        self.ranks = ranks_options(value, self._gather, self._even)
 
     @property
     def effective_weight(self) -> Tensor:

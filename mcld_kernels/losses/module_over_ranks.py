@@ -1,4 +1,4 @@
-"""What the modules of CKD, CLKD and MLKD share: the ranks that hold the global batch."""
+"""What the modules of the losses over ranks share: the ranks that hold the global batch."""
 
 from __future__ import annotations
 
