@@ -207,9 +207,10 @@ class MLKDLoss(ModuleOverRanks):
     """:func:`mcld_kernels.mlkd_loss` with its options kept. The method has no warm-up.
 
     Args:
-        correlation_temperature, supervised_temperature, weight, views, ignore_index, eps, backend, process_group,
-            gather, even: as for :func:`mcld_kernels.mlkd_loss`. ``weight`` as a tensor becomes a buffer, or a parameter
-            if it is one. ``process_group`` can be assigned.
+        correlation_temperature, supervised_temperature, weight, views: as for :func:`mcld_kernels.mlkd_loss`.
+            ``weight`` as a tensor becomes a buffer, or a parameter if it is one.
+        ignore_index, eps, backend, process_group, gather, even: as for :func:`mcld_kernels.mlkd_loss`.
+            ``process_group`` can be assigned.
 
     Shapes:
         student, teacher: (batch, classes); target: (batch,) int64; output: ().
