@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .distributed import RanksOptions
 from .options import (
+    MCLDOptions,
     check_backend,
     check_eps,
     check_ignore_index,
@@ -19,6 +20,7 @@ from .options import (
     check_positive,
     check_target,
     check_weight_values,
+    instance_term,
     is_number,
     is_readable,
 )
@@ -106,6 +108,13 @@ def _ckd_options(temperature: Any, weight: Any, negatives: Any, eps: Any) -> CKD
         negatives=_check_choice("negatives", negatives, ("teacher", "student")),
         eps=check_eps(eps),
     )
+
+
+@lru_cache(maxsize=256)
+def ckd_as_mcld(options: CKDOptions) -> MCLDOptions:
+    """The options as MCLD's instance-wise term."""
+    direction = "teacher" if options.negatives == "teacher" else "self"
+    return instance_term(options.temperature, options.eps, options.term_weight, direction)
 
 
 def clkd_options(*, weight: Any, reduction: Any, eps: Any) -> tuple[CLKDOptions, Tensor | None]:

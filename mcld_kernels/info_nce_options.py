@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .kernels import Positives
 from .options import (
+    MCLDOptions,
     check_backend,
     check_eps,
     check_flag,
@@ -18,6 +19,7 @@ from .options import (
     check_matrix,
     check_positive,
     check_soft_labels,
+    instance_term,
     is_readable,
 )
 
@@ -49,6 +51,16 @@ class InfoNCEOptions(NamedTuple):
 def needs_labels(options: InfoNCEOptions) -> bool:
     # A function, since torch 2.6 cannot trace a property of a NamedTuple.
     return options.positives == "label" or options.mask_same_class
+
+
+@lru_cache(maxsize=256)
+def info_nce_as_mcld(options: InfoNCEOptions) -> MCLDOptions | None:
+    """The options where they ask for the mean over pairs, MCLD's instance-wise term; else None."""
+    if (options.positives, options.reduction, options.offset) != ("diagonal", "mean", 0):
+        return None
+    if options.mask_same_class or not options.normalize or options.temperature_grad:
+        return None
+    return instance_term(options.temperature, options.eps)
 
 
 def info_nce_options(

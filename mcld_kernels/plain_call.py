@@ -7,7 +7,6 @@ and only what the loss and the gradient need is allocated. Where a condition doe
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -16,9 +15,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import backends
-from .backends import torch_low_latency
 from .ops import NoSecondDerivative, is_observed
-from .options import MCLDOptions, float32_precision
+from .options import MCLDOptions
 
 Options = TypeVar("Options")
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
@@ -45,11 +43,7 @@ def plain_call(
         or not (student.layout is teacher.layout is torch.strided)
         or student.is_nested
         or teacher.is_nested
-        or (backend != "auto" and backend != "torch")
         or forward_ad._current_level >= 0
-        or backends.is_tuned()
-        or "MCLD_CHUNK_MB" in os.environ
-        or float32_precision() == "medium"
     ):
         return None
     with_grad = False
@@ -60,7 +54,7 @@ def plain_call(
     mcld_options = as_mcld(options)
     if mcld_options is None:
         return None
-    outputs = torch_low_latency.plain_call(student, teacher, mcld_options, with_grad)
+    outputs = backends.plain_call(backend, student, teacher, mcld_options, with_grad)
     if outputs is None:
         return None
     return _PlainLoss.apply(student, outputs) if with_grad else outputs[0]  # type: ignore[no-any-return]

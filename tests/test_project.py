@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -48,3 +49,30 @@ def test_a_kernel_that_is_no_template_is_compiled_once():
     }
     assert kernels, "no header with a kernel was found"
     assert {name: users[name] for name in kernels if len(users[name]) > 1} == {}
+
+
+def imported_modules(path: Path) -> set[str]:
+    """The modules, and names in modules, that a file of the package imports: dotted, from the package's root."""
+    parents = ("mcld_kernels", *path.relative_to(ROOT / "mcld_kernels").parts[:-1])
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = parents[: len(parents) + 1 - node.level] if node.level else ()
+            module = ".".join((*base, *([node.module] if node.module else [])))
+            found |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+    return {name.removeprefix("mcld_kernels.") for name in found if name.startswith("mcld_kernels.")}
+
+
+def test_a_loss_knows_no_backend_and_a_backend_no_loss():
+    """Everything but the programs, which report on backends, reaches them by the package `backends` alone."""
+    package = ROOT / "mcld_kernels"
+    programs = {package / "info.py", package / "calibrate.py"}
+    backends = {path.stem for path in (package / "backends").iterdir()} - {"__init__", "gemm"}  # a shared definition
+    for path in package.rglob("*.py"):
+        parts = {tuple(name.split(".")[:2]) for name in imported_modules(path)}
+        if package / "backends" in path.parents:
+            assert not {part for part in parts if part[0] in ("losses", "reference")}, path
+        elif path not in programs:
+            assert not {part[1] for part in parts if part[0] == "backends" and len(part) > 1} & backends, path

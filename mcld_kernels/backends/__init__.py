@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ..kernels import KernelSet
-from ..options import BACKENDS
+from ..options import BACKENDS, MCLDOptions
 from . import cuda, timings, torch, triton
 
 _MODULES: dict[str, Any] = {
@@ -117,6 +117,18 @@ def kernel_set(
     return module.kernel_set(student, teacher, **_overrides(module))  # type: ignore[no-any-return]
 
 
+def plain_call(
+    name: str, student: Tensor, teacher: Tensor, options: MCLDOptions, with_grad: bool
+) -> tuple[Tensor, Tensor | None] | None:
+    """Loss () and gradient (n, C) of a small call whose inputs need no check; None where no backend has a short way.
+
+    The logits (n, C), n C > 0, are plain fp32 tensors of the CPU, the teacher is frozen, and no term reads labels.
+    """
+    if (name != "auto" and name != "torch") or _TUNING.get():
+        return None
+    return torch.plain_call(student, teacher, options, with_grad)
+
+
 @contextlib.contextmanager
 def tuned(**fields: Any) -> Iterator[None]:
     """Give ``fields`` of a backend's Tuning to the kernel sets made inside: for tests and measurements."""
@@ -125,11 +137,6 @@ def tuned(**fields: Any) -> Iterator[None]:
         yield
     finally:
         _TUNING.reset(token)
-
-
-def is_tuned() -> bool:
-    """True inside `tuned`."""
-    return bool(_TUNING.get())
 
 
 def _overrides(module: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ changed in place, and read by a second. The float32 matmul precision holds for b
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -26,8 +27,8 @@ from ..kernels import (
     UnitRows,
     slices,
 )
-from ..options import float32_precision
-from . import torch_info_nce, torch_low_latency
+from ..options import MCLDOptions, float32_precision
+from . import torch_ckd, torch_info_nce, torch_low_latency
 from .chunks import chunk_bytes
 from .gemm import keeps_sums
 from .torch_low_latency import LowLatencyTuning
@@ -77,6 +78,11 @@ class TorchKernels(KernelSet):
         if self.operand_dtype(inputs.dtype) != inputs.student.dtype:
             return None
         return torch_info_nce.info_nce(inputs, self.tuning)
+
+    def ckd_low_latency(self, inputs: LossInputs) -> Callable[[LossInputs], LossOutputs] | None:
+        if self.operand_dtype(inputs.dtype) != inputs.student.dtype:
+            return None
+        return torch_ckd.ckd(inputs, self.tuning)
 
 
 class _TorchContrast:
@@ -215,6 +221,15 @@ def kernel_set(student: Tensor, teacher: Tensor, **overrides: Any) -> TorchKerne
             chunk_bytes=key[2], fast_fp16=device.type != "cpu", fast_bf16=_fast_bf16(device)
         )
     return TorchKernels(dataclasses.replace(tuning, **overrides) if overrides else tuning)
+
+
+def plain_call(
+    student: Tensor, teacher: Tensor, options: MCLDOptions, with_grad: bool
+) -> tuple[Tensor, Tensor | None] | None:
+    """As `backends.plain_call`, by the compiled module for a CPU."""
+    if "MCLD_CHUNK_MB" in os.environ or float32_precision() == "medium":
+        return None
+    return torch_low_latency.plain_call(student, teacher, options, with_grad)
 
 
 def unavailable_reason() -> str | None:

@@ -13,14 +13,15 @@ csrc/cpu/low_latency.cpp.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ..info_nce_options import InfoNCEOptions, needs_labels
+from ..info_nce_options import InfoNCEOptions, info_nce_as_mcld, needs_labels
 from ..kernels import LossInputs, LossOutputs, has_fixed_shift
-from ..options import check_positive, instance_term
+from ..options import check_positive
 from .torch_low_latency import LARGEST_SIZE, LowLatencyTuning, compiled_module, mcld
 
 
@@ -42,41 +43,34 @@ def info_nce(inputs: LossInputs, tuning: LowLatencyTuning) -> Callable[[LossInpu
         or (needs_labels(inputs.options) and not inputs.labels_are_classes)
     ):
         return None
-    options: InfoNCEOptions = inputs.options
-    if (
-        tuning.compiled
-        and anchors.shape == candidates.shape
-        and (options.positives, options.reduction, options.offset) == ("diagonal", "mean", 0)
-        and options.normalize
-        and not options.mask_same_class
-        and not options.temperature_grad
-        and compiled_module() is not None
-    ):
+    if tuning.compiled and anchors.shape == candidates.shape and compiled_module() is not None:
         as_mcld = _as_mcld(inputs)
-        if (function := mcld(as_mcld, tuning)) is not None:
+        if as_mcld is not None and (function := mcld(as_mcld, tuning)) is not None:
             return lambda _: _without_terms(function(as_mcld))
     return _info_nce
 
 
-def _as_mcld(inputs: LossInputs) -> LossInputs:
-    """The call as one of `mcld_loss` with the instance-wise term alone."""
-    temperature = inputs.options.temperature
+def _as_mcld(inputs: LossInputs) -> LossInputs | None:
+    """The call as one of `mcld_loss` with the instance-wise term alone; None where it is none."""
+    options: InfoNCEOptions = inputs.options
     if inputs.weight is not None:
-        temperature = check_positive("temperature", float(inputs.weight))
+        options = options._replace(temperature=check_positive("temperature", float(inputs.weight)))
+    as_mcld = info_nce_as_mcld(options)
+    if as_mcld is None:
+        return None
     return LossInputs(
         student=inputs.student,
         teacher=inputs.teacher,
         target=None,
         weight=None,
-        options=instance_term(temperature, inputs.options.eps),
+        options=as_mcld,
         student_grad=inputs.student_grad,
         teacher_grad=False,
     )
 
 
 def _without_terms(outputs: LossOutputs) -> LossOutputs:
-    outputs.terms = torch.zeros_like(outputs.loss)
-    return outputs
+    return dataclasses.replace(outputs, terms=torch.zeros_like(outputs.loss))
 
 
 def _info_nce(inputs: LossInputs) -> LossOutputs:

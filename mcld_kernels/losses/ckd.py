@@ -18,8 +18,6 @@ since every student row is an anchor and a candidate of all others; `KernelSet.s
 
 from __future__ import annotations
 
-import dataclasses
-from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
@@ -28,9 +26,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import reference
-from ..backends.torch_low_latency import compiled_module
 from ..distributed import Gather, RanksOptions, ranks_options, report
-from ..family_options import CKDOptions, CKDTerms, Negatives, check_gather, check_inputs, ckd_options
+from ..family_options import (
+    CKDOptions,
+    CKDTerms,
+    Negatives,
+    check_gather,
+    check_inputs,
+    ckd_as_mcld,
+    ckd_options,
+)
 from ..infonce import Anchors, GradBuffer, Side, contrast
 from ..kernels import (
     AnchorTerms,
@@ -41,10 +46,9 @@ from ..kernels import (
     LossOutputs,
     TermWeight,
     UnitRows,
-    has_fixed_shift,
 )
 from ..ops import LossOperator
-from ..options import Backend, MCLDOptions, check_backend, check_positive, instance_term
+from ..options import Backend, check_backend, check_positive
 from ..plain_call import plain_call
 from .ckd_ranks import compute_over_ranks
 from .mcld import mcld_terms
@@ -116,7 +120,7 @@ def ckd_loss(
     """
     options, weight_tensor, ranks = _arguments(temperature, weight, negatives, eps, process_group, gather, even)
     if ranks is None and weight_tensor is None:
-        if (loss := plain_call(student, teacher, options, _instance_options, backend)) is not None:
+        if (loss := plain_call(student, teacher, options, ckd_as_mcld, backend)) is not None:
             return loss
     if ranks is not None or backend == "reference":
         return evaluate(student, teacher, weight_tensor, options, backend, ranks).loss
@@ -209,13 +213,6 @@ def evaluate(
     return CKDTerms(loss, *terms.unbind())
 
 
-@lru_cache(maxsize=256)
-def _instance_options(options: CKDOptions) -> MCLDOptions:
-    """The options as MCLD's instance-wise term."""
-    direction = "teacher" if options.negatives == "teacher" else "self"
-    return instance_term(options.temperature, options.eps, options.term_weight, direction)
-
-
 class CKDLoss(ModuleOverRanks):
     """:func:`mcld_kernels.ckd_loss` with its options kept. The method has no warm-up.
 
@@ -265,7 +262,7 @@ class CKDLoss(ModuleOverRanks):
 
     def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
         if self.weight is None and self.ranks is None:
-            if (loss := plain_call(student, teacher, self.options, _instance_options, self.backend)) is not None:
+            if (loss := plain_call(student, teacher, self.options, ckd_as_mcld, self.backend)) is not None:
                 return loss
         return self.terms(student, teacher, target).loss
 
@@ -291,10 +288,8 @@ def compute(kernels: KernelSet, inputs: LossInputs) -> LossOutputs:
         return LossOutputs(
             loss=terms.sum(), terms=terms, student_grad=student_grad.result(), teacher_grad=teacher_grad.result()
         )
-    if _is_small(kernels, inputs):
-        if (compiled := _compute_compiled(kernels, inputs)) is not None:
-            return compiled
-        return _compute_whole(inputs)
+    if (low_latency := kernels.ckd_low_latency(inputs)) is not None:
+        return low_latency(inputs)
     operand = kernels.operand_dtype(inputs.dtype)
     unit = kernels.l2_normalize(student, operand, options.eps), kernels.l2_normalize(teacher, operand, options.eps)
     weight = None if inputs.weight is None else inputs.weight.to(acc)
@@ -359,76 +354,6 @@ def _contrast_students(
             )
         )
         grad.is_written = True
-
-
-_LARGEST_SIZE = 4096  # of a matrix whose exponentials need no shift in fp32: exp(80) x 4096 = 2e38
-
-
-def _is_small(kernels: KernelSet, inputs: LossInputs) -> bool:
-    """True where whole matrices in closed form take fewer operations: on a CPU, and where one fits a chunk."""
-    n, dtype = inputs.student.shape[0], inputs.student.dtype
-    return (
-        inputs.student.device.type == "cpu"
-        and kernels.operand_dtype(inputs.dtype) == dtype == inputs.teacher.dtype
-        and dtype in (torch.float32, torch.float64)
-        and not inputs.teacher_grad
-        and has_fixed_shift(dtype, inputs.options.temperature)
-        and n <= _LARGEST_SIZE
-        and 2 * n * n * dtype.itemsize <= kernels.tuning.chunk_bytes
-    )
-
-
-def _compute_compiled(kernels: KernelSet, inputs: LossInputs) -> LossOutputs | None:
-    """The same by the compiled module for a CPU; None without it."""
-    if compiled_module() is None or not getattr(kernels.tuning, "compiled", False) or inputs.dtype != torch.float32:
-        return None  # `_compute_whole` takes fewer operations than MCLD's path without the module
-    as_mcld = _instance_options(inputs.options)
-    weight = None if inputs.weight is None else inputs.weight.expand(3)
-    as_inputs = dataclasses.replace(inputs, target=None, weight=weight, options=as_mcld)
-    function = kernels.mcld_low_latency(as_inputs)
-    if function is None:
-        return None
-    outputs = function(as_inputs)
-    outputs.terms = outputs.terms[:1]
-    return outputs
-
-
-def _compute_whole(inputs: LossInputs) -> LossOutputs:
-    """The same in few operations. The gradient by the unit rows is one product, W K, with the partners' coefficients
-    written into the diagonal of W where the partner is a candidate."""
-    options: CKDOptions = inputs.options
-    n, tau = inputs.student.shape[0], options.temperature
-    logits = torch.stack((inputs.student, inputs.teacher))  # (2, n, C)
-    norm = torch.linalg.vector_norm(logits, dim=2, keepdim=True)
-    norm.nan_to_num_(nan=torch.nan, posinf=torch.nan)  # an overflow must show, not read as a zero direction
-    inv_norm = torch.threshold_(norm, options.eps, torch.inf).reciprocal_()
-    logits.mul_(inv_norm)
-    student, teacher = logits.unbind()
-    by_teacher = options.negatives == "teacher"
-    e = torch.addmm(norm[0], teacher if by_teacher else student, student.T, beta=0, alpha=1 / tau)  # (anchors, n)
-    diagonal = e.diagonal()
-    positive = diagonal.exp() if by_teacher else (student * teacher).sum(1).div_(tau).exp_()
-    e.exp_()
-    diagonal.zero_()
-    neg_sum = e.sum(1)
-    term = (neg_sum / positive).log1p_().mean()
-    weight = options.term_weight if inputs.weight is None else inputs.weight.item() * options.term_weight
-    gradient = None
-    if inputs.student_grad:
-        inv_total = positive.add_(neg_sum).reciprocal_()
-        share = neg_sum.mul_(inv_total)  # 1 - the probability of the positive
-        scale = weight / (n * tau)
-        if by_teacher:
-            e.mul_(inv_total.unsqueeze(1))
-            torch.neg(share, out=diagonal)
-            gradient = torch.addmm(norm[0], e.T, teacher, beta=0, alpha=scale)
-        else:
-            e.mul_(inv_total.unsqueeze(1) + inv_total)
-            gradient = torch.addmm(teacher * share.unsqueeze(1), e, student, beta=-scale, alpha=scale)
-        # Unit rows in the accumulator dtype have x . x = 1 up to rounding.
-        gradient.addcmul_(student, (gradient * student).sum(1, keepdim=True), value=-1)
-        gradient.mul_(inv_norm[0])
-    return LossOutputs(loss=term * weight, terms=term.reshape(1), student_grad=gradient, teacher_grad=None)
 
 
 def _flops(batch: int, classes: int, options: CKDOptions, with_grad: bool) -> int:

@@ -10,8 +10,6 @@ it on the device, and the kernels run at temperature 1 with a maximum for each r
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +19,7 @@ from ..info_nce_options import (
     Reduction,
     check_info_nce_inputs,
     check_temperature_tensor,
+    info_nce_as_mcld,
     info_nce_options,
     needs_labels,
 )
@@ -28,7 +27,7 @@ from ..infonce import Anchors, GradBuffer, Side, contrast
 from ..kernels import KernelSet, LossInputs, LossOutputs, Positives, TermWeight, UnitRows
 from ..labels import Labels, SoftLabels, class_weights, hard_labels
 from ..ops import LossOperator, needs_grad
-from ..options import Backend, MCLDOptions, check_backend, check_flag, check_positive, instance_term
+from ..options import Backend, check_backend, check_flag, check_positive
 from ..plain_call import plain_call
 from ..reference.info_nce import evaluate as evaluate_reference
 
@@ -123,7 +122,7 @@ def evaluate(
 ) -> Tensor:
     """Check the tensors and run a backend."""
     if temperature is None and anchor_target is None and candidate_target is None:
-        if (loss := plain_call(anchors, candidates, options, _as_mcld, backend)) is not None:
+        if (loss := plain_call(anchors, candidates, options, info_nce_as_mcld, backend)) is not None:
             return loss
     labels_are_good = check_info_nce_inputs(
         anchors, candidates, anchor_target, candidate_target, temperature, options, backend
@@ -136,16 +135,6 @@ def evaluate(
         options = options._replace(temperature_grad=True)
     extra = candidate_target, None
     return _OPERATOR(anchors, candidates, anchor_target, temperature, options, backend, labels_are_good, extra)[0]
-
-
-@lru_cache(maxsize=256)
-def _as_mcld(options: InfoNCEOptions) -> MCLDOptions | None:
-    """The options where they ask for the mean over pairs, MCLD's instance-wise term."""
-    if (options.positives, options.reduction, options.offset) != ("diagonal", "mean", 0):
-        return None
-    if options.mask_same_class or not options.normalize:
-        return None
-    return instance_term(options.temperature, options.eps)
 
 
 class InfoNCELoss(nn.Module):
