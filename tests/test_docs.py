@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -139,6 +140,16 @@ def test_links_between_the_pages_lead_somewhere():
         prose = re.sub(r"^```.*?^```|<!--.*?-->", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.M | re.S)
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", prose):
             assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    """Docstrings that griffe cannot read, links out of the pages: also of the files that a page includes."""
+    for name in ("material", "mkdocstrings_handlers.python"):
+        pytest.importorskip(name, reason="the extra `docs` is not installed")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
+    assert (tmp_path / "api.html").exists()
 
 
 @pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md"])
