@@ -24,7 +24,7 @@ if str(ROOT) not in sys.path:
 
 from bench.harness import goals, machine, programs, report  # noqa: E402
 from bench.harness.programs import Exit  # noqa: E402
-from mcld_kernels import calibrate  # noqa: E402
+from mcld_kernels import __version__, calibrate  # noqa: E402
 from mcld_kernels.backends import timings  # noqa: E402
 
 BEGIN, END = "<!-- gpu results: bench/publish.py writes what stands here -->", "<!-- end of gpu results -->"
@@ -221,7 +221,9 @@ def publish(paths: Sequence[Path], root: Path) -> list[str]:
         path = root / "mcld_kernels" / "tables" / timings.file_name(table["gpu"])
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(table, indent=1) + "\n"
-        timings.parse(path, text.encode())  # raises for a table that `auto` could not read
+        parsed, reason = timings.parse(path, text.encode())  # raises for a table that `auto` could not read
+        if parsed is None and table["package"] == __version__:
+            raise Unpublishable(f"the table of {table['gpu']} would be ignored: {reason}")
         path.write_text(text)
         written.append(path)
     return [str(path.relative_to(root)) for path in written]

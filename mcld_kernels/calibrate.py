@@ -3,7 +3,9 @@
 Every candidate of `backends.timings` computes every shape; a result within the error bar is timed, in interleaved
 rounds, and the times become the table that ``backend="auto"`` chooses by. The measurement runs in a process of its own,
 which is ended if it hangs; what it has measured by then is kept. The Hopper kernels are tried alone first and take part
-only if they finish and are right. ``--from results.json`` makes the table of a run of the repository's bench/run.py.
+only if they finish and are right. The time that is left goes to forms of the kernels (`backends.forms`): one that is
+right and faster becomes part of the table, as fields of its backend's Tuning. ``--from results.json`` makes the table
+of a run of the repository's bench/run.py.
 """
 
 from __future__ import annotations
@@ -20,14 +22,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import backends
-from .backends import timings
+from . import backends, calibrate_forms
+from .backends import forms, timings
 from .losses.mcld import mcld_loss
 from .options import Backend
 from .version import __version__
@@ -44,6 +47,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 PRECISIONS = ("highest", "high", "medium")
 TRIAL_S = 180  # at most, for the Hopper kernels alone
 TRIAL_SHARE = 0.4  # of all the time, likewise
+FORMS_SHARE = 0.35  # of all the time, kept for the forms
 
 _RESULTS = ("loss", "gradient")
 Result = tuple[Tensor, Tensor]  # loss () and the student's gradient (batch, classes)
@@ -77,6 +81,8 @@ class Plan:
     precision: str = "highest"
     rounds: int = 20
     device: str = "cuda"
+    skip_forms: tuple[str, ...] = ()  # that hung or crashed
+    skip_shapes: tuple[tuple[str, int, int], ...] = ()  # dtype, batch, classes: with their forms done
 
 
 def floor_dtype(dtype: str, precision: str) -> str:
@@ -114,34 +120,52 @@ def measure(plan: Plan) -> Iterator[dict[str, Any]]:
 
 def measure_shape(plan: Plan, dtype: str, batch: int, classes: int) -> tuple[dict[str, float], dict[str, str]]:
     """Milliseconds of the candidates that are right at one shape, and why the others have none."""
-    student, teacher, target = _inputs(batch, classes, getattr(torch, dtype), torch.device(plan.device))
-    oracle = _oracle(student, teacher)
-    exact = oracle(student.double(), teacher.double(), target)
-    operands = floor_dtype(dtype, plan.precision)
-    eager = [_error(oracle(student, teacher, target), exact)]
-    if operands != dtype:  # operands of fewer bits are allowed, whether eager uses them or not
-        rounded_student, rounded_teacher = (x.to(getattr(torch, operands)) for x in (student, teacher))
-        eager.append(_error(oracle(rounded_student, rounded_teacher, target), exact))
-    allowed = _allowed(eager, operands)
-    steps: dict[str, Callable[[], Result]] = {}
-    rejected = {}
+    gate = _Gate(plan, dtype, batch, classes)
     for candidate in plan.candidates:
-        reason = _unsupported_reason(candidate, student, teacher)
+        gate.admit(candidate)
+    return gate.medians(), gate.rejected
+
+
+class _Gate:
+    """The candidates and forms that are right at one shape; ``rejected`` has the reason of each that is not."""
+
+    def __init__(self, plan: Plan, dtype: str, batch: int, classes: int):
+        self._rounds = plan.rounds
+        self._tensors = _inputs(batch, classes, getattr(torch, dtype), torch.device(plan.device))
+        student, teacher, target = self._tensors
+        oracle = _oracle(student, teacher)
+        self._exact = oracle(student.double(), teacher.double(), target)
+        operands = floor_dtype(dtype, plan.precision)
+        eager = [_error(oracle(student, teacher, target), self._exact)]
+        if operands != dtype:  # operands of fewer bits are allowed, whether eager uses them or not
+            rounded_student, rounded_teacher = (x.to(getattr(torch, operands)) for x in (student, teacher))
+            eager.append(_error(oracle(rounded_student, rounded_teacher, target), self._exact))
+        self._allowed = _allowed(eager, operands)
+        self._steps: dict[str, Callable[[], Result]] = {}
+        self.rejected: dict[str, str] = {}
+
+    def admit(self, form: str) -> None:
+        """Compute once by a candidate or a form."""
+        student, teacher, _ = self._tensors
+        reason = _unsupported_reason(form.partition(":")[0], student, teacher)
         if reason is None:
-            step = _step(candidate, student, teacher, target)
+            step = _step(form, *self._tensors)
             try:
-                error = _error(step(), exact)
+                error = _error(step(), self._exact)
             except Exception as fault:  # whatever a kernel raises is the reason to show; the others go on
                 reason = f"{type(fault).__name__}: {str(fault).partition(chr(10))[0]}"
             else:
-                if all(e <= a for e, a in zip(error, allowed)):  # False for NaN
-                    steps[candidate] = step
-                    continue
-                shown = ", ".join(f"{name} {e:.3g} ({a:.3g})" for name, e, a in zip(_RESULTS, error, allowed))
+                if all(e <= a for e, a in zip(error, self._allowed)):  # False for NaN
+                    self._steps[form] = step
+                    return
+                shown = ", ".join(f"{name} {e:.3g} ({a:.3g})" for name, e, a in zip(_RESULTS, error, self._allowed))
                 reason = f"wrong: relative error (allowed) of {shown}"
-        rejected[candidate] = reason
-    del exact
-    return _interleaved_medians(steps, plan.rounds, student.device), rejected
+        self.rejected[form] = reason
+
+    def medians(self, names: Sequence[str] | None = None) -> dict[str, float]:
+        """Milliseconds of those that were admitted, or of ``names`` among them."""
+        steps = {name: step for name, step in self._steps.items() if names is None or name in names}
+        return _interleaved_medians(steps, self._rounds, self._tensors[0].device)
 
 
 def _inputs(batch: int, classes: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -170,11 +194,12 @@ def _loss_and_gradient(backend: Backend, student: Tensor, teacher: Tensor, targe
     return loss.detach(), torch.autograd.grad(loss, leaf)[0]
 
 
-def _step(candidate: str, student: Tensor, teacher: Tensor, target: Tensor) -> Callable[[], Result]:
+def _step(form: str, student: Tensor, teacher: Tensor, target: Tensor) -> Callable[[], Result]:
+    candidate, fields = forms.parse(form)
     backend: Any = timings.CANDIDATES.get(candidate, candidate)
 
     def step() -> Result:
-        with backends.tuned(hopper=candidate == "hopper"):
+        with backends.tuned(hopper=candidate == "hopper", **fields):
             return _loss_and_gradient(backend, student, teacher, target)
 
     return step
@@ -232,25 +257,36 @@ def _milliseconds(step: Callable[[], Result], device: torch.device) -> float:
 
 def measure_into(path: Path, plan: Plan) -> None:
     """Append a line of JSON to ``path`` after every shape."""
-    with path.open("a") as file:
-        for row in measure(plan):
-            print(json.dumps(row), file=file, flush=True)
+    calibrate_forms.write_lines(path, measure(plan))
+
+
+def measure_forms_into(path: Path, plan: Plan) -> None:
+    """Append a line of JSON to ``path`` before every form and after every shape."""
+    torch.set_float32_matmul_precision(plan.precision)
+    gates = partial(_Gate, plan)
+    calibrate_forms.write_lines(path, calibrate_forms.measure(plan, gates))
 
 
 def run_in_process(
-    plan: Plan, seconds: float, target: Callable[[Path, Plan], None] = measure_into
+    plan: Plan,
+    seconds: float,
+    target: Callable[[Path, Plan], None] = measure_into,
+    stall: float = math.inf,
 ) -> tuple[list, bool]:
-    """The rows that a process of its own has measured within ``seconds``, and whether it came to its end."""
+    """The rows that a process of its own has measured within ``seconds``, and whether it came to its end.
+
+    It is ended as well where it writes no line for ``stall`` seconds.
+    """
     with tempfile.TemporaryDirectory(prefix="mcld-calibrate-") as folder:
         path = Path(folder, "rows")
         path.touch()
         process = multiprocessing.get_context("spawn").Process(target=target, args=(path, plan))
         process.start()
         try:
-            process.join(seconds)
+            limit = calibrate_forms.join(process, path, seconds, stall)
             complete = process.exitcode == 0
             if process.exitcode is None:
-                _say(f"{', '.join(plan.candidates)} took longer than {seconds:.0f} s and was ended")
+                _say(f"{', '.join(plan.candidates)} took longer than {limit:.0f} s and was ended")
             elif not complete:
                 _say(f"the process of {', '.join(plan.candidates)} ended with {process.exitcode}")
         finally:
@@ -258,6 +294,15 @@ def run_in_process(
             process.join()
         lines = path.read_text().splitlines()
     return [json.loads(line) for line in lines if line.endswith("}")], complete
+
+
+def run_forms(plan: Plan, seconds: float) -> list[dict[str, Any]]:
+    """The rows of the shapes whose forms were compared within ``seconds``."""
+
+    def run(plan: Plan, seconds: float) -> tuple[list, bool]:
+        return run_in_process(plan, seconds, measure_forms_into, calibrate_forms.STALL_S)
+
+    return calibrate_forms.run(plan, seconds, run)
 
 
 def hopper_passes(plan: Plan, seconds: float) -> bool:
@@ -285,19 +330,27 @@ def measure_all(options: argparse.Namespace) -> list[dict[str, Any]]:
     deadline = time.monotonic() + options.seconds
     if hopper_passes(plan, TRIAL_SHARE * options.seconds):
         plan = replace(plan, candidates=("triton", "cuda", "hopper"))
-    rows = []
+    parts = []
     for number, precision in enumerate(options.matmul_precision):
         dtypes = tuple(dtype for dtype in plan.dtypes if dtype == "float32" or number == 0)
         if dtypes:
-            remaining = deadline - time.monotonic()
-            rows += run_in_process(replace(plan, dtypes=dtypes, precision=precision), remaining)[0]
-    return rows
+            parts.append(replace(plan, dtypes=dtypes, precision=precision))
+    kept = FORMS_SHARE * options.seconds if options.forms else 0.0
+    rows: list[dict[str, Any]] = []
+    for part in parts:
+        rows += run_in_process(part, deadline - time.monotonic() - kept)[0]
+    if not options.forms or not rows:
+        return rows
+    tuned: list[dict[str, Any]] = []
+    for part in parts:
+        tuned += run_forms(part, deadline - time.monotonic())
+    return calibrate_forms.merge(rows, tuned)
 
 
 def table(rows: Sequence[dict[str, Any]], gpu: str, date: str, **header: Any) -> dict[str, Any]:
     """The content of a table. Raises ValueError where no shape has two candidates to choose between."""
-    keys = ("dtype", "precision", "batch", "classes", "milliseconds")
-    kept = [{key: row[key] for key in keys} for row in rows if row["milliseconds"]]
+    keys = ("dtype", "precision", "batch", "classes", "milliseconds", "tuning", "forms")
+    kept = [{key: row[key] for key in keys if row.get(key)} for row in rows if row["milliseconds"]]
     if not any(len(row["milliseconds"]) > 1 for row in kept):
         names = ", ".join(timings.CANDIDATES)
         raise ValueError(f"no shape has two of {names} measured and right, of all terms with their gradient")
@@ -346,6 +399,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--matmul-precision", choices=PRECISIONS, nargs="+", default=["highest", "high"], help="of fp32")
     made.add_argument("--repeats", type=_positive, default=20, help="interleaved rounds (default: 20)")
     made.add_argument("--seconds", type=float, default=900, help="in all; what is measured by then is kept")
+    made.add_argument(
+        "--no-forms", dest="forms", action="store_false", help="compare the backends alone, not forms of their kernels"
+    )
     return made
 
 
@@ -390,7 +446,11 @@ def _main(options: argparse.Namespace) -> int:
     for row in made["rows"]:
         dtype = f"{row['dtype']} ({row['precision']})" if row["dtype"] == "float32" else row["dtype"]
         by_time = sorted(row["milliseconds"].items(), key=lambda item: item[1])
-        times = ", ".join(f"{name} {value:.3f} ms" for name, value in by_time)
+        tuned = {
+            candidate: f" ({forms.name(candidate, fields).partition(':')[2]})"
+            for candidate, fields in row.get("tuning", {}).items()
+        }
+        times = ", ".join(f"{name} {value:.3f} ms{tuned.get(name, '')}" for name, value in by_time)
         print(f"B = {row['batch']:<6} C = {row['classes']:<6} {dtype:<19} {times}")
     print(f"{made['gpu']}: {len(made['rows'])} shapes written to {path}")
     return Exit.OK

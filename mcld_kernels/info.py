@@ -154,7 +154,8 @@ def _auto(device: str) -> dict[str, str]:
         name = str(dtype).removeprefix("torch.")
         try:
             logits = torch.empty(AUTO_SHAPE, dtype=dtype, device=device)
-            taken[name] = backends.choose("auto", logits, logits, teacher_grad=False)
+            backend = backends.choose("auto", logits, logits, teacher_grad=False)
+            taken[name] = backend + backends.tuning_text(backend, logits, logits)
         except (RuntimeError, ValueError) as error:  # a device in use by another alone, a table that cannot be read
             taken[name] = f"fails: {error}".splitlines()[0]
     return taken

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import mcld_kernels
-from mcld_kernels import calibrate, reference
-from mcld_kernels.backends import timings
+from mcld_kernels import backends, calibrate, calibrate_forms, reference
+from mcld_kernels.backends import forms, timings
 
 ROOT = Path(__file__).resolve().parent.parent
 GPU = "NVIDIA Test 9000"
@@ -78,6 +78,19 @@ def hang(path, plan):
 def crash(path, plan):
     path.write_text('{"batch": 1}\\n')
     os._exit(11)
+
+def hang_in_a_form(path, plan):
+    with path.open("a") as file:
+        for shape in (1, 2):
+            if ("bfloat16", shape, 3) in plan.skip_shapes:
+                continue
+            for form in ("hopper", "hopper:hopper_skew=1", "hopper:hopper_skew=2"):
+                if form in plan.skip_forms:
+                    continue
+                print('{"trying": "%s"}' % form, file=file, flush=True)
+                if shape == 2 and form == "hopper:hopper_skew=1":
+                    time.sleep(600)
+            print('{"dtype": "bfloat16", "batch": %d, "classes": 3}' % shape, file=file, flush=True)
 """
 
 
@@ -107,6 +120,127 @@ class TestProcess:
         assert calibrate.run_in_process(LIGHT_PLAN, 120, targets.crash) == ([{"batch": 1}], False)
         assert "ended with 11" in capsys.readouterr().err
 
+    def test_a_form_that_hangs_is_left_out_and_the_others_go_on(self, targets, capsys):
+        plans = []
+
+        def run(plan, seconds):
+            plans.append(plan)
+            return calibrate.run_in_process(plan, seconds, targets.hang_in_a_form, stall=4)
+
+        rows = calibrate_forms.run(on_cpu(("hopper",)), 120, run)
+        assert [row["batch"] for row in rows] == [1, 2]
+        assert plans[1].skip_forms == ("hopper:hopper_skew=1",) and plans[1].skip_shapes == (("bfloat16", 1, 3),)
+        assert len(plans) == 2 and "hopper:hopper_skew=1 is left out" in capsys.readouterr().out
+
+
+class Clock:
+    """A gate with replaced timings: every form is right, or wrong, and takes what `times` says."""
+
+    def __init__(self, times, wrong=()):
+        self.times, self.wrong, self.rejected, self.admitted = times, wrong, {}, []
+
+    def admit(self, form):
+        if form in self.wrong:
+            self.rejected[form] = "wrong"
+        else:
+            self.admitted.append(form)
+
+    def medians(self, names=None):
+        return {form: self.times(form) for form in self.admitted if names is None or form in names}
+
+
+def compared(times, wrong=(), candidates=("triton", "cuda", "hopper"), dtype="bfloat16", batch=16384, classes=1000):
+    plan = on_cpu(candidates, dtypes=(dtype,), batches=(batch,), classes=(classes,))
+    lines = list(calibrate_forms.measure(plan, lambda *shape: Clock(times, wrong)))
+    return [line["trying"] for line in lines[:-1]], lines[-1]
+
+
+LARGE = forms.Shape(dtype="bfloat16", precision="highest", batch=16384, classes=1000)
+
+
+class TestForms:
+    def test_each_candidate_takes_its_fastest_form(self):
+        gains = {"hopper:hopper_skew=2": 0.90, "hopper:hopper_skew=1": 0.95, "triton:chunk_bytes=67108864": 0.98}
+        tried, row = compared(lambda form: gains.get(form, 1.0))
+        assert row["tuning"] == {"hopper": {"hopper_skew": 2}}, "2 % are not taken for a gain"
+        assert row["milliseconds"] == {"triton": 1.0, "cuda": 1.0, "hopper": 0.90}
+        assert set(row["forms"]) == {form for form in tried if ":" in form} >= set(gains)
+
+    def test_what_gains_alone_is_tried_together(self):
+        alone = dict.fromkeys(forms.of_shape(("triton", "cuda", "hopper"), LARGE), 1.0)
+        alone |= {"triton": 1.0, "cuda": 1.0, "hopper": 1.0}
+        alone |= {"hopper:hopper_skew=2": 0.90, "hopper:wave_bytes=0": 0.95}
+        both = "hopper:hopper_skew=2+wave_bytes=0"
+        for together, taken in ((0.85, {"hopper_skew": 2, "wave_bytes": 0}), (0.93, {"hopper_skew": 2})):
+            tried, row = compared((alone | {both: together}).get)
+            assert tried[-1] == both and row["tuning"] == {"hopper": taken}
+
+    def test_a_form_that_is_wrong_is_not_taken_and_forms_of_a_wrong_candidate_are_not_tried(self):
+        tried, row = compared(lambda form: 0.5 if ":" in form else 1.0, ("hopper", "triton:library_product=True"))
+        assert not [form for form in tried if form.startswith("hopper:")]
+        assert row["tuning"]["triton"].items() <= {"library_product": False, "chunk_bytes": 64 << 20}.items()
+        assert row["milliseconds"].keys() == {"triton", "cuda"}
+
+    def test_the_gate_measures_forms_of_a_backend(self, monkeypatch):
+        """On a CPU: the real gate, with a form of "torch" in place of those of the GPU's backends."""
+        chunk = forms.Form(candidates=("torch",), field="chunk_bytes", values=(256,), matters=lambda shape: True)
+        monkeypatch.setattr(forms, "FORMS", (chunk,))
+        seen, right = [], calibrate._loss_and_gradient
+
+        def recorded(*rest):
+            seen.append(dict(backends._TUNING.get()))
+            return right(*rest)
+
+        monkeypatch.setattr(calibrate, "_loss_and_gradient", recorded)
+        plan = on_cpu()
+        *tried, row = calibrate_forms.measure(plan, lambda *shape: calibrate._Gate(plan, *shape))
+        assert tried == [{"trying": "torch"}, {"trying": "torch:chunk_bytes=256"}]
+        assert set(row["forms"]) == {"torch:chunk_bytes=256"} and not row["rejected"]
+        assert {"hopper": False, "chunk_bytes": 256} in seen
+
+    def test_every_field_is_one_of_the_backends_and_no_default(self):
+        for form in forms.FORMS:
+            for candidate in form.candidates:
+                tuning = backends._MODULES[timings.CANDIDATES[candidate]].TUNING
+                field = tuning.__dataclass_fields__[form.field]
+                # "wave_bytes" has the device's default, which is more than 0 on a GPU.
+                default = None if form.field == "wave_bytes" else field.default
+                assert not any(value is default for value in form.values), "that is the candidate itself"
+                for value in form.values:
+                    text = forms.name(candidate, {form.field: value})
+                    assert forms.parse(text) == (candidate, {form.field: value})
+                    assert forms.unknown_reason(candidate, {form.field: value}) is None
+
+    def test_rows_with_other_candidates_keep_their_times(self):
+        found = {"milliseconds": {"cuda": 0.5}, "tuning": {"cuda": {"library_product": True}}, "forms": {}}
+        rows = [row(cuda=1.0), row(cuda=1.0, triton=2.0, batch=256)]
+        tuned = [row() | found, row(batch=256) | found]
+        merged = calibrate_forms.merge(rows, tuned)
+        assert merged[0]["milliseconds"] == {"cuda": 0.5} and merged[0]["tuning"]
+        assert merged[1] == rows[1]
+
+
+def test_forms_get_the_time_that_is_kept_for_them(processes, monkeypatch, tmp_path, capsys):
+    found = {"milliseconds": {"triton": 2.0, "cuda": 0.5}, "tuning": {"cuda": {"max_flash_splits": 1}}}
+    limits = []
+
+    def run_forms(plan, seconds):
+        limits.append(seconds)
+        return [row() | found | {"forms": {"cuda:max_flash_splits=1": 0.5}}]
+
+    monkeypatch.setattr(calibrate, "run_forms", run_forms)
+    processes.answers = {("hopper",): ([], True), ("triton", "cuda"): BOTH}
+    path = tmp_path / "table.json"
+    arguments = ["--output", str(path), "--matmul-precision", "highest", "--seconds", "100"]
+    assert calibrate.main(arguments) == 0
+    assert processes.seconds[-1] <= 100 * (1 - calibrate.FORMS_SHARE) and 90 < limits[0] <= 100
+    assert "cuda 0.500 ms (max_flash_splits=1)" in capsys.readouterr().out
+    table, _ = timings.parse(path, path.read_bytes())
+    assert table.rows[0].tuning == found["tuning"]
+    assert calibrate.main([*arguments, "--no-forms"]) == 0
+    assert len(limits) == 1 and processes.seconds[-1] > 90
+    assert "tuning" not in json.loads(path.read_text())["rows"][0]
+
 
 def row(batch=4096, classes=1000, dtype="bfloat16", precision="highest", rejected=None, **milliseconds):
     shape = {"dtype": dtype, "precision": precision, "batch": batch, "classes": classes}
@@ -119,9 +253,11 @@ def processes(monkeypatch):
 
     def run(plan, seconds):
         run.plans.append(plan)
+        run.seconds.append(seconds)
         return run.answers[plan.candidates]
 
-    run.plans, run.answers = [], {}
+    run.plans, run.seconds, run.answers = [], [], {}
+    monkeypatch.setattr(calibrate, "run_forms", lambda plan, seconds: [])
     monkeypatch.setattr(calibrate, "run_in_process", run)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *device: GPU)

@@ -19,6 +19,7 @@ from bench.harness.cases import Case
 from bench.harness.commands import Machine
 from bench.harness.phases import Phase
 from bench.harness.programs import Exit
+from mcld_kernels.backends import forms as calibrated
 from mcld_kernels.backends import timings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -199,6 +200,12 @@ class TestPlan:
             chosen = providers.choose(",".join(names))
             assert [provider.name for provider in chosen if ":" in provider.name] == [n for n in names if ":" in n]
             assert len(chosen) == len(names) and isinstance(case, Case)
+
+    def test_every_form_of_calibration_is_among_them(self):
+        named = {name for names in forms.FORMS.values() for name in names}
+        for form in calibrated.FORMS:
+            for value in form.values:
+                assert named & {calibrated.name(candidate, {form.field: value}) for candidate in form.candidates}
 
     def test_a_form_is_the_backend_with_other_fields(self):
         from mcld_kernels import backends

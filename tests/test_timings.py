@@ -46,6 +46,13 @@ def machine(monkeypatch, tmp_path):
     timings._in_use.cache_clear()
 
 
+def tuned_rows(tuning, at=0):
+    """The rows, of which one has fields of Tunings."""
+    rows = content()["rows"]
+    rows[at] = rows[at] | {"tuning": tuning}
+    return rows
+
+
 def put(path, text):
     path.parent.mkdir(parents=True, exist_ok=True)
     text = text if isinstance(text, (str, bytes)) else json.dumps(text)
@@ -173,6 +180,9 @@ def test_a_table_of_another_version_or_gpu_is_ignored_with_a_reason(changed, rea
             {"batch": 10**400},
             {"milliseconds": {"cuda": float("nan")}},
             {"milliseconds": {"cuda": float("inf")}},
+            {"tuning": 3},
+            {"tuning": {"cuda": 3}},
+            {"milliseconds": {"triton": 1.0}, "tuning": {"cuda": {"max_flash_splits": 1}}},
         )
     ]
     + [
@@ -188,6 +198,86 @@ def test_a_broken_table_is_an_error_that_names_it(text):
     with pytest.raises(ValueError, match="delete it, or measure again") as raised:
         choose(4096, 1000)
     assert str(path) in str(raised.value)
+
+
+class TestTuning:
+    """Fields of a backend's Tuning in a row of the table."""
+
+    @pytest.fixture
+    def tuned(self, monkeypatch):
+        monkeypatch.setattr(backends, "unsupported_reason", lambda name, *rest: None)
+        rows = tuned_rows(
+            {"hopper": {"hopper_skew": 2, "chunk_bytes": 64 << 20}, "triton": {"library_product": True}}, 1
+        )
+        rows[0]["tuning"] = {"cuda": {"dependent_launches": True}}
+        return put(timings.user_path(GPU), content(rows=rows))
+
+    @pytest.mark.parametrize(
+        ("backend", "batch", "fields"),
+        [
+            ("cuda", 4096, {"hopper_skew": 2, "chunk_bytes": 64 << 20}),  # the table takes the Hopper kernels there
+            ("cuda", 256, {"dependent_launches": True}),  # and the portable ones there
+            ("triton", 4096, {"library_product": True}),
+            ("triton", 256, {}),
+            ("torch", 4096, {}),
+        ],
+    )
+    def test_a_kernel_set_has_them(self, tuned, monkeypatch, backend, batch, fields):
+        given = []
+        monkeypatch.setattr(
+            backends._MODULES[backend], "kernel_set", lambda student, teacher, **more: given.append(more)
+        )
+        x = logits(batch, 1000)
+        backends.kernel_set(backend, x, x)
+        assert given == [fields]
+        with backends.tuned(hopper=False):  # a measurement means the same with a table and without
+            backends.kernel_set(backend, x, x)
+        assert given[1] == ({"hopper": False} if backend == "cuda" else {})
+
+    def test_auto_takes_them(self, tuned, monkeypatch):
+        given = []
+        monkeypatch.setattr(backends.cuda, "kernel_set", lambda student, teacher, **more: given.append(more))
+        x = logits(4096, 1000)
+        backends.kernel_set("auto", x, x)
+        assert given[0]["hopper_skew"] == 2
+
+    def test_what_is_set_by_hand_overrules_them(self, tuned, monkeypatch):
+        x = logits(4096, 1000)
+        monkeypatch.setenv("MCLD_HOPPER", "0")
+        assert timings.tuning("cuda", x, x) == {}, "the portable kernels have no fields in that row"
+        monkeypatch.setenv("MCLD_HOPPER", "1")
+        monkeypatch.setenv("MCLD_CHUNK_MB", "16")
+        assert timings.tuning("cuda", x, x) == {"hopper_skew": 2}
+
+    def test_explain_and_info_show_them(self, tuned, monkeypatch):
+        x = logits(4096, 1000)
+        x.requires_grad = False
+        words = backends.explain(x, x)
+        assert words["triton"] == "can run, with library_product=True by the measured table"
+        assert words["torch"] == words["reference"] == "can run"
+        monkeypatch.setattr(info.torch, "empty", lambda *shape, **more: logits(256, 1000))
+        assert info._auto("cuda:0")["bfloat16"] == "cuda, with dependent_launches=True by the measured table"
+        assert timings.find(GPU)[1].endswith("5 shapes, 2 of them with forms of the kernels other than the defaults")
+
+    @pytest.mark.parametrize(
+        ("tuning", "reason"),
+        [
+            ({"cuda": {"blocks": 3}}, "it sets 'blocks' of 'cuda', which has dependent_launches, "),
+            ({"cuda": {"hopper_skew": 2}}, "it sets 'hopper_skew' of 'cuda'"),
+            ({"hopper": {"hopper_skew": 9}}, "hopper_skew = 9 of 'hopper'; calibration tries 1, 2, 3"),
+            ({"hopper": {"hopper_skew": "2"}}, "hopper_skew = '2'"),
+            ({"hopper": {"hopper_skew": True}}, "hopper_skew = True"),
+            ({"hopper": {"hopper_skew": [2]}}, "hopper_skew = [2]"),
+            ({"hopper": {"library_product": 0}}, "library_product = 0"),
+            ({"hopper": {"chunk_bytes": 1 << 40}}, "chunk_bytes = 1099511627776"),
+        ],
+        ids=str,
+    )
+    def test_a_table_with_fields_that_calibration_does_not_try_is_ignored_with_the_reason(self, tuning, reason):
+        put(timings.user_path(GPU), content(rows=tuned_rows(tuning)))
+        table, description = timings.find(GPU)
+        assert table is None and reason in description and "batch 256, 1000 classes" in description
+        assert choose(4096, 1000) == (("triton", "cuda"), False)
 
 
 def test_info_shows_the_table(table, monkeypatch):

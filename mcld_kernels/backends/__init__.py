@@ -43,10 +43,25 @@ def unavailable_reason(name: str) -> str | None:
 def explain(student: Tensor, teacher: Tensor) -> dict[str, str]:
     """For each backend: ``"can run"`` with these logits (batch, classes), or the reason why it cannot.
 
+    Where a table of this GPU's timings sets fields of the backend's Tuning, they follow: ``"can run, with ..."``.
+
     >>> mcld_kernels.backends.explain(torch.randn(8, 10), torch.randn(8, 10))["torch"]
     'can run'
     """
-    return {name: unsupported_reason(name, student, teacher, teacher.requires_grad) or "can run" for name in NAMES}
+    return {
+        name: unsupported_reason(name, student, teacher, teacher.requires_grad)
+        or "can run" + tuning_text(name, student, teacher)
+        for name in NAMES
+    }
+
+
+def tuning_text(name: str, student: Tensor, teacher: Tensor) -> str:
+    """What the timings set for a backend, as `explain` shows it: ", with field=value by the measured table", or ""."""
+    fields = timings.tuning(name, student, teacher)
+    if not fields:
+        return ""
+    shown = ", ".join(f"{field}={value}" for field, value in sorted(fields.items()))
+    return f", with {shown} by the measured table"
 
 
 def unsupported_reason(name: str, student: Tensor, teacher: Tensor, teacher_grad: bool) -> str | None:
@@ -113,8 +128,11 @@ def kernel_set(
     name: str, student: Tensor, teacher: Tensor, teacher_grad: bool = False, supported: tuple[str, ...] = NAMES
 ) -> KernelSet:
     """The kernels of backend ``name`` ("auto": the fastest) for these logits. Raises BackendUnavailable."""
-    module = _MODULES[choose(name, student, teacher, teacher_grad, supported)]
-    return module.kernel_set(student, teacher, **_overrides(module))  # type: ignore[no-any-return]
+    chosen = choose(name, student, teacher, teacher_grad, supported)
+    module = _MODULES[chosen]
+    # Inside `tuned` nothing but its fields holds, so that a measurement means the same with a table and without.
+    fields = _overrides(module) if is_tuned() else timings.tuning(chosen, student, teacher)
+    return module.kernel_set(student, teacher, **fields)  # type: ignore[no-any-return]
 
 
 def plain_call(

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..options import float32_precision
 from ..version import __version__
+from . import forms
 
 SCHEMA = 1
 SHIPPED = Path(__file__).parents[1] / "tables"
@@ -32,13 +33,17 @@ _HALF = ("bfloat16", "float16")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One shape, all terms, loss and gradient: milliseconds of each candidate that ran and passed the gate."""
+    """One shape, all terms, loss and gradient: milliseconds of each candidate that ran and passed the gate.
+
+    ``tuning`` has the fields of a candidate's Tuning with which its time was measured, where they are not the defaults.
+    """
 
     dtype: str
     precision: str  # the float32 matmul precision
     batch: int
     classes: int
     milliseconds: dict[str, float]
+    tuning: dict[str, forms.Fields] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +110,9 @@ def _select(path: Path, text: bytes, gpu: str) -> tuple[Table | None, str]:
         return None, f"{path} is ignored: {reason}"
     if table.gpu != gpu:
         return None, f"{path} is ignored: it was measured on {table.gpu}"
-    return table, f"{path}: measured {table.date}, {len(table.rows)} shapes"
+    others = sum(bool(row.tuning) for row in table.rows)
+    tuned = f", {others} of them with forms of the kernels other than the defaults" if others else ""
+    return table, f"{path}: measured {table.date}, {len(table.rows)} shapes{tuned}"
 
 
 def parse(path: Path, text: bytes) -> tuple[Table | None, str]:
@@ -118,6 +125,11 @@ def parse(path: Path, text: bytes) -> tuple[Table | None, str]:
         if (content["schema"], content["package"]) != (SCHEMA, __version__):
             return None, f"it was measured with mcld_kernels {content['package']}, and this is {__version__}"
         rows = tuple(_row(entry) for entry in content["rows"])
+        for row in rows:
+            for candidate, fields in row.tuning.items():
+                reason = forms.unknown_reason(candidate, fields)
+                if reason is not None:
+                    return None, f"at batch {row.batch}, {row.classes} classes {reason}"
         return Table(path=path, gpu=str(content["gpu"]), date=str(content["date"]), rows=rows), ""
     # OverflowError: an int of infinity; RecursionError: nesting deeper than the parser's stack.
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
@@ -135,10 +147,17 @@ def _row(entry: dict[str, Any]) -> Row:
         batch=int(entry["batch"]),
         classes=int(entry["classes"]),
         milliseconds=milliseconds,
+        tuning={str(name): dict(fields) for name, fields in entry.get("tuning", {}).items()},
     )
     positive = all(0 < value < math.inf for value in milliseconds.values())  # False for NaN
     shape = all(0 < value < 2**63 for value in (row.batch, row.classes))
-    if not milliseconds or not positive or not shape or set(milliseconds) - set(CANDIDATES):
+    if (
+        not milliseconds
+        or not positive
+        or not shape
+        or set(milliseconds) - set(CANDIDATES)
+        or set(row.tuning) - set(milliseconds)
+    ):
         raise ValueError(f"an impossible row: {entry}")
     return row
 
@@ -197,3 +216,15 @@ def takes_hopper(student: Tensor, teacher: Tensor) -> bool:
     if row is None or "hopper" not in row.milliseconds:
         return False
     return row.milliseconds["hopper"] < row.milliseconds.get("cuda", math.inf)
+
+
+def tuning(backend: str, student: Tensor, teacher: Tensor) -> forms.Fields:
+    """The fields of a backend's Tuning that were the fastest for these logits, where they are not the defaults."""
+    row = _nearest_row(student, teacher)
+    if row is None or not row.tuning:
+        return {}
+    candidate = "hopper" if backend == "cuda" and takes_hopper(student, teacher) else backend
+    fields = row.tuning.get(candidate, {})
+    if "MCLD_CHUNK_MB" in os.environ:  # a budget given by hand holds
+        return {name: value for name, value in fields.items() if name not in forms.BUDGETS}
+    return fields

@@ -88,14 +88,14 @@ def _device_reason(device: torch.device) -> str | None:
 
 def kernel_set(student: Tensor, teacher: Tensor, **tuning_overrides: Any) -> TritonKernels:
     """The kernels for these logits. ``tuning_overrides``: fields of `TritonTuning`."""
-    kernels = _kernel_set(student.device, chunk_bytes(student.device), os.environ.get("MCLD_AUTOTUNE", "0") == "1")
-    if tuning_overrides:
-        return type(kernels)(dataclasses.replace(kernels.configs.tuning, **tuning_overrides))
-    return kernels
+    autotune, fields = os.environ.get("MCLD_AUTOTUNE", "0") == "1", tuple(sorted(tuning_overrides.items()))
+    return _kernel_set(student.device, chunk_bytes(student.device), autotune, fields)
 
 
 @lru_cache
-def _kernel_set(device: torch.device, chunk_bytes: int, autotune: bool) -> TritonKernels:
+def _kernel_set(
+    device: torch.device, chunk_bytes: int, autotune: bool, fields: tuple[tuple[str, Any], ...]
+) -> TritonKernels:
     from .kernels import TritonKernels
 
     on_gpu = device.type == "cuda"
@@ -105,7 +105,7 @@ def _kernel_set(device: torch.device, chunk_bytes: int, autotune: bool) -> Trito
         blocks=None if on_gpu else INTERPRETER,
         autotune=autotune,
     )
-    return TritonKernels(tuning)
+    return TritonKernels(dataclasses.replace(tuning, **dict(fields)) if fields else tuning)
 
 
 def interpreted() -> bool:
