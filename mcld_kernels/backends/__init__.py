@@ -131,7 +131,7 @@ def kernel_set(
     chosen = choose(name, student, teacher, teacher_grad, supported)
     module = _MODULES[chosen]
     # Inside `tuned` nothing but its fields holds, so that a measurement means the same with a table and without.
-    fields = _overrides(module) if is_tuned() else timings.tuning(chosen, student, teacher)
+    fields = _overrides(module) if _TUNING.get() else timings.tuning(chosen, student, teacher)
     return module.kernel_set(student, teacher, **fields)  # type: ignore[no-any-return]
 
 
