@@ -1,0 +1,80 @@
+// Matrix products of fp32 whose sums do not depend on the number of threads. For low_latency.cpp, as vectors.h.
+#pragma once
+
+#include "cpu/vectors.h"
+
+namespace mcld::cpu::MCLD_CPU_ISA {
+namespace {
+
+constexpr int64_t kDepthOfSum = 128;  // products added in one go, for the rounding error and for the first cache
+
+#if MCLD_VECTOR_BYTES == 64
+constexpr int kTileRows = 6, kTileVectors = 4;  // 24 of 32 registers hold sums
+#else
+constexpr int kTileRows = 6, kTileVectors = 2;  // 12 of 16
+#endif
+
+template <int kRows, int kVectors>
+inline void gemm_tile(const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t b_pitch, float* out,
+                      int64_t out_pitch, int64_t depth, bool add) {
+  Vector sums[kRows][kVectors] = {};
+  for (int64_t k = 0; k < depth; ++k, a += a_depth, b += b_pitch) {
+    Vector right[kVectors];
+    for (int v = 0; v < kVectors; ++v) right[v] = load(b + v * kLanes);
+    for (int i = 0; i < kRows; ++i) {
+      for (int v = 0; v < kVectors; ++v) sums[i][v] += a[i * a_row] * right[v];
+    }
+  }
+  for (int i = 0; i < kRows; ++i) {
+    for (int v = 0; v < kVectors; ++v) {
+      float* to = out + i * out_pitch + v * kLanes;
+      store(to, add ? load(to) + sums[i][v] : sums[i][v]);
+    }
+  }
+}
+
+template <int kVectors>
+inline void gemm_panel(const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t b_pitch, float* out,
+                       int64_t out_pitch, int64_t rows, int64_t depth, bool add) {
+  int64_t i = 0;
+  for (; i + kTileRows <= rows; i += kTileRows) {
+    gemm_tile<kTileRows, kVectors>(a + i * a_row, a_row, a_depth, b, b_pitch, out + i * out_pitch, out_pitch, depth, add);
+  }
+  if (i + 3 <= rows) {
+    gemm_tile<3, kVectors>(a + i * a_row, a_row, a_depth, b, b_pitch, out + i * out_pitch, out_pitch, depth, add);
+    i += 3;
+  }
+  for (; i < rows; ++i) {
+    gemm_tile<1, kVectors>(a + i * a_row, a_row, a_depth, b, b_pitch, out + i * out_pitch, out_pitch, depth, add);
+  }
+}
+
+// out (rows, columns) = a b: element (i, k) of a is a[i a_row + k a_depth]; b (depth, columns) row-major; columns is padded.
+void gemm_rows(const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t b_pitch, float* out,
+               int64_t out_pitch, int64_t rows, int64_t columns, int64_t depth) {
+  for (int64_t k = 0; k == 0 || k < depth; k += kDepthOfSum) {
+    const int64_t part = smaller(kDepthOfSum, depth - k);
+    const float *left = a + k * a_depth, *right = b + k * b_pitch;
+    int64_t j = 0;
+    for (; j + kTileVectors * kLanes <= columns; j += kTileVectors * kLanes) {
+      gemm_panel<kTileVectors>(left, a_row, a_depth, right + j, b_pitch, out + j, out_pitch, rows, part, k > 0);
+    }
+    for (; j < columns; j += kLanes) {
+      gemm_panel<1>(left, a_row, a_depth, right + j, b_pitch, out + j, out_pitch, rows, part, k > 0);
+    }
+  }
+}
+
+constexpr int64_t kProductsOfElement = 16;  // multiply-adds that take the time of an element of the other steps
+
+void gemm(int threads, const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t b_pitch, float* out,
+          int64_t out_pitch, int64_t rows, int64_t columns, int64_t depth) {
+  for_slices(threads, rows, kTileRows, rows * columns * depth / kProductsOfElement, [=](int64_t first, int64_t last) {
+    if (first >= last) return;
+    gemm_rows(a + first * a_row, a_row, a_depth, b, b_pitch, out + first * out_pitch, out_pitch, last - first, columns,
+              depth);
+  });
+}
+
+}  // namespace
+}  // namespace mcld::cpu::MCLD_CPU_ISA
