@@ -14,7 +14,7 @@ target = torch.randint(20, (96,), device=device)
 
 results = {}
 for backend in ("auto", *mcld_kernels.backends.NAMES):
-    if backend == "auto" or mcld_kernels.backends.explain(logits, teacher)[backend].startswith("can run"):
+    if backend == "auto" or mcld_kernels.backends.unsupported_reason(backend, logits, teacher, False) is None:
         loss = mcld_kernels.mcld_loss(logits, teacher, target, backend=backend)
         results[backend] = loss.detach(), *torch.autograd.grad(loss, logits)
 for loss, grad in results.values():

@@ -60,10 +60,9 @@ def main() -> int:
         student = torch.randn(batch, classes, device=device, dtype=dtype)
         teacher = torch.randn(batch, classes, device=device, dtype=dtype)
         target = torch.randint(min(classes, 10), (batch,), device=device)
-        can_run = backends.explain(student, teacher)
         for provider in options.providers:
             name = "cuda" if provider == "hopper" else provider
-            if not can_run[name].startswith("can run"):
+            if backends.unsupported_reason(name, student, teacher, False) is not None:
                 continue
             if time.monotonic() > deadline:
                 left += 1
