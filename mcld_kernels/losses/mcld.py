@@ -439,9 +439,7 @@ class MCLDLoss(ModuleOverRanks):
             parts.append(f"warmup_steps={self.warmup_steps}")
         if self.uncertainty_weighting:
             parts.append("uncertainty_weighting=True")
-        if self.ranks is not None:
-            parts.append(f"process_group={self.ranks.group!r}, gather={self.ranks.gather!r}, even={self.ranks.even}")
-        return ", ".join([*parts, f"backend={self.backend!r}"])
+        return ", ".join([*parts, f"{self._shown_ranks()}backend={self.backend!r}"])
 
 
 def _ones_where(active: tuple[bool, bool, bool]) -> tuple[float, float, float]:
