@@ -11,6 +11,7 @@ of a run of the repository's bench/run.py.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import multiprocessing
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
 from functools import partial
 from pathlib import Path
@@ -84,6 +85,12 @@ class Plan:
     skip_forms: tuple[str, ...] = ()  # that hung or crashed
     skip_shapes: tuple[tuple[str, int, int], ...] = ()  # dtype, batch, classes: with their forms done
 
+    def shapes(self) -> Iterator[forms.Shape]:
+        """The shapes to measure, of one dtype after another."""
+        for dtype, classes, batch in itertools.product(self.dtypes, self.classes, self.batches):
+            if (dtype, batch, classes) not in self.skip_shapes:
+                yield forms.Shape(dtype=dtype, precision=self.precision, batch=batch, classes=classes)
+
 
 def floor_dtype(dtype: str, precision: str) -> str:
     """The dtype whose floors hold for logits of ``dtype`` at a float32 matmul precision."""
@@ -104,18 +111,9 @@ def hopper_unsupported_reason(student: Tensor, teacher: Tensor) -> str | None:
 def measure(plan: Plan) -> Iterator[dict[str, Any]]:
     """The rows of the table, shape by shape; ``rejected`` has the reason of each candidate without a time."""
     torch.set_float32_matmul_precision(plan.precision)
-    for dtype in plan.dtypes:
-        for classes in plan.classes:
-            for batch in plan.batches:
-                milliseconds, rejected = measure_shape(plan, dtype, batch, classes)
-                yield {
-                    "dtype": dtype,
-                    "precision": plan.precision,
-                    "batch": batch,
-                    "classes": classes,
-                    "milliseconds": milliseconds,
-                    "rejected": rejected,
-                }
+    for shape in plan.shapes():
+        milliseconds, rejected = measure_shape(plan, shape.dtype, shape.batch, shape.classes)
+        yield asdict(shape) | {"milliseconds": milliseconds, "rejected": rejected}
 
 
 def measure_shape(plan: Plan, dtype: str, batch: int, classes: int) -> tuple[dict[str, float], dict[str, str]]:

@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -37,38 +37,31 @@ def measure(plan: Plan, gate_of: Callable[[str, int, int], Gate]) -> Iterator[Ro
 
     A line ``trying`` comes before the first call of a form.
     """
-    for dtype in plan.dtypes:
-        for classes in plan.classes:
-            for batch in plan.batches:
-                shape = forms.Shape(dtype=dtype, precision=plan.precision, batch=batch, classes=classes)
-                names = [form for form in forms.of_shape(plan.candidates, shape) if form not in plan.skip_forms]
-                if not names or (dtype, batch, classes) in plan.skip_shapes:
-                    continue
-                gate = gate_of(dtype, batch, classes)
-                for form in (*plan.candidates, *names):
-                    if forms.parse(form)[0] not in gate.rejected:
-                        yield {"trying": form}
-                        gate.admit(form)
-                times = gate.medians()
-                for form in forms.combined(times):
-                    if form in plan.skip_forms:
-                        continue
-                    candidate = forms.parse(form)[0]
-                    yield {"trying": form}
-                    gate.admit(form)
-                    # Against the best so far, in rounds of their own.
-                    times |= gate.medians((candidate, forms.fastest(times)[candidate], form))
-                chosen = forms.fastest(times)
-                yield {
-                    "dtype": dtype,
-                    "precision": plan.precision,
-                    "batch": batch,
-                    "classes": classes,
-                    "milliseconds": {candidate: times[form] for candidate, form in chosen.items()},
-                    "tuning": {candidate: forms.parse(form)[1] for candidate, form in chosen.items() if ":" in form},
-                    "forms": {form: time for form, time in times.items() if ":" in form},
-                    "rejected": gate.rejected,
-                }
+    for shape in plan.shapes():
+        names = [form for form in forms.of_shape(plan.candidates, shape) if form not in plan.skip_forms]
+        if not names:
+            continue
+        gate = gate_of(shape.dtype, shape.batch, shape.classes)
+        for form in (*plan.candidates, *names):
+            if forms.parse(form)[0] not in gate.rejected:
+                yield {"trying": form}
+                gate.admit(form)
+        times = gate.medians()
+        for form in forms.combined(times):
+            if form in plan.skip_forms:
+                continue
+            candidate = forms.parse(form)[0]
+            yield {"trying": form}
+            gate.admit(form)
+            # Against the best so far, in rounds of their own.
+            times |= gate.medians((candidate, forms.fastest(times)[candidate], form))
+        chosen = forms.fastest(times)
+        yield asdict(shape) | {
+            "milliseconds": {candidate: times[form] for candidate, form in chosen.items()},
+            "tuning": {candidate: forms.parse(form)[1] for candidate, form in chosen.items() if ":" in form},
+            "forms": {form: time for form, time in times.items() if ":" in form},
+            "rejected": gate.rejected,
+        }
 
 
 def run(plan: Plan, seconds: float, run_plan: Callable[[Plan, float], tuple[list[Row], bool]]) -> list[Row]:
