@@ -33,6 +33,19 @@ inline void gemm_tile(const float* a, int64_t a_row, int64_t a_depth, const floa
   }
 }
 
+constexpr int64_t kPanel = kTileVectors * kLanes;
+static_assert(Layout::kLargestPanel % kPanel == 0, "the workspace has room for whole panels");
+
+// The rows that no whole tile takes, kRows or fewer.
+template <int kRows, int kVectors>
+inline void gemm_tail(const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t b_pitch, float* out,
+                      int64_t out_pitch, int64_t rows, int64_t depth, bool add) {
+  if constexpr (kRows > 0) {
+    if (rows == kRows) return gemm_tile<kRows, kVectors>(a, a_row, a_depth, b, b_pitch, out, out_pitch, depth, add);
+    gemm_tail<kRows - 1, kVectors>(a, a_row, a_depth, b, b_pitch, out, out_pitch, rows, depth, add);
+  }
+}
+
 template <int kVectors>
 inline void gemm_panel(const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t b_pitch, float* out,
                        int64_t out_pitch, int64_t rows, int64_t depth, bool add) {
@@ -40,39 +53,51 @@ inline void gemm_panel(const float* a, int64_t a_row, int64_t a_depth, const flo
   for (; i + kTileRows <= rows; i += kTileRows) {
     gemm_tile<kTileRows, kVectors>(a + i * a_row, a_row, a_depth, b, b_pitch, out + i * out_pitch, out_pitch, depth, add);
   }
-  if (i + 3 <= rows) {
-    gemm_tile<3, kVectors>(a + i * a_row, a_row, a_depth, b, b_pitch, out + i * out_pitch, out_pitch, depth, add);
-    i += 3;
-  }
-  for (; i < rows; ++i) {
-    gemm_tile<1, kVectors>(a + i * a_row, a_row, a_depth, b, b_pitch, out + i * out_pitch, out_pitch, depth, add);
+  gemm_tail<kTileRows - 1, kVectors>(a + i * a_row, a_row, a_depth, b, b_pitch, out + i * out_pitch, out_pitch, rows - i,
+                                     depth, add);
+}
+
+// The vectors that no whole panel takes, kVectors or fewer.
+template <int kVectors>
+inline void gemm_edge(const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t b_pitch, float* out,
+                      int64_t out_pitch, int64_t rows, int64_t vectors, int64_t depth, bool add) {
+  if constexpr (kVectors > 0) {
+    if (vectors == kVectors) return gemm_panel<kVectors>(a, a_row, a_depth, b, b_pitch, out, out_pitch, rows, depth, add);
+    gemm_edge<kVectors - 1>(a, a_row, a_depth, b, b_pitch, out, out_pitch, rows, vectors, depth, add);
   }
 }
 
-// out (rows, columns) = a b: element (i, k) of a is a[i a_row + k a_depth]; b (depth, columns) row-major; columns is padded.
-void gemm_rows(const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t b_pitch, float* out,
-               int64_t out_pitch, int64_t rows, int64_t columns, int64_t depth) {
+// A matrix (depth, columns) by panels of kPanel columns, `panel` floats apart, whose rows are `pitch` apart. Row-major:
+// panel = kPanel. Where a panel is contiguous, it takes no more of the first cache and of its pages than it must.
+struct Panels {
+  const float* data;
+  int64_t pitch, panel;
+};
+
+inline Panels row_major(const float* data, int64_t pitch) { return {data, pitch, kPanel}; }
+
+// out (rows, columns) = a b: element (i, k) of a is a[i a_row + k a_depth]; columns is padded.
+void gemm_rows(const float* a, int64_t a_row, int64_t a_depth, Panels b, float* out, int64_t out_pitch, int64_t rows,
+               int64_t columns, int64_t depth) {
   for (int64_t k = 0; k == 0 || k < depth; k += kDepthOfSum) {
     const int64_t part = smaller(kDepthOfSum, depth - k);
-    const float *left = a + k * a_depth, *right = b + k * b_pitch;
+    const float *left = a + k * a_depth, *right = b.data + k * b.pitch;
     int64_t j = 0;
-    for (; j + kTileVectors * kLanes <= columns; j += kTileVectors * kLanes) {
-      gemm_panel<kTileVectors>(left, a_row, a_depth, right + j, b_pitch, out + j, out_pitch, rows, part, k > 0);
+    for (; j + kPanel <= columns; j += kPanel, right += b.panel) {
+      gemm_panel<kTileVectors>(left, a_row, a_depth, right, b.pitch, out + j, out_pitch, rows, part, k > 0);
     }
-    for (; j < columns; j += kLanes) {
-      gemm_panel<1>(left, a_row, a_depth, right + j, b_pitch, out + j, out_pitch, rows, part, k > 0);
-    }
+    gemm_edge<kTileVectors - 1>(left, a_row, a_depth, right, b.pitch, out + j, out_pitch, rows, (columns - j) / kLanes, part,
+                                k > 0);
   }
 }
 
 constexpr int64_t kProductsOfElement = 16;  // multiply-adds that take the time of an element of the other steps
 
-void gemm(int threads, const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t b_pitch, float* out,
-          int64_t out_pitch, int64_t rows, int64_t columns, int64_t depth) {
+void gemm(int threads, const float* a, int64_t a_row, int64_t a_depth, Panels b, float* out, int64_t out_pitch,
+          int64_t rows, int64_t columns, int64_t depth) {
   for_slices(threads, rows, kTileRows, rows * columns * depth / kProductsOfElement, [=](int64_t first, int64_t last) {
     if (first >= last) return;
-    gemm_rows(a + first * a_row, a_row, a_depth, b, b_pitch, out + first * out_pitch, out_pitch, last - first, columns,
-              depth);
+    gemm_rows(a + first * a_row, a_row, a_depth, b, out + first * out_pitch, out_pitch, last - first, columns, depth);
   });
 }
 

@@ -12,7 +12,9 @@
 // rn(S)_i is sum_j E_ij (f_i + f_j) rn(S)_j - neg_i f_i rn(T)_i.
 //
 // For columns it is the same of F = exp(cn(T)^T cn(S) / t), stored with anchors as columns so that both GEMMs read rows.
-// The two GEMMs of a similarity matrix are separate steps: the caller may leave them to a library.
+// The two GEMMs of a similarity matrix are separate steps: the caller may leave them to a library. Where one call takes both
+// the similarities and their sums, a block of rows goes from one to the other while it is in the cache, and a call
+// without a gradient keeps no matrix at all.
 #pragma once
 
 #include <cstdint>
@@ -59,24 +61,33 @@ enum Step : int {
   kAllSteps = 511,
 };
 
-// Buffers in `work`, offsets and pitches in floats. Padding columns of unit matrices are zeros.
+// Buffers in `work`, offsets and pitches in floats. Padding columns of unit matrices, up to the width, are
+// zeros; nothing reads what lies between width and pitch.
 struct Layout {
   static constexpr int64_t kPad = 16;
+  static constexpr int64_t kLargestPanel = 64;  // columns
+  static constexpr int64_t kRowsOfSum = 32;  // sums of columns add so many rows at a time
   static constexpr int64_t pad(int64_t x) { return (x + kPad - 1) / kPad * kPad; }
+  // Rows a multiple of 1 KiB apart share few sets of the first cache.
+  static constexpr int64_t spread(int64_t width) { return width % 256 == 0 ? width + kPad : width; }
 
-  int64_t pitch, row_pitch;  // of matrices of C and of n columns
+  int64_t width, row_width;  // padded C and n
+  int64_t pitch, row_pitch;  // of matrices of C and of n columns, at least their padded width
   int64_t student_rows, teacher_rows, student_columns, teacher_columns;  // (n, C); without category columns are rows
   int64_t similarity;        // (n, n) of row_pitch, then (C, C) of pitch with category
   int64_t row_product;       // (n, C)
   int64_t column_product;    // (n, C), in the place of teacher_rows
-  int64_t transposed;        // (C, n) of row_pitch: the candidates^T; in the place of row_product and beyond
+  int64_t transposed;        // (C, n): the candidates^T by panels; in the place of row_product and beyond
   int64_t class_means;       // (min(n, C), C) with sample
-  int64_t row_vectors, column_vectors;  // 4 of row_pitch; 3 of pitch, 3 of the larger pitch
+  int64_t row_vectors, column_vectors;  // 5 of row_width; 3 of width, 2 of the larger width
+  int64_t parts;             // sums of kRowsOfSum rows each, of the larger width
   int64_t terms;             // kPad, where the caller has none
   int64_t size;
 
   Layout(int64_t n, int64_t c, bool sample, bool category) {
-    pitch = pad(c), row_pitch = pad(n);
+    width = pad(c), row_width = pad(n), pitch = spread(width), row_pitch = spread(row_width);
+    const int64_t panels = (n + kLargestPanel - 1) / kLargestPanel * kLargestPanel;
+    const int64_t larger = width > row_width ? width : row_width;
     int64_t next = 0;
     const auto take = [&next](int64_t count) { return next += count, next - count; };
     student_rows = take(n * pitch), teacher_rows = take(n * pitch);
@@ -84,9 +95,10 @@ struct Layout {
     teacher_columns = category ? take(n * pitch) : teacher_rows;
     similarity = take(category && c * pitch > n * row_pitch ? c * pitch : n * row_pitch);
     column_product = teacher_rows;
-    row_product = transposed = take(n * pitch > c * row_pitch ? n * pitch : c * row_pitch);
+    row_product = transposed = take(n * pitch > c * panels ? n * pitch : c * panels);
     class_means = take(sample ? (n < c ? n : c) * pitch : 0);
-    row_vectors = take(4 * row_pitch), column_vectors = take(3 * pitch + 3 * (pitch > row_pitch ? pitch : row_pitch));
+    row_vectors = take(5 * row_width), column_vectors = take(3 * width + 2 * larger);
+    parts = take((larger + kRowsOfSum - 1) / kRowsOfSum * larger);
     terms = take(kPad);
     size = next;
   }

@@ -101,8 +101,8 @@ inline void for_slices(int threads, int64_t count, int64_t align, int64_t work, 
   parallel(threads, (count + slices.step - 1) / slices.step, task, &slices);
 }
 
-// Sums of columns add this many rows at a time, so that their rounding error grows with neither n nor C.
-constexpr int64_t kRowsOfSum = 32;
+// Sums of columns add so many rows at a time, so that their rounding error grows with neither n nor C.
+constexpr int64_t kRowsOfSum = Layout::kRowsOfSum;
 
 // add(row, column) is a vector; its sums over `rows` rows of columns [first, last) go to `sums`; `part` is workspace.
 template <class Add>
