@@ -33,6 +33,8 @@ from .chunks import CHUNK_MB
 # Where one shift serves all rows, similarities stay between -40 and 40: exp needs none at all, and ratios of sums of so
 # many exponentials stay inside fp32: exp(80) x 4096 = 2e38.
 LARGEST_SIZE = 4096
+# Multiply-adds of the similarities up to which the compiled module's own GEMMs are as fast as PyTorch's (bench/NOTES.md).
+_LARGEST_GEMM = {"baseline": 1 << 20, "avx2": 1 << 27, "avx512": 1 << 31}
 _SERIAL_ROWS = 64  # over columns vector_norm adds row after row; `sum` adds in parts, with less rounding error
 _ANCHORS = {"student": 0, "teacher": 1, "self": 2}  # of csrc/cpu/low_latency.h
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
@@ -42,7 +44,7 @@ _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 class LowLatencyTuning(Tuning):
     low_latency: bool = True  # take this path where it applies
     compiled: bool = True  # use the compiled module where it is built
-    compiled_gemm: int = 1 << 24  # the largest n C (n + C) whose GEMMs the compiled module takes
+    compiled_gemm: int | None = None  # the most multiply-adds whose GEMMs the compiled module takes; None: _LARGEST_GEMM
     isa: str | None = None  # the compiled module's instruction set; None: the fastest
 
 
@@ -146,6 +148,16 @@ def _layout(n: int, num_classes: int, sample: bool, category: bool) -> _Layout:
     return _Layout(**module.layout(n, num_classes, sample, category))
 
 
+def _takes_gemms(options: MCLDOptions, n: int, num_classes: int, tuning: LowLatencyTuning) -> bool:
+    """True where the compiled module takes the GEMMs of a call as well."""
+    instance, sample, category = options.active
+    products = n * num_classes * (n * (instance or sample) + num_classes * category)
+    most = tuning.compiled_gemm
+    if most is None:
+        most = _LARGEST_GEMM[compiled_module().isas()[_isa_index(tuning.isa)]]
+    return products <= most
+
+
 @cache
 def _isa_index(name: str | None) -> int:
     names: list[str] = compiled_module().isas()
@@ -176,7 +188,7 @@ def _mcld_compiled(inputs: LossInputs, module: Any, tuning: LowLatencyTuning) ->
         terms.data_ptr(),
         *_constants(options, _weights(inputs)),
     )
-    if n * num_classes * (n + num_classes) <= tuning.compiled_gemm:
+    if _takes_gemms(options, n, num_classes, tuning):
         module.low_latency(module.ALL_STEPS, *arguments)
     else:
         _steps(module, arguments, work, layout, inputs)
@@ -202,7 +214,7 @@ def _plan(options: MCLDOptions, n: int, num_classes: int) -> _Plan | None:
     if (
         module is None
         or sample
-        or n * num_classes * (n + num_classes) > tuning.compiled_gemm
+        or not _takes_gemms(options, n, num_classes, tuning)
         or not _options_apply(options, n, num_classes, torch.float32, tuning.chunk_bytes, False)
     ):
         return None
