@@ -33,7 +33,7 @@ from .chunks import CHUNK_MB
 # Where one shift serves all rows, similarities stay between -40 and 40: exp needs none at all, and ratios of sums of so
 # many exponentials stay inside fp32: exp(80) x 4096 = 2e38.
 LARGEST_SIZE = 4096
-# Multiply-adds of the similarities up to which the compiled module's own GEMMs are as fast as PyTorch's (bench/NOTES.md).
+# Multiply-adds of the similarities up to which the compiled module's GEMMs are as fast as PyTorch's (bench/NOTES.md).
 _LARGEST_GEMM = {"baseline": 1 << 20, "avx2": 1 << 27, "avx512": 1 << 31}
 _SERIAL_ROWS = 64  # over columns vector_norm adds row after row; `sum` adds in parts, with less rounding error
 _ANCHORS = {"student": 0, "teacher": 1, "self": 2}  # of csrc/cpu/low_latency.h
@@ -44,9 +44,7 @@ _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 class LowLatencyTuning(Tuning):
     low_latency: bool = True  # take this path where it applies
     compiled: bool = True  # use the compiled module where it is built
-    compiled_gemm: int | None = (
-        None  # the most multiply-adds whose GEMMs the compiled module takes; None: _LARGEST_GEMM
-    )
+    compiled_gemm: int | None = None  # most multiply-adds of its own GEMMs; None: _LARGEST_GEMM
     isa: str | None = None  # the compiled module's instruction set; None: the fastest
 
 
