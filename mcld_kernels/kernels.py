@@ -57,6 +57,19 @@ def has_fixed_shift(operand_dtype: torch.dtype, temperature: float) -> bool:
     return 2 / temperature <= _SHIFT_RANGE.get(operand_dtype, _SHIFT_RANGE_DEFAULT)
 
 
+def is_in_memory(x: Tensor) -> bool:
+    """True where the memory of x holds its numbers.
+
+    That of a negated view (a conjugate's imaginary part) holds the negated numbers; lazy zeros have none.
+    """
+    return not (x.is_neg() or x._is_zerotensor())
+
+
+def in_memory(x: Tensor) -> Tensor:
+    """x, or a copy where its memory does not hold its numbers."""
+    return x if is_in_memory(x) else x.clone()
+
+
 def projection_coefficient(gradient: Tensor, unit: Tensor) -> Tensor:
     """g . x / x . x of rows (n, d): (n,); 0 for a zero row.
 
@@ -179,7 +192,10 @@ class AnchorPassArgs:
 
 @dataclass(slots=True, kw_only=True)
 class LossInputs:
-    """Student logits (n, C) and teacher logits (m, C), both non-empty; n = m except for a part of a batch."""
+    """Student logits (n, C) and teacher logits (m, C), both non-empty; n = m except for a part of a batch.
+
+    Its tensors hold their numbers in memory (`in_memory`): kernels read them by their addresses.
+    """
 
     student: Tensor
     teacher: Tensor
@@ -196,6 +212,13 @@ class LossInputs:
     acc_dtype: torch.dtype = field(init=False)  # of sums and of the loss
 
     def __post_init__(self) -> None:
+        self.student, self.teacher = in_memory(self.student), in_memory(self.teacher)
+        if self.target is not None:
+            self.target = in_memory(self.target)
+        if self.weight is not None:
+            self.weight = in_memory(self.weight)
+        if self.extra:
+            self.extra = {name: None if x is None else in_memory(x) for name, x in self.extra.items()}
         student, teacher = self.student.dtype, self.teacher.dtype
         self.dtype = student if student == teacher else torch.promote_types(student, teacher)
         self.acc_dtype = acc_dtype(self.dtype)

@@ -112,15 +112,23 @@ class TestAutoWithoutFusedKernels:
         assert not recwarn.list
 
 
-def test_triton_interpret_set_too_late_says_so():
-    """Triton reads it when the kernels are defined."""
+@pytest.mark.parametrize(
+    ("module", "earlier"), [("mcld_kernels.backends.triton.flash", "the kernels"), ("triton", "triton")]
+)
+def test_triton_interpret_set_too_late_says_so(module, earlier):
+    """Triton reads it when its own functions and the kernels are defined."""
     pytest.importorskip("triton", reason="triton is not installed")
-    code = """
-import os, torch, mcld_kernels
-from mcld_kernels.backends.triton import flash
+    code = f"""
+import os, torch, mcld_kernels, {module}
 os.environ["TRITON_INTERPRET"] = "1"
-print(mcld_kernels.backends.explain(torch.zeros(2, 2), torch.zeros(2, 2))["triton"])
+x = torch.zeros(2, 2)
+print(mcld_kernels.backends.explain(x, x)["triton"])
+try:
+    mcld_kernels.mcld_loss(x, x, weight=(1, 0, 0), backend="triton")
+except mcld_kernels.backends.BackendUnavailable as error:
+    print(error)
 """
     environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environ)
-    assert "TRITON_INTERPRET was set after the kernels had been imported" in done.stdout
+    message = f"TRITON_INTERPRET was set after {earlier} had been imported"
+    assert done.stdout.count(message) == done.stdout.count("before anything imports triton") == 2

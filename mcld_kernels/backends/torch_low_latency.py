@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .. import installation
-from ..kernels import LossInputs, LossOutputs, Tuning, has_fixed_shift
+from ..kernels import LossInputs, LossOutputs, Tuning, has_fixed_shift, is_in_memory
 from ..options import MCLDOptions
 from .chunks import CHUNK_MB
 
@@ -60,12 +60,7 @@ def mcld(inputs: LossInputs, tuning: LowLatencyTuning) -> Callable[[LossInputs],
 def _has_plain_fp32_memory(inputs: LossInputs) -> bool:
     """True where an address and strides say all about the logits."""
     student, teacher = inputs.student, inputs.teacher
-    return (
-        student.dtype == torch.float32
-        and type(student) in _PLAIN_TYPES
-        and type(teacher) in _PLAIN_TYPES
-        and not (student.is_neg() or teacher.is_neg())  # there the memory holds the negated numbers
-    )
+    return student.dtype == torch.float32 and type(student) in _PLAIN_TYPES and type(teacher) in _PLAIN_TYPES
 
 
 def _applies(inputs: LossInputs, chunk_bytes: int) -> bool:
@@ -236,7 +231,7 @@ def plain_call(
     """
     shape = student.shape
     plan = _plan(options, *shape)
-    if plan is None or student.is_neg() or teacher.is_neg():
+    if plan is None or not (is_in_memory(student) and is_in_memory(teacher)):
         return None
     run, all_steps, isa, size, constants = plan
     work, loss = student.new_empty(size), student.new_empty(())
