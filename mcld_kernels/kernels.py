@@ -57,17 +57,12 @@ def has_fixed_shift(operand_dtype: torch.dtype, temperature: float) -> bool:
     return 2 / temperature <= _SHIFT_RANGE.get(operand_dtype, _SHIFT_RANGE_DEFAULT)
 
 
-def is_in_memory(x: Tensor) -> bool:
-    """True where the memory of x holds its numbers.
+def is_in_memory(*tensors: Tensor | None) -> bool:
+    """True where the memory of all tensors holds their numbers.
 
     That of a negated view (a conjugate's imaginary part) holds the negated numbers; lazy zeros have none.
     """
-    return not (x.is_neg() or x._is_zerotensor())
-
-
-def in_memory(x: Tensor) -> Tensor:
-    """x, or a copy where its memory does not hold its numbers."""
-    return x if is_in_memory(x) else x.clone()
+    return not any(x is not None and (x.is_neg() or x._is_zerotensor()) for x in tensors)
 
 
 def projection_coefficient(gradient: Tensor, unit: Tensor) -> Tensor:
@@ -194,7 +189,7 @@ class AnchorPassArgs:
 class LossInputs:
     """Student logits (n, C) and teacher logits (m, C), both non-empty; n = m except for a part of a batch.
 
-    Its tensors hold their numbers in memory (`in_memory`): kernels read them by their addresses.
+    Its tensors hold their numbers in memory: kernels read them by their addresses.
     """
 
     student: Tensor
@@ -212,16 +207,19 @@ class LossInputs:
     acc_dtype: torch.dtype = field(init=False)  # of sums and of the loss
 
     def __post_init__(self) -> None:
-        self.student, self.teacher = in_memory(self.student), in_memory(self.teacher)
-        if self.target is not None:
-            self.target = in_memory(self.target)
-        if self.weight is not None:
-            self.weight = in_memory(self.weight)
-        if self.extra:
-            self.extra = {name: None if x is None else in_memory(x) for name, x in self.extra.items()}
+        others = self.target, self.weight, self.teacher_target, *self.extra.values()
+        if not is_in_memory(self.student, self.teacher, *others):
+            self._copy_into_memory()
         student, teacher = self.student.dtype, self.teacher.dtype
         self.dtype = student if student == teacher else torch.promote_types(student, teacher)
         self.acc_dtype = acc_dtype(self.dtype)
+
+    def _copy_into_memory(self) -> None:
+        self.student, self.teacher = self.student.clone(), self.teacher.clone()
+        for name in ("target", "weight", "teacher_target"):
+            x = getattr(self, name)
+            setattr(self, name, None if x is None else x.clone())
+        self.extra = {name: None if x is None else x.clone() for name, x in self.extra.items()}
 
 
 @dataclass(slots=True, kw_only=True)

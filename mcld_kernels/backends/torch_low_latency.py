@@ -231,7 +231,7 @@ def plain_call(
     """
     shape = student.shape
     plan = _plan(options, *shape)
-    if plan is None or not (is_in_memory(student) and is_in_memory(teacher)):
+    if plan is None or not is_in_memory(student, teacher):
         return None
     run, all_steps, isa, size, constants = plan
     work, loss = student.new_empty(size), student.new_empty(())
