@@ -322,7 +322,29 @@ def _define(name: str, arguments: str, implementation: Callable[..., Outputs], f
     for key in ("CPU", "CUDA"):
         _LIBRARY.impl(name, implementation, key)
     torch.library.register_fake(f"mcld_kernels::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.mcld_kernels, name).default
+    operator = getattr(torch.ops.mcld_kernels, name).default
+
+    def vmap(*args: Any) -> Any:
+        return _one_by_one(operator, *args)
+
+    # PyTorch without a rule does the same, with a warning.
+    torch.library.register_vmap(f"mcld_kernels::{name}", vmap, lib=_LIBRARY)
+    return operator
+
+
+def _one_by_one(
+    function: Callable[..., Outputs], info: Any, in_dims: tuple[Any, ...], *args: Any
+) -> tuple[Outputs, tuple[int, ...]]:
+    """The rule of ``function`` for torch.func.vmap: one call for each problem of the batch."""
+    results = []
+    for i in range(info.batch_size):
+        taken = (
+            arg.select(dim, i) if isinstance(arg, Tensor) and dim is not None else arg
+            for arg, dim in zip(args, in_dims, strict=True)
+        )
+        results.append(function(*taken))
+    loss, terms, student_grad, teacher_grad = (torch.stack(parts) for parts in zip(*results, strict=True))
+    return (loss, terms, student_grad, teacher_grad), (0, 0, 0, 0)
 
 
 def _facts(kernels: KernelSet, inputs: LossInputs) -> dict[str, Any]:
@@ -550,14 +572,5 @@ class _TransformableLoss(torch.autograd.Function):
         return sum(parts[1:], parts[0]), None, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Outputs, tuple[int, ...]]:
-        """One call for each problem of the batch."""
-        results = []
-        for i in range(info.batch_size):
-            taken = (
-                arg.select(dim, i) if isinstance(arg, Tensor) and dim is not None else arg
-                for arg, dim in zip(args, in_dims, strict=True)
-            )
-            results.append(_TransformableLoss.apply(*taken))
-        loss, terms, student_grad, teacher_grad = (torch.stack(parts) for parts in zip(*results, strict=True))
-        return (loss, terms, student_grad, teacher_grad), (0, 0, 0, 0)
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Outputs, tuple[int, ...]]:
+        return _one_by_one(_TransformableLoss.apply, info, in_dims, *args)

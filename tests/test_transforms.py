@@ -138,6 +138,17 @@ class TestTransforms:
         close(vmap(grad(fast))(batch), torch.stack([grad(slow)(x) for x in batch]))
         close(vmap(fast, in_dims=1)(batch.transpose(0, 1)), vmap(fast)(batch))
 
+    def test_vmap_warns_of_nothing(self, capfd, recwarn):
+        """PyTorch has no rule for operators that it does not know, and says so on stderr or by a warning."""
+        student, teacher = (torch.stack([x, x.flip(0)]) for x in logits("random", 4, 3))
+        each = torch.stack([kd_loss(x, y) for x, y in zip(student, teacher, strict=True)])
+        close(vmap(kd_loss)(student, teacher), each)
+        by_candidates = grad(lambda y, x: mcld_kernels.info_nce(x, y, reduction="none").square().sum())
+        each = torch.stack([by_candidates(y, x) for x, y in zip(student, teacher, strict=True)])
+        close(vmap(by_candidates)(teacher, student), each)
+        assert not recwarn.list
+        assert not capfd.readouterr().err
+
 
 class TestCompile:
     @pytest.mark.parametrize("dynamic", [True, None])
