@@ -197,7 +197,8 @@ class StepRun:
         device = self.plan.device
         with memory.released(device):
             body = bytes_per_image(self.backbone, self.case, device) * self.case.batch
-            gate_bytes = 64 * _gate_case(self.case, self.plan).batch * self.case.classes + (2 << 30)  # fp64 copies, and the graph of a chunk
+            images = _gate_case(self.case, self.plan).batch
+            gate_bytes = 64 * images * self.case.classes + (2 << 30)  # fp64 copies, and the graph of a chunk
             shortage = memory.shortage(int(max(body, gate_bytes)), device)
             if shortage:
                 for row in self.rows:
@@ -356,8 +357,8 @@ def predicted_seconds(case: Case, backbone: Backbone, variants: int, plan: measu
 
 
 _CSV = (
-    "batch", "classes", "dtype", "backbone", "variant", "status", "reason", "gate_ratio", "gate_batch", "step_ms", "step_p20_ms",
-    "step_p80_ms", "loss_ms", "share", "step_speedup_over_reference", "loss_speedup_over_reference", "rounds", "steady",
+    "batch", "classes", "dtype", "backbone", "variant", "status", "reason", "gate_ratio", "gate_batch", "step_ms",
+    "step_p20_ms", "step_p80_ms", "loss_ms", "share", "step_speedup_over_reference", "loss_speedup_over_reference", "rounds", "steady",
     "backbone_flop_per_image", "loss_flop_per_image", "loss",
 )  # fmt: skip
 

@@ -58,7 +58,7 @@ def interleave(
     progress: Callable[[], None] = lambda: None,
     least: int = MIN_ROUNDS,
 ) -> dict[str, Times]:
-    """Times of every step over ``rounds`` rounds, fewer (never below ``least``) where ``seconds`` are used up before."""
+    """Times of every step over ``rounds`` rounds, or as few as ``least`` once ``seconds`` are used up."""
     order = list(samples)
     shuffle = random.Random(seed).shuffle
     taken: dict[str, list[float]] = {name: [] for name in order}
