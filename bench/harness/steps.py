@@ -358,8 +358,8 @@ def predicted_seconds(case: Case, backbone: Backbone, variants: int, plan: measu
 
 _CSV = (
     "batch", "classes", "dtype", "backbone", "variant", "status", "reason", "gate_ratio", "gate_batch", "step_ms",
-    "step_p20_ms", "step_p80_ms", "loss_ms", "share", "step_speedup_over_reference", "loss_speedup_over_reference", "rounds", "steady",
-    "backbone_flop_per_image", "loss_flop_per_image", "loss",
+    "step_p20_ms", "step_p80_ms", "loss_ms", "share", "step_speedup_over_reference", "loss_speedup_over_reference",
+    "rounds", "steady", "backbone_flop_per_image", "loss_flop_per_image", "loss",
 )  # fmt: skip
 
 
