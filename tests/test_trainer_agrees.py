@@ -1,4 +1,4 @@
-"""What the trainer shares with others: where to start with MCLD, timm's optimizers, torch.compile, a schedule of steps."""
+"""What the trainer shares with others: where to start with MCLD, timm's optimizers, torch.compile, a schedule."""
 
 import csv
 import inspect
@@ -10,6 +10,7 @@ from torch import nn
 from trainer_cases import ROOT, SMALL, last_state, merged, run, write_config
 
 import mcld_kernels
+
 from distillation import experiment  # isort: skip
 from trainer import assembly, ranks, settings, step, vision  # isort: skip
 
