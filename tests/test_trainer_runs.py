@@ -143,7 +143,7 @@ class TestARunFolder:
             "checkpoint": {"every_steps": 2, "keep": 3},
         }  # fmt: skip
         config = write_config(folder, **changes)
-        assert run(config, folder / "out", "--loss-option", "warmup=2", "--profile", "2") == 0
+        assert run(config, folder / "out", "--loss-option", "warmup=2", "--profile", "2", curves=True) == 0
         return folder / "out"
 
     def test_it_has_settings_versions_commit_and_machine(self, done):
