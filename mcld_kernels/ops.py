@@ -547,6 +547,7 @@ class _TransformableLoss(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
         ctx.save_for_forward(*_save(ctx, _Call.of(*inputs), output))
+        ctx.loss_dtype = output[0].dtype
         ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
@@ -564,7 +565,9 @@ class _TransformableLoss(torch.autograd.Function):
         parts = []
         for gradient, dtype, index in zip(gradients, ctx.dtypes, (1, 2, 4), strict=True):
             if dtype is not None and tangents[index] is not None:
-                product = NoSecondDerivative.apply(gradient, student, teacher, weight) * tangents[index]
+                product = (
+                    NoSecondDerivative.apply(gradient, student, teacher, weight).to(ctx.loss_dtype) * tangents[index]
+                )
                 if ctx.is_per_anchor:
                     parts.append(product.sum(1) if product.ndim == 2 else product)
                 else:

@@ -71,7 +71,7 @@ class TestReport:
         text = printed(rows, rows, rows)
         assert text.count("no CUDA device") == 1 and text.count("torch") == 3
 
-    def test_a_new_reason_isprinted(self):
+    def test_a_new_reason_is_printed(self):
         first = measure.Row(self.case, "sdpa", reason="too wide")
         assert "too large" in printed([first], [measure.Row(self.case, "sdpa", reason="too large")])
 

@@ -287,6 +287,11 @@ class TestAnEnd:
         assert run(write_config(tmp_path), tmp_path / "file" / "out") == Exit.OUTPUT
         assert "the run folder cannot be written" in " ".join(capsys.readouterr().out.split())
 
+    def test_more_threads_than_the_machine_can_start_are_refused(self, tmp_path, capsys):
+        assert run(write_config(tmp_path, threads=100_000), tmp_path / "out") == Exit.USAGE
+        assert "threads must be at most" in " ".join(capsys.readouterr().out.split())
+        assert not (tmp_path / "out").exists()
+
 
 def test_cached_logits_are_computed_once_and_train_the_same_student(tmp_path, monkeypatch):
     calls = []

@@ -118,6 +118,16 @@ class TestTransforms:
             result = forward_ad.unpack_dual(fast(forward_ad.make_dual(student, direction)))
         close(result.tangent, want[1])
 
+    def test_the_tangent_of_16_bit_logits_has_the_dtype_of_the_loss(self):
+        student, teacher = (x.bfloat16() for x in logits("random", 9, 7))
+
+        def of(s):
+            return mcld_loss(s, teacher, labels(9, 7), backend="torch")
+
+        loss, tangent = jvp(of, (student,), (torch.ones_like(student),))
+        assert loss.dtype == tangent.dtype == torch.float32
+        torch.testing.assert_close(tangent, grad(of)(student).float().sum())
+
     def test_forward_mode_by_teacher_and_weights(self):
         student, teacher = logits("random", 9, 7)
         target, weight = labels(9, 7), torch.tensor([1.0, 0.5, 2.0], dtype=torch.float64)

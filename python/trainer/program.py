@@ -123,6 +123,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config, state, path = prepare(options)
         if config.threads is not None:
+            if config.threads > programs.MOST_THREADS:
+                raise ConfigFault(
+                    f"threads must be at most {programs.MOST_THREADS}, four times this machine's CPUs; "
+                    f"got {config.threads}"
+                )
             torch.set_num_threads(config.threads)
         ranks = Ranks(config)
         with contextlib.ExitStack() as stack:
