@@ -125,7 +125,7 @@ class TestProcess:
 
         def run(plan, seconds):
             plans.append(plan)
-            return calibrate.run_in_process(plan, seconds, targets.hang_in_a_form, stall=20)
+            return calibrate.run_in_process(plan, seconds, targets.hang_in_a_form, stall=12)
 
         rows = calibrate_forms.run(on_cpu(("hopper",)), 120, run)
         assert [row["batch"] for row in rows] == [1, 2]

@@ -74,7 +74,7 @@ def check(kind, batch, classes, dtype, **options):
         target = cases.labels(batch, classes, ignored=options.pop("ignored", 0.0))
         cases.run("cuda", student, teacher, target, **{"weight": cases.WEIGHT, **options})
         return
-    draws = 2 if batch * classes < 20000 else 1
+    draws = 2 if batch * classes < 3000 else 1
     cases.check("cuda", "cpu", kind, batch, classes, dtype, draws=draws, **options)
 
 
@@ -305,7 +305,7 @@ def test_precisions_differ(matmul_precision):
 
 @pytest.mark.parametrize(
     ("name", "batch", "classes"),
-    [("low latency", 33, 1000), ("flash", 600, 100), ("two products", 33, 1000), ("two products", 600, 300)],
+    [("low latency", 33, 1000), ("flash", 600, 100), ("two products", 33, 1000), ("two products", 600, 66)],
 )
 @pytest.mark.parametrize("kind", ["random", "collinear"])
 def test_fp32_accuracy_of_long_contractions(name, batch, classes, kind, matmul_precision):

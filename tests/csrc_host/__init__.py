@@ -33,7 +33,7 @@ _SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"
 # By check, the flags of the emulator, those of the kernels, and the linker's. The sanitizers' code takes half as long
 # again to compile at -O2 as at -O1, and few tests run it.
 CHECKS: dict[str, tuple[list[str], list[str], list[str]]] = {
-    "races": (["-O2", "-DMCLD_CHECK_RACES"], ["-O2", "-DMCLD_CHECK_RACES", "-fsanitize=thread"], []),
+    "races": (["-O3", "-DMCLD_CHECK_RACES"], ["-O2", "-DMCLD_CHECK_RACES", "-fsanitize=thread"], []),
     # The sanitizers' code sets off warnings that are not the kernels'.
     "memory": (
         ["-O2", "-DMCLD_CHECK_MEMORY"],

@@ -19,8 +19,7 @@ namespace {
 
 // Agents of a block of n threads: n threads, the copies of each, the wgmma of its warps, the loads of its mbarriers.
 constexpr int kWarp = 32, kMostBarriers = 32;
-// Bytes that share a cell: the smallest element a kernel has.
-constexpr int kGranule = 1, kPageBytes = 1024, kReads = 8;
+constexpr int kPageBytes = 1024, kLargestGranule = 4, kReads = 8;
 
 // An access: block, agent and the agent's time. 0 is none.
 using Access = uint64_t;
@@ -32,9 +31,24 @@ struct Cell {
   Access write, reads[kReads];
   uint32_t write_at, reads_at[kReads];  // places in the code
 };
+// `granule` bytes share a cell: as many as the smallest element that the launch has touched in the page has.
 struct Page {
   int64_t launch = 0;
-  Cell cells[kPageBytes / kGranule];
+  int granule = 1;
+  Cell cells[kPageBytes];
+
+  void clear(int64_t of_launch) {
+    launch = of_launch;
+    granule = kLargestGranule;
+    std::memset(cells, 0, sizeof(Cell) * (kPageBytes / granule));
+  }
+  void refine(int bytes) {
+    // From the end, since a cell's copies begin at its own place or behind it.
+    for (int i = kPageBytes / granule - 1, copies = granule / bytes; i >= 0; --i) {
+      std::fill_n(cells + i * copies, copies, Cell(cells[i]));
+    }
+    granule = bytes;
+  }
 };
 struct Thread {
   Clock clock;
@@ -51,7 +65,7 @@ int count, agents, barriers;
 int64_t block, launch;
 std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages;
 struct { uintptr_t number; Page* page; } recent[256];
-std::vector<Cell> of_shared;
+std::vector<Page> of_shared;
 
 void join(Clock& into, const Clock& from) {
   for (size_t i = 0; i < from.size(); ++i) into[i] = std::max(into[i], from[i]);
@@ -127,8 +141,12 @@ void report(const Place& now, Access by, bool write, Access before, bool before_
        name(before) + " (" + place(before_at) + ")");
 }
 
-Cell* cells_at(const char* p, bool in_shared) {
-  if (in_shared) return &of_shared[(p - shared) / kGranule];
+Page& page_at(const char* p, bool in_shared) {
+  if (in_shared) {
+    Page& page = of_shared[(p - shared) / kPageBytes];
+    if (page.launch != launch) page.clear(launch);
+    return page;
+  }
   const uintptr_t number = reinterpret_cast<uintptr_t>(p) / kPageBytes;
   auto& cached = recent[number % 256];
   if (!cached.page || cached.number != number) {
@@ -136,12 +154,8 @@ Cell* cells_at(const char* p, bool in_shared) {
     if (!page) page.reset(new Page);
     cached = {number, page.get()};
   }
-  Page& page = *cached.page;
-  if (page.launch != launch) {
-    std::memset(page.cells, 0, sizeof page.cells);
-    page.launch = launch;
-  }
-  return &page.cells[reinterpret_cast<uintptr_t>(p) % kPageBytes / kGranule];
+  if (cached.page->launch != launch) cached.page->clear(launch);
+  return *cached.page;
 }
 
 // One access: `view` is what happened before it, `by` how later ones know it.
@@ -152,9 +166,16 @@ void check(const Clock& view, Access by, const void* address, int bytes, bool wr
   if (!in_shared) check_awaited();
   const auto gone = [&](Access a) { return !a || (in_shared && block_of(a) != block); };  // shared memory is a block's
   const auto ordered = [&](Access a) { return block_of(a) == block && view[agent_of(a)] >= uint32_t(a); };
-  const char* const end = p + bytes;
-  for (p -= reinterpret_cast<uintptr_t>(p) % kGranule; p < end; p += kGranule) {
-    Cell& cell = *cells_at(p, in_shared);
+  const uintptr_t first = in_shared ? p - shared : reinterpret_cast<uintptr_t>(p);
+  // The largest power of two that divides both.
+  const int granule = std::min<int>((first | bytes) & -(first | bytes), kLargestGranule);
+  Page* page = nullptr;
+  for (uintptr_t at = first; at < first + bytes; at += page->granule) {
+    if (page == nullptr || at % kPageBytes == 0) {
+      page = &page_at(p + (at - first), in_shared);
+      if (page->granule > granule) page->refine(granule);
+    }
+    Cell& cell = page->cells[at % kPageBytes / page->granule];
     if (!gone(cell.write) && !ordered(cell.write)) report(now, by, write, cell.write, true, cell.write_at);
     if (write) {
       for (int i = 0; i < kReads && cell.reads[i]; ++i) {
@@ -199,7 +220,7 @@ void begin_launch(const void* fibers, int64_t fiber_bytes, const void* launcher)
   launcher_stack = {static_cast<const char*>(launcher), static_cast<const char*>(launcher) + (1 << 20)};
   ++launch;
   block = count = 0;
-  of_shared.assign(shared_size / kGranule + 1, Cell{});
+  of_shared.resize(shared_size / kPageBytes + 1);
   // Addresses of tensors long gone.
   if (pages.size() > 1024) {
     pages.clear();
