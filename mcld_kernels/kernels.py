@@ -57,12 +57,12 @@ def has_fixed_shift(operand_dtype: torch.dtype, temperature: float) -> bool:
     return 2 / temperature <= _SHIFT_RANGE.get(operand_dtype, _SHIFT_RANGE_DEFAULT)
 
 
-def is_in_memory(*tensors: Tensor) -> bool:
+def is_in_memory(*tensors: Tensor | None) -> bool:
     """True where the memory of all tensors holds their numbers.
 
     That of a negated view (a conjugate's imaginary part) holds the negated numbers; lazy zeros have none.
     """
-    return not any(x.is_neg() or x._is_zerotensor() for x in tensors)
+    return not any(x is not None and (x.is_neg() or x._is_zerotensor()) for x in tensors)
 
 
 def projection_coefficient(gradient: Tensor, unit: Tensor) -> Tensor:
@@ -208,8 +208,7 @@ class LossInputs:
 
     def __post_init__(self) -> None:
         given = self.student, self.teacher, self.target, self.weight, self.teacher_target, *self.extra.values()
-        # As `is_in_memory` asks, without a call of its own.
-        if any(x is not None and (x.is_neg() or x._is_zerotensor()) for x in given):
+        if not is_in_memory(*given):
             self._copy_into_memory()
         student, teacher = self.student.dtype, self.teacher.dtype
         self.dtype = student if student == teacher else torch.promote_types(student, teacher)

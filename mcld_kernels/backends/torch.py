@@ -48,6 +48,8 @@ class TorchTuning(LowLatencyTuning):
 
 
 TUNING = TorchTuning
+# The function of a low-latency path for these inputs; None where it does not apply.
+_LowLatencyPath = Callable[[LossInputs, TorchTuning], Callable[[LossInputs], LossOutputs] | None]
 
 
 class TorchKernels(KernelSet):
@@ -70,19 +72,18 @@ class TorchKernels(KernelSet):
         return TorchSelfContrast(unit, temperature, self.tuning.chunk_bytes)
 
     def mcld_low_latency(self, inputs: LossInputs) -> Callable[[LossInputs], LossOutputs] | None:
-        if self.operand_dtype(inputs.dtype) != inputs.student.dtype:
-            return None
-        return torch_low_latency.mcld(inputs, self.tuning)
+        return self._low_latency(torch_low_latency.mcld, inputs)
 
     def info_nce_low_latency(self, inputs: LossInputs) -> Callable[[LossInputs], LossOutputs] | None:
-        if self.operand_dtype(inputs.dtype) != inputs.student.dtype:
-            return None
-        return torch_info_nce.info_nce(inputs, self.tuning)
+        return self._low_latency(torch_info_nce.info_nce, inputs)
 
     def ckd_low_latency(self, inputs: LossInputs) -> Callable[[LossInputs], LossOutputs] | None:
-        if self.operand_dtype(inputs.dtype) != inputs.student.dtype:
+        return self._low_latency(torch_ckd.ckd, inputs)
+
+    def _low_latency(self, path: _LowLatencyPath, inputs: LossInputs) -> Callable[[LossInputs], LossOutputs] | None:
+        if not self.tuning.low_latency or self.operand_dtype(inputs.dtype) != inputs.student.dtype:
             return None
-        return torch_ckd.ckd(inputs, self.tuning)
+        return path(inputs, self.tuning)
 
 
 class _TorchContrast:

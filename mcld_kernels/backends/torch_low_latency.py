@@ -50,7 +50,7 @@ class LowLatencyTuning(Tuning):
 
 def mcld(inputs: LossInputs, tuning: LowLatencyTuning) -> Callable[[LossInputs], LossOutputs] | None:
     """The function for a frozen teacher; None where this path does not apply."""
-    if not tuning.low_latency or not _applies(inputs, tuning.chunk_bytes):
+    if not _applies(inputs, tuning.chunk_bytes):
         return None
     if tuning.compiled and (module := compiled_module()) is not None and _has_plain_fp32_memory(inputs):
         return partial(_mcld_compiled, module=module, tuning=tuning)
