@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu/low_latency.h"
+#include "cpu/softmax_kl.h"
 
 namespace py = pybind11;
 
@@ -32,6 +33,21 @@ void run(int steps, int isa, int threads, uintptr_t student, int64_t student_row
   call.eps = eps, call.threads = threads;
   py::gil_scoped_release release;
   low_latency(call, steps, isa);
+}
+
+void run_softmax_kl(int isa, int threads, uintptr_t student, int64_t student_row, int64_t student_column, uintptr_t teacher,
+                    int64_t teacher_row, int64_t teacher_column, int64_t n, int64_t num_classes, uintptr_t work,
+                    uintptr_t student_grad, uintptr_t teacher_grad, uintptr_t loss, uintptr_t terms, double temperature) {
+  if (isa < 0 || isa >= num_isas()) throw py::value_error("no such instruction set on this machine");
+  SoftmaxKl call;
+  call.student = pointer<const float>(student), call.student_row = student_row, call.student_column = student_column;
+  call.teacher = pointer<const float>(teacher), call.teacher_row = teacher_row, call.teacher_column = teacher_column;
+  call.n = n, call.num_classes = num_classes, call.work = pointer<float>(work);
+  call.student_grad = pointer<float>(student_grad), call.teacher_grad = pointer<float>(teacher_grad);
+  call.loss = pointer<float>(loss), call.terms = pointer<float>(terms);
+  call.temperature = temperature, call.threads = threads;
+  py::gil_scoped_release release;
+  softmax_kl(call, isa);
 }
 
 py::dict layout(int64_t n, int64_t num_classes, bool sample, bool category) {
@@ -71,4 +87,6 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("isas", &isas, "Names of the instruction sets that this machine runs, the fastest last.");
   module.def("layout", &layout, "Size, pitches and offsets of the workspace for n x C logits, in floats.");
   module.def("low_latency", &run, "Steps of a call; see csrc/cpu/low_latency.h for the arguments.");
+  module.def("softmax_kl_size", &softmax_kl_size, "Size of the workspace of softmax_kl, in floats.");
+  module.def("softmax_kl", &run_softmax_kl, "Knowledge distillation; see csrc/cpu/softmax_kl.h for the arguments.");
 }

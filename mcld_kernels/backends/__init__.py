@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..family_options import KDOptions
 from ..kernels import KernelSet
 from ..options import BACKENDS, MCLDOptions
 from . import cuda, timings, torch, triton
@@ -136,7 +137,7 @@ def kernel_set(
 
 
 def plain_call(
-    name: str, student: Tensor, teacher: Tensor, options: MCLDOptions, with_grad: bool
+    name: str, student: Tensor, teacher: Tensor, options: MCLDOptions | KDOptions, with_grad: bool
 ) -> tuple[Tensor, Tensor | None] | None:
     """Loss () and gradient (n, C) of a small call whose inputs need no check; None where no backend has a short way.
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..family_options import KDOptions
 from ..kernels import (
     ContrastArgs,
     ContrastSums,
@@ -28,7 +29,7 @@ from ..kernels import (
     slices,
 )
 from ..options import MCLDOptions, float32_precision
-from . import torch_ckd, torch_info_nce, torch_low_latency
+from . import torch_ckd, torch_info_nce, torch_kd, torch_low_latency
 from .chunks import chunk_bytes
 from .gemm import keeps_sums
 from .torch_low_latency import LowLatencyTuning
@@ -79,6 +80,10 @@ class TorchKernels(KernelSet):
 
     def ckd_low_latency(self, inputs: LossInputs) -> Callable[[LossInputs], LossOutputs] | None:
         return self._low_latency(torch_ckd.ckd, inputs)
+
+    def kd_low_latency(self, inputs: LossInputs) -> Callable[[LossInputs], LossOutputs] | None:
+        # It multiplies no matrices, so the operands' dtype does not matter.
+        return torch_kd.kd(inputs, self.tuning)
 
     def _low_latency(self, path: _LowLatencyPath, inputs: LossInputs) -> Callable[[LossInputs], LossOutputs] | None:
         if not self.tuning.low_latency or self.operand_dtype(inputs.dtype) != inputs.student.dtype:
@@ -229,11 +234,13 @@ def kernel_set(student: Tensor, teacher: Tensor, **overrides: Any) -> TorchKerne
 
 
 def plain_call(
-    student: Tensor, teacher: Tensor, options: MCLDOptions, with_grad: bool
+    student: Tensor, teacher: Tensor, options: MCLDOptions | KDOptions, with_grad: bool
 ) -> tuple[Tensor, Tensor | None] | None:
     """As `backends.plain_call`, by the compiled module for a CPU."""
     if "MCLD_CHUNK_MB" in os.environ or float32_precision() == "medium":
         return None
+    if isinstance(options, KDOptions):
+        return torch_kd.plain_call(student, teacher, options, with_grad)
     return torch_low_latency.plain_call(student, teacher, options, with_grad)
 
 
