@@ -32,8 +32,8 @@ def plain_call(
 ) -> Tensor | None:
     """The loss () with its gradient by the student; None where this way does not apply.
 
-    Nothing is checked yet but the options. ``as_kernel`` gives them as those of a loss with kernels, None where they are
-    no case of one.
+    Nothing is checked yet but the options. ``as_kernel`` gives them as those of a loss that the compiled module has,
+    None where they are no case of one.
     """
     if torch.compiler.is_compiling():
         return None

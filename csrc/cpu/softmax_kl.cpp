@@ -59,27 +59,27 @@ struct Call : SoftmaxKl {
   static Vector exp_or_zero(Vector x) { return x < kLowestExponent ? Vector{} : exp(x); }
 
   struct Sums {
-    double teacher = 0, student = 0, difference = 0;  // A, B and A m
+    double teacher = 0, student = 0, gap = 0;  // A, B and A m
   };
 
-  // The sums of a row; with kGrad its logits become exp(a) and exp(b), and `difference` a - b.
-  template <bool kGrad> Sums add_row(float* teacher_row, float* student_row, float* difference, float teacher_peak,
-                                     float student_peak) const {
+  // The sums of a row of both sides; with kGrad its logits become exp(a) and exp(b), and `gaps` a - b.
+  template <bool kGrad>
+  Sums add_row(float* of_teacher, float* of_student, float* gaps, float teacher_peak, float student_peak) const {
     Sums total;
     for (int64_t first = 0; first < width; first += kVectorsOfSum * kLanes) {
       const int64_t last = smaller(first + kVectorsOfSum * kLanes, width);
-      Vector teacher_sum = {}, student_sum = {}, difference_sum = {};
+      Vector teacher_sum = {}, student_sum = {}, gap_sum = {};
       for (int64_t c = first; c < last; c += kLanes) {
         // Less the largest first, as the rounding of an exponent is relative to its size; halves do not overflow.
-        const Vector a = (load(teacher_row + c) * 0.5f - teacher_peak) * twice_inverse;
-        const Vector b = (load(student_row + c) * 0.5f - student_peak) * twice_inverse;
+        const Vector a = (load(of_teacher + c) * 0.5f - teacher_peak) * twice_inverse;
+        const Vector b = (load(of_student + c) * 0.5f - student_peak) * twice_inverse;
         const Vector teacher_exp = exp_or_zero(a), student_exp = exp_or_zero(b), gap = a - b;
         teacher_sum += teacher_exp, student_sum += student_exp;
-        difference_sum += teacher_exp == 0.f ? Vector{} : teacher_exp * gap;
-        if (kGrad) store(teacher_row + c, teacher_exp), store(student_row + c, student_exp), store(difference + c, gap);
+        gap_sum += teacher_exp == 0.f ? Vector{} : teacher_exp * gap;
+        if (kGrad) store(of_teacher + c, teacher_exp), store(of_student + c, student_exp), store(gaps + c, gap);
       }
       total.teacher += double(add_lanes(teacher_sum)), total.student += double(add_lanes(student_sum));
-      total.difference += double(add_lanes(difference_sum));
+      total.gap += double(add_lanes(gap_sum));
     }
     return total;
   }
@@ -93,25 +93,26 @@ struct Call : SoftmaxKl {
     memcpy(to + c, &last, size_t(num_classes - c) * sizeof(float));
   }
 
+  // KL of row i; writes its gradients.
   double divergence(int64_t i, float* scratch) const {
-    float *teacher_row = scratch, *student_row = scratch + width, *difference = scratch + 2 * width;
-    const float teacher_peak = load_row(teacher + i * this->teacher_row, teacher_column, teacher_row);
-    const float student_peak = load_row(student + i * this->student_row, student_column, student_row);
-    const bool with_grad = student_grad != nullptr || teacher_grad != nullptr;
-    const auto add = with_grad ? &Call::add_row<true> : &Call::add_row<false>;
-    const Sums total = (this->*add)(teacher_row, student_row, difference, teacher_peak, student_peak);
-    const double mean = total.difference / total.teacher, ratio = total.student / total.teacher;
+    float *of_teacher = scratch, *of_student = scratch + width, *gaps = scratch + 2 * width;
+    const float teacher_peak = load_row(teacher + i * teacher_row, teacher_column, of_teacher);
+    const float student_peak = load_row(student + i * student_row, student_column, of_student);
+    const auto add = student_grad || teacher_grad ? &Call::add_row<true> : &Call::add_row<false>;
+    const Sums total = (this->*add)(of_teacher, of_student, gaps, teacher_peak, student_peak);
+    const double mean = total.gap / total.teacher, ratio = total.student / total.teacher;
     if (student_grad != nullptr) {
-      const float scale = float(temperature / (double(n) * total.student)), of_teacher = float(ratio);
-      write_row(student_grad + i * num_classes, [=](int64_t c) {
-        return (load(student_row + c) - load(teacher_row + c) * of_teacher) * scale;
-      });
+      // In this form equal logits give exactly 0.
+      const float scale = float(temperature / (double(n) * total.student)), factor = float(ratio);
+      write_row(student_grad + i * num_classes,
+                [=](int64_t c) { return (load(of_student + c) - load(of_teacher + c) * factor) * scale; });
     }
     if (teacher_grad != nullptr) {
       const float scale = float(temperature / (double(n) * total.teacher)), center = float(mean);
+      const Vector none = splat(scale * 0.f);  // NaN where a sum is NaN
       write_row(teacher_grad + i * num_classes, [=](int64_t c) {
-        const Vector p = load(teacher_row + c);
-        return p == 0.f ? Vector{} : p * (load(difference + c) - center) * scale;
+        const Vector p = load(of_teacher + c);
+        return p == 0.f ? none : p * (load(gaps + c) - center) * scale;
       });
     }
     return mean + log(ratio);

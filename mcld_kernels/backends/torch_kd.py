@@ -23,10 +23,11 @@ _TEMPERATURES = 2.0**-40, 2.0**40
 
 def kd(inputs: LossInputs, tuning: LowLatencyTuning) -> Callable[[LossInputs], LossOutputs] | None:
     """The function; None where this path does not apply."""
-    if not (tuning.low_latency and tuning.compiled and inputs.student.is_cpu and has_plain_fp32_memory(inputs)):
-        return None
-    module = compiled_module()
-    if module is None or not _takes_temperature(inputs.options.temperature):
+    if (
+        not (tuning.low_latency and tuning.compiled and inputs.student.is_cpu and has_plain_fp32_memory(inputs))
+        or (module := compiled_module()) is None
+        or not _takes_temperature(inputs.options.temperature)
+    ):
         return None
     return partial(_kd, module=module, isa=isa_index(tuning.isa))
 
