@@ -143,7 +143,8 @@ class TestScreen:
         assert estimate.seconds(large) == pytest.approx(3 * before)
 
 
-def test_a_run_leaves_json_csv_and_plot(tmp_path, capsys):
+def test_a_run_leaves_json_csv_and_plot(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
     arguments = ["--batch", "32", "64", "--classes", "10", "--providers", "reference,torch,cuda", "--repeats", "3"]
     assert run.main([*arguments, "--device", "cpu", "--output", str(tmp_path), "--profile"]) == 0
     shown = capsys.readouterr().out
