@@ -3,11 +3,15 @@
 import copy
 import inspect
 import pickle
+import time
 
 import pytest
 import torch
+import torch.distributed as dist
 from cases import labels
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import mcld_kernels
 from mcld_kernels import CKDLoss, CLKDLoss, InfoNCELoss, KDLoss, MCLDLoss, MLKDLoss, TeacherQueue
@@ -238,6 +242,20 @@ def test_a_compiled_module_takes_a_new_option():
     module.weight, module.temperature, module.eps = (1, 2, 0.5), 0.4, 1e-6
     wanted = MCLDLoss(weight=(1, 2, 0.5), temperature=0.4, eps=1e-6, backend="torch")
     torch.testing.assert_close(loss_of(compiled), loss_of(wanted))
+
+
+def test_a_parameter_that_fsdp_has_sharded_is_set_in_place():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = nn.Sequential(MCLDLoss(weight=nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))))
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        (criterion,) = model
+        held = criterion.weight
+        criterion.weight = (3.0, 2.0, 1.0)
+        assert criterion.weight is held and held.full_tensor().tolist() == [3.0, 2.0, 1.0]
+    finally:
+        dist.destroy_process_group()
+        time.sleep(0.5)  # a thread of gloo ends (tests of docs/distributed.md say why)
 
 
 def test_ranks_are_checked_where_they_are_assigned():

@@ -84,8 +84,13 @@ class LossModule(nn.Module):
         options, tensor = self._checked(weight=value)
         held = self._held_weight()
         if isinstance(held, nn.Parameter):
+            values = torch.tensor(options.term_weight).reshape(held.shape)
+            if isinstance(placements := getattr(held, "placements", None), tuple):  # of FSDP: every rank assigns
+                from torch.distributed.tensor import distribute_tensor  # half a second
+
+                values = distribute_tensor(values, held.device_mesh, placements)  # type: ignore[attr-defined]
             with torch.no_grad():
-                held.copy_(torch.tensor(options.term_weight).reshape(held.shape))
+                held.copy_(values)
             return
         self._check_changed(options)
         self.options = options
