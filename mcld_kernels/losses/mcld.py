@@ -234,6 +234,7 @@ class MCLDLoss(ModuleOverRanks):
     Args:
         temperature, weight, direction, mask_same_class, present_only, ignore_index, eps, backend: as for
             :func:`mcld_kernels.mcld_loss`. ``weight`` as a tensor becomes a buffer, or a parameter if it is one.
+            Numbers are in ``options.term_weight``, and the attribute ``weight`` is None.
             Every option can be assigned later, for a schedule: ``criterion.temperature = 0.5``,
             ``criterion.weight = (1, 1, 0.5)``. Numbers assigned to a parameter set its values in place.
         process_group, gather, even: as for :func:`mcld_kernels.mcld_loss`. The module keeps the group's name alone, and
@@ -244,7 +245,7 @@ class MCLDLoss(ModuleOverRanks):
             in training mode with gradients enabled; the count is in the state_dict. 0: no ramp by steps.
         uncertainty_weighting: learn the weights as Kendall, Gal and Cipolla (arXiv 1705.07115) do: with a parameter
             ``log_variance`` (3,), the loss is ``sum(exp(-log_variance) x weight x term + log_variance / 2)`` over the
-            active terms. A plain parameter as ``weight`` has the term as its gradient, so an optimizer drives it to 0.
+            active terms. A plain parameter as ``weight`` has the term as its gradient, so an optimizer drives it below 0.
 
     Shapes:
         student, teacher: (batch, classes); target: (batch,) int64 or (batch, classes); candidates: (rows, classes) with
