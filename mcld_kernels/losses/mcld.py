@@ -245,7 +245,8 @@ class MCLDLoss(ModuleOverRanks):
             in training mode with gradients enabled; the count is in the state_dict. 0: no ramp by steps.
         uncertainty_weighting: learn the weights as Kendall, Gal and Cipolla (arXiv 1705.07115) do: with a parameter
             ``log_variance`` (3,), the loss is ``sum(exp(-log_variance) x weight x term + log_variance / 2)`` over the
-            active terms. A plain parameter as ``weight`` has the term as its gradient, so an optimizer drives it below 0.
+            active terms. A plain parameter as ``weight`` has the term as its gradient: an optimizer drives it
+            below 0.
 
     Shapes:
         student, teacher: (batch, classes); target: (batch,) int64 or (batch, classes); candidates: (rows, classes) with
