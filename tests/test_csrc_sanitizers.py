@@ -151,10 +151,18 @@ def test_memory_of_the_kernels(selection, under_check):
 
 def test_memory_of_the_cpu_kernels(under_check):
     """Each instruction set that this machine runs, on the workspace and the logits of every test of that path."""
-    options = ["-q", "--capture=no", "-p", "no:cacheprovider", "-k", "compiled or threads or instruction or plain"]
+    options = [
+        "-q",
+        "--capture=no",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "compiled or threads or instruction or plain or cpu_rows",
+    ]
     library = str(csrc_host.build_cpu())
     done = under_check(
-        "-m", "pytest", *options, "test_low_latency.py", "test_plain_call.py", MCLD_TEST_CPU_MODULE=library
+        *("-m", "pytest", *options, "test_low_latency.py", "test_plain_call.py", "test_cpu_rows.py"),
+        MCLD_TEST_CPU_MODULE=library,
     )
     assert done.returncode == 0, report_of(done)
     assert re.search(r"\d+ passed", done.stdout) and "skipped" not in done.stdout

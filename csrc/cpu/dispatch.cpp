@@ -4,6 +4,7 @@
 #include <atomic>
 
 #include "cpu/low_latency.h"
+#include "cpu/rows.h"
 
 namespace mcld::cpu {
 namespace {
@@ -11,13 +12,15 @@ namespace {
 struct Isa {
   const char* name;
   void (*low_latency)(const LowLatency&, int);
+  void (*normalize)(const Normalize&);
+  void (*grad_epilogue)(const GradEpilogue&);
 };
 
 constexpr Isa kIsas[] = {
-    {"baseline", baseline::low_latency},
+    {"baseline", baseline::low_latency, baseline::normalize, baseline::grad_epilogue},
 #if MCLD_CPU_X86
-    {"avx2", avx2::low_latency},
-    {"avx512", avx512::low_latency},
+    {"avx2", avx2::low_latency, avx2::normalize, avx2::grad_epilogue},
+    {"avx512", avx512::low_latency, avx512::normalize, avx512::grad_epilogue},
 #endif
 };
 
@@ -61,6 +64,10 @@ int num_isas() {
 const char* isa_name(int isa) { return kIsas[isa].name; }
 
 void low_latency(const LowLatency& call, int steps, int isa) { kIsas[isa].low_latency(call, steps); }
+
+void normalize(const Normalize& call, int isa) { kIsas[isa].normalize(call); }
+
+void grad_epilogue(const GradEpilogue& call, int isa) { kIsas[isa].grad_epilogue(call); }
 
 void parallel(int threads, int64_t blocks, void (*task)(void*, int64_t), void* data) {
   Tasks tasks{task, data, blocks};

@@ -37,7 +37,7 @@ LARGEST_SIZE = 4096
 _LARGEST_GEMM = {"baseline": 1 << 20, "avx2": 1 << 27, "avx512": 1 << 31}
 _SERIAL_ROWS = 64  # over columns vector_norm adds row after row; `sum` adds in parts, with less rounding error
 _ANCHORS = {"student": 0, "teacher": 1, "self": 2}  # of csrc/cpu/low_latency.h
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +60,7 @@ def mcld(inputs: LossInputs, tuning: LowLatencyTuning) -> Callable[[LossInputs],
 def _has_plain_fp32_memory(inputs: LossInputs) -> bool:
     """True where an address and strides say all about the logits."""
     student, teacher = inputs.student, inputs.teacher
-    return student.dtype == torch.float32 and type(student) in _PLAIN_TYPES and type(teacher) in _PLAIN_TYPES
+    return student.dtype == torch.float32 and type(student) in PLAIN_TYPES and type(teacher) in PLAIN_TYPES
 
 
 def _applies(inputs: LossInputs, chunk_bytes: int) -> bool:
@@ -149,12 +149,12 @@ def _takes_gemms(options: MCLDOptions, n: int, num_classes: int, tuning: LowLate
     products = n * num_classes * (n * (instance or sample) + num_classes * category)
     most = tuning.compiled_gemm
     if most is None:
-        most = _LARGEST_GEMM[compiled_module().isas()[_isa_index(tuning.isa)]]
+        most = _LARGEST_GEMM[compiled_module().isas()[isa_index(tuning.isa)]]
     return products <= most
 
 
 @cache
-def _isa_index(name: str | None) -> int:
+def isa_index(name: str | None) -> int:
     names: list[str] = compiled_module().isas()
     return len(names) - 1 if name is None else names.index(name)
 
@@ -168,7 +168,7 @@ def _mcld_compiled(inputs: LossInputs, module: Any, tuning: LowLatencyTuning) ->
     work, loss, terms = student.new_empty(layout.size), student.new_empty(()), student.new_empty(3)
     gradient = student.new_empty((n, num_classes)) if inputs.student_grad else None
     arguments = (
-        _isa_index(tuning.isa),
+        isa_index(tuning.isa),
         torch.get_num_threads(),
         student.data_ptr(),
         *student.stride(),
@@ -216,7 +216,7 @@ def _plan(options: MCLDOptions, n: int, num_classes: int) -> _Plan | None:
     return _Plan(
         run=module.low_latency,
         all_steps=module.ALL_STEPS,
-        isa=_isa_index(tuning.isa),
+        isa=isa_index(tuning.isa),
         size=_layout(n, num_classes, sample, category).size,
         constants=_constants(options, options.term_weight),
     )
