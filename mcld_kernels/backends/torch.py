@@ -19,8 +19,6 @@ from ..kernels import (
     ContrastArgs,
     ContrastSums,
     GradCoefficients,
-    GradEpilogueArgs,
-    KernelSet,
     LossInputs,
     LossOutputs,
     NegativeSums,
@@ -29,10 +27,11 @@ from ..kernels import (
     slices,
 )
 from ..options import MCLDOptions, float32_precision
-from . import torch_ckd, torch_info_nce, torch_low_latency, torch_rows
+from . import torch_ckd, torch_info_nce, torch_low_latency
 from .chunks import chunk_bytes
 from .gemm import keeps_sums
 from .torch_low_latency import LowLatencyTuning
+from .torch_rows import RowKernels
 from .torch_self_contrast import TorchSelfContrast
 
 
@@ -53,7 +52,7 @@ TUNING = TorchTuning
 _LowLatencyPath = Callable[[LossInputs, TorchTuning], Callable[[LossInputs], LossOutputs] | None]
 
 
-class TorchKernels(KernelSet):
+class TorchKernels(RowKernels):
     """The kernel set in torch operations: what `KernelSet` has, and the contrast."""
 
     tuning: TorchTuning
@@ -64,14 +63,6 @@ class TorchKernels(KernelSet):
         if dtype == torch.float32 and self.tuning.fast_bf16 and float32_precision() == "medium":
             return torch.bfloat16
         return dtype
-
-    def l2_normalize(self, x: Tensor, operand_dtype: torch.dtype, eps: float) -> UnitRows:
-        unit = torch_rows.l2_normalize(x, operand_dtype, eps, self.tuning) if x.is_cpu else None
-        return super().l2_normalize(x, operand_dtype, eps) if unit is None else unit
-
-    def grad_epilogue(self, args: GradEpilogueArgs) -> None:
-        if not (args.out.is_cpu and torch_rows.grad_epilogue(args, self.tuning)):
-            super().grad_epilogue(args)
 
     def contrast(self, args: ContrastArgs) -> _TorchContrast:
         without_shift = args.is_bounded and self.can_reverse(args.anchors.rows.dtype, args.temperature)
