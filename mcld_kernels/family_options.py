@@ -246,7 +246,7 @@ def _split_weight(value: Any, names: tuple[str, ...]) -> tuple[Any, Tensor | Non
     if not value.is_floating_point():
         raise TypeError(f"weight as a tensor must be of a floating dtype; got {value.dtype}")
     if is_readable(value):
-        check_weight_values(value.reshape(count).tolist())
+        check_weight_values(value.reshape(count).tolist(), is_learned=value.requires_grad)
     return (1.0 if count == 1 else (1.0,) * count), value.reshape(count)
 
 

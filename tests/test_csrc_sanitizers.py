@@ -151,15 +151,17 @@ def test_memory_of_the_kernels(selection, under_check):
 
 def test_memory_of_the_cpu_kernels(under_check):
     """Each instruction set that this machine runs, on the workspace and the logits of every test of those paths."""
-    options = ["-q", "--capture=no", "-p", "no:cacheprovider", "-k", "compiled or threads or instruction or plain"]
+    options = [
+        "-q",
+        "--capture=no",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "compiled or threads or instruction or plain or cpu_rows",
+    ]
     library = str(csrc_host.build_cpu())
     done = under_check(
-        "-m",
-        "pytest",
-        *options,
-        "test_low_latency.py",
-        "test_plain_call.py",
-        "test_kd.py",
+        *("-m", "pytest", *options, "test_low_latency.py", "test_plain_call.py", "test_cpu_rows.py", "test_kd.py"),
         MCLD_TEST_CPU_MODULE=library,
     )
     assert done.returncode == 0, report_of(done)

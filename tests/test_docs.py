@@ -128,6 +128,21 @@ def test_the_support_matrix_has_the_versions_of_the_project():
     assert f'requires-python = ">={re.search(r"Python . ([0-9.]+) or later", support)[1]}"' in project
 
 
+def test_the_support_matrix_has_the_losses_of_each_backend():
+    from mcld_kernels.losses import ckd, clkd, info_nce, kd, mcld, mlkd
+
+    support = (ROOT / "docs" / "support.md").read_text(encoding="utf-8")
+    heads, cells = (
+        [cell.strip(" `") for cell in next(line for line in support.splitlines() if line.startswith(start)).split("|")]
+        for start in ("| | `reference`", "| losses")
+    )
+    losses = {"MCLD": mcld, "CKD": ckd, "CLKD": clkd, "MLKD": mlkd, "KD": kd, "InfoNCE": info_nce}
+    for backend in ("torch", "triton", "cuda"):
+        wanted = [name for name, module in losses.items() if backend in module._OPERATOR.supported]
+        assert cells[heads.index(backend)] == ", ".join(wanted)
+    assert cells[heads.index("reference")] == ", ".join(losses)
+
+
 def test_the_environment_variables_are_those_of_info():
     from mcld_kernels import info
 

@@ -20,7 +20,6 @@ from ..kernels import (
     ContrastArgs,
     ContrastSums,
     GradCoefficients,
-    KernelSet,
     LossInputs,
     LossOutputs,
     NegativeSums,
@@ -33,6 +32,7 @@ from . import torch_ckd, torch_info_nce, torch_kd, torch_low_latency
 from .chunks import chunk_bytes
 from .gemm import keeps_sums
 from .torch_low_latency import LowLatencyTuning
+from .torch_rows import RowKernels
 from .torch_self_contrast import TorchSelfContrast
 
 
@@ -53,7 +53,7 @@ TUNING = TorchTuning
 _LowLatencyPath = Callable[[LossInputs, TorchTuning], Callable[[LossInputs], LossOutputs] | None]
 
 
-class TorchKernels(KernelSet):
+class TorchKernels(RowKernels):
     """The kernel set in torch operations: what `KernelSet` has, and the contrast."""
 
     tuning: TorchTuning

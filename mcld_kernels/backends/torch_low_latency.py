@@ -37,7 +37,7 @@ LARGEST_SIZE = 4096
 _LARGEST_GEMM = {"baseline": 1 << 20, "avx2": 1 << 27, "avx512": 1 << 31}
 _SERIAL_ROWS = 64  # over columns vector_norm adds row after row; `sum` adds in parts, with less rounding error
 _ANCHORS = {"student": 0, "teacher": 1, "self": 2}  # of csrc/cpu/low_latency.h
-_PLAIN_TYPES = {Tensor, torch.nn.Parameter}
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +60,8 @@ def mcld(inputs: LossInputs, tuning: LowLatencyTuning) -> Callable[[LossInputs],
 def has_plain_fp32_memory(inputs: LossInputs) -> bool:
     """True where an address and strides say all about the logits."""
     student, teacher = inputs.student, inputs.teacher
-    return student.dtype == teacher.dtype == torch.float32 and {type(student), type(teacher)} <= _PLAIN_TYPES
+    plain = student.dtype == torch.float32 and type(student) in PLAIN_TYPES
+    return plain and teacher.dtype == torch.float32 and type(teacher) in PLAIN_TYPES
 
 
 def _applies(inputs: LossInputs, chunk_bytes: int) -> bool:

@@ -71,7 +71,16 @@ class KDLoss(nn.Module):
     def __init__(self, *, temperature: float = 4.0, backend: Backend = "auto"):
         super().__init__()
         check_backend(backend)
-        self.temperature, self.backend = check_positive("temperature", temperature), backend
+        self.temperature, self.backend = temperature, backend
+
+    @property
+    def temperature(self) -> float:
+        """The temperature; assign one for a schedule."""
+        return self._temperature
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        self._temperature = check_positive("temperature", value)
 
     def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
         """``target`` is accepted, and not used, so that losses can be exchanged for one another."""
