@@ -134,7 +134,7 @@ def test_every_control_is_tested():
 
 
 def report_of(done) -> str:
-    """What a check reported with the innermost functions, or else the end of the output."""
+    """The report of a check with the innermost functions, or else the end of the output."""
     text = done.stdout + done.stderr
     found = re.search("runtime error|ERROR: AddressSanitizer", text)
     return text[max(0, found.start() - 300) :][:3000] if found else text[-6000:]

@@ -245,10 +245,10 @@ def plain_call(
 
 
 def unavailable_reason() -> str | None:
-    """Why the backend cannot run on this machine; None: it always can."""
+    """None: the backend runs on every machine."""
     return None
 
 
 def unsupported_reason(student: Tensor, teacher: Tensor) -> str | None:
-    """Why the backend cannot run with these logits; None: it always can."""
+    """None: the backend runs with all logits."""
     return None

@@ -106,7 +106,7 @@ def compiled_module() -> Any:
 
 
 def unavailable_reason() -> str | None:
-    """Why there is no compiled module, and the command that builds it; None where there is one."""
+    """The reason for which there is no compiled module, and the command that builds it; None where there is one."""
     return _import()[1]
 
 
@@ -193,7 +193,7 @@ def _mcld_compiled(inputs: LossInputs, module: Any, tuning: LowLatencyTuning) ->
 
 
 class _Plan(NamedTuple):
-    """What a plain call passes to the compiled module whatever its logits, for options and a shape."""
+    """The arguments of the compiled module that depend on options and shape alone, for a plain call."""
 
     run: Any
     all_steps: int
