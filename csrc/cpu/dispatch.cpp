@@ -3,6 +3,7 @@
 
 #include <atomic>
 
+#include "cpu/clkd.h"
 #include "cpu/low_latency.h"
 
 namespace mcld::cpu {
@@ -11,13 +12,14 @@ namespace {
 struct Isa {
   const char* name;
   void (*low_latency)(const LowLatency&, int);
+  void (*clkd)(const Clkd&);
 };
 
 constexpr Isa kIsas[] = {
-    {"baseline", baseline::low_latency},
+    {"baseline", baseline::low_latency, baseline::clkd},
 #if MCLD_CPU_X86
-    {"avx2", avx2::low_latency},
-    {"avx512", avx512::low_latency},
+    {"avx2", avx2::low_latency, avx2::clkd},
+    {"avx512", avx512::low_latency, avx512::clkd},
 #endif
 };
 
@@ -61,6 +63,8 @@ int num_isas() {
 const char* isa_name(int isa) { return kIsas[isa].name; }
 
 void low_latency(const LowLatency& call, int steps, int isa) { kIsas[isa].low_latency(call, steps); }
+
+void clkd(const Clkd& call, int isa) { kIsas[isa].clkd(call); }
 
 void parallel(int threads, int64_t blocks, void (*task)(void*, int64_t), void* data) {
   Tasks tasks{task, data, blocks};

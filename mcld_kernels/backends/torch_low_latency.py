@@ -52,12 +52,12 @@ def mcld(inputs: LossInputs, tuning: LowLatencyTuning) -> Callable[[LossInputs],
     """The function for a frozen teacher; None where this path does not apply."""
     if not _applies(inputs, tuning.chunk_bytes):
         return None
-    if tuning.compiled and (module := compiled_module()) is not None and _has_plain_fp32_memory(inputs):
+    if tuning.compiled and (module := compiled_module()) is not None and has_plain_fp32_memory(inputs):
         return partial(_mcld_compiled, module=module, tuning=tuning)
     return None if inputs.options.direction == "self" else _mcld_torch
 
 
-def _has_plain_fp32_memory(inputs: LossInputs) -> bool:
+def has_plain_fp32_memory(inputs: LossInputs) -> bool:
     """True where an address and strides say all about the logits."""
     student, teacher = inputs.student, inputs.teacher
     return student.dtype == torch.float32 and type(student) in _PLAIN_TYPES and type(teacher) in _PLAIN_TYPES
@@ -149,12 +149,12 @@ def _takes_gemms(options: MCLDOptions, n: int, num_classes: int, tuning: LowLate
     products = n * num_classes * (n * (instance or sample) + num_classes * category)
     most = tuning.compiled_gemm
     if most is None:
-        most = _LARGEST_GEMM[compiled_module().isas()[_isa_index(tuning.isa)]]
+        most = _LARGEST_GEMM[compiled_module().isas()[isa_index(tuning.isa)]]
     return products <= most
 
 
 @cache
-def _isa_index(name: str | None) -> int:
+def isa_index(name: str | None) -> int:
     names: list[str] = compiled_module().isas()
     return len(names) - 1 if name is None else names.index(name)
 
@@ -168,7 +168,7 @@ def _mcld_compiled(inputs: LossInputs, module: Any, tuning: LowLatencyTuning) ->
     work, loss, terms = student.new_empty(layout.size), student.new_empty(()), student.new_empty(3)
     gradient = student.new_empty((n, num_classes)) if inputs.student_grad else None
     arguments = (
-        _isa_index(tuning.isa),
+        isa_index(tuning.isa),
         torch.get_num_threads(),
         student.data_ptr(),
         *student.stride(),
@@ -181,7 +181,7 @@ def _mcld_compiled(inputs: LossInputs, module: Any, tuning: LowLatencyTuning) ->
         0 if gradient is None else gradient.data_ptr(),
         loss.data_ptr(),
         terms.data_ptr(),
-        *_constants(options, _weights(inputs)),
+        *_constants(options, weights_of(inputs)),
     )
     if _takes_gemms(options, n, num_classes, tuning):
         module.low_latency(module.ALL_STEPS, *arguments)
@@ -216,7 +216,7 @@ def _plan(options: MCLDOptions, n: int, num_classes: int) -> _Plan | None:
     return _Plan(
         run=module.low_latency,
         all_steps=module.ALL_STEPS,
-        isa=_isa_index(tuning.isa),
+        isa=isa_index(tuning.isa),
         size=_layout(n, num_classes, sample, category).size,
         constants=_constants(options, options.term_weight),
     )
@@ -281,7 +281,7 @@ def _steps(module: Any, arguments: tuple[Any, ...], work: Tensor, layout: _Layou
 def _mcld_torch(inputs: LossInputs) -> LossOutputs:
     options: MCLDOptions = inputs.options
     instance, sample, category = options.active
-    weight = _weights(inputs)
+    weight = weights_of(inputs)
     logits = torch.stack((inputs.student, inputs.teacher))  # (2, n, C)
     row_loss = category_loss = label_gap = grad = None
     if instance or sample:
@@ -307,7 +307,7 @@ def _mcld_torch(inputs: LossInputs) -> LossOutputs:
     return LossOutputs(loss=loss, terms=terms, student_grad=grad, teacher_grad=None)
 
 
-def _weights(inputs: LossInputs) -> tuple[float, ...]:
+def weights_of(inputs: LossInputs) -> tuple[float, ...]:
     """The factors of the terms in the loss, which are on the CPU."""
     term_weight: tuple[float, float, float] = inputs.options.term_weight
     if inputs.weight is None:
