@@ -1,7 +1,7 @@
-"""CLKD on a CPU where the class matrix and the logits' copies are small: a call whole in csrc/cpu/clkd.cpp.
+"""CLKD on a CPU where copies of the logits and the class matrix fit one chunk: a call whole in csrc/cpu/clkd.cpp.
 
-It takes fp32 logits of a frozen teacher, and the correlation by its (C, C) matrix, whatever the batch: below some
-hundred classes torch operations cost more than the flop that (B, B) matrices save. Other calls go by chunks.
+It takes fp32 logits of a frozen teacher, and the correlation by its (C, C) matrix. Other calls go by chunks, in torch
+operations: some forty in three passes, which are the time of a call with few classes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from .torch_low_latency import (
     weights_of,
 )
 
-_LARGEST_PRODUCT = {"baseline": 1 << 20, "avx2": 1 << 27, "avx512": 1 << 27}
+# Multiply-adds of a product of the correlation up to which the compiled module is the faster one.
+_LARGEST_GEMM = {"baseline": 1 << 24, "avx2": 1 << 26, "avx512": 1 << 31}
+# With more classes than these, and than four times the rows, (B, B) matrices are faster by their fewer flop.
+_LARGEST_WIDE = 512
 
 
 def clkd(inputs: LossInputs, tuning: LowLatencyTuning) -> Callable[[LossInputs], LossOutputs] | None:
@@ -39,9 +42,10 @@ def clkd(inputs: LossInputs, tuning: LowLatencyTuning) -> Callable[[LossInputs],
         return None
     n, num_classes = inputs.student.shape
     isa = isa_index(tuning.isa)
-    most = _LARGEST_PRODUCT[module.isas()[isa]] if tuning.compiled_gemm is None else tuning.compiled_gemm
-    correlation = inputs.options.term_weight[2] != 0
-    if n > LARGEST_SIZE or (correlation and n * num_classes**2 > most):
+    most = _LARGEST_GEMM[module.isas()[isa]] if tuning.compiled_gemm is None else tuning.compiled_gemm
+    with_gram = inputs.options.term_weight[2] != 0
+    is_wide = num_classes > max(_LARGEST_WIDE, 4 * n) and tuning.compiled_gemm is None
+    if n > LARGEST_SIZE or (with_gram and (is_wide or n * num_classes**2 > most)):
         return None
     size = _size(n, num_classes)
     if 4 * size > tuning.chunk_bytes:
