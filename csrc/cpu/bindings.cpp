@@ -2,6 +2,7 @@
 // come by position, since a small call is mostly its arguments.
 #include <pybind11/pybind11.h>
 
+#include "cpu/clkd.h"
 #include "cpu/low_latency.h"
 #include "cpu/rows.h"
 #include "cpu/softmax_kl.h"
@@ -85,6 +86,28 @@ void run_softmax_kl(int isa, int threads, uintptr_t student, int64_t student_row
   softmax_kl(call, isa);
 }
 
+void run_clkd(int isa, int threads, uintptr_t student, int64_t student_row, int64_t student_column, uintptr_t teacher,
+              int64_t teacher_row, int64_t teacher_column, int64_t n, int64_t num_classes, uintptr_t work, uintptr_t gradient,
+              uintptr_t loss, uintptr_t terms, float instance_weight, float category_weight, float correlation_weight,
+              bool instance, bool category, bool correlation, double row_factor, double column_factor, double gram_factor,
+              float eps) {
+  check_isa(isa);
+  Clkd call;
+  call.student = pointer<const float>(student), call.student_row = student_row, call.student_column = student_column;
+  call.teacher = pointer<const float>(teacher), call.teacher_row = teacher_row, call.teacher_column = teacher_column;
+  call.n = n, call.num_classes = num_classes;
+  call.work = pointer<float>(work), call.gradient = pointer<float>(gradient);
+  call.loss = pointer<float>(loss), call.terms = pointer<float>(terms);
+  call.weight[0] = instance_weight, call.weight[1] = category_weight, call.weight[2] = correlation_weight;
+  call.instance = instance, call.category = category, call.correlation = correlation;
+  call.row_factor = row_factor, call.column_factor = column_factor, call.gram_factor = gram_factor;
+  call.eps = eps, call.threads = threads;
+  py::gil_scoped_release release;
+  clkd(call, isa);
+}
+
+int64_t clkd_size(int64_t n, int64_t num_classes) { return ClkdLayout(n, num_classes).size; }
+
 py::dict layout(int64_t n, int64_t num_classes, bool sample, bool category) {
   const Layout at(n, num_classes, sample, category);
   py::dict result;
@@ -121,6 +144,8 @@ PYBIND11_MODULE(_cpu, module) {
   module.attr("ALL_STEPS") = int(kAllSteps);
   module.def("isas", &isas, "Names of the instruction sets that this machine runs, the fastest last.");
   module.def("layout", &layout, "Size, pitches and offsets of the workspace for n x C logits, in floats.");
+  module.def("clkd_size", &clkd_size, "Size of the workspace of `clkd` for n x C logits, in floats.");
+  module.def("clkd", &run_clkd, "A call of CLKD; see csrc/cpu/clkd.h for the arguments.");
   module.def("low_latency", &run, "Steps of a call; see csrc/cpu/low_latency.h for the arguments.");
   module.def("normalize", &run_normalize, "Unit rows; see csrc/cpu/rows.h for the arguments.");
   module.def("grad_epilogue", &run_grad_epilogue, "The gradient by rows of logits; see csrc/cpu/rows.h for the arguments.");

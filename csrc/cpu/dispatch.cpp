@@ -3,6 +3,7 @@
 
 #include <atomic>
 
+#include "cpu/clkd.h"
 #include "cpu/low_latency.h"
 #include "cpu/rows.h"
 #include "cpu/softmax_kl.h"
@@ -16,15 +17,18 @@ struct Isa {
   void (*normalize)(const Normalize&);
   void (*grad_epilogue)(const GradEpilogue&);
   void (*softmax_kl)(const SoftmaxKl&);
+  void (*clkd)(const Clkd&);
 };
 
+#define MCLD_ISA(name) {#name, name::low_latency, name::normalize, name::grad_epilogue, name::softmax_kl, name::clkd}
 constexpr Isa kIsas[] = {
-    {"baseline", baseline::low_latency, baseline::normalize, baseline::grad_epilogue, baseline::softmax_kl},
+    MCLD_ISA(baseline),
 #if MCLD_CPU_X86
-    {"avx2", avx2::low_latency, avx2::normalize, avx2::grad_epilogue, avx2::softmax_kl},
-    {"avx512", avx512::low_latency, avx512::normalize, avx512::grad_epilogue, avx512::softmax_kl},
+    MCLD_ISA(avx2),
+    MCLD_ISA(avx512),
 #endif
 };
+#undef MCLD_ISA
 
 // OpenMP's entry point as GCC and Clang call it. torch has loaded one runtime: its threads serve here as well, where a
 // runtime of this module's own would compete with them for the cores. Without one, everything runs on the caller.
@@ -77,6 +81,8 @@ int64_t softmax_kl_size(int64_t n, int64_t num_classes, int threads) {
 }
 
 void softmax_kl(const SoftmaxKl& call, int isa) { kIsas[isa].softmax_kl(call); }
+
+void clkd(const Clkd& call, int isa) { kIsas[isa].clkd(call); }
 
 void parallel(int threads, int64_t blocks, void (*task)(void*, int64_t), void* data) {
   Tasks tasks{task, data, blocks};

@@ -183,7 +183,7 @@ def _mcld_compiled(inputs: LossInputs, module: Any, tuning: LowLatencyTuning) ->
         0 if gradient is None else gradient.data_ptr(),
         loss.data_ptr(),
         terms.data_ptr(),
-        *_constants(options, _weights(inputs)),
+        *_constants(options, weights_of(inputs)),
     )
     if _takes_gemms(options, n, num_classes, tuning):
         module.low_latency(module.ALL_STEPS, *arguments)
@@ -283,7 +283,7 @@ def _steps(module: Any, arguments: tuple[Any, ...], work: Tensor, layout: _Layou
 def _mcld_torch(inputs: LossInputs) -> LossOutputs:
     options: MCLDOptions = inputs.options
     instance, sample, category = options.active
-    weight = _weights(inputs)
+    weight = weights_of(inputs)
     logits = torch.stack((inputs.student, inputs.teacher))  # (2, n, C)
     row_loss = category_loss = label_gap = grad = None
     if instance or sample:
@@ -309,7 +309,7 @@ def _mcld_torch(inputs: LossInputs) -> LossOutputs:
     return LossOutputs(loss=loss, terms=terms, student_grad=grad, teacher_grad=None)
 
 
-def _weights(inputs: LossInputs) -> tuple[float, ...]:
+def weights_of(inputs: LossInputs) -> tuple[float, ...]:
     """The factors of the terms in the loss, which are on the CPU."""
     term_weight: tuple[float, float, float] = inputs.options.term_weight
     if inputs.weight is None:

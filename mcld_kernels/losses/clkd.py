@@ -220,7 +220,9 @@ class CLKDLoss(ModuleOverRanks):
 
 
 def compute(kernels: KernelSet, inputs: LossInputs) -> LossOutputs:
-    """Loss, terms and gradients by chunks of rows: one pass each for column sums, for the terms, for the gradients."""
+    """Loss, terms and gradients, by chunks of rows: one pass each for column sums, for the terms, for the gradients."""
+    if (low_latency := kernels.clkd_low_latency(inputs)) is not None:
+        return low_latency(inputs)
     return _CLKD(kernels.tuning.chunk_bytes, inputs).outputs()
 
 

@@ -122,13 +122,14 @@ def build_cpu() -> Path:
     """The module mcld_kernels._cpu with every access and every sum of integers checked, as `build("memory")` is."""
     text = (CPU / "CMakeLists.txt").read_text()
     isas = re.findall(r"^ *mcld_cpu_library\((\w+) (\d+) ?(.*)\)$", text, re.MULTILINE)
+    (files,) = re.findall(r"OBJECT ([\w. ]+)\)", text)
     on_x86 = platform.machine() in ("x86_64", "AMD64")
     flags = ["-std=c++17", "-g1", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
     flags += [*_SANITIZERS, *(["-DMCLD_CPU_X86=1"] if on_x86 else [])]
     sources = [(CPU / name, flags) for name in ("bindings.cpp", "dispatch.cpp")]
     for isa, vector_bytes, options in isas if on_x86 else isas[:1]:
         own = [f"-DMCLD_CPU_ISA={isa}", f"-DMCLD_VECTOR_BYTES={vector_bytes}", *options.split()]
-        sources += [(CPU / name, flags + own) for name in ("low_latency.cpp", "rows.cpp", "softmax_kl.cpp")]
+        sources += [(CPU / name, flags + own) for name in files.split()]
     return _build("_cpu", sources, [*_SANITIZERS, "-ldl"], (CPU,))
 
 
