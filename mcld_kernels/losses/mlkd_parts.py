@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..family_options import MLKDOptions
-from ..kernels import KernelSet, LossInputs, UnitRows, slices
+from ..kernels import KernelSet, LossInputs, UnitRows, projection_coefficient, slices
 from ..labels import index_labels
 from .mlkd_correlation import Positives
 
@@ -48,6 +48,7 @@ def align(
         for side, grad in enumerate(grads):
             if grad is not None:
                 x = unit[side]
-                g = torch.addcmul(difference, x.rows, (difference * x.rows).sum(1, keepdim=True), value=-1)
+                radial = projection_coefficient(difference, x.rows)[:, None]
+                g = torch.addcmul(difference, x.rows, radial, value=-1)
                 grad[rows] += g.mul_(x.inv_norm[:, None] * ((2 if side == 0 else -2) / total_rows * weight))
     return total / total_rows
