@@ -79,3 +79,23 @@ def grad_epilogue(
     by_columns: bool,
     /,
 ) -> None: ...
+def softmax_kl_size(n: int, num_classes: int, threads: int, /) -> int: ...
+def softmax_kl(
+    isa: int,
+    threads: int,
+    student: int,
+    student_row: int,
+    student_column: int,
+    teacher: int,
+    teacher_row: int,
+    teacher_column: int,
+    n: int,
+    num_classes: int,
+    work: int,
+    student_grad: int,
+    teacher_grad: int,
+    loss: int,
+    terms: int,
+    temperature: float,
+    /,
+) -> None: ...

@@ -1,4 +1,4 @@
-"""Options, terms and checks of CKD, CLKD and MLKD, beside those of `options`."""
+"""Options, terms and checks of KD, CKD, CLKD and MLKD, beside those of `options`."""
 
 from __future__ import annotations
 
@@ -65,6 +65,12 @@ class MLKDTerms(NamedTuple):
     correlation: Tensor
     alignment: Tensor
     supervised: Tensor
+
+
+class KDOptions(NamedTuple):
+    """The options of a call after the checks."""
+
+    temperature: float
 
 
 class CKDOptions(NamedTuple):

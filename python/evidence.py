@@ -106,8 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(study: Study, methods: Sequence[str], screen: Console) -> int:
     absent = {name: reason for name, reason in contenders.absent().items() if name in methods}
-    wanted = cells(study.plan, [name for name in methods if name not in absent])
-    left = [cell for cell in wanted if study.record(cell) is None]
+    planned = cells(study.plan, [name for name in methods if name not in absent])
+    left = [cell for cell in planned if study.record(cell) is None]
     for name, reason in absent.items():
         say(screen, f"not run: {name}: {reason}", "dim")
     results: dict[str, Any] = {
@@ -126,19 +126,19 @@ def _run(study: Study, methods: Sequence[str], screen: Console) -> int:
         if left:
             study.prepare()
         remaining = Remaining(study.predicted_seconds)
-        screen.print(f"{len(wanted) - len(left)} of {len(wanted)} cells are done", style="dim")
+        screen.print(f"{len(planned) - len(left)} of {len(planned)} cells are done", style="dim")
         _train(study, left, remaining, screen)
     except KeyboardInterrupt:
         code = Exit.INTERRUPTED
         say(screen, "interrupted; the same command goes on with the cells that are missing", "yellow")
         if "teacher" not in results:
             return code
-    found = [record for cell in wanted if (record := study.record(cell)) is not None]
-    if not found:
+    records = [record for cell in planned if (record := study.record(cell)) is not None]
+    if not records:
         screen.print("no cell was finished")
         return code
     results["machine"]["load_1min_end"] = machine.load()
-    results |= {"complete": len(found) == len(wanted), "cells": found}
+    results |= {"complete": len(records) == len(planned), "cells": records}
     write_json(study.folder / "results.json", results)
     _report(results, study.folder, screen)
     return code

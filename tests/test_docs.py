@@ -51,7 +51,7 @@ def sections(page: str) -> list[tuple[str, tuple[str, ...], str]]:
 
 
 def names() -> dict[str, object]:
-    """What the pages take for granted: two models, a loader, logits and labels."""
+    """The names that the pages' code uses: two models, a loader, logits and labels."""
     torch.manual_seed(0)
     student_model, teacher_model = (nn.Sequential(nn.Flatten(), nn.Linear(48, 10)) for _ in range(2))
     dataset = torch.utils.data.TensorDataset(torch.randn(32, 3, 4, 4), torch.randint(10, (32,)))

@@ -204,22 +204,22 @@ def run(options: argparse.Namespace, device: torch.device, screen: Console, fold
     count = dist.get_world_size()
     smoke = options.smoke
     batches = options.batch or ([256] if smoke else [4096 * count] if device.type == "cuda" else [1024 * count])
-    found: list[Row] = []
+    rows: list[Row] = []
     for batch in batches:
         batch -= batch % count
         for classes in options.classes or [100 if smoke else 1000]:
             for dtype in options.dtype or ["bfloat16" if device.type == "cuda" else "float32"]:
                 for terms, direction in _selected(options):
-                    found += Global(batch, classes, dtype, terms, options, device).run(direction)
+                    rows += Global(batch, classes, dtype, terms, options, device).run(direction)
     if dist.get_rank() == 0:
-        for part in _tables(found, count):
+        for part in _tables(rows, count):
             screen.print(part)
         if folder is not None:
             report.write_json(
                 folder / "results.json",
-                head | {"ranks": count, "rows": [asdict(row) for row in found], "complete": True},
+                head | {"ranks": count, "rows": [asdict(row) for row in rows], "complete": True},
             )
-    return Exit.FAILED if any(row.status != "ok" for row in found) else Exit.OK
+    return Exit.FAILED if any(row.status != "ok" for row in rows) else Exit.OK
 
 
 def _selected(options: argparse.Namespace) -> list[tuple[tuple[str, ...], str]]:

@@ -4,6 +4,7 @@
 
 #include "cpu/low_latency.h"
 #include "cpu/rows.h"
+#include "cpu/softmax_kl.h"
 
 namespace py = pybind11;
 
@@ -69,6 +70,21 @@ void run_grad_epilogue(int isa, int threads, uintptr_t product, int64_t product_
   grad_epilogue(call, isa);
 }
 
+void run_softmax_kl(int isa, int threads, uintptr_t student, int64_t student_row, int64_t student_column, uintptr_t teacher,
+                    int64_t teacher_row, int64_t teacher_column, int64_t n, int64_t num_classes, uintptr_t work,
+                    uintptr_t student_grad, uintptr_t teacher_grad, uintptr_t loss, uintptr_t terms, double temperature) {
+  check_isa(isa);
+  SoftmaxKl call;
+  call.student = pointer<const float>(student), call.student_row = student_row, call.student_column = student_column;
+  call.teacher = pointer<const float>(teacher), call.teacher_row = teacher_row, call.teacher_column = teacher_column;
+  call.n = n, call.num_classes = num_classes, call.work = pointer<float>(work);
+  call.student_grad = pointer<float>(student_grad), call.teacher_grad = pointer<float>(teacher_grad);
+  call.loss = pointer<float>(loss), call.terms = pointer<float>(terms);
+  call.temperature = temperature, call.threads = threads;
+  py::gil_scoped_release release;
+  softmax_kl(call, isa);
+}
+
 py::dict layout(int64_t n, int64_t num_classes, bool sample, bool category) {
   const Layout at(n, num_classes, sample, category);
   py::dict result;
@@ -108,4 +124,6 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("low_latency", &run, "Steps of a call; see csrc/cpu/low_latency.h for the arguments.");
   module.def("normalize", &run_normalize, "Unit rows; see csrc/cpu/rows.h for the arguments.");
   module.def("grad_epilogue", &run_grad_epilogue, "The gradient by rows of logits; see csrc/cpu/rows.h for the arguments.");
+  module.def("softmax_kl_size", &softmax_kl_size, "Size of the workspace of softmax_kl, in floats.");
+  module.def("softmax_kl", &run_softmax_kl, "Knowledge distillation; see csrc/cpu/softmax_kl.h for the arguments.");
 }

@@ -52,15 +52,16 @@ def mcld(inputs: LossInputs, tuning: LowLatencyTuning) -> Callable[[LossInputs],
     """The function for a frozen teacher; None where this path does not apply."""
     if not _applies(inputs, tuning.chunk_bytes):
         return None
-    if tuning.compiled and (module := compiled_module()) is not None and _has_plain_fp32_memory(inputs):
+    if tuning.compiled and (module := compiled_module()) is not None and has_plain_fp32_memory(inputs):
         return partial(_mcld_compiled, module=module, tuning=tuning)
     return None if inputs.options.direction == "self" else _mcld_torch
 
 
-def _has_plain_fp32_memory(inputs: LossInputs) -> bool:
+def has_plain_fp32_memory(inputs: LossInputs) -> bool:
     """True where an address and strides say all about the logits."""
     student, teacher = inputs.student, inputs.teacher
-    return student.dtype == torch.float32 and type(student) in PLAIN_TYPES and type(teacher) in PLAIN_TYPES
+    plain = student.dtype == torch.float32 and type(student) in PLAIN_TYPES
+    return plain and teacher.dtype == torch.float32 and type(teacher) in PLAIN_TYPES
 
 
 def _applies(inputs: LossInputs, chunk_bytes: int) -> bool:
@@ -105,7 +106,7 @@ def compiled_module() -> Any:
 
 
 def unavailable_reason() -> str | None:
-    """Why there is no compiled module, and the command that builds it; None where there is one."""
+    """The reason for which there is no compiled module, and the command that builds it; None where there is one."""
     return _import()[1]
 
 
@@ -155,6 +156,7 @@ def _takes_gemms(options: MCLDOptions, n: int, num_classes: int, tuning: LowLate
 
 @cache
 def isa_index(name: str | None) -> int:
+    """The compiled module's index of an instruction set; None: the fastest that this machine runs."""
     names: list[str] = compiled_module().isas()
     return len(names) - 1 if name is None else names.index(name)
 
@@ -191,7 +193,7 @@ def _mcld_compiled(inputs: LossInputs, module: Any, tuning: LowLatencyTuning) ->
 
 
 class _Plan(NamedTuple):
-    """What a plain call passes to the compiled module whatever its logits, for options and a shape."""
+    """The arguments of the compiled module that depend on options and shape alone, for a plain call."""
 
     run: Any
     all_steps: int

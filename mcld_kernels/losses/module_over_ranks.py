@@ -1,4 +1,4 @@
-"""What the modules of the losses over ranks share: the ranks that hold the global batch."""
+"""The base of the losses' modules over ranks: it keeps the ranks that hold the global batch."""
 
 from __future__ import annotations
 
