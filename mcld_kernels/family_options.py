@@ -194,8 +194,11 @@ def check_inputs(student: Tensor, teacher: Tensor, weight: Tensor | None, backen
         raise ValueError(f"weight must be on the logits' device {student.device}; got {weight.device}")
 
 
-def check_mlkd_target(target: Tensor | None, student: Tensor, options: MLKDOptions) -> None:
-    """Check the labels, where the supervised term needs them."""
+def check_mlkd_target(target: Tensor | None, student: Tensor, options: MLKDOptions) -> bool | None:
+    """Check the labels, where the supervised term needs them.
+
+    Returns `LossInputs.labels_are_classes`; None where the labels are not read.
+    """
     is_supervised = options.term_weight[2] != 0
     if target is None:
         if is_supervised:
@@ -203,7 +206,7 @@ def check_mlkd_target(target: Tensor | None, student: Tensor, options: MLKDOptio
                 "target is None, but labels (batch,) are needed by the supervised term: pass target, "
                 "or turn the term off by weight=(correlation, alignment, 0)"
             )
-        return
+        return None
     if isinstance(target, Tensor) and target.ndim == 2 and target.is_floating_point():
         raise ValueError(
             f"target must hold hard labels of shape (batch,), int64; got soft labels {tuple(target.shape)}, "
@@ -211,15 +214,21 @@ def check_mlkd_target(target: Tensor | None, student: Tensor, options: MLKDOptio
             "of 0"
         )
     if not is_supervised:
-        return
+        return None
     check_target(target, student, options.ignore_index, read_values=False)
-    # Labels are compared with one another alone, so they may exceed the width of an embedding.
-    if is_readable(target) and target.numel() and int(target.amin()) < 0:
-        bad = target[(target < 0) & (target != options.ignore_index)]
-        if bad.numel():
-            raise ValueError(
-                f"target holds {int(bad[0])}; labels must be >= 0 or equal ignore_index={options.ignore_index}"
-            )
+    if not is_readable(target) or target.numel() == 0:
+        return None
+    low, high = torch.aminmax(target)
+    if int(low) >= 0:
+        # Labels are compared with one another alone, so they may exceed the width of an embedding.
+        num_classes = student.shape[1]
+        return int(high) < num_classes and not 0 <= options.ignore_index < num_classes
+    bad = target[(target < 0) & (target != options.ignore_index)]
+    if bad.numel():
+        raise ValueError(
+            f"target holds {int(bad[0])}; labels must be >= 0 or equal ignore_index={options.ignore_index}"
+        )
+    return False
 
 
 def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> Any:

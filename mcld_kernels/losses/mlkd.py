@@ -190,7 +190,7 @@ def evaluate(
     used = target if options.term_weight[2] != 0 else None
     try:
         check_inputs(student, teacher, weight, backend)
-        check_mlkd_target(target, student, options)
+        labels_are_classes = check_mlkd_target(target, student, options)
         if options.term_weight[0] != 0 and backend not in ("torch", "reference"):
             # Only torch operations compute the correlation.
             backend = "torch" if backend == "auto" else backends.choose(backend, student, teacher, False, ("torch",))
@@ -199,7 +199,7 @@ def evaluate(
         raise
     if backend == "reference":
         return reference.mlkd.evaluate(student, teacher, used, weight, options, ranks)
-    loss, terms = _OPERATOR(student, teacher, used, weight, options, backend, ranks=ranks)
+    loss, terms = _OPERATOR(student, teacher, used, weight, options, backend, labels_are_classes, ranks=ranks)
     return MLKDTerms(loss, *terms.unbind())
 
 

@@ -28,7 +28,11 @@ def applies(kernels: KernelSet, inputs: LossInputs) -> bool:
         and 6 * (2 * n) ** 2 * dtype.itemsize <= kernels.tuning.chunk_bytes
         and any(options.term_weight)
         and has_fixed_shift(dtype, min(options.correlation_temperature, options.supervised_temperature))
-        and (inputs.target is None or not _has_bad_label(inputs.target, options.ignore_index))
+        and (
+            inputs.target is None
+            or inputs.labels_are_classes
+            or not _has_bad_label(inputs.target, options.ignore_index)
+        )
     )
 
 
@@ -40,7 +44,7 @@ def _has_bad_label(target: Tensor, ignore_index: int) -> bool:
 def compute(inputs: LossInputs) -> LossOutputs:
     """Loss, terms and the student's gradient."""
     options: MLKDOptions = inputs.options
-    n = inputs.student.shape[0]
+    n, with_grad = inputs.student.shape[0], inputs.student_grad
     weights = options.term_weight
     if inputs.weight is not None:
         factors = inputs.weight.tolist()
@@ -51,53 +55,51 @@ def compute(inputs: LossInputs) -> LossOutputs:
     norm.nan_to_num_(nan=torch.nan, posinf=torch.nan)  # an overflow must show, not read as a zero direction
     inv_norm = torch.threshold_(norm, options.eps, torch.inf).reciprocal_()
     z = logits.mul_(inv_norm).view(2 * n, -1)
-    student, teacher = z[:n], z[n:]
-    zero = logits.new_zeros(())
-    terms = [zero, zero, zero]
+    student = z[:n]
+    terms: list[Tensor | None] = [None, None, None]
     coefficients = None  # (n, columns) of the first rows of z in the gradient by the student's
-    cosines = z @ z.T if correlation or supervised else zero
-    if supervised:
-        assert inputs.target is not None
-        size = options.views * n
-        terms[2], coefficients = _supervised(
-            cosines[:size, :size], inputs.target, options, weights[2], n if inputs.student_grad else 0
-        )
-    if correlation:
-        terms[0], more = _correlation(cosines, n, options.correlation_temperature, weights[0], inputs.student_grad)
-        if coefficients is None:
-            coefficients = more
-        elif more is not None:
-            coefficients[:, :n] += more
+    if correlation or supervised:
+        temperature = options.correlation_temperature if correlation else options.supervised_temperature
+        similarities = torch.addmm(inv_norm.view(-1, 1), z, z.T, beta=0, alpha=1 / temperature)
+        if supervised:
+            terms[2], coefficients = _supervised(similarities, temperature, inputs, weights[2])
+        if correlation:
+            terms[0], more = _correlation(similarities, n, temperature, weights[0], with_grad)
+            if coefficients is None:
+                coefficients = more
+            elif more is not None:
+                coefficients[:, :n] += more
     gradient = None
-    if inputs.student_grad:
+    if with_grad:
         gradient = torch.zeros_like(student) if coefficients is None else coefficients @ z[: coefficients.shape[1]]
     if alignment:
-        difference = student - teacher
+        difference = student - z[n:]
         # A row without direction is zeros: of its 2 - 2 s . t the square holds 1 less.
-        terms[1] = (difference.square().sum() + (inv_norm == 0).sum()).div_(n)
+        missing = 2 * n - int(torch.count_nonzero(inv_norm))
+        terms[1] = difference.square().sum().add_(missing).div_(n)
         if gradient is not None:
             gradient.add_(difference, alpha=2 * weights[1] / n)
     if gradient is not None:
         # Unit rows in the accumulator dtype have x . x = 1 up to rounding.
         gradient.addcmul_(student, (gradient * student).sum(1, keepdim=True), value=-1).mul_(inv_norm[0])
-    stacked = torch.stack(terms)
-    loss = sum((w * term for w, term, active in zip(weights, terms, options.term_weight, strict=True) if active), zero)
+    stacked = torch.stack([logits.new_zeros(()) if term is None else term for term in terms])
+    loss = torch.dot(stacked, stacked.new_tensor(weights))
     return LossOutputs(loss=loss, terms=stacked, student_grad=gradient, teacher_grad=None)
 
 
 def _correlation(
-    cosines: Tensor, n: int, temperature: float, weight: float, with_grad: bool
+    similarities: Tensor, n: int, temperature: float, weight: float, with_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The term, and the coefficients (n, n) of the student's rows."""
-    student, teacher = cosines[:n, :n], cosines[n:, n:]
-    e = (teacher / temperature).exp_()
+    """The term, and the coefficients (n, n) of the student's rows. similarities: (2 n, 2 n), at ``temperature``."""
+    student, teacher = similarities[:n, :n], similarities[n:, n:]
+    e = teacher.exp()
     e.diagonal().zero_()
-    delta = (student - teacher).div_(temperature)
+    delta = student - teacher
     total = e.sum(1)
     mean = (e * delta).sum(1).div_(total)
     delta.expm1_()
     ratio = (e * delta).sum(1).div_(total)  # (Zs - Zt) / Zt
-    term = (ratio.log1p() - mean).mean()
+    term = ratio.log1p().sub_(mean).mean()
     if not with_grad:
         return term, None
     inverse = (total * (1 + ratio)).reciprocal_()
@@ -107,27 +109,49 @@ def _correlation(
 
 
 def _supervised(
-    cosines: Tensor, target: Tensor, options: MLKDOptions, weight: float, rows: int
+    similarities: Tensor, temperature: float, inputs: LossInputs, weight: float
 ) -> tuple[Tensor, Tensor | None]:
-    """The term over N rows, and the coefficients (rows, N) of all rows for the first ones; None for 0 rows."""
-    temperature, views = options.supervised_temperature, options.views
-    same = (target[:, None] == target) & (target != options.ignore_index)
-    positives = same.to(cosines.dtype).repeat(views, views)  # each row with itself, too
-    others = positives.sum(1).sub_(1)
-    counted = others > 0
-    others.clamp_(min=1)
-    positive = ((cosines * positives).sum(1) - cosines.diagonal()).div_(others)
-    e = (cosines / temperature).exp_()
+    """The term over N rows, and the coefficients (n, N) of all rows for the student's; None without a gradient.
+
+    similarities: (2 n, 2 n), at ``temperature``, which need not be this term's.
+    """
+    options, target = inputs.options, inputs.target
+    assert target is not None
+    views, n, own = options.views, target.shape[0], options.supervised_temperature
+    similarities = similarities[: views * n, : views * n]
+    same = target[:, None] == target
+    if not inputs.labels_are_classes:
+        same &= target != options.ignore_index
+    pairs = same.to(similarities.dtype)  # (n, n) of rows of one view: each with itself, too
+    others = pairs.sum(1).mul_(views).sub_(1)
+    counted = None  # every row: its other view is a positive
+    if views == 1 or not inputs.labels_are_classes:
+        counted = others > 0
+        others.clamp_(min=1)
+    in_views = similarities.view(views, n, views, n)
+    positive = (in_views * pairs[:, None]).sum((2, 3)).sub_(similarities.diagonal().view(views, n))
+    positive.div_(others)
+    if temperature == own:
+        e = similarities.exp()
+    else:
+        positive.mul_(temperature / own)
+        e = (similarities * (temperature / own)).exp_()
     e.diagonal().zero_()
     total = e.sum(1)
-    share = counted.to(total.dtype)  # (N,)
-    share.div_(share.sum().clamp_(min=1))
-    # Products with 0 instead of a selection: with two rows or more every sum is positive.
-    term = ((total.log() - positive / temperature) * share).sum()
-    if not rows:
+    value = total.log().view(views, n).sub_(positive)
+    if counted is None:
+        share = total.new_full((1,), 1 / (views * n))
+        term = value.mean()
+    else:
+        share = counted.to(total.dtype)  # (n,)
+        share.div_(share.sum().mul_(views).clamp_(min=1))
+        # Products with 0 instead of a selection: with two rows or more every sum is positive.
+        term = (value * share).sum()
+    if not inputs.student_grad:
         return term, None
-    share = share.mul_(weight / temperature)
-    factor = share / total
-    w = e[:rows].mul_(factor[:rows, None] + factor)
+    share = share.mul_(weight / own)
+    factor = share.div(total.view(views, n)).view(-1)
+    w = e[:n].mul_(factor[:n, None] + factor)
     # The row's own part goes with the projection.
-    return term, w.addcmul_(positives[:rows], (share / others)[:rows, None], value=-2)
+    w.view(n, views, n).addcmul_(pairs[:, None], share.div(others)[:, None, None], value=-2)
+    return term, w
