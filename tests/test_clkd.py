@@ -93,7 +93,14 @@ def test_the_mean_of_unit_vectors_is_bounded_by_their_length_and_the_sum_is_not(
     assert mean.instance <= 4 / 9 and mean.category <= 4 / 23 and mean.correlation == total.correlation
 
 
-@pytest.mark.usefixtures("poison")
+@pytest.fixture
+def by_chunks():
+    """The path in torch operations; test_low_latency.py has the compiled one."""
+    with backends.tuned(low_latency=False):
+        yield
+
+
+@pytest.mark.usefixtures("poison", "by_chunks")
 class TestTorch:
     @pytest.mark.parametrize("rows", [0, 1, 5])
     @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
