@@ -22,18 +22,16 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from rich.text import Text  # noqa: E402
 
-from bench.harness import cases, machine, measure, programs, report, steps, timing  # noqa: E402
+from bench.harness import cases, machine, measure, programs, report, step_report, steps, timing  # noqa: E402
 from bench.harness.losses import LOSSES  # noqa: E402
 from bench.harness.programs import Exit  # noqa: E402
-from bench.harness.screen import console, duration, stages  # noqa: E402
+from bench.harness.screen import console, duration, say, stages  # noqa: E402
 
 SCHEMA = 1
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        description="Measure the loss's part of a training step.", epilog=programs.EXIT_CODES
-    )
+    made = programs.Parser(description="Measure the loss's part of a training step.", epilog=programs.EXIT_CODES)
     made.add_argument("--loss", choices=list(LOSSES), default="mcld", help="default: mcld")
     made.add_argument(
         "--batch", type=programs.positive, nargs="+", metavar="B", default=[256, 1024, 4096, 16384],
@@ -57,6 +55,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--limit", type=float, default=600.0, help="skip a case that would take longer (default: 600 s)")
     made.add_argument("--threads", type=programs.threads, help="CPU threads of torch")
     made.add_argument("--output", type=Path, metavar="DIR", help="default: bench/out/step-<date and time>")
+    made.add_argument(
+        "--from", type=Path, nargs="+", metavar="RUN", dest="recorded",
+        help="measure nothing: one table and one figure of these recorded runs (folders, or their results.json)",
+    )  # fmt: skip
     return made
 
 
@@ -64,27 +66,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure the grid; returns one of the exit codes of ``--help``."""
     options = parser().parse_args(arguments)
     programs.make_output_printable()
+    default = ROOT / "bench" / "out" / time.strftime("step-%Y%m%d-%H%M%S")
+    if options.recorded:
+        return _join(options, default)
     if options.device == "cuda" and not torch.cuda.is_available():
-        print("--device cuda: this machine, or this build of torch, has no CUDA device", file=sys.stderr)
+        programs.complain("step_cost: --device cuda: this machine, or this build of torch, has no CUDA device")
         return Exit.NO_DEVICE
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         backbone = steps.backbone(options.backbone, options.image_size)
     except ValueError as fault:
-        print(f"step_cost: {fault}", file=sys.stderr)
+        programs.complain(f"step_cost: {fault}")
         return Exit.USAGE
     if options.threads:
         torch.set_num_threads(options.threads)
-    default = ROOT / "bench" / "out" / time.strftime("step-%Y%m%d-%H%M%S")
     try:
         with programs.claimed(options.output, default, "results.json") as folder:
             return _run(options, device, backbone, folder, console())
     except programs.FolderInUse as fault:
-        print(f"step_cost: {fault}", file=sys.stderr)
+        programs.complain(f"step_cost: {fault}")
         return Exit.USAGE
     except OSError as fault:
-        print(f"step_cost: the output cannot be written: {fault}", file=sys.stderr)
+        programs.complain(f"step_cost: the output cannot be written: {fault}")
         return Exit.OUTPUT
+
+
+def _join(options: argparse.Namespace, default: Path) -> int:
+    """Table and figure of recorded runs."""
+    try:
+        joined = step_report.Joined.read(options.recorded)
+    except (OSError, ValueError) as fault:
+        programs.complain(f"step_cost: --from: {fault}")
+        return Exit.USAGE
+    try:
+        with programs.claimed(options.output, default, "results.md") as folder:
+            (folder / "results.md").write_text(joined.markdown(), encoding="utf-8")
+            step_report.write_csv(folder / "results.csv", joined.records)
+            written = ["results.md", "results.csv"]
+            if step_report.plot(folder / "results.png", joined.records, joined.caption):
+                written.append("results.png")
+            print(joined.markdown())
+            say(console(), f"written to {folder}: {', '.join(written)}")
+    except programs.FolderInUse as fault:
+        programs.complain(f"step_cost: {fault}")
+        return Exit.USAGE
+    except OSError as fault:
+        programs.complain(f"step_cost: the output cannot be written: {fault}")
+        return Exit.OUTPUT
+    return Exit.OK
 
 
 def _run(
@@ -105,7 +134,7 @@ def _run(
         **machine.commit(),
     }
     for name, reason in reasons.items():  # on the screen alone: a reason may name a path
-        screen.print(Text(f"not run: {name}: {reason}", style="dim"))
+        say(screen, f"not run: {name}: {reason}", "dim")
     rows: list[steps.StepRow] = []
     code, shown = Exit.OK, set[str]()
 
@@ -118,7 +147,7 @@ def _run(
         head["gemm_flop_per_s"] = gemm
         estimates = {case: steps.predicted_seconds(case, backbone, len(variants), plan, gemm) for case in grid}
         wanted = [case for case in grid if estimates[case] <= options.limit]
-        screen.print(f"{len(wanted)} cases, about {duration(sum(estimates[case] for case in wanted))}", style="dim")
+        say(screen, f"{len(wanted)} cases, about {duration(sum(estimates[case] for case in wanted))}", "dim")
         with stages(screen, len(grid)) as progress:
             for case in grid:
                 progress.begin(str(case), estimates[case])
@@ -134,15 +163,15 @@ def _run(
                 write(complete=False)
     except KeyboardInterrupt:
         code = Exit.INTERRUPTED
-        screen.print("[yellow]interrupted; what was measured is kept[/yellow]")
+        say(screen, "interrupted; what was measured is kept", "yellow")
     head["machine"]["load_1min_end"] = machine.load()
     write(complete=code == Exit.OK)
     records = report.finite([row.record() for row in rows])
-    steps.write_csv(folder / "results.csv", records)
+    step_report.write_csv(folder / "results.csv", records)
     written = ["results.json", "results.csv"]
-    if steps.plot(folder / "results.png", records, machine.caption(head)):
+    if step_report.plot(folder / "results.png", records, machine.caption(head)):
         written.append("results.png")
-    screen.print(f"written to {folder}: {', '.join(written)}", soft_wrap=True)
+    say(screen, f"written to {folder}: {', '.join(written)}")
     if code == Exit.OK and any(row.status in (measure.FAILED, measure.ERROR) for row in rows):
         return Exit.FAILED
     return code
@@ -159,11 +188,11 @@ def _show(screen: Console, case: cases.Case, rows: Sequence[steps.StepRow], show
         screen.print(table)
     seen = {row.gate_batch for row in measured if row.gate_batch and row.gate_batch < case.batch}
     if seen:
-        screen.print(Text(f"  checked on the first {seen.pop():,} images alone (--gate-batch)", style="dim"))
+        say(screen, f"  checked on the first {seen.pop():,} images alone (--gate-batch)", "dim")
     for row in rows:
         if row.reason and (text := f"  {row.status}: {row.variant}: {row.reason}") not in shown:
             shown.add(text)
-            screen.print(Text(text, style="dim" if row.status == measure.NOT_RUN else "red"))
+            say(screen, text, "dim" if row.status == measure.NOT_RUN else "red")
 
 
 def _cells(row: steps.StepRow) -> list[str]:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from bench.harness import machine
+from bench.harness.screen import say
 from trainer import settings
 from trainer.config import Config
 from trainer.faults import OutputFault
@@ -136,8 +136,7 @@ class Record(Silent):
 
     def line(self, text: str, style: str = "") -> None:
         """A line on the screen and, with the time, in log.txt."""
-        shown = f"[{style}]{escape(text)}[/{style}]" if style else escape(text)
-        self.console.print(shown, highlight=False, soft_wrap=True)
+        say(self.console, text, style)
         self.log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
         self.log.flush()
 
@@ -203,7 +202,7 @@ def plot(path: Path, record: Record) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(15, 5.2), layout="constrained")
     parts = [name for name in record.steps.columns if f"weight_{name}" in record.steps.columns]
     for name in ("loss", *parts):
         x, y = series(record.steps.rows, name)
@@ -237,8 +236,8 @@ def plot(path: Path, record: Record) -> None:
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
         if axis.get_legend_handles_labels()[0]:
-            beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "reverse": True} if axis is axes[2] else {}
-            axis.legend(frameon=False, fontsize=9, **beside)
+            below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.13), "ncols": 3}  # inside, it would hide a curve
+            axis.legend(frameon=False, fontsize=9, **below)
         else:
             axis.text(0.5, 0.5, "not measured", ha="center", transform=axis.transAxes, color="#777777")
     figure.supxlabel(caption(record.results, record.config), fontsize=8, color="#555555")
@@ -247,8 +246,9 @@ def plot(path: Path, record: Record) -> None:
 
 
 def caption(results: dict[str, Any], config: Config) -> str:
+    ranks = results.get("ranks", 1)
     run = (
         f"{config.teacher.name or 'no teacher'} to {config.student.name}, {config.loss.name}, {config.data.source}, "
-        f"batch {config.batch}, {results.get('ranks', 1)} rank(s), seed {config.seed}"
+        f"batch {config.batch}, {ranks} rank{'' if ranks == 1 else 's'}, seed {config.seed}"
     )
     return f"{run}\n{machine.caption(results)}" if "machine" in results else run
