@@ -8,11 +8,9 @@ import torch
 import torch.nn.functional as F
 from cases import DTYPES, labels, logits, short
 from family import Loss, check, run, spread
-from test_low_latency import ANY_SIZE, MODULE, NEEDS_MODULE
 
 import mcld_kernels
 from mcld_kernels import CLKDLoss, backends, reference
-from mcld_kernels.losses import clkd as module_of_clkd
 from mcld_kernels.losses.clkd import PRESETS
 
 WEIGHT = (0.5, 1.0, 0.4)
@@ -95,7 +93,14 @@ def test_the_mean_of_unit_vectors_is_bounded_by_their_length_and_the_sum_is_not(
     assert mean.instance <= 4 / 9 and mean.category <= 4 / 23 and mean.correlation == total.correlation
 
 
-@pytest.mark.usefixtures("poison")
+@pytest.fixture
+def by_chunks():
+    """The path in torch operations; test_low_latency.py has the compiled one."""
+    with backends.tuned(low_latency=False):
+        yield
+
+
+@pytest.mark.usefixtures("poison", "by_chunks")
 class TestTorch:
     @pytest.mark.parametrize("rows", [0, 1, 5])
     @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -201,88 +206,3 @@ def test_a_sum_over_many_pairs_of_classes_keeps_its_precision():
     want = reference.clkd_loss(student.double(), teacher.double(), **options).item()
     got = mcld_kernels.clkd_loss(student, teacher, backend="torch", **options).item()
     assert abs(got - want) <= 4 * torch.finfo(torch.float32).eps * want
-
-
-@NEEDS_MODULE
-@pytest.mark.usefixtures("poison")
-class TestCompiled:
-    """fp32 calls of a CPU, whole in the compiled module, with each instruction set of this machine."""
-
-    # One row or class, below a vector, on either side of a vector of 16 and of a tile of 6 rows, past 32 rows of a sum.
-    SHAPES = [(1, 1), (1, 5), (5, 1), (2, 3), (15, 16), (16, 17), (33, 31), (67, 130), (131, 65), (40, 300)]
-
-    @pytest.fixture(params=MODULE.isas() if MODULE else ["fastest"], autouse=True)
-    def compiled(self, request, monkeypatch):
-        """Takes the module; a call by chunks is an error."""
-
-        def by_chunks(*args):
-            raise AssertionError("this call went by chunks")
-
-        monkeypatch.setattr(module_of_clkd, "_CLKD", by_chunks)
-        with backends.tuned(compiled_gemm=ANY_SIZE, isa=request.param):
-            yield
-
-    @pytest.mark.parametrize("weight", [WEIGHT, (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)], ids=str)
-    @pytest.mark.parametrize("shape", SHAPES, ids=str)
-    def test_any_shape_and_terms_are_the_reference(self, shape, weight):
-        for reduction in ("mean", "sum"):
-            check(CLKD, "torch", "random", *shape, torch.float32, reduction=reduction, weight=weight)
-
-    @pytest.mark.parametrize("kind", ["converged", "collinear", "large", "zeros"])
-    @pytest.mark.parametrize("shape", [(9, 40), (37, 19)], ids=str)
-    def test_any_kind_of_logits(self, shape, kind):
-        check(CLKD, "torch", kind, *shape, torch.float32)
-
-    def test_any_strides(self):
-        student, teacher = logits("random", 37, 19, torch.float32)
-        plain = run(mcld_kernels.clkd_terms, student, teacher, weight=WEIGHT)
-        apart = torch.full((37, 40), torch.nan)
-        apart[:, ::2][:, :19] = teacher
-        for other in (
-            run(mcld_kernels.clkd_terms, student.T.contiguous().T, apart[:, ::2][:, :19], weight=WEIGHT),
-            run(mcld_kernels.clkd_terms, student.repeat(2, 1)[:37], teacher.T.contiguous().T, weight=WEIGHT),
-        ):
-            assert torch.equal(other.loss, plain.loss) and torch.equal(other.student, plain.student)
-
-    def test_a_call_without_a_gradient_has_the_same_loss(self):
-        student, teacher = logits("random", 67, 130, torch.float32)
-        leaf = student.clone().requires_grad_()
-        with_gradient = mcld_kernels.clkd_terms(leaf, teacher, weight=WEIGHT)
-        without = mcld_kernels.clkd_terms(student, teacher, weight=WEIGHT)
-        assert all(torch.equal(a.detach(), b) for a, b in zip(with_gradient, without, strict=True))
-
-    def test_the_number_of_threads_changes_nothing(self):
-        student, teacher = logits("random", 300, 260, torch.float32)
-        before, results = torch.get_num_threads(), []
-        try:
-            for threads in (1, 2, 3):
-                torch.set_num_threads(threads)
-                results.append(run(mcld_kernels.clkd_terms, student, teacher, weight=WEIGHT))
-        finally:
-            torch.set_num_threads(before)
-        for other in results[1:]:
-            assert torch.equal(other.loss, results[0].loss) and torch.equal(other.student, results[0].student)
-
-    @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 3e38])
-    def test_numbers_out_of_range_show(self, bad):
-        student, teacher = logits("random", 37, 19, torch.float32)
-        for side in (student, teacher):
-            changed = side.clone()
-            changed[3, 4] = bad
-            pair = (changed, teacher) if side is student else (student, changed)
-            got = run(mcld_kernels.clkd_terms, *pair, weight=WEIGHT)
-            assert torch.isnan(got.loss) and torch.isnan(got.student[3]).all()
-
-
-def test_other_calls_go_by_chunks(monkeypatch):
-    """A teacher's gradient, 16 and 64 bits, and a workspace beyond a chunk."""
-    seen = []
-    by_chunks = module_of_clkd._CLKD
-    monkeypatch.setattr(module_of_clkd, "_CLKD", lambda *args: seen.append(args) or by_chunks(*args))
-    student, teacher = logits("random", 37, 19, torch.float32)
-    run(mcld_kernels.clkd_terms, student, teacher, teacher_grad=True)
-    for dtype in (torch.float64, torch.bfloat16):
-        run(mcld_kernels.clkd_terms, student.to(dtype), teacher.to(dtype))
-    with backends.tuned(chunk_bytes=4096):
-        run(mcld_kernels.clkd_terms, student, teacher)
-    assert len(seen) == 4

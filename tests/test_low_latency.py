@@ -11,13 +11,16 @@ import pytest
 import torch
 from cases import KINDS, WEIGHT, check, labels, logits, options_of, run, truth
 from test_ckd import CASES as CKD
+from test_clkd import CLKD
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mcld_kernels
 from mcld_kernels import backends
 from mcld_kernels.backends.torch import TorchKernels
 from mcld_kernels.backends.torch_low_latency import compiled_module, unavailable_reason
+from mcld_kernels.family_options import clkd_options
 from mcld_kernels.kernels import LossInputs
+from mcld_kernels.losses import clkd
 
 MODULE = compiled_module()
 NEEDS_MODULE = pytest.mark.skipif(MODULE is None, reason=f"no mcld_kernels._cpu: {unavailable_reason()}")
@@ -74,6 +77,110 @@ def test_ckd_within_the_error_bar(shape, negatives, path, poison):
 def test_ckd_on_the_threads_share(negatives, path):
     family.check(CKD[negatives], "torch", "random", 260, 150, torch.float32, draws=1)
     family.check(CKD[negatives], "torch", "zeros", 37, 29, torch.float32)
+
+
+@pytest.fixture(params=[x for x in PATHS if "isa" in x.values[0]])
+def clkd_path(request, monkeypatch):
+    """Takes an instruction set; no call may go by chunks."""
+
+    def by_chunks(*_):
+        raise AssertionError("the call went by chunks")
+
+    monkeypatch.setattr(clkd, "_CLKD", by_chunks)
+    with backends.tuned(**request.param):
+        yield request.param
+
+
+@pytest.mark.parametrize("weight", [(0.5, 1.0, 0.4), (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (260, 150)], ids=str)
+def test_clkd_within_the_error_bar(shape, weight, clkd_path, poison):
+    for reduction in ("mean", "sum"):
+        family.check(CLKD, "torch", "random", *shape, torch.float32, weight=weight, reduction=reduction)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_clkd_of_kinds_of_logits(kind, clkd_path, poison):
+    family.check(CLKD, "torch", kind, 37, 29, torch.float32)
+
+
+def test_clkd_late_in_training_keeps_its_digits(clkd_path):
+    teacher = logits("random", 40, 31)[1].float()
+    student = teacher + 1e-4 * logits("random", 40, 31, torch.float32)[0]
+    options = {"weight": (0.0, 0.0, 1.0)}
+    want = family.run(mcld_kernels.reference.clkd_terms, student.double(), teacher.double(), **options)
+    got = family.run(mcld_kernels.clkd_terms, student, teacher, **options)
+    torch.testing.assert_close(got.loss.double(), want.loss, rtol=2e-4, atol=0)
+    assert float((got.student - want.student).norm()) < 2e-4 * float(want.student.norm())
+
+
+@pytest.mark.parametrize("side", range(2), ids=["student", "teacher"])
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf, 1e30], ids=str)
+def test_clkd_of_values_that_are_not_finite_is_nan(value, side, clkd_path):
+    pair = logits("random", 9, 7, torch.float32)
+    pair[side][3, 2] = value
+    got = family.run(mcld_kernels.clkd_terms, *pair)
+    assert got.loss.isnan() and got.terms[:2].isnan().all() and not got.terms[2].isfinite()
+    assert got.student[3].isnan().all()
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-12, 2.0])
+def test_clkd_of_rows_and_columns_without_direction(eps, clkd_path):
+    student, teacher = logits("zeros", 13, 11, torch.float32)
+    got, want = (
+        family.run(terms, 0.7 * a, b, eps=eps)
+        for terms, a, b in (
+            (mcld_kernels.clkd_terms, student, teacher),
+            (mcld_kernels.reference.clkd_terms, student.double(), teacher.double()),
+        )
+    )
+    torch.testing.assert_close(got.terms.double(), want.terms, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(got.student.double(), want.student, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "strided", "negated", "conjugate"])
+def test_layouts_change_no_bit_of_clkd(layout, clkd_path):
+    student, teacher = logits("random", 33, 21, torch.float32)
+    want = family.run(mcld_kernels.clkd_terms, student, teacher)
+    got = family.run(mcld_kernels.clkd_terms, _strided(student)[layout], _strided(teacher)[layout])
+    assert torch.equal(got.loss, want.loss) and torch.equal(got.student, want.student)
+
+
+def test_a_tensor_of_weights_of_clkd(clkd_path):
+    student, teacher = logits("random", 21, 17, torch.float32)
+    weight = torch.tensor(WEIGHT, requires_grad=True)
+    got = family.run(mcld_kernels.clkd_terms, student, teacher, weight=weight)
+    want = family.run(mcld_kernels.clkd_terms, student, teacher, weight=WEIGHT)
+    assert torch.equal(got.loss, want.loss) and torch.equal(got.student, want.student)
+    assert torch.equal(weight.grad, want.terms)
+
+
+@NEEDS_MODULE
+@pytest.mark.parametrize(
+    ("n", "num_classes", "tuning", "taken"),
+    [
+        (9, 7, {}, True),
+        (9, 7, {"low_latency": False}, False),
+        (9, 7, {"compiled": False}, False),
+        (9, 7, {"chunk_bytes": 1024}, False),
+        (5000, 2, {}, False),
+        (8, 1000, {}, False),  # (B, B) matrices
+        (9, 7, {"compiled_gemm": 9 * 49 - 1}, False),
+    ],
+)
+def test_the_calls_of_clkd_that_the_compiled_module_takes(n, num_classes, tuning, taken):
+    student, teacher = torch.zeros(n, num_classes), torch.zeros(n, num_classes)
+    options, _ = clkd_options(weight=WEIGHT, reduction="mean", eps=0.0)
+    shared = {"target": None, "weight": None, "options": options, "student_grad": True}
+    with backends.tuned(**tuning):
+        kernels = backends.kernel_set("torch", student, teacher)
+    for dtype, teacher_grad, expected in (
+        (torch.float32, False, taken),
+        (torch.float32, True, False),
+        (torch.float64, False, False),
+    ):
+        pair = {"student": student.to(dtype), "teacher": teacher.to(dtype)}
+        inputs = LossInputs(**pair, **shared, teacher_grad=teacher_grad)
+        assert (kernels.clkd_low_latency(inputs) is not None) == expected
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -175,7 +282,7 @@ def test_inputs_are_not_written(path):
 
 
 @NEEDS_MODULE
-@pytest.mark.parametrize("negatives", [None, "teacher", "student"], ids=str)
+@pytest.mark.parametrize("negatives", [None, "teacher", "student", "clkd"], ids=str)
 def test_threads_change_no_bit(negatives):
     student, teacher = logits("random", 300, 200, torch.float32)
     threads, results = torch.get_num_threads(), []
@@ -185,6 +292,8 @@ def test_threads_change_no_bit(negatives):
             with backends.tuned(compiled_gemm=ANY_SIZE):
                 if negatives is None:
                     results.append(run("torch", student, teacher, labels(300, 200)))
+                elif negatives == "clkd":
+                    results.append(family.run(mcld_kernels.clkd_terms, student, teacher))
                 else:
                     results.append(family.run(mcld_kernels.ckd_terms, student, teacher, negatives=negatives))
     finally:
