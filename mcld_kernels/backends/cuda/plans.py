@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .launcher import Launcher
 
 _ALIGNMENT = 256  # of what the allocators give, and more than any kernel needs
+_TERMS_BYTES = 256  # of the terms of any loss
 _MADE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 _ZEROED = ("zeros", "zeros_like", "new_zeros")
 _RESULTS = ("loss", "terms", "student_grad", "teacher_grad")
@@ -255,6 +256,36 @@ class CallPlan:
         bases.append(workspace.data_ptr())
         for result in results:
             bases.append(result.data_ptr())
+        self._run(launch, workspace, bases)
+        fields = {name: results[number] for name, number in self.names.items()}
+        return LossOutputs(
+            loss=fields["loss"],
+            terms=fields["terms"],
+            student_grad=fields.get("student_grad"),
+            teacher_grad=fields.get("teacher_grad"),
+        )
+
+    def replay(self, launch: Launcher, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """As `run`, for a call without a gradient by the teacher: loss and gradient alone, from the inputs in a row.
+
+        The terms, which nobody reads, are written behind the workspace.
+        """
+        device = launch.device
+        workspace = torch.empty(self.bytes + _TERMS_BYTES, dtype=torch.uint8, device=device)
+        loss = torch.empty((), dtype=self.results[0][1], device=device)
+        bases = [tensor.data_ptr() for tensor in tensors]
+        begin = workspace.data_ptr()
+        bases += begin, loss.data_ptr(), begin + self.bytes
+        gradient = None
+        if len(self.results) > 2:
+            shape, dtype = self.results[2]
+            gradient = torch.empty(shape, dtype=dtype, device=device)
+            bases.append(gradient.data_ptr())
+        self._run(launch, workspace, bases)
+        return loss, gradient
+
+    def _run(self, launch: Launcher, workspace: Tensor, bases: list[int]) -> None:
+        """Launch on the workspace, with the addresses of inputs, workspace and results."""
         index, stream = launch.place()
         typed = {dtype: workspace.view(dtype) for dtype in self.dtypes}
         for kind, *step in self.steps:
@@ -265,10 +296,3 @@ class CallPlan:
                 gemm.gemm(left.of(typed), right.of(typed), out.of(typed), accumulate)
             else:
                 step[0].of(typed).zero_()
-        fields = {name: results[number] for name, number in self.names.items()}
-        return LossOutputs(
-            loss=fields["loss"],
-            terms=fields["terms"],
-            student_grad=fields.get("student_grad"),
-            teacher_grad=fields.get("teacher_grad"),
-        )

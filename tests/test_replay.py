@@ -1,0 +1,276 @@
+"""Replays on the "cuda" backend, compiled for the host: what takes them, what does not, and that no bit differs."""
+
+import csrc_host
+import pytest
+import torch
+from cases import labels, logits
+from torch.autograd import forward_ad
+
+import mcld_kernels
+from mcld_kernels import backends, ops, options, plain_call, replay
+from mcld_kernels.backends.cuda import extension
+from mcld_kernels.losses import mcld
+
+BATCH, CLASSES = 20, 12
+
+
+@pytest.fixture(scope="module")
+def module():
+    if csrc_host.compiler() is None:
+        pytest.skip("no C++ compiler: the kernels cannot be compiled for the host")
+    return csrc_host.load()
+
+
+@pytest.fixture(autouse=True)
+def unreadable_labels(module, monkeypatch):
+    """Labels on the CPU are taken as labels on a GPU are, whose values are not read."""
+    for part in (options, ops, replay):
+        monkeypatch.setattr(part, "is_readable", lambda tensor: False)
+    replay._REPLAYS.clear()
+    with extension.use(module):
+        yield
+    replay._REPLAYS.clear()
+
+
+@pytest.fixture
+def checked(monkeypatch):
+    """The calls whose tensors are checked."""
+    calls = []
+    check = mcld.check_mcld_inputs
+    monkeypatch.setattr(mcld, "check_mcld_inputs", lambda *args: calls.append(args) or check(*args))
+    return calls
+
+
+def inputs(seed=0, dtype=torch.float32, batch=BATCH):
+    student, teacher = logits("random", batch, CLASSES, dtype, seed)
+    return student.requires_grad_(), teacher, labels(batch, CLASSES, seed, 0.2)
+
+
+def loss_of(student, teacher, target, **options):
+    return mcld_kernels.mcld_loss(student, teacher, target, backend="cuda", **options)
+
+
+def value_and_gradient(loss, student, *rest, factor=3.0):
+    value = loss(student, *rest)
+    (gradient,) = torch.autograd.grad(factor * value, student)
+    return value.detach(), gradient
+
+
+def warm(loss=loss_of, **kind):
+    for seed in range(2):
+        loss(*inputs(seed, **kind))
+
+
+FORMS = {
+    "low latency": {},
+    "flash": {"low_latency_limit": 0},
+    "two products": {"low_latency_limit": 0, "flash_row_bytes": 0},
+    "library product": {"low_latency_limit": 0, "flash_row_bytes": 0, "library_product": True},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_replay_is_the_call(form, dtype, checked):
+    if form == "library product":
+        dtype = torch.float32  # the CPU's library sums 16-bit operands into no other dtype
+    criterion = mcld_kernels.MCLDLoss(backend="cuda")
+    with backends.tuned(**FORMS[form]):
+        for loss in (loss_of, criterion):
+            replay._REPLAYS.clear()
+            warm(loss, dtype=dtype)
+            assert len(replay._REPLAYS) == 1
+            count = len(checked)
+            got = [value_and_gradient(loss, *inputs(seed, dtype)) for seed in (2, 3)]
+            assert len(checked) == count, "the call was checked again"
+            with backends.tuned(plans=False):
+                want = [value_and_gradient(loss, *inputs(seed, dtype)) for seed in (2, 3)]
+            for (a, b), (c, d) in zip(got, want):
+                assert torch.equal(a, c) and torch.equal(b, d) and b.dtype is dtype and a.dtype is c.dtype
+        with torch.no_grad():
+            forward = [loss_of(*inputs(seed, dtype)) for seed in (2, 2, 2)]
+    assert all(torch.equal(value, got[0][0]) and not value.requires_grad for value in forward)
+
+
+def test_a_result_stays_when_the_next_call_comes():
+    warm()
+    student, *rest = inputs(5)
+    first = loss_of(student, *rest)
+    value = first.item()
+    loss_of(*inputs(6))
+    assert first.item() == value
+    (gradient,) = torch.autograd.grad(first, student)
+    assert torch.equal(gradient, value_and_gradient(loss_of, *inputs(5), factor=1.0)[1])
+
+
+def _with_gradient_by_teacher(student, teacher, target):
+    with pytest.raises(backends.BackendUnavailable, match="teacher requires grad"):
+        loss_of(student, teacher.detach().requires_grad_(), target)
+
+
+def _forward_mode(student, teacher, target):
+    with forward_ad.dual_level():
+        loss_of(forward_ad.make_dual(student.detach(), torch.ones_like(student)), teacher, target)
+
+
+def _in_functorch(student, teacher, target):
+    torch.func.grad(lambda s: loss_of(s, teacher, target))(student.detach())
+
+
+def _watched(student, teacher, target):
+    from launches import Counted
+
+    with Counted():
+        loss_of(student, teacher, target)
+
+
+class _Sub(torch.Tensor):
+    pass
+
+
+def _subclass(student, teacher, target):
+    loss_of(student, teacher.as_subclass(_Sub), target)
+
+
+def _other_shape(student, teacher, target):
+    with pytest.raises(ValueError, match="same shape"):
+        loss_of(student, teacher[:-1], target)
+    with pytest.raises(ValueError, match="target"):
+        loss_of(student, teacher, target[:-1])
+
+
+def _other_kinds(student, teacher, target):
+    for bad in (teacher.to_sparse(), teacher.long(), None):
+        with pytest.raises(TypeError):
+            loss_of(student, bad, target)
+    with pytest.raises((TypeError, ValueError), match="target"):
+        loss_of(student, teacher, target.int())
+
+
+def _without_labels(student, teacher, target):
+    with pytest.raises(ValueError, match="target"):
+        loss_of(student, teacher, None)
+
+
+def _tensor_of_weights(student, teacher, target):
+    loss_of(student, teacher, target, weight=torch.ones(3))
+
+
+def _candidates(student, teacher, target):
+    loss_of(student, teacher, target, candidates=teacher + 1)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        _with_gradient_by_teacher, _forward_mode, _in_functorch, _watched, _subclass, _other_shape, _other_kinds,
+        _without_labels, _tensor_of_weights, _candidates,
+    ],
+    ids=lambda call: call.__name__,
+)  # fmt: skip
+def test_the_full_path_takes(call, checked, monkeypatch):
+    warm()
+    assert len(replay._REPLAYS) == 1
+    monkeypatch.setattr(plain_call._PlainLoss, "apply", None)
+    checked.clear()
+    call(*inputs(3))
+    assert checked
+
+
+def test_a_negated_view_is_no_replay(checked):
+    """Its memory holds the negated numbers; the key has all else in common with a call that is kept."""
+    warm()
+    student, teacher, target = inputs(3)
+    count = len(checked)
+    loss_of(student, torch._neg_view(teacher), target)
+    assert replay.call_key(torch._neg_view(student), teacher, target, None, "cuda") is None
+    assert len(checked) == count + 1
+
+
+def test_what_a_call_depends_on_makes_another_kind(monkeypatch, matmul_precision):
+    student, teacher, target = inputs()
+
+    def key(student=student, teacher=teacher, target=target, settings=None, backend="cuda"):
+        return replay.call_key(student, teacher, target, settings or options.instance_term(0.1, 1e-12), backend)
+
+    def transposed(x):
+        return x.detach().T.contiguous().T
+
+    first = key()
+    assert first == key() and hash(first) == hash(key())
+    kinds = [
+        first, key(settings=options.instance_term(0.2, 1e-12)), key(target=None), key(student=student.detach()),
+        key(teacher=transposed(teacher)), key(student=transposed(student).requires_grad_()),
+        key(student=student[:5], teacher=teacher[:5]), key(teacher=teacher.bfloat16()),
+        key(target=torch.stack([target, target], 1)[:, 0]),
+    ]  # fmt: skip
+    with backends.tuned(one_epilogue=False):
+        kinds.append(key())
+    with backends.tuned(one_epilogue=False):
+        kinds.append(key())  # of another `tuned`
+    for name in ("MCLD_CHUNK_MB", "MCLD_HOPPER", "MCLD_TABLE"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "1")
+            kinds.append(key())
+    with extension.use(csrc_host.load()):
+        kinds.append(key())
+    matmul_precision("high")
+    kinds.append(key())
+    assert None not in kinds and len(set(kinds)) == len(kinds)
+    for none in (key(backend="auto"), key(backend="torch"), key(backend="reference"), key(backend="triton")):
+        assert none is None  # of CPU tensors
+
+
+def test_labels_that_can_be_read_are_checked_in_each_call(monkeypatch):
+    monkeypatch.undo()
+    student, teacher, target = inputs()
+    for _ in range(3):
+        loss_of(student, teacher, target)
+    assert not replay._REPLAYS
+    target[0] = CLASSES
+    with pytest.raises(ValueError, match="target"):
+        loss_of(student, teacher, target)
+
+
+def test_the_module_keeps_what_it_counts_and_learns(checked):
+    for criterion in (
+        mcld_kernels.MCLDLoss(backend="cuda", warmup_steps=4),
+        mcld_kernels.MCLDLoss(backend="cuda", uncertainty_weighting=True),
+        mcld_kernels.MCLDLoss(backend="cuda", weight=torch.ones(3)),
+    ):
+        for seed in range(3):
+            criterion(*inputs(seed))
+        assert criterion.steps == (3 if criterion.warmup_steps else 0)
+    assert len(checked) == 9 and not replay._REPLAYS
+
+
+def test_derivatives_of_a_replay():
+    warm()
+    student, *rest = inputs(3)
+    loss = loss_of(student, *rest)
+    assert type(loss.grad_fn).__name__ == "_PlainLossBackward"
+    (gradient,) = torch.autograd.grad(loss, student, create_graph=True)
+    with pytest.raises(RuntimeError, match="twice"):
+        gradient.sum().backward()
+    loss = loss_of(student, *rest)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    torch.testing.assert_close(student.grad, 2 * gradient.detach())
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_autocast_does_not_change_a_replay():
+    tuning = FORMS["library product"]
+    with backends.tuned(**tuning):
+        warm()
+        want = value_and_gradient(loss_of, *inputs(3))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = value_and_gradient(loss_of, *inputs(3))
+    assert all(torch.equal(a, b) for a, b in zip(got, want))
+
+
+def test_as_many_kinds_are_kept_as_a_process_comes_back_to():
+    for number in range(replay.MOST_REPLAYS + 3):
+        replay.keep((number,), lambda tensors: (tensors[0], None))
+    assert len(replay._REPLAYS) == 3 and replay.find((replay.MOST_REPLAYS,)) is not None
