@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .launcher import Launcher
 
 _ALIGNMENT = 256  # of what the allocators give, and more than any kernel needs
-_TERMS_BYTES = 256  # of the terms of any loss
+_TERMS_BYTES = _ALIGNMENT  # for the terms of a replay
 _MADE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 _ZEROED = ("zeros", "zeros_like", "new_zeros")
 _RESULTS = ("loss", "terms", "student_grad", "teacher_grad")
@@ -250,7 +250,7 @@ class CallPlan:
     def run(self, launch: Launcher, inputs: LossInputs) -> LossOutputs:
         """The call for other inputs of the same key."""
         device = inputs.student.device
-        workspace = torch.empty(self.bytes, dtype=torch.uint8, device=device)
+        workspace = self._workspace(self.bytes, device)
         results = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self.results]
         bases = [tensor.data_ptr() for tensor in _tensors(inputs)]
         bases.append(workspace.data_ptr())
@@ -265,13 +265,18 @@ class CallPlan:
             teacher_grad=fields.get("teacher_grad"),
         )
 
+    def can_replay(self) -> bool:
+        """True where `replay` gives all that is read: no gradient by the teacher, and terms that have a place."""
+        shape, dtype = self.results[self.names["terms"]]
+        return "teacher_grad" not in self.names and shape.numel() * dtype.itemsize <= _TERMS_BYTES
+
     def replay(self, launch: Launcher, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         """As `run`, for a call without a gradient by the teacher: loss and gradient alone, from the inputs in a row.
 
         The terms, which nobody reads, are written behind the workspace.
         """
         device = launch.device
-        workspace = torch.empty(self.bytes + _TERMS_BYTES, dtype=torch.uint8, device=device)
+        workspace = self._workspace(self.bytes + _TERMS_BYTES, device)
         loss = torch.empty((), dtype=self.results[0][1], device=device)
         bases = [tensor.data_ptr() for tensor in tensors]
         begin = workspace.data_ptr()
@@ -284,10 +289,17 @@ class CallPlan:
         self._run(launch, workspace, bases)
         return loss, gradient
 
+    def _workspace(self, size: int, device: torch.device) -> Tensor:
+        """So many bytes, a multiple of `_ALIGNMENT`, in a dtype in which they are viewed, where there is one."""
+        if not self.dtypes:
+            return torch.empty(size, dtype=torch.uint8, device=device)
+        dtype = self.dtypes[0]
+        return torch.empty(size // dtype.itemsize, dtype=dtype, device=device)
+
     def _run(self, launch: Launcher, workspace: Tensor, bases: list[int]) -> None:
         """Launch on the workspace, with the addresses of inputs, workspace and results."""
         index, stream = launch.place()
-        typed = {dtype: workspace.view(dtype) for dtype in self.dtypes}
+        typed = {dtype: workspace if workspace.dtype is dtype else workspace.view(dtype) for dtype in self.dtypes}
         for kind, *step in self.steps:
             if kind == "launch":
                 self.plan.run(bases, index, stream, step[0], step[1])
