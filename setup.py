@@ -441,6 +441,9 @@ class CMakeBuild(build_ext):
             configure += [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(archs)}"]
             listed = f"{';'.join(archs)} ({source or 'the default list'}) with {nvcc}"
             print(f"mcld_kernels: compiling for {listed}, {jobs} jobs")
+            for variable in ("CUDA_HOME", "CUDA_PATH"):
+                if environ.get(variable) and Path(environ[variable], "bin", "nvcc") != nvcc:
+                    print(f"mcld_kernels: {variable}={environ[variable]} is not used")
         configure += shlex.split(environ.get("CMAKE_ARGS", ""))
         for command in (configure, [configure[0], "--build", str(folder), "--parallel", jobs]):
             status, output = run_logged(command, environ, folder / "build.log")

@@ -22,7 +22,7 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from rich.text import Text  # noqa: E402
 
-from bench.harness import cases, machine, measure, programs, report, steps  # noqa: E402
+from bench.harness import cases, machine, measure, programs, report, steps, timing  # noqa: E402
 from bench.harness.losses import LOSSES  # noqa: E402
 from bench.harness.programs import Exit  # noqa: E402
 from bench.harness.screen import console, duration, stages  # noqa: E402
@@ -45,7 +45,15 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--image-size", type=programs.positive, default=224, help="for timm's models (default: 224)")
     made.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     made.add_argument("--repeats", type=programs.positive, default=15, help="interleaved rounds (default: 15)")
-    made.add_argument("--seconds", type=float, default=30.0, help="budget of a case's rounds (3 are taken anyway)")
+    made.add_argument("--seconds", type=float, default=30.0, help="budget of a case's rounds")
+    made.add_argument(
+        "--least-rounds", type=programs.positive, default=timing.MIN_ROUNDS, metavar="N",
+        help=f"rounds taken whatever they cost (default: {timing.MIN_ROUNDS})",
+    )  # fmt: skip
+    made.add_argument(
+        "--gate-batch", type=programs.positive, metavar="N",
+        help="check each loss on the first N images of the step alone, recorded as such (default: on all of them)",
+    )  # fmt: skip
     made.add_argument("--limit", type=float, default=600.0, help="skip a case that would take longer (default: 600 s)")
     made.add_argument("--threads", type=programs.threads, help="CPU threads of torch")
     made.add_argument("--output", type=Path, metavar="DIR", help="default: bench/out/step-<date and time>")
@@ -85,7 +93,9 @@ def _run(
     dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     grid = cases.product(options.batch, options.classes, [dtype], None, ["forward-backward"], loss=options.loss)
     variants, reasons = steps.variants(device)
-    plan = measure.Plan(device, options.repeats, options.seconds)
+    plan = measure.Plan(
+        device, options.repeats, options.seconds, least=options.least_rounds, gate_batch=options.gate_batch
+    )
     head: dict[str, Any] = {
         "schema": SCHEMA,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -147,6 +157,9 @@ def _show(screen: Console, case: cases.Case, rows: Sequence[steps.StepRow], show
         for row in measured:
             table.add_row(*_cells(row))
         screen.print(table)
+    seen = {row.gate_batch for row in measured if row.gate_batch and row.gate_batch < case.batch}
+    if seen:
+        screen.print(Text(f"  checked on the first {seen.pop():,} images alone (--gate-batch)", style="dim"))
     for row in rows:
         if row.reason and (text := f"  {row.status}: {row.variant}: {row.reason}") not in shown:
             shown.add(text)

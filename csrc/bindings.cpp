@@ -185,7 +185,8 @@ PYBIND11_MODULE(MCLD_MODULE, module) {
   module.def("info", &mcld::info,
              "The contents of this build: version, compiler, cuda, architectures, and whether the Hopper kernels are in.");
   module.attr("constants") = mcld::constants();
-  py::register_exception<mcld::CudaError>(module, "CudaError", PyExc_RuntimeError);
+  // Local: another module of these kernels in the process, as the tests' is, raises its own.
+  py::register_local_exception<mcld::CudaError>(module, "CudaError", PyExc_RuntimeError);
   module.def("driver_version", &mcld::driver,
              "The newest CUDA that the driver runs, (major, minor); None without a driver.");
   mcld::bind_plan(module);

@@ -53,18 +53,21 @@ class GradBuffer:
     def __init__(self, logits: Tensor, needed: bool):
         self.needed = needed
         self.is_written = False  # the next contrast adds
-        self._buffer = (
-            torch.empty(logits.shape, dtype=grad_dtype(logits.dtype), device=logits.device) if needed else None
-        )
+        self._logits = logits
+        self._buffer: Tensor | None = None  # made when it is first written: candidates' chunks are gone by then
 
     def view(self, transposed: bool) -> Tensor:
         """The buffer (n, d) as a contrast sees it: transposed for the columns of the logits."""
-        assert self._buffer is not None
+        if self._buffer is None:
+            dtype = grad_dtype(self._logits.dtype)
+            self._buffer = torch.empty(self._logits.shape, dtype=dtype, device=self._logits.device)
         return self._buffer.T if transposed else self._buffer
 
     def result(self) -> Tensor | None:
         """The gradient; None if it is not needed, zeros if no contrast has written it."""
-        return self._buffer.zero_() if self._buffer is not None and not self.is_written else self._buffer
+        if not self.needed or self.is_written:
+            return self._buffer
+        return self.view(False).zero_()
 
 
 @dataclass(slots=True, kw_only=True)

@@ -30,9 +30,23 @@ _SHIFT_RANGE_DEFAULT = 80.0
 Positives = Literal["diagonal", "label"]
 
 
-def slices(n: int, step: int) -> list[slice]:
-    """Consecutive slices of at most ``step`` that cover range(n)."""
-    return [slice(start, min(start + step, n)) for start in range(0, n, step)]
+def slices(n: int, step: int, first: int = 0) -> list[slice]:
+    """Consecutive slices of at most ``step`` that cover range(first, n)."""
+    return [slice(start, min(start + step, n)) for start in range(first, n, step)]
+
+
+# Rows that several operations change one after another: so many numbers stay in a CPU's caches, and in memory that
+# malloc keeps, since the first touch of a new page costs as much as the arithmetic on it.
+_PART_NUMBERS = 1 << 18
+_PART_COLUMNS = 256  # of logits, where they are the rows: a part then reads runs of so many numbers
+
+
+def _cpu_parts(x: Tensor, first: int, stop: int) -> list[slice]:
+    """Parts of the rows of x (n, d), from ``first`` to ``stop``, for which the operations of a step run in turn."""
+    step = max(1, _PART_NUMBERS // x.shape[1])
+    if x.stride(1) != 1:
+        step = max(_PART_COLUMNS, step)
+    return slices(stop, step, first)
 
 
 def has_fixed_shift(operand_dtype: torch.dtype, temperature: float) -> bool:
@@ -41,6 +55,14 @@ def has_fixed_shift(operand_dtype: torch.dtype, temperature: float) -> bool:
     Similarities lie in [-1 / temperature, 1 / temperature], so exponentials span at most exp(2 / temperature).
     """
     return 2 / temperature <= _SHIFT_RANGE.get(operand_dtype, _SHIFT_RANGE_DEFAULT)
+
+
+def is_in_memory(*tensors: Tensor | None) -> bool:
+    """True where the memory of all tensors holds their numbers.
+
+    That of a negated view (a conjugate's imaginary part) holds the negated numbers; lazy zeros have none.
+    """
+    return not any(x is not None and (x.is_neg() or x._is_zerotensor()) for x in tensors)
 
 
 def projection_coefficient(gradient: Tensor, unit: Tensor) -> Tensor:
@@ -165,7 +187,10 @@ class AnchorPassArgs:
 
 @dataclass(slots=True, kw_only=True)
 class LossInputs:
-    """Student logits (n, C) and teacher logits (m, C), both non-empty; n = m except for a part of a batch."""
+    """Student logits (n, C) and teacher logits (m, C), both non-empty; n = m except for a part of a batch.
+
+    Its tensors hold their numbers in memory: kernels read them by their addresses.
+    """
 
     student: Tensor
     teacher: Tensor
@@ -182,9 +207,19 @@ class LossInputs:
     acc_dtype: torch.dtype = field(init=False)  # of sums and of the loss
 
     def __post_init__(self) -> None:
+        given = self.student, self.teacher, self.target, self.weight, self.teacher_target, *self.extra.values()
+        if not is_in_memory(*given):
+            self._copy_into_memory()
         student, teacher = self.student.dtype, self.teacher.dtype
         self.dtype = student if student == teacher else torch.promote_types(student, teacher)
         self.acc_dtype = acc_dtype(self.dtype)
+
+    def _copy_into_memory(self) -> None:
+        self.student, self.teacher = self.student.clone(), self.teacher.clone()
+        for name in ("target", "weight", "teacher_target"):
+            x = getattr(self, name)
+            setattr(self, name, None if x is None else x.clone())
+        self.extra = {name: None if x is None else x.clone() for name, x in self.extra.items()}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -307,9 +342,22 @@ class KernelSet:
         """Divide the rows of a view x (n, d) of any strides by their L2 norm."""
         acc = torch.promote_types(torch.promote_types(x.dtype, operand_dtype), torch.float32)
         # Not vector_norm: over the columns of a large batch it sums serially, at thirty times the rounding error.
-        norm = x.to(acc).square().sum(1).sqrt()
-        inv_norm = torch.where(norm <= eps, 0.0, 1 / torch.where(norm.isinf(), torch.nan, norm))
-        return UnitRows(rows=(x * inv_norm[:, None]).to(operand_dtype), inv_norm=inv_norm, n=x.shape[0], d=x.shape[1])
+        parts = [slice(0, x.shape[0])] if not x.is_cpu or x.numel() <= _PART_NUMBERS else _cpu_parts(x, 0, x.shape[0])
+        # A part of columns would be written in pieces.
+        by_parts = len(parts) > 1 and x.stride(1) == 1
+        rows = torch.empty_like(x, dtype=operand_dtype) if by_parts else None
+        inv_norms = []
+        for part in parts:
+            norm = x[part].to(acc).square().sum(1).sqrt()
+            inv_norm = torch.where(norm <= eps, 0.0, 1 / torch.where(norm.isinf(), torch.nan, norm))
+            inv_norms.append(inv_norm)
+            if rows is not None:
+                torch.mul(x[part], inv_norm[:, None], out=rows[part])
+        if len(parts) > 1:
+            inv_norm = torch.cat(inv_norms)
+        if rows is None:
+            rows = (x * inv_norm[:, None]).to(operand_dtype)
+        return UnitRows(rows=rows, inv_norm=inv_norm, n=x.shape[0], d=x.shape[1])
 
     def operand_shape(self, n: int, d: int, operand_dtype: torch.dtype) -> tuple[int, int]:
         """The shape of operands (n, d) with their padding."""
@@ -346,7 +394,8 @@ class KernelSet:
         wide = torch.float64 if device.type in ("cpu", "cuda") else unit.inv_norm.dtype
         means = torch.empty(counts.shape[0], unit.d, dtype=unit.inv_norm.dtype, device=device)
         divisor = counts.clamp(min=1)[:, None]
-        for part in slices(unit.d, max(1, self.tuning.chunk_bytes // (unit.n * wide.itemsize))):
+        budget = self.tuning.chunk_bytes // (8 if device.type == "cpu" else 1)  # in memory that malloc keeps
+        for part in slices(unit.d, max(1, budget // (unit.n * wide.itemsize))):
             rows = unit.rows[:, part].to(wide).contiguous()
             means[:, part] = F.embedding_bag(labels.order, rows, labels.starts[:-1], mode="sum") / divisor
         return means
@@ -360,7 +409,8 @@ class KernelSet:
         acc, device = anchors.inv_norm.dtype, anchors.rows.device
         positive = torch.empty(anchors.n, dtype=acc, device=device)
         label_positive = positive if means is None else torch.empty_like(positive)
-        for rows in slices(anchors.n, max(1, self.tuning.chunk_bytes // (4 * anchors.d * acc.itemsize))):
+        most = _PART_NUMBERS if anchors.rows.is_cpu else self.tuning.chunk_bytes // (4 * acc.itemsize)
+        for rows in slices(anchors.n, max(1, most // anchors.d)):
             x = anchors.rows[rows].to(acc)
             if 0 <= rows.start + offset and rows.stop + offset <= candidates.n:
                 positive[rows] = (x * candidates.rows[rows.start + offset : rows.stop + offset]).sum(1)
@@ -415,27 +465,29 @@ class KernelSet:
 
     def grad_epilogue(self, args: GradEpilogueArgs) -> None:
         """Write, or add, the gradient by some rows of the logits."""
-        rows, unit, c = args.rows, args.unit, args.coefficients
-        product, out, acc = args.product[:, : unit.d], args.out, args.product.dtype
-        g = product.mul_(c.product[:, None])
-        # Rows first to last have a partner.
-        first = min(max(rows.start, -args.offset), rows.stop)
-        last = max(first, min(rows.stop, args.partner.n - args.offset))
-        paired = slice(first - rows.start, last - rows.start)
-        partner = args.partner.rows[first + args.offset : last + args.offset].to(acc)
-        pull = -c.partner[paired] if c.class_mean is None else c.class_mean[paired] - c.partner[paired]
-        g[paired].addcmul_(partner, pull[:, None])
-        if c.class_mean is not None and args.class_means is not None and args.class_index is not None:
-            g.addcmul_(args.class_means[args.class_index[rows]], -c.class_mean[:, None])
-        x = unit.rows[rows].to(acc)
-        g.addcmul_(x, -projection_coefficient(g, x)[:, None])
-        inv_norm = unit.inv_norm[rows, None]
-        if args.accumulate:
-            out[rows].addcmul_(g, inv_norm) if out.dtype == acc else out[rows].add_(g.mul_(inv_norm))
-        elif out.dtype == acc:
-            torch.mul(g, inv_norm, out=out[rows])
-        else:
-            out[rows] = g.mul_(inv_norm)
+        unit, c, out, acc = args.unit, args.coefficients, args.out, args.product.dtype
+        is_whole = not out.is_cpu or args.product.numel() <= _PART_NUMBERS
+        for rows in [args.rows] if is_whole else _cpu_parts(out, args.rows.start, args.rows.stop):
+            own = slice(rows.start - args.rows.start, rows.stop - args.rows.start)
+            g = args.product[own, : unit.d].mul_(c.product[own, None])
+            # Rows first to last have a partner.
+            first = min(max(rows.start, -args.offset), rows.stop)
+            last = max(first, min(rows.stop, args.partner.n - args.offset))
+            partner = args.partner.rows[first + args.offset : last + args.offset].to(acc)
+            paired = slice(first - args.rows.start, last - args.rows.start)
+            pull = -c.partner[paired] if c.class_mean is None else c.class_mean[paired] - c.partner[paired]
+            g[first - rows.start : last - rows.start].addcmul_(partner, pull[:, None])
+            if c.class_mean is not None and args.class_means is not None and args.class_index is not None:
+                g.addcmul_(args.class_means[args.class_index[rows]], -c.class_mean[own, None])
+            x = unit.rows[rows].to(acc)
+            g.addcmul_(x, -projection_coefficient(g, x)[:, None])
+            inv_norm = unit.inv_norm[rows, None]
+            if args.accumulate:
+                out[rows].addcmul_(g, inv_norm) if out.dtype == acc else out[rows].add_(g.mul_(inv_norm))
+            elif out.dtype == acc:
+                torch.mul(g, inv_norm, out=out[rows])
+            else:
+                out[rows] = g.mul_(inv_norm)
 
 
 class _SelfContrast:

@@ -326,7 +326,29 @@ def _define(name: str, arguments: str, implementation: Callable[..., Outputs], f
     for key in ("CPU", "CUDA"):
         _LIBRARY.impl(name, implementation, key)
     torch.library.register_fake(f"mcld_kernels::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.mcld_kernels, name).default
+    operator = getattr(torch.ops.mcld_kernels, name).default
+
+    def vmap(*args: Any) -> Any:
+        return _one_by_one(operator, *args)
+
+    # PyTorch without a rule does the same, with a warning.
+    torch.library.register_vmap(f"mcld_kernels::{name}", vmap, lib=_LIBRARY)
+    return operator
+
+
+def _one_by_one(
+    function: Callable[..., Outputs], info: Any, in_dims: tuple[Any, ...], *args: Any
+) -> tuple[Outputs, tuple[int, ...]]:
+    """The rule of ``function`` for torch.func.vmap: one call for each problem of the batch."""
+    results = []
+    for i in range(info.batch_size):
+        taken = (
+            arg.select(dim, i) if isinstance(arg, Tensor) and dim is not None else arg
+            for arg, dim in zip(args, in_dims, strict=True)
+        )
+        results.append(function(*taken))
+    loss, terms, student_grad, teacher_grad = (torch.stack(parts) for parts in zip(*results, strict=True))
+    return (loss, terms, student_grad, teacher_grad), (0, 0, 0, 0)
 
 
 def _facts(kernels: KernelSet, inputs: LossInputs) -> dict[str, Any]:
@@ -519,6 +541,7 @@ class _TransformableLoss(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
         ctx.save_for_forward(*_save(ctx, _Call.of(*inputs), output))
+        ctx.loss_dtype = output[0].dtype
         ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
@@ -536,7 +559,9 @@ class _TransformableLoss(torch.autograd.Function):
         parts = []
         for gradient, dtype, index in zip(gradients, ctx.dtypes, (1, 2, 4), strict=True):
             if dtype is not None and tangents[index] is not None:
-                product = NoSecondDerivative.apply(gradient, student, teacher, weight) * tangents[index]
+                product = (
+                    NoSecondDerivative.apply(gradient, student, teacher, weight).to(ctx.loss_dtype) * tangents[index]
+                )
                 if ctx.is_per_anchor:
                     parts.append(product.sum(1) if product.ndim == 2 else product)
                 else:
@@ -544,14 +569,5 @@ class _TransformableLoss(torch.autograd.Function):
         return sum(parts[1:], parts[0]), None, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Outputs, tuple[int, ...]]:
-        """One call for each problem of the batch."""
-        results = []
-        for i in range(info.batch_size):
-            taken = (
-                arg.select(dim, i) if isinstance(arg, Tensor) and dim is not None else arg
-                for arg, dim in zip(args, in_dims, strict=True)
-            )
-            results.append(_TransformableLoss.apply(*taken))
-        loss, terms, student_grad, teacher_grad = (torch.stack(parts) for parts in zip(*results, strict=True))
-        return (loss, terms, student_grad, teacher_grad), (0, 0, 0, 0)
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Outputs, tuple[int, ...]]:
+        return _one_by_one(_TransformableLoss.apply, info, in_dims, *args)

@@ -433,7 +433,7 @@ class TestMdistiller:
         code = page.split("## mdistiller")[1].split("```python\n")[1].split("```")[0]
         exec(code, {"MCLDLoss": MCLDLoss})
         distiller = distiller_dict["MCLD"](*small_models())
-        assert distiller.loss.temperature == (0.2, 0.2, 0.2) and distiller.loss.warmup == 20
+        assert distiller.loss.temperature == (0.5, 0.5, 0.5) and distiller.loss.warmup == 20
 
     def test_another_loss_is_one_method(self, distiller_dict):
         class KD(distiller_dict["MCLD"]):

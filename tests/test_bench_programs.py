@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import test_bench
+import test_bench_cases
 import torch
 from rich.console import Console
-from test_bench import printed, provider
+from test_bench_cases import printed, provider
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # bench is not installed
 
@@ -71,7 +71,7 @@ class TestReport:
         text = printed(rows, rows, rows)
         assert text.count("no CUDA device") == 1 and text.count("torch") == 3
 
-    def test_a_new_reason_isprinted(self):
+    def test_a_new_reason_is_printed(self):
         first = measure.Row(self.case, "sdpa", reason="too wide")
         assert "too large" in printed([first], [measure.Row(self.case, "sdpa", reason="too large")])
 
@@ -177,9 +177,9 @@ def test_a_plot_of_nothing_is_no_file(tmp_path):
 
 
 def test_a_row_that_is_not_finite_is_written_as_null(tmp_path):
-    case = test_bench.TestCaseRun.case
+    case = test_bench_cases.TestCaseRun.case
     wrong = provider("wrong", lambda: (torch.full((), float("nan")), torch.full((40, 12), float("nan"))))
-    rows = measure.CaseRun(case, [wrong], test_bench.TestCaseRun.plan).run()
+    rows = measure.CaseRun(case, [wrong], test_bench_cases.TestCaseRun.plan).run()
     report.write_json(tmp_path / "a.json", {"rows": [row.record() for row in rows]})
     row = json.loads((tmp_path / "a.json").read_text(), parse_constant=lambda name: pytest.fail(name))["rows"][0]
     assert row["status"] == "FAILED" and row["gate"]["error"]["loss"] is None

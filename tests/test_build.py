@@ -282,8 +282,9 @@ def test_asking_for_an_architecture_that_nvcc_does_not_know_is_an_error(tree):
 def test_a_failing_cuda_compile_is_an_error_in_the_compilers_words(tree):
     message = 'kernel.cu(3): error: expected a ")reason"'
     nvcc = fake_nvcc(tree / "bin", 80, fails_with=f"ptxas info    : Used 40 registers\n{message}\nand more\nof it")
-    done = build_ext(tree, CUDACXX=str(nvcc), MCLD_BUILD_CUDA="1", MCLD_CUDA_ARCHS="8.0")
+    done = build_ext(tree, CUDACXX=str(nvcc), CUDA_HOME="/usr/local/gone", MCLD_BUILD_CUDA="1", MCLD_CUDA_ARCHS="8.0")
     assert done.returncode != 0
+    assert "CUDA_HOME=/usr/local/gone is not used" in done.stdout
     report = done.stderr.partition("The first error:")[2]
     assert report.strip().startswith(message) and "of it" in report, done.stdout + done.stderr
     assert "registers" not in report

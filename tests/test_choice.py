@@ -113,14 +113,27 @@ class TestAutoWithoutFusedKernels:
 
 
 def test_triton_interpret_set_too_late_says_so():
-    """Triton reads it when the kernels are defined."""
+    """Triton reads it when its own functions are defined, and then when the kernels are."""
     pytest.importorskip("triton", reason="triton is not installed")
     code = """
-import os, torch, mcld_kernels
+import os, torch, triton, mcld_kernels
+x = torch.zeros(2, 2)
+
+def set_late():
+    os.environ["TRITON_INTERPRET"] = "1"
+    print(mcld_kernels.backends.explain(x, x)["triton"])
+    try:
+        mcld_kernels.mcld_loss(x, x, weight=(1, 0, 0), backend="triton")
+    except mcld_kernels.backends.BackendUnavailable as error:
+        print(error)
+
+set_late()
+del os.environ["TRITON_INTERPRET"]
 from mcld_kernels.backends.triton import flash
-os.environ["TRITON_INTERPRET"] = "1"
-print(mcld_kernels.backends.explain(torch.zeros(2, 2), torch.zeros(2, 2))["triton"])
+set_late()
 """
     environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environ)
-    assert "TRITON_INTERPRET was set after the kernels had been imported" in done.stdout
+    for earlier in ("triton", "the kernels"):
+        assert done.stdout.count(f"TRITON_INTERPRET was set after {earlier} had been imported") == 2
+    assert done.stdout.count("set it before anything imports triton") == 4

@@ -64,24 +64,24 @@ MEMORY = {
     "shift_of_all_bits": "shift exponent 32 is too large",
 }
 
-# Tests of these files, as -k selects them: every kernel in every precision, sizes
-# that no tile divides, and the options that change what is read. CONTRIBUTING.md has the command for all of them.
+# Tests of these files, as -k selects them: every kernel in every precision, sizes that no tile divides, and the options
+# that change what is read. Two halves, since a process takes seconds to start. CONTRIBUTING.md has the command for all.
 FILES = "test_csrc_host.py", "test_hopper.py", "test_csrc_rows.py", "test_csrc_steps.py"
 KERNELS = {
-    "flash": "(test_splits_of_flash and (0.1-5 or 0.02-2)) or test_the_largest_rows_of_flash or test_flash"
+    "flash and small": "(test_splits_of_flash and (0.1-5 or 0.02-2)) or test_the_largest_rows_of_flash or test_flash"
     " or (test_shapes and flash and (1-7 or 7-5 or 65-130))"
     " or (test_options and flash and (masked-symmetric or masked-teacher or cold-symmetric))"
-    " or (test_float32_matmul_precision and flash)",
+    " or (test_float32_matmul_precision and flash)"
+    " or test_labels_are_indexed or test_loss_epilogue or test_reduce_terms or test_grad_epilogue"
+    " or test_normalize"
+    " or test_low_latency_edges or test_low_latency_bad_labels or (test_low_latency_options and 7-5)"
+    " or test_precisions_differ or test_mixed_dtypes or test_strides_and_alignment"
+    " or test_anchors_against_more_candidates",
     "two products": "test_similarity or test_sums_alone or test_the_backend_takes_them"
     " or (test_shapes and two and (1-7 or 7-5 or 65-130))"
     " or (test_options and two and (masked-teacher or cold-symmetric))"
     " or (test_chunks_and_large_tiles and symmetric) or test_a_split_contraction"
     " or (test_float32_matmul_precision and two)",
-    "small": "test_labels_are_indexed or test_loss_epilogue or test_reduce_terms or test_grad_epilogue"
-    " or test_normalize"
-    " or test_low_latency_edges or test_low_latency_bad_labels or (test_low_latency_options and 7-5)"
-    " or test_precisions_differ or test_mixed_dtypes or test_strides_and_alignment"
-    " or test_anchors_against_more_candidates",
 }
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sysconfig
 from pathlib import Path
 
+import csrc_host
 import pytest
 import torch
 
@@ -56,6 +57,8 @@ def test_module_does_not_offer_its_cuda_runtime_to_others(module):
 def test_a_launch_without_a_device_is_an_error_that_names_the_call(module):
     if torch.cuda.is_available():
         pytest.skip("needs a machine without a CUDA device")
+    if csrc_host.compiler() is not None:
+        csrc_host.load()  # a module that has a CudaError of its own
     names = ("products", "split_maxima", "row_maxima", "out", "rows", "padded_rows", "pitch")
     arguments = dict.fromkeys(names, 0)
     with pytest.raises(module.CudaError, match=r"cudaGetDevice\(.*\) failed: cudaError\w+ \(.*\) at .*checks.cu:\d+"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,25 @@ def test_an_issue_asks_for_what_info_prints():
 
 def test_the_workflow_runs_what_a_change_must_pass():
     assert "bash .ci/run" in (ROOT / ".github/workflows/ci.yml").read_text()
+
+
+def test_an_install_requires_what_the_package_imports_and_nothing_else():
+    """Imports outside of functions; Triton and NumPy, in one folder, are asked for by an extra."""
+    package = ROOT / "mcld_kernels"
+    statements = [
+        node
+        for path in package.rglob("*.py")
+        if "triton" not in path.relative_to(package).as_posix()
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+    ]
+    imported = {alias.name.split(".")[0] for node in statements if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {
+        str(node.module).split(".")[0] for node in statements if isinstance(node, ast.ImportFrom) and not node.level
+    }
+    required = re.search(r"^dependencies = (\[.*\])$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert required is not None
+    names = {re.split(r"[<>=!~; ]", text)[0] for text in ast.literal_eval(required[1])}
+    assert names == {name for name in imported - set(sys.stdlib_module_names) if name != "mcld_kernels"}
 
 
 def test_a_kernel_that_is_no_template_is_compiled_once():

@@ -73,6 +73,24 @@ def test_a_wrong_loss_gets_no_time(monkeypatch):
     assert "times what is allowed" in rows["torch"].reason and rows["reference"].status == measure.OK
 
 
+def test_a_large_batch_is_checked_on_its_first_images_and_timed_by_one_round(monkeypatch):
+    seen = []
+    correct = steps.loss_of
+
+    def watched(variant, case):
+        loss, extra = correct(variant, case)
+        return lambda s, t, y: seen.append(len(y)) or loss(s, t, y), extra
+
+    monkeypatch.setattr(steps, "loss_of", watched)
+    plan = measure.Plan(CPU, rounds=3, seconds=0.0, least=1, gate_batch=16)
+    rows = steps.StepRun(CASE, MLP, [steps.WITHOUT, "torch"], plan).run()
+    assert seen == [16, 48, 48]  # the gate, the first call, the only round
+    record = rows[1].record()
+    assert record["gate"]["batch"] == 16 and record["gate"]["passed"] and record["step_time"]["rounds"] == 1
+    whole = measure.Plan(CPU, rounds=3, seconds=0.0)
+    assert steps.predicted_seconds(CASE, MLP, 2, plan, 1e9) < steps.predicted_seconds(CASE, MLP, 2, whole, 1e9)
+
+
 def test_what_does_not_fit_is_not_tried(monkeypatch):
     monkeypatch.setattr(memory, "available", lambda device: 3 << 30)
     case = cases.Case(48, 20)

@@ -312,11 +312,12 @@ class TestOutput:
         assert run(tmp_path / "file" / "folder", *quick)[0] == Exit.OUTPUT
         assert "the output cannot be written" in capsys.readouterr().out
 
-    def test_a_full_disk_is_one_message(self, quick, tmp_path, capsys, monkeypatch):
+    @pytest.mark.parametrize("method", ["write_text", "write_bytes"], ids=["results", "teacher"])
+    def test_a_full_disk_is_one_message(self, method, quick, tmp_path, capsys, monkeypatch):
         def full(*rest, **more):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(report.Path, "write_text", full)
+        monkeypatch.setattr(report.Path, method, full)
         assert run(tmp_path, *quick)[0] == Exit.OUTPUT
         assert "No space left on device" in capsys.readouterr().out
 

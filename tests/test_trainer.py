@@ -114,14 +114,14 @@ class TestSettings:
             models.create(made.student, "student", classes=made.data.classes, channels=3)
         losses.Distillation(made.loss, smoothing=made.augment.smoothing)
         if "-4096" in path.name or "-16384" in path.name:
-            assert str(made.batch) in path.name and re.search("[Ll]inear|square-root", text)
+            assert str(made.batch) in path.name and re.search("[Ll]inear|[Ss]quare[- ]root", text)
             assert made.optimizer.scaling in ("linear", "sqrt") and made.schedule.warmup_epochs >= 5
 
     @pytest.mark.parametrize(
         ("recipe", "rate"),
         [("imagenet-r34-r18", 0.2), ("imagenet-r34-r18-4096", 1.6), ("imagenet-r34-r18-16384", 0.005 * 8**0.5),
          ("imagenet-vit", 1e-3), ("imagenet-vit-4096", 4e-3), ("imagenet-vit-16384", 0.004 * 8**0.5),
-         ("cifar100-resnet32x4-resnet8x4", 0.05)],
+         ("cifar100-resnet32x4-resnet8x4", 0.05), ("cifar100-resnet32x4-resnet8x4-4096", 0.4)],
     )  # fmt: skip
     def test_the_rate_of_a_recipe_is_scaled_as_its_text_says(self, recipe, rate):
         changes = ["data.root=/data", "student.name=tiny-cnn", "student.options={}", "data.image_size=8"]

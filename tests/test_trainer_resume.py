@@ -49,8 +49,6 @@ EVERYTHING = {
 def test_a_run_killed_within_an_epoch_and_resumed_ends_bitwise_as_an_undisturbed_one(size, tmp_path):
     data = {"source": "digits", "channels": 1, "classes": 10, "workers": 1 if size == 1 else 0, "validation": ""}
     changes = merged(EVERYTHING, {"data": data, "batch": 128, "steps": 17})
-    if size > 1:  # soft labels and a queue over ranks are the reference's alone
-        changes["loss"]["options"]["backend"] = "reference"
     config = write_config(tmp_path, **changes)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     arguments = ["--config", str(config), "--output"]

@@ -143,7 +143,7 @@ class TestARunFolder:
             "checkpoint": {"every_steps": 2, "keep": 3},
         }  # fmt: skip
         config = write_config(folder, **changes)
-        assert run(config, folder / "out", "--loss-option", "warmup=2", "--profile", "2") == 0
+        assert run(config, folder / "out", "--loss-option", "warmup=2", "--profile", "2", curves=True) == 0
         return folder / "out"
 
     def test_it_has_settings_versions_commit_and_machine(self, done):
@@ -286,6 +286,11 @@ class TestAnEnd:
         (tmp_path / "file").write_text("")
         assert run(write_config(tmp_path), tmp_path / "file" / "out") == Exit.OUTPUT
         assert "the run folder cannot be written" in " ".join(capsys.readouterr().out.split())
+
+    def test_more_threads_than_the_machine_can_start_are_refused(self, tmp_path, capsys):
+        assert run(write_config(tmp_path, threads=100_000), tmp_path / "out") == Exit.USAGE
+        assert "threads must be at most" in " ".join(capsys.readouterr().out.split())
+        assert not (tmp_path / "out").exists()
 
 
 def test_cached_logits_are_computed_once_and_train_the_same_student(tmp_path, monkeypatch):

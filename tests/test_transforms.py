@@ -118,6 +118,16 @@ class TestTransforms:
             result = forward_ad.unpack_dual(fast(forward_ad.make_dual(student, direction)))
         close(result.tangent, want[1])
 
+    def test_the_tangent_of_16_bit_logits_has_the_dtype_of_the_loss(self):
+        student, teacher = (x.bfloat16() for x in logits("random", 9, 7))
+
+        def of(s):
+            return mcld_loss(s, teacher, labels(9, 7), backend="torch")
+
+        loss, tangent = jvp(of, (student,), (torch.ones_like(student),))
+        assert loss.dtype == tangent.dtype == torch.float32
+        torch.testing.assert_close(tangent, grad(of)(student).float().sum())
+
     def test_forward_mode_by_teacher_and_weights(self):
         student, teacher = logits("random", 9, 7)
         target, weight = labels(9, 7), torch.tensor([1.0, 0.5, 2.0], dtype=torch.float64)
@@ -137,6 +147,17 @@ class TestTransforms:
         close(vmap(fast)(batch), torch.stack([slow(x) for x in batch]))
         close(vmap(grad(fast))(batch), torch.stack([grad(slow)(x) for x in batch]))
         close(vmap(fast, in_dims=1)(batch.transpose(0, 1)), vmap(fast)(batch))
+
+    def test_vmap_warns_of_nothing(self, capfd, recwarn):
+        """PyTorch has no rule for operators that it does not know, and says so on stderr or by a warning."""
+        student, teacher = (torch.stack([x, x.flip(0)]) for x in logits("random", 4, 3))
+        each = torch.stack([kd_loss(x, y) for x, y in zip(student, teacher, strict=True)])
+        close(vmap(kd_loss)(student, teacher), each)
+        by_candidates = grad(lambda y, x: mcld_kernels.info_nce(x, y, reduction="none").square().sum())
+        each = torch.stack([by_candidates(y, x) for x, y in zip(student, teacher, strict=True)])
+        close(vmap(by_candidates)(teacher, student), each)
+        assert not recwarn.list
+        assert not capfd.readouterr().err
 
 
 class TestCompile:

@@ -52,11 +52,14 @@ def write_config(folder: Path, **changes: object) -> Path:
     return path
 
 
-def run(config: Path, output: Path, *more: str) -> int:
-    """One run in this process."""
-    from trainer import program
+def run(config: Path, output: Path, *more: str, curves: bool = False) -> int:
+    """One run in this process. Drawing curves.png takes three quarters of so small a run."""
+    from trainer import program, record
 
-    return program.main(["--config", str(config), "--output", str(output), *more])
+    with pytest.MonkeyPatch.context() as patch:
+        if not curves:
+            patch.setattr(record, "plot", lambda path, own: None)
+        return program.main(["--config", str(config), "--output", str(output), *more])
 
 
 def results(output: Path) -> dict:
@@ -147,8 +150,9 @@ def _rank(rank: int, size: int, port: int, arguments: list[str], signal_at: tupl
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         }  # fmt: skip
     import torch
-    from trainer import engine, program
+    from trainer import engine, program, record
 
+    record.plot = lambda path, own: None  # as in run()
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # workers of the loader need not import everything again
     if signal_at is not None:

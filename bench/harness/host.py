@@ -13,6 +13,7 @@ import ctypes
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ import mcld_kernels
 from mcld_kernels import backends, ops, options, replay
 from mcld_kernels.backends import gemm
 from mcld_kernels.backends.cuda import extension
+
+from . import profiling
 
 TESTS = Path(__file__).resolve().parents[2] / "tests"
 # Few classes: the host's cost does not depend on them, and a CPU has not the speed for the one operation that does.
@@ -62,12 +65,17 @@ CASES = (
 
 
 def keep_freed_memory() -> None:
-    """Let malloc keep what is freed, as a GPU's allocator does, instead of mapping large tensors anew at every call."""
-    mmap_threshold, trim_threshold, largest = -3, -1, 2**31 - 1  # of mallopt
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_threshold, largest)
-        libc.mallopt(trim_threshold, largest)
+    """Let malloc keep what is freed, as a GPU's allocator does, instead of mapping large tensors anew at every call.
+
+    By M_MMAP_MAX = 0: glibc may refuse an M_MMAP_THRESHOLD above 32 MiB, as its manual says, and tensors are larger.
+    Then all memory comes from the heap, and M_TRIM_THRESHOLD = -1 keeps the end of the heap too.
+    """
+    mmap_max, trim_threshold = (-4, 0), (-1, -1)  # of mallopt, with their values
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None or not all(mallopt(*setting) for setting in (mmap_max, trim_threshold)):
+        warnings.warn(
+            "malloc takes no settings here: the cost of a step includes mapping large tensors anew", stacklevel=2
+        )
 
 
 @contextlib.contextmanager
@@ -190,7 +198,7 @@ def table(costs: Sequence[HostCost]) -> str:
 def count(step: Callable[[], object]) -> dict[str, int]:
     """Operations that a step dispatches, by PyTorch's profiler; it runs the step twice, unobserved and observed."""
     step()
-    with torch.autograd.profiler.profile() as recorded:
+    with profiling.without_notes(), torch.autograd.profiler.profile() as recorded:
         step()
     events = [event for event in recorded.function_events if event.name.startswith("aten::")]
     outer = [event for event in events if event.cpu_parent is None or not event.cpu_parent.name.startswith("aten::")]

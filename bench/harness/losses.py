@@ -69,7 +69,7 @@ def _mcld_flop(case: Case) -> int:
 
 
 # (B, B) matrices that the eager reference holds at its peak, by (instance, sample), and (C, C) ones; counted from
-# measured peaks at B = 2048 (torch 2.13, CPU), which tests/test_bench.py repeats at a smaller size.
+# measured peaks at B = 2048 (torch 2.13, CPU), which tests/test_bench_cases.py repeats at a smaller size.
 _ROW_MATRICES = {
     (True, False): (2.5, 5.0),
     (False, True): (4.5, 5.0),

@@ -30,6 +30,8 @@ class Plan:
     seconds: float = 60.0  # for the timing of one case
     cold: bool = False
     graph: bool = True
+    least: int = timing.MIN_ROUNDS  # rounds that are taken whatever they cost
+    gate_batch: int | None = None  # rows of the gate in a training step; None: all of them
 
 
 @dataclass

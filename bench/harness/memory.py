@@ -21,6 +21,8 @@ import psutil
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from . import profiling
+
 
 def peak_extra(step: Callable[[], object], device: torch.device) -> dict[str, int | None]:
     """Bytes that ``step`` takes beyond those held before it, results included: by the allocator, and resident."""
@@ -38,7 +40,10 @@ def peak_extra(step: Callable[[], object], device: torch.device) -> dict[str, in
 
 def _allocations(step: Callable[[], object]) -> list[int]:
     """Allocations (bytes) and releases (minus bytes) of PyTorch's CPU allocator during the step, in order."""
-    with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with (
+        profiling.without_notes(),
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded,
+    ):
         step()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "trace.json")
@@ -50,20 +55,6 @@ def _allocations(step: Callable[[], object]) -> list[int]:
         if event.get("name") == "[memory]" and event["args"].get("Device Type") == 0
     )
     return [change for _, _, change in changes]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence stderr of native code: the profiler notes its start and stop there, through the progress bar."""
-    saved = os.dup(2)
-    nothing = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nothing, 2)
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(nothing)
-        os.close(saved)
 
 
 def _resident_peak(step: Callable[[], object]) -> int | None:

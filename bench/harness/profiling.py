@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 STEPS = 3
+
+
+@contextlib.contextmanager
+def without_notes() -> Iterator[None]:
+    """Drop the lines on stderr by which the profiler's library notes its start and stop; others come at the end.
+
+    Its own KINETO_LOG_LEVEL would drop errors too, whose level is lower.
+    """
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with tempfile.TemporaryFile() as written:
+        os.dup2(written.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(saved, 2)
+            os.close(saved)
+            written.seek(0)
+            for line in written:
+                if not line.startswith(b"USDT:"):
+                    os.write(2, line)
 
 
 def profile_step(step: Callable[[], object], device: torch.device, folder: Path, name: str) -> str:
@@ -19,7 +45,7 @@ def profile_step(step: Callable[[], object], device: torch.device, folder: Path,
         activities.append(ProfilerActivity.CUDA)
         sort = "self_cuda_time_total"
     step()
-    with profile(activities=activities, record_shapes=True, profile_memory=True) as recorded:
+    with without_notes(), profile(activities=activities, record_shapes=True, profile_memory=True) as recorded:
         for _ in range(STEPS):
             step()
         if device.type == "cuda":

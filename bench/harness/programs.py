@@ -13,7 +13,16 @@ from pathlib import Path
 
 from mcld_kernels.calibrate import EXIT_CODES, Exit
 
-__all__ = ["EXIT_CODES", "Exit", "FolderInUse", "claimed", "make_output_printable", "positive", "threads"]
+__all__ = [
+    "EXIT_CODES",
+    "Exit",
+    "MOST_THREADS",
+    "FolderInUse",
+    "claimed",
+    "make_output_printable",
+    "positive",
+    "threads",
+]
 
 MOST_THREADS = 4 * (os.cpu_count() or 1)  # OpenMP crashes when it cannot start the threads that it is told to
 

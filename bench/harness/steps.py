@@ -13,7 +13,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +143,7 @@ class StepRow:
     status: str = NOT_RUN
     reason: str | None = None
     verdict: gate.Verdict | None = None
+    gate_batch: int | None = None  # rows that the gate saw
     step: timing.Times | None = None
     loss: timing.Times | None = None
     step_speedup: float | None = None  # eager's step over this one's, paired by the round
@@ -169,7 +170,7 @@ class StepRow:
             "variant": self.variant,
             "status": self.status,
             "reason": self.reason,
-            "gate": None if self.verdict is None else self.verdict.record(),
+            "gate": None if self.verdict is None else {**self.verdict.record(), "batch": self.gate_batch},
             "step_time": None if self.step is None else self.step.record(),
             "loss_time": None if self.loss is None else self.loss.record(),
             "share": self.share,
@@ -196,7 +197,8 @@ class StepRun:
         device = self.plan.device
         with memory.released(device):
             body = bytes_per_image(self.backbone, self.case, device) * self.case.batch
-            gate_bytes = 64 * self.case.batch * self.case.classes + (2 << 30)  # fp64 copies, and the graph of a chunk
+            images = _gate_case(self.case, self.plan).batch
+            gate_bytes = 64 * images * self.case.classes + (2 << 30)  # fp64 copies, and the graph of a chunk
             shortage = memory.shortage(int(max(body, gate_bytes)), device)
             if shortage:
                 for row in self.rows:
@@ -208,9 +210,9 @@ class StepRun:
         return self.rows
 
     def _gate(self, step: TrainingStep, body: int) -> dict[str, LossFn | None]:
-        case = self.case
-        student, teacher = (logits.detach() for logits in step.logits())
-        tensors = student, teacher, step.target
+        case = _gate_case(self.case, self.plan)
+        student, teacher = (logits.detach()[: case.batch] for logits in step.logits())
+        tensors = student, teacher, step.target[: case.batch]
         self.announce("fp64 truth")
         exact = gate.truth(case, *tensors)
         allowed: gate.Error | None = None
@@ -219,7 +221,7 @@ class StepRun:
             if row.variant == WITHOUT:
                 row.status, losses[WITHOUT] = OK, None
                 continue
-            loss_fn, extra = loss_of(row.variant, case)
+            loss_fn, extra = loss_of(row.variant, self.case)
             if row.variant != EAGER:
                 row.reason = backend_unsupported_reason(row.variant, False, student, teacher)
             row.reason = row.reason or memory.shortage(extra + body, self.plan.device)
@@ -235,7 +237,7 @@ class StepRun:
             if allowed is None:
                 of_eager = measured if row.variant == EAGER else gate.eager_error(case, *tensors, exact)
                 allowed = gate.allowed_error(case, *tensors, exact, of_eager)
-            row.verdict = gate.judge(measured, allowed)
+            row.verdict, row.gate_batch = gate.judge(measured, allowed), case.batch
             row.status = OK if row.verdict.passed else FAILED
             if row.verdict.passed:
                 losses[row.variant] = loss_fn
@@ -258,6 +260,7 @@ class StepRun:
             self.plan.seconds,
             self.case.seed,
             lambda: self.announce(f"timing, round {next(rounds)}"),
+            self.plan.least,
         )
         rows = {row.variant: row for row in self.rows if row.variant in times}
         for name, row in rows.items():
@@ -269,6 +272,11 @@ class StepRun:
                 row.step_speedup = _paired(eager.step, row.step)
                 if eager.loss is not None and row.loss is not None:
                     row.loss_speedup = _paired(eager.loss, row.loss)
+
+
+def _gate_case(case: Case, plan: measure.Plan) -> Case:
+    """The case of the gate: the first rows of the step's batch, where the plan bounds them."""
+    return replace(case, batch=min(case.batch, plan.gate_batch or case.batch))
 
 
 def _paired(eager: timing.Times, own: timing.Times) -> float:
@@ -341,17 +349,17 @@ def _cuda_sample(step: TrainingStep, loss_fn: LossFn | None, parts: list[float])
 
 
 def predicted_seconds(case: Case, backbone: Backbone, variants: int, plan: measure.Plan, gemm: float) -> float:
-    """About how long a case takes: the fp64 truth, and the rounds, of which at least three are taken."""
+    """About how long a case takes: the gate (fp64 truth and losses: some six of eager's) and the rounds."""
     body = case.batch * flop_per_image(backbone, case.classes) / gemm
-    eager = 1e-3 + 4 * case.flop / gemm
+    eager, of_gate = (1e-3 + 4 * each.flop / gemm for each in (case, _gate_case(case, plan)))
     one_round = variants * body + (variants - 1) * eager
-    return 6 * eager + one_round + min(plan.rounds * one_round, max(plan.seconds, timing.MIN_ROUNDS * one_round))
+    return 6 * of_gate + one_round + min(plan.rounds * one_round, max(plan.seconds, plan.least * one_round))
 
 
 _CSV = (
-    "batch", "classes", "dtype", "backbone", "variant", "status", "reason", "gate_ratio", "step_ms", "step_p20_ms",
-    "step_p80_ms", "loss_ms", "share", "step_speedup_over_reference", "loss_speedup_over_reference", "rounds", "steady",
-    "backbone_flop_per_image", "loss_flop_per_image", "loss",
+    "batch", "classes", "dtype", "backbone", "variant", "status", "reason", "gate_ratio", "gate_batch", "step_ms",
+    "step_p20_ms", "step_p80_ms", "loss_ms", "share", "step_speedup_over_reference", "loss_speedup_over_reference",
+    "rounds", "steady", "backbone_flop_per_image", "loss_flop_per_image", "loss",
 )  # fmt: skip
 
 
@@ -364,6 +372,7 @@ def write_csv(path: Path, records: Sequence[dict[str, Any]]) -> None:
             step, loss = record["step_time"] or {}, record["loss_time"] or {}
             flat = {
                 "gate_ratio": (record["gate"] or {}).get("ratio"),
+                "gate_batch": (record["gate"] or {}).get("batch"),
                 "step_ms": step.get("median_s"),
                 "step_p20_ms": step.get("p20_s"),
                 "step_p80_ms": step.get("p80_s"),

@@ -56,14 +56,15 @@ def interleave(
     seconds: float,
     seed: int = 0,
     progress: Callable[[], None] = lambda: None,
+    least: int = MIN_ROUNDS,
 ) -> dict[str, Times]:
-    """Times of every step over ``rounds`` rounds, fewer (never below three) where ``seconds`` are used up before."""
+    """Times of every step over ``rounds`` rounds, or as few as ``least`` once ``seconds`` are used up."""
     order = list(samples)
     shuffle = random.Random(seed).shuffle
     taken: dict[str, list[float]] = {name: [] for name in order}
     deadline = time.monotonic() + seconds
     for number in range(rounds):
-        if number >= MIN_ROUNDS and time.monotonic() > deadline:
+        if number >= least and time.monotonic() > deadline:
             break
         shuffle(order)
         for name in order:

@@ -48,6 +48,8 @@ class TorchTuning(LowLatencyTuning):
 
 
 TUNING = TorchTuning
+# The function of a low-latency path for these inputs; None where it does not apply.
+_LowLatencyPath = Callable[[LossInputs, TorchTuning], Callable[[LossInputs], LossOutputs] | None]
 
 
 class TorchKernels(KernelSet):
@@ -70,19 +72,18 @@ class TorchKernels(KernelSet):
         return TorchSelfContrast(unit, temperature, self.tuning.chunk_bytes)
 
     def mcld_low_latency(self, inputs: LossInputs) -> Callable[[LossInputs], LossOutputs] | None:
-        if self.operand_dtype(inputs.dtype) != inputs.student.dtype:
-            return None
-        return torch_low_latency.mcld(inputs, self.tuning)
+        return self._low_latency(torch_low_latency.mcld, inputs)
 
     def info_nce_low_latency(self, inputs: LossInputs) -> Callable[[LossInputs], LossOutputs] | None:
-        if self.operand_dtype(inputs.dtype) != inputs.student.dtype:
-            return None
-        return torch_info_nce.info_nce(inputs, self.tuning)
+        return self._low_latency(torch_info_nce.info_nce, inputs)
 
     def ckd_low_latency(self, inputs: LossInputs) -> Callable[[LossInputs], LossOutputs] | None:
-        if self.operand_dtype(inputs.dtype) != inputs.student.dtype:
+        return self._low_latency(torch_ckd.ckd, inputs)
+
+    def _low_latency(self, path: _LowLatencyPath, inputs: LossInputs) -> Callable[[LossInputs], LossOutputs] | None:
+        if not self.tuning.low_latency or self.operand_dtype(inputs.dtype) != inputs.student.dtype:
             return None
-        return torch_ckd.ckd(inputs, self.tuning)
+        return path(inputs, self.tuning)
 
 
 class _TorchContrast:
@@ -92,12 +93,14 @@ class _TorchContrast:
         self.args, self.without_shift = args, without_shift
         anchors, candidates = args.anchors, args.candidates
         self.acc_dtype = anchors.inv_norm.dtype
-        if args.candidate_grad:  # its product (m, d) and the anchors times their coefficients take the other half
-            budget //= 2
-        self.chunk_rows = max(1, budget // (candidates.n * self.acc_dtype.itemsize))
-        self.candidate_product = _zeros_like(candidates, self.acc_dtype) if args.candidate_grad else None
-        reverse_grad = args.reverse and args.candidate_grad
-        self.reverse_product = _zeros_like(candidates, self.acc_dtype) if reverse_grad else None
+        chunk_rows = max(1, budget // (candidates.n * self.acc_dtype.itemsize))
+        # Chunks of one size: each GEMM reads and packs all candidates, whatever its rows.
+        self.chunk_rows = -(-anchors.n // max(1, -(-anchors.n // chunk_rows)))
+        # Anchors times their coefficients, of a part of a chunk at a time.
+        self.weighted_rows = max(1, budget // (8 * candidates.d * self.acc_dtype.itemsize))
+        self.candidate_product: Tensor | None = None
+        self.reverse_product: Tensor | None = None
+        self.reverse_grad = args.reverse and args.candidate_grad
         self.reverse_sum = anchors.inv_norm.new_zeros(candidates.n) if args.reverse else None
         self.exponentials = anchors.rows.new_empty(0)  # (rows of the chunk, m) operand dtype
         # Of a row without a negative, whose maximum is -inf.
@@ -120,8 +123,8 @@ class _TorchContrast:
             self.exponentials = e.to(anchors.rows.dtype)
             if self.reverse_sum is not None:
                 self.reverse_sum += e.sum(0)
-            if self.reverse_product is not None:
-                _add_mm(self.reverse_product, self.exponentials.T, x)
+            if self.reverse_grad:
+                self.reverse_product = _add_mm(self.reverse_product, self.exponentials.T, x, acc)
             yield NegativeSums(
                 rows=rows,
                 neg_lse=neg_sum.log() if shift is None else neg_sum.log() + shift,
@@ -130,12 +133,15 @@ class _TorchContrast:
             )
 
     def add_candidates(self, chunk: NegativeSums, coefficients: GradCoefficients) -> None:
-        assert self.candidate_product is not None
         x, factor, peak = self.args.anchors.rows[chunk.rows], coefficients.product, None
         if x.dtype == torch.float16:  # means over a large batch are below its range: the largest becomes 1
             peak = factor.abs().amax().clamp(min=torch.finfo(self.acc_dtype).tiny)
             factor = factor / peak
-        _add_mm(self.candidate_product, self.exponentials.T, x * factor[:, None].to(x.dtype), peak)
+        factor = factor[:, None].to(x.dtype)
+        for part in slices(x.shape[0], self.weighted_rows):
+            self.candidate_product = _add_mm(
+                self.candidate_product, self.exponentials[part].T, x[part] * factor[part], self.acc_dtype, peak
+            )
 
     def sums(self) -> ContrastSums:
         self.exponentials = self.exponentials.new_empty(0)  # the last chunk's are not needed any more
@@ -166,11 +172,6 @@ def _column_major(x: Tensor) -> bool:
     return x.stride(0) == 1 and x.stride(1) > 1
 
 
-def _zeros_like(unit: UnitRows, acc_dtype: torch.dtype) -> Tensor:
-    """Zeros (n, d) in the memory order of the unit rows."""
-    return torch.zeros_like(unit.rows, dtype=acc_dtype)
-
-
 def _similarities(anchors: Tensor, candidates: Tensor, temperature: float, out: Tensor) -> Tensor:
     """a_ij of a chunk into ``out`` (rows, m), acc dtype."""
     if anchors.dtype == out.dtype:
@@ -189,16 +190,20 @@ def _mm(a: Tensor, b: Tensor, acc_dtype: torch.dtype) -> Tensor:
     return torch.mm(a, b).to(acc_dtype)
 
 
-def _add_mm(total: Tensor, a: Tensor, b: Tensor, factor: Tensor | None = None) -> None:
-    """total += factor a @ b, summed in the dtype of ``total``. factor: ()."""
+def _add_mm(total: Tensor | None, a: Tensor, b: Tensor, acc_dtype: torch.dtype, factor: Tensor | None = None) -> Tensor:
+    """total + factor a @ b, in place, in the accumulator dtype; without a total the product itself. factor: ()."""
+    if total is None:
+        product = _mm(a, b, acc_dtype)
+        return product if factor is None else product.mul_(factor)
     if factor is not None:
-        total.addcmul_(_mm(a, b, total.dtype), factor)
-    elif a.dtype != total.dtype:
-        total += _mm(a, b, total.dtype)
+        total.addcmul_(_mm(a, b, acc_dtype), factor)
+    elif a.dtype != acc_dtype:
+        total += _mm(a, b, acc_dtype)
     elif _column_major(total):
         total.T.addmm_(b.T, a.T)
     else:
         total.addmm_(a, b)
+    return total
 
 
 def _fast_bf16(device: torch.device) -> bool:

@@ -30,8 +30,7 @@ def info_nce(inputs: LossInputs, tuning: LowLatencyTuning) -> Callable[[LossInpu
     anchors, candidates = inputs.student, inputs.teacher
     targets = inputs.target, inputs.extra["candidate_target"]
     if (
-        not tuning.low_latency
-        or tuning.scales_by_temperature
+        tuning.scales_by_temperature
         or anchors.device.type != "cpu"
         or inputs.teacher_grad
         or anchors.dtype != candidates.dtype

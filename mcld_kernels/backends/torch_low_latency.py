@@ -26,14 +26,14 @@ import torch
 from torch import Tensor
 
 from .. import installation
-from ..kernels import LossInputs, LossOutputs, Tuning, has_fixed_shift
+from ..kernels import LossInputs, LossOutputs, Tuning, has_fixed_shift, is_in_memory
 from ..options import MCLDOptions
 from .chunks import CHUNK_MB
 
 # Where one shift serves all rows, similarities stay between -40 and 40: exp needs none at all, and ratios of sums of so
 # many exponentials stay inside fp32: exp(80) x 4096 = 2e38.
 LARGEST_SIZE = 4096
-# Multiply-adds of the similarities up to which the compiled module's own GEMMs are as fast as PyTorch's (bench/NOTES.md).
+# Multiply-adds of the similarities up to which the compiled module's own GEMMs are as fast as PyTorch's.
 _LARGEST_GEMM = {"baseline": 1 << 20, "avx2": 1 << 27, "avx512": 1 << 31}
 _SERIAL_ROWS = 64  # over columns vector_norm adds row after row; `sum` adds in parts, with less rounding error
 _ANCHORS = {"student": 0, "teacher": 1, "self": 2}  # of csrc/cpu/low_latency.h
@@ -44,13 +44,13 @@ _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 class LowLatencyTuning(Tuning):
     low_latency: bool = True  # take this path where it applies
     compiled: bool = True  # use the compiled module where it is built
-    compiled_gemm: int | None = None  # the most multiply-adds whose GEMMs the compiled module takes; None: _LARGEST_GEMM
+    compiled_gemm: int | None = None  # the most multiply-adds whose GEMMs the module takes; None: _LARGEST_GEMM
     isa: str | None = None  # the compiled module's instruction set; None: the fastest
 
 
 def mcld(inputs: LossInputs, tuning: LowLatencyTuning) -> Callable[[LossInputs], LossOutputs] | None:
     """The function for a frozen teacher; None where this path does not apply."""
-    if not tuning.low_latency or not _applies(inputs, tuning.chunk_bytes):
+    if not _applies(inputs, tuning.chunk_bytes):
         return None
     if tuning.compiled and (module := compiled_module()) is not None and _has_plain_fp32_memory(inputs):
         return partial(_mcld_compiled, module=module, tuning=tuning)
@@ -60,12 +60,7 @@ def mcld(inputs: LossInputs, tuning: LowLatencyTuning) -> Callable[[LossInputs],
 def _has_plain_fp32_memory(inputs: LossInputs) -> bool:
     """True where an address and strides say all about the logits."""
     student, teacher = inputs.student, inputs.teacher
-    return (
-        student.dtype == torch.float32
-        and type(student) in _PLAIN_TYPES
-        and type(teacher) in _PLAIN_TYPES
-        and not (student.is_neg() or teacher.is_neg())  # there the memory holds the negated numbers
-    )
+    return student.dtype == torch.float32 and type(student) in _PLAIN_TYPES and type(teacher) in _PLAIN_TYPES
 
 
 def _applies(inputs: LossInputs, chunk_bytes: int) -> bool:
@@ -236,7 +231,7 @@ def plain_call(
     """
     shape = student.shape
     plan = _plan(options, *shape)
-    if plan is None or student.is_neg() or teacher.is_neg():
+    if plan is None or not is_in_memory(student, teacher):
         return None
     run, all_steps, isa, size, constants = plan
     work, loss = student.new_empty(size), student.new_empty(())

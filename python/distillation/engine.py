@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -92,7 +93,9 @@ def accuracy(model: nn.Module, batches: DataLoader, device: torch.device) -> flo
 def save(path: Path, model: nn.Module, name: str, *, classes: int, data: str) -> None:
     """Write a checkpoint: the weights, the model's name and classes, and the data set that it was trained on."""
     state = {key: value.cpu() for key, value in model.state_dict().items()}
-    torch.save({"model": name, "classes": classes, "data": data, "state": state}, path)
+    file = io.BytesIO()  # to a full disk torch.save raises RuntimeError, of its own zip writer
+    torch.save({"model": name, "classes": classes, "data": data, "state": state}, file)
+    path.write_bytes(file.getbuffer())
 
 
 def load(path: Path, *, classes: int, data: str) -> tuple[nn.Module, str]:

@@ -198,9 +198,11 @@ class Experiment:
             held_out=held_out,
             report=screen.training(f"{name}, seed {seed}", options.epochs),
         )
-        method = self.results["methods"][name]
-        method["seconds"].append(time.perf_counter() - start)
-        method["accuracy"].append(engine.accuracy(student, held_out, self.device))
+        seconds = time.perf_counter() - start
+        accuracy = engine.accuracy(student, held_out, self.device)
+        method = self.results["methods"][name]  # from here on nothing waits: an interrupt leaves no half entry
+        method["seconds"].append(seconds)
+        method["accuracy"].append(accuracy)
         method["history"].append(history.epochs)
 
 

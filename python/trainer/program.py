@@ -61,6 +61,10 @@ def parser() -> argparse.ArgumentParser:
         help="a trial of the file: so many steps on synthetic images with an untrained teacher, and how fast they are",
     )  # fmt: skip
     made.add_argument(
+        "--compile", action="store_true",
+        help="the same as --set precision.compile=true --set teacher.compile=true",
+    )  # fmt: skip
+    made.add_argument(
         "--profile", nargs="?", const=10, type=programs.positive, metavar="STEPS",
         help="record so many steps (default: 10) with torch.profiler",
     )  # fmt: skip
@@ -81,6 +85,8 @@ def prepare(options: argparse.Namespace) -> tuple[Config, dict[str, Any] | None,
     """The settings, and the checkpoint to go on from, if any, with its path."""
     path = None
     overrides = [*(trial(options.trial) if options.trial else ()), *options.overrides]
+    if options.compile:
+        overrides += ["precision.compile=true", "teacher.compile=true"]
     if options.profile:
         overrides.append(f"log.profile={options.profile}")
     if options.config is None and options.resume in (None, AUTO):
@@ -117,6 +123,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config, state, path = prepare(options)
         if config.threads is not None:
+            if config.threads > programs.MOST_THREADS:
+                raise ConfigFault(
+                    f"threads must be at most {programs.MOST_THREADS}, four times this machine's CPUs; "
+                    f"got {config.threads}"
+                )
             torch.set_num_threads(config.threads)
         ranks = Ranks(config)
         with contextlib.ExitStack() as stack:

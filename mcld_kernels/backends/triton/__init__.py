@@ -12,6 +12,7 @@ import dataclasses
 import importlib.util
 import os
 import re
+import sys
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 TUNING = TritonTuning
 
+_FLASH = f"{__name__}.flash"
 MIN_VERSION = (3, 6)  # of Triton
 MIN_CAPABILITY = (8, 0)
 
@@ -43,13 +45,14 @@ def unavailable_reason() -> str | None:
     if interpreted():
         return None
     if _variable_is_set():
+        earlier = "the kernels" if _FLASH in sys.modules else "triton"
         return (
-            "TRITON_INTERPRET was set after the kernels had been imported, when Triton reads it: set it before "
-            "the first call, as in `TRITON_INTERPRET=1 python ...`"
+            f"TRITON_INTERPRET was set after {earlier} had been imported, when Triton reads it: set it before anything "
+            "imports triton, as in `TRITON_INTERPRET=1 python ...`"
         )
     if not torch.cuda.is_available():
         gpu = "CUDA" if torch.version.hip is None else "HIP"
-        return f"there is no {gpu} device (TRITON_INTERPRET=1, set before the first import, interprets on a CPU)"
+        return f"there is no {gpu} device (TRITON_INTERPRET=1, set before triton is imported, interprets on a CPU)"
     return None
 
 
@@ -109,13 +112,18 @@ def _kernel_set(
 
 
 def interpreted() -> bool:
-    """True if the kernels run, or would once imported, in Triton's interpreter."""
-    import sys
+    """True if the kernels run, or would once imported, in Triton's interpreter.
 
-    kernels = sys.modules.get(f"{__name__}.flash")
+    Each function is interpreted or compiled as the variable was when it was defined: those of Triton's own library at
+    the import of triton, and the kernels, which call them.
+    """
+    library, kernels = sys.modules.get("triton.language.standard"), sys.modules.get(_FLASH)
+    defined = [library.sum] if library is not None else []
     if kernels is not None:
-        return type(kernels.flash_kernel).__name__ == "InterpretedFunction"
-    return _variable_is_set()
+        defined.append(kernels.flash_kernel)
+    if any(type(function).__name__ != "InterpretedFunction" for function in defined):
+        return False
+    return kernels is not None or _variable_is_set()
 
 
 def _variable_is_set() -> bool:

@@ -1,0 +1,96 @@
+"""The family's losses as a user writes them from library calls, with autograd: the lines of their docstrings.
+
+Unlike `mcld_kernels.reference` they check nothing, and give NaN where a row has no direction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from bench.harness.cases import Case
+
+LossFn = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def _info_nce(case: Case) -> LossFn:
+    def loss(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+        similarities = F.normalize(student) @ F.normalize(teacher).T / case.temperature
+        return F.cross_entropy(similarities, torch.arange(len(student), device=student.device))
+
+    return loss
+
+
+def _ckd(case: Case) -> LossFn:
+    def loss(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+        similarities = F.normalize(teacher) @ F.normalize(student).T / case.temperature
+        return 10 * F.cross_entropy(similarities, torch.arange(len(student), device=student.device))
+
+    return loss
+
+
+def _ckd_student(case: Case) -> LossFn:
+    def loss(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+        s, t = F.normalize(student), F.normalize(teacher)
+        own = torch.eye(len(s), dtype=torch.bool, device=s.device)
+        similarities = torch.where(own, s @ t.T, s @ s.T) / case.temperature
+        return 10 * F.cross_entropy(similarities, torch.arange(len(s), device=s.device))
+
+    return loss
+
+
+def _kd(case: Case) -> LossFn:
+    def loss(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+        log_q, log_p = (F.log_softmax(x / case.temperature, 1) for x in (student, teacher))
+        return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True) * case.temperature**2
+
+    return loss
+
+
+def _clkd(case: Case) -> LossFn:
+    def correlation(x: Tensor) -> Tensor:
+        x = x - x.mean(0)
+        return x.T @ x / (x.shape[1] - 1)
+
+    def loss(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+        return (
+            0.5 * F.mse_loss(F.normalize(student), F.normalize(teacher))
+            + F.mse_loss(F.normalize(student, dim=0), F.normalize(teacher, dim=0))
+            + 0.4 * F.mse_loss(correlation(student), correlation(teacher))
+        )
+
+    return loss
+
+
+def _mlkd(case: Case) -> LossFn:
+    def others(matrix: Tensor) -> Tensor:
+        n = len(matrix)
+        return matrix[~torch.eye(n, dtype=torch.bool, device=matrix.device)].view(n, -1)
+
+    def loss(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+        s, t = F.normalize(student), F.normalize(teacher)
+        log_p, log_q = (others(x @ x.T / 0.5).log_softmax(1) for x in (t, s))
+        correlation = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+        alignment = (2 - 2 * (s * t).sum(1)).mean()
+        z, y = torch.cat((s, t)), torch.cat((target, target))
+        log_share = others(z @ z.T / case.temperature).log_softmax(1)
+        same = others(y[:, None] == y)
+        supervised = -((log_share * same).sum(1) / same.sum(1)).mean()
+        return 50 * correlation + 20 * alignment + supervised
+
+    return loss
+
+
+LINES: dict[str, Callable[[Case], LossFn]] = {
+    "info_nce": _info_nce,
+    "ckd": _ckd,
+    "ckd-student": _ckd_student,
+    "kd": _kd,
+    "clkd": _clkd,
+    "mlkd": _mlkd,
+}
