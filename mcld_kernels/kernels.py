@@ -296,8 +296,8 @@ class KernelSet:
     ) -> Callable[[Sequence[Tensor]], tuple[Tensor, Tensor | None]] | None:
         """A function that runs the recorded call of ``inputs`` for other tensors of their shapes, strides and dtypes.
 
-        It takes the inputs that are there, in the order of `LossInputs`, and gives the loss () and the gradient by the
-        student. None: no such call is recorded.
+        It takes student, teacher and the target that is there, and gives the loss () and the gradient by the student.
+        None: no such call is recorded, or it takes other tensors or has a gradient by the teacher.
         """
         return None
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -229,12 +229,7 @@ class LossOperator:
             ),
             extra=dict(zip(self._extra, call.extra, strict=True)) if call.extra else {},
         )
-        device = student.device
-        is_elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-        with (
-            torch.cuda.device(device) if is_elsewhere else _NO_CONTEXT,
-            no_autocast(device) if torch.is_autocast_enabled(device.type) else _NO_CONTEXT,
-        ):
+        with call_context(student.device) or _NO_CONTEXT:
             if call.ranks is not None:
                 over_ranks = self._evaluate_over_ranks(call.ranks, kernels, inputs)
                 if over_ranks is None:
@@ -318,6 +313,22 @@ class LossOperator:
             shapes = (rows, rows) if self.is_per_anchor(call) else ((), ())
         loss, terms = (make(shape, dtype=acc, device=device) for shape in shapes)
         return loss, terms, student_grad, teacher_grad
+
+
+def call_context(device: torch.device) -> contextlib.AbstractContextManager[None] | None:
+    """The context that a call on ``device`` needs: that device current and autocast off. None where both are so."""
+    is_elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    has_autocast = torch.is_autocast_enabled(device.type)
+    return _call_context(device, is_elsewhere, has_autocast) if is_elsewhere or has_autocast else None
+
+
+@contextlib.contextmanager
+def _call_context(device: torch.device, is_elsewhere: bool, has_autocast: bool) -> Iterator[None]:
+    with (
+        torch.cuda.device(device) if is_elsewhere else _NO_CONTEXT,
+        no_autocast(device) if has_autocast else _NO_CONTEXT,
+    ):
+        yield
 
 
 def _define(name: str, arguments: str, implementation: Callable[..., Outputs], fake: Callable[..., Outputs]) -> Any:

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import backends, replay
-from .ops import NoSecondDerivative
-from .options import MCLDOptions, is_observed, no_autocast
+from .ops import NoSecondDerivative, call_context
+from .options import MCLDOptions, is_observed
 
 Options = TypeVar("Options")
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
@@ -67,12 +67,12 @@ def replayed_call(student: Tensor, teacher: Tensor, target: Tensor | None, key: 
     if again is None:
         return None
     tensors = (student, teacher) if target is None else (student, teacher, target)
-    kind = student.device.type
-    if torch.is_autocast_enabled(kind):
-        with no_autocast(student.device):
-            outputs = again(tensors)
-    else:
+    context = call_context(student.device)
+    if context is None:
         outputs = again(tensors)
+    else:
+        with context:
+            outputs = again(tensors)
     return outputs[0] if outputs[1] is None else _PlainLoss.apply(student, outputs)  # type: ignore[no-any-return]
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import backends
+from .kernels import is_in_memory
 from .options import float32_precision, is_observed, is_readable
 
 Key = tuple[Any, ...]
@@ -26,16 +27,18 @@ _REPLAYS: dict[Key, Replay] = {}
 
 
 def call_key(student: Tensor, teacher: Tensor, target: Tensor | None, options: Any, backend: str) -> Key | None:
-    """The kind of a call; None where each call must be checked anew, or something observes or transforms it.
+    """The kind of a call; None where each call must be checked anew, or something observes, transforms or captures it.
 
     Nothing is checked yet but the options. Labels that can be read are checked in each call.
     """
-    if torch.compiler.is_compiling() or type(student) not in _PLAIN_TYPES or type(teacher) not in _PLAIN_TYPES:
-        return None
     # No other backend records calls.
-    if not (backend == "cuda" or (backend == "auto" and student.is_cuda)):
+    if torch.compiler.is_compiling() or (backend != "cuda" and backend != "auto"):
         return None
-    if is_observed(student) or forward_ad._current_level >= 0 or not (_is_dense(student) and _is_dense(teacher)):
+    if type(student) not in _PLAIN_TYPES or type(teacher) not in _PLAIN_TYPES:
+        return None
+    if (backend == "auto" and not student.is_cuda) or not (_is_dense(student) and _is_dense(teacher)):
+        return None
+    if is_observed(student) or forward_ad._current_level >= 0 or _is_captured(student):
         return None
     labels = None
     if target is not None:
@@ -47,6 +50,8 @@ def call_key(student: Tensor, teacher: Tensor, target: Tensor | None, options: A
         ):
             return None
         labels = target.shape, target.stride(), target.device
+    if not is_in_memory(student, teacher, target):
+        return None
     with_grad = False
     if torch.is_grad_enabled():
         if teacher.requires_grad:
@@ -55,13 +60,17 @@ def call_key(student: Tensor, teacher: Tensor, target: Tensor | None, options: A
     return (
         student.shape, student.stride(), student.dtype, student.device,
         teacher.shape, teacher.stride(), teacher.dtype, teacher.device,
-        labels, with_grad, options, backend, float32_precision(), backends.settings(),
+        labels, with_grad, type(options), options, backend, float32_precision(), backends.settings(student),
     )  # fmt: skip
 
 
+def _is_captured(tensor: Tensor) -> bool:
+    """True in the capture of a CUDA graph, which keeps the launches and whose host cost counts once."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _is_dense(tensor: Tensor) -> bool:
-    """True where the memory holds the numbers, by strides. That of a negated view holds the negated numbers."""
-    return tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_neg()
+    return tensor.layout is torch.strided and not tensor.is_nested
 
 
 def find(key: Key) -> Replay | None:

@@ -1,15 +1,18 @@
 """Replays on the "cuda" backend, compiled for the host: what takes them, what does not, and that no bit differs."""
 
 import types
+from pathlib import Path
 
 import csrc_host
 import pytest
 import torch
 from cases import labels, logits
+from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 
 import mcld_kernels
 from mcld_kernels import backends, ops, options, plain_call, replay
+from mcld_kernels.backends import timings
 from mcld_kernels.backends.cuda import extension
 from mcld_kernels.losses import mcld
 
@@ -127,6 +130,26 @@ def _in_functorch(student, teacher, target):
     torch.func.grad(lambda s: loss_of(s, teacher, target))(student.detach())
 
 
+def _captured(student, teacher, target):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replay, "_is_captured", lambda tensor: True)
+        loss_of(student, teacher, target)
+
+
+def _fake(student, teacher, target):
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = [mode.from_tensor(x) for x in (student, teacher, target)]
+        assert loss_of(*fake).shape == ()
+
+
+def _vmapped(student, teacher, target):
+    torch.func.vmap(lambda s: loss_of(s, teacher, target))(student.detach()[None])
+
+
+def _compiled(student, teacher, target):
+    torch.compile(loss_of, backend="eager")(student.detach(), teacher, target)
+
+
 def _watched(student, teacher, target):
     from launches import Counted
 
@@ -173,8 +196,8 @@ def _candidates(student, teacher, target):
 @pytest.mark.parametrize(
     "call",
     [
-        _with_gradient_by_teacher, _forward_mode, _in_functorch, _watched, _subclass, _other_shape, _other_kinds,
-        _without_labels, _tensor_of_weights, _candidates,
+        _with_gradient_by_teacher, _forward_mode, _in_functorch, _vmapped, _compiled, _fake, _captured, _watched,
+        _subclass, _other_shape, _other_kinds, _without_labels, _tensor_of_weights, _candidates,
     ],
     ids=lambda call: call.__name__,
 )  # fmt: skip
@@ -187,14 +210,26 @@ def test_the_full_path_takes(call, checked, monkeypatch):
     assert checked
 
 
-def test_a_negated_view_is_no_replay(checked):
-    """Its memory holds the negated numbers; the key has all else in common with a call that is kept."""
-    warm()
-    student, teacher, target = inputs(3)
-    count = len(checked)
-    loss_of(student, torch._neg_view(teacher), target)
-    assert replay.call_key(torch._neg_view(student), teacher, target, None, "cuda") is None
-    assert len(checked) == count + 1
+@pytest.mark.parametrize("side", ["student", "teacher", "target"])
+@pytest.mark.parametrize(
+    "made",
+    [lambda x: torch._neg_view(-x), lambda x: torch._efficientzerotensor(x.shape, dtype=x.dtype)],
+    ids=["negated", "zeros"],
+)
+def test_a_tensor_whose_memory_has_other_numbers_is_no_replay(side, made, checked):
+    """Its memory holds the negated numbers, or there is none; the key has all else in common with a call that is kept."""
+    names = ("student", "teacher", "target")
+    with torch.no_grad():
+        warm()
+        assert len(replay._REPLAYS) == 1
+        call = dict(zip(names, inputs(3)))
+        call[side] = made(call[side])
+        assert replay.call_key(*call.values(), options.instance_term(0.1, 1e-12), "cuda") is None
+        count = len(checked)
+        got = loss_of(*call.values())
+        with backends.tuned(plans=False):
+            want = loss_of(*(x.clone() for x in call.values()))
+    assert len(checked) == count + 2 and torch.equal(got, want)
 
 
 def test_what_a_call_depends_on_makes_another_kind(monkeypatch, matmul_precision):
@@ -218,12 +253,17 @@ def test_what_a_call_depends_on_makes_another_kind(monkeypatch, matmul_precision
         kinds.append(key())
     with backends.tuned(one_epilogue=False):
         kinds.append(key())  # of another `tuned`
-    for name in ("MCLD_CHUNK_MB", "MCLD_HOPPER", "MCLD_TABLE"):
+    for name in ("MCLD_CHUNK_MB", "MCLD_HOPPER", "TRITON_INTERPRET"):
         with monkeypatch.context() as patch:
-            patch.setenv(name, "1")
+            patch.setenv(name, "0" if name == "TRITON_INTERPRET" else "1")
             kinds.append(key())
     with extension.use(types.ModuleType("other")):
         kinds.append(key())
+    for rows in ((), (timings.Row(dtype="float32", precision="highest", batch=9, classes=6, milliseconds={}),)):
+        table = timings.Table(path=Path("table"), gpu="GPU", date="", rows=rows)
+        with monkeypatch.context() as patch:
+            patch.setattr(timings, "in_use", lambda x, table=table: table)
+            kinds.append(key())
     matmul_precision("high")
     kinds.append(key())
     assert None not in kinds and len(set(kinds)) == len(kinds)

@@ -146,15 +146,16 @@ def kernel_set(
     return module.kernel_set(student, teacher, **fields)  # type: ignore[no-any-return]
 
 
-def settings() -> Hashable:
-    """What the kernel set of backend "cuda" depends on beside the tensors of a call."""
+def settings(student: Tensor) -> Hashable:
+    """What the choice of "auto", and the kernel set of "cuda", depend on beside backend, tensors and precision."""
     environment = os.environ
     return (
         _TUNING.get(),
         cuda.extension.load()[0],
         environment.get("MCLD_CHUNK_MB"),
         environment.get("MCLD_HOPPER"),
-        environment.get("MCLD_TABLE"),
+        timings.in_use(student),
+        environment.get("TRITON_INTERPRET"),
     )
 
 

@@ -78,7 +78,7 @@ class CudaKernels(KernelSet):
         self, compute: Callable[[KernelSet, LossInputs], LossOutputs], inputs: LossInputs
     ) -> Callable[[Sequence[Tensor]], tuple[Tensor, Tensor | None]] | None:
         plan = self._plans.get(plans.call_key(compute, inputs))
-        return partial(plan.replay, self.launch) if plan is not None and plan.can_replay() else None
+        return partial(plan.replay, self.launch) if plan is not None and plan.can_replay(inputs) else None
 
     def operand_dtype(self, dtype: torch.dtype) -> torch.dtype:
         if dtype == torch.float32 and float32_precision() == "medium":

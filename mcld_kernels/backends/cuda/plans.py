@@ -152,8 +152,7 @@ class Recorder(TorchDispatchMode):
             raise NoPlan("its inputs share memory")
         blocks = {block.begin: block for block in self.blocks if block.bytes}
         workspace_base = len(ranges)
-        results: list[tuple[torch.Size, torch.dtype]] = []
-        names: dict[str, int] = {}
+        results: list[tuple[str, torch.Size, torch.dtype]] = []
         for name in _RESULTS:
             tensor = getattr(outputs, name)
             if tensor is None:
@@ -161,8 +160,7 @@ class Recorder(TorchDispatchMode):
             block = blocks.pop(tensor.data_ptr(), None)
             if block is None or block.bytes != tensor.nbytes or not tensor.is_contiguous():
                 raise NoPlan(f"{name} is a part of another tensor")
-            names[name] = len(results)
-            results.append((tensor.shape, tensor.dtype))
+            results.append((name, tensor.shape, tensor.dtype))
             ranges.append((block.begin, block.bytes, workspace_base + len(results), 0))
         kept = list(blocks.values())
         self._mark(kept)
@@ -174,7 +172,7 @@ class Recorder(TorchDispatchMode):
             raise NoPlan(str(fault)) from None
         steps = self._merged(kept)
         dtypes = tuple({part.dtype for step in steps for part in step if isinstance(part, _View)})
-        return CallPlan(plan=self.plan, steps=steps, bytes=size, dtypes=dtypes, results=results, names=names)
+        return CallPlan(plan=self.plan, steps=steps, bytes=size, dtypes=dtypes, results=results)
 
     def _mark(self, blocks: list[_Block]) -> None:
         """Note the steps that use each block."""
@@ -244,20 +242,17 @@ class CallPlan:
     steps: list[tuple[Any, ...]]  # ("launch", first, last), ("zero", view) or ("gemm", left, right, out, accumulate)
     bytes: int  # of the workspace
     dtypes: tuple[torch.dtype, ...]  # of views of the workspace
-    results: list[tuple[torch.Size, torch.dtype]]
-    names: dict[str, int]  # field of `LossOutputs` -> number of the result
+    results: list[tuple[str, torch.Size, torch.dtype]]  # fields of `LossOutputs`
 
     def run(self, launch: Launcher, inputs: LossInputs) -> LossOutputs:
         """The call for other inputs of the same key."""
         device = inputs.student.device
         workspace = self._workspace(self.bytes, device)
-        results = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self.results]
+        fields = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape, dtype in self.results}
         bases = [tensor.data_ptr() for tensor in _tensors(inputs)]
         bases.append(workspace.data_ptr())
-        for result in results:
-            bases.append(result.data_ptr())
+        bases += [fields[name].data_ptr() for name, _, _ in self.results]
         self._run(launch, workspace, bases)
-        fields = {name: results[number] for name, number in self.names.items()}
         return LossOutputs(
             loss=fields["loss"],
             terms=fields["terms"],
@@ -265,29 +260,32 @@ class CallPlan:
             teacher_grad=fields.get("teacher_grad"),
         )
 
-    def can_replay(self) -> bool:
-        """True where `replay` gives all that is read: no gradient by the teacher, and terms that have a place."""
-        shape, dtype = self.results[self.names["terms"]]
-        return "teacher_grad" not in self.names and shape.numel() * dtype.itemsize <= _TERMS_BYTES
+    def can_replay(self, inputs: LossInputs) -> bool:
+        """True where `replay` takes all that is there, and gives all that is read."""
+        further = inputs.weight, inputs.teacher_target, *_further(inputs)
+        results = {name: shape.numel() * dtype.itemsize for name, shape, dtype in self.results}
+        has_others = any(tensor is not None for tensor in further)
+        return not has_others and "teacher_grad" not in results and results["terms"] <= _TERMS_BYTES
 
     def replay(self, launch: Launcher, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """As `run`, for a call without a gradient by the teacher: loss and gradient alone, from the inputs in a row.
+        """As `run`: loss and gradient of student, teacher and the target that is there.
 
         The terms, which nobody reads, are written behind the workspace.
         """
         device = launch.device
         workspace = self._workspace(self.bytes + _TERMS_BYTES, device)
-        loss = torch.empty((), dtype=self.results[0][1], device=device)
-        bases = [tensor.data_ptr() for tensor in tensors]
         begin = workspace.data_ptr()
-        bases += begin, loss.data_ptr(), begin + self.bytes
-        gradient = None
-        if len(self.results) > 2:
-            shape, dtype = self.results[2]
-            gradient = torch.empty(shape, dtype=dtype, device=device)
-            bases.append(gradient.data_ptr())
+        bases = [tensor.data_ptr() for tensor in tensors]
+        bases.append(begin)
+        fields = {}
+        for name, shape, dtype in self.results:
+            if name == "terms":
+                bases.append(begin + self.bytes)
+            else:
+                fields[name] = result = torch.empty(shape, dtype=dtype, device=device)
+                bases.append(result.data_ptr())
         self._run(launch, workspace, bases)
-        return loss, gradient
+        return fields["loss"], fields.get("student_grad")
 
     def _workspace(self, size: int, device: torch.device) -> Tensor:
         """So many bytes, a multiple of `_ALIGNMENT`, in a dtype in which they are viewed, where there is one."""
