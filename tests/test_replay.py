@@ -3,75 +3,23 @@
 import types
 from pathlib import Path
 
-import csrc_host
 import pytest
 import torch
-from cases import labels, logits
+from replays import (
+    CLASSES,
+    FORMS,
+    inputs,
+    loss_of,
+    value_and_gradient,
+    warm,
+)
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 
 import mcld_kernels
-from mcld_kernels import backends, ops, options, plain_call, replay
+from mcld_kernels import backends, options, plain_call, replay
 from mcld_kernels.backends import timings
 from mcld_kernels.backends.cuda import extension
-from mcld_kernels.losses import mcld
-
-BATCH, CLASSES = 9, 6
-
-
-@pytest.fixture(scope="module")
-def module():
-    if csrc_host.compiler() is None:
-        pytest.skip("no C++ compiler: the kernels cannot be compiled for the host")
-    return csrc_host.load()
-
-
-@pytest.fixture(autouse=True)
-def unreadable_labels(module, monkeypatch):
-    """Labels on the CPU are taken as labels on a GPU are, whose values are not read."""
-    for part in (options, ops, replay):
-        monkeypatch.setattr(part, "is_readable", lambda tensor: False)
-    replay._REPLAYS.clear()
-    with extension.use(module):
-        yield
-    replay._REPLAYS.clear()
-
-
-@pytest.fixture
-def checked(monkeypatch):
-    """The calls whose tensors are checked."""
-    calls = []
-    check = mcld.check_mcld_inputs
-    monkeypatch.setattr(mcld, "check_mcld_inputs", lambda *args: calls.append(args) or check(*args))
-    return calls
-
-
-def inputs(seed=0, dtype=torch.float32, batch=BATCH):
-    student, teacher = logits("random", batch, CLASSES, dtype, seed)
-    return student.requires_grad_(), teacher, labels(batch, CLASSES, seed, 0.2)
-
-
-def loss_of(student, teacher, target, **options):
-    return mcld_kernels.mcld_loss(student, teacher, target, backend="cuda", **options)
-
-
-def value_and_gradient(loss, student, *rest, factor=3.0):
-    value = loss(student, *rest)
-    (gradient,) = torch.autograd.grad(factor * value, student)
-    return value.detach(), gradient
-
-
-def warm(loss=loss_of, **kind):
-    for seed in range(2):
-        loss(*inputs(seed, **kind))
-
-
-FORMS = {
-    "low latency": {},
-    "flash": {"low_latency_limit": 0},
-    "two products": {"low_latency_limit": 0, "flash_row_bytes": 0},
-    "library product": {"low_latency_limit": 0, "flash_row_bytes": 0, "library_product": True},
-}
 
 
 @pytest.mark.parametrize(
@@ -217,7 +165,7 @@ def test_the_full_path_takes(call, checked, monkeypatch):
     ids=["negated", "zeros"],
 )
 def test_a_tensor_whose_memory_has_other_numbers_is_no_replay(side, made, checked):
-    """Its memory holds the negated numbers, or there is none; the key has all else in common with a call that is kept."""
+    """Its memory holds the negated numbers, or there is none; the key has all else in common with one that is kept."""
     names = ("student", "teacher", "target")
     with torch.no_grad():
         warm()
