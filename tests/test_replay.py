@@ -1,15 +1,22 @@
 """Replays on the "cuda" backend, compiled for the host: what takes them, what does not, and that no bit differs."""
 
+# Imported fixtures are arguments of tests.
+# ruff: noqa: F401, F811
+
 import types
 from pathlib import Path
 
 import pytest
 import torch
 from replays import (
+    BATCH,
     CLASSES,
     FORMS,
+    checked,
     inputs,
     loss_of,
+    module,
+    unreadable_labels,
     value_and_gradient,
     warm,
 )

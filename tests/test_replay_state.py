@@ -1,5 +1,8 @@
 """What a replay may depend on and what not: memory, threads, streams, devices, autograd, the order of results."""
 
+# Imported fixtures are arguments of tests.
+# ruff: noqa: F401, F811
+
 import contextlib
 import dataclasses
 import gc
@@ -14,8 +17,11 @@ from replays import (
     BATCH,
     CLASSES,
     FORMS,
+    checked,
     inputs,
     loss_of,
+    module,
+    unreadable_labels,
     value_and_gradient,
     warm,
 )
