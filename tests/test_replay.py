@@ -78,7 +78,9 @@ def _with_gradient_by_teacher(student, teacher, target):
 
 def _forward_mode(student, teacher, target):
     with forward_ad.dual_level():
-        loss_of(forward_ad.make_dual(student.detach(), torch.ones_like(student)), teacher, target)
+        dual = forward_ad.make_dual(student, torch.ones_like(student))
+        assert dual.requires_grad  # the key of the calls that are kept
+        loss_of(dual, teacher, target)
 
 
 def _in_functorch(student, teacher, target):
