@@ -92,7 +92,7 @@ def read_choice(variable: str, device: str, off: str, environ) -> bool | None:
 
 
 def without_cpu_kernels(environ=os.environ) -> str | None:
-    """Why this build does not even try to compile the CPU kernels; None where it tries."""
+    """The reason for which this build does not try to compile the CPU kernels; None where it tries."""
     if cpu_demanded(environ):
         return None
     if cpu_choice(environ) is False:
@@ -284,7 +284,7 @@ def first_error(output: str, count: int = 12) -> str:
 
 
 def advice(output: str) -> str:
-    """What helps where the error alone does not say it."""
+    """The remedy where the error alone does not say it."""
     if "signal 9" in output:
         return " A process was killed, as happens where memory runs out: set MAX_JOBS=1."
     if "Could NOT find Python" in output:

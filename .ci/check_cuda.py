@@ -82,7 +82,7 @@ def sm90_code(module: Path) -> dict[str, list[sass.Instruction]]:
 
 
 def hopper_failures(code: dict[str, list[sass.Instruction]]) -> list[str]:
-    """What the Hopper kernels' loops and epilogues fall short of; prints what they have."""
+    """The limits that the Hopper kernels' loops and epilogues miss; prints their counts."""
     failures = []
     for name, instructions in code.items():
         if "hopper_flash" in name:

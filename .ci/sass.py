@@ -25,15 +25,15 @@ class Instruction:
 
 def kernels(lines: Iterable[str]) -> dict[str, list[Instruction]]:
     """The instructions of each kernel in the output of ``cuobjdump -sass``."""
-    found: dict[str, list[Instruction]] = {}
+    functions: dict[str, list[Instruction]] = {}
     name = "?"
     for line in lines:
         if match := re.search(r"Function : (\S+)", line):
             name = match[1]
-            found[name] = []
+            functions[name] = []
         elif match := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", line):
-            found.setdefault(name, []).append(Instruction(int(match[1], 16), match[2].strip()))
-    return found
+            functions.setdefault(name, []).append(Instruction(int(match[1], 16), match[2].strip()))
+    return functions
 
 
 def _target(instruction: Instruction) -> int | None:

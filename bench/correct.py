@@ -206,8 +206,17 @@ def main(arguments: list[str] | None = None) -> int:
         description="Errors of the backends against fp64 truth.", epilog=programs.EXIT_CODES
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--providers", nargs="+", choices=list(BACKENDS), default=list(BACKENDS))
-    parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument(
+        "--providers", nargs="+", choices=list(BACKENDS), metavar="P", default=list(BACKENDS),
+        help=f"of {', '.join(BACKENDS)} (default: all)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        metavar="D",
+        choices=("float32", "bfloat16", "float16"),
+        help="float32, bfloat16 or float16",
+    )
     parser.add_argument("--seconds", type=float, default=600, help="after which no check is begun")
     parser.add_argument("--output", type=Path, metavar="FILE", help="a line of JSON for each check")
     options = parser.parse_args(arguments)

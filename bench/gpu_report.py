@@ -1,13 +1,20 @@
-"""Tests and measurements on a GPU machine, in three commands of under 9 minutes each, in order of value:
+"""Tests and measurements on a GPU machine.
 
-    python3 bench/gpu_report.py correct    # is it right, and is it fast on a short grid?
-    python3 bench/gpu_report.py speed      # the long grid, forms of the kernels, profiles, Nsight Compute
-    python3 bench/gpu_report.py safe       # compute-sanitizer, forced faults, the table for backend="auto"
+Three commands of under 9 minutes each, in order of value:
 
-Phases run in processes of their own, each within its budget and all within ``--minutes``. After every phase one
-archive, ``gpu-<command>.tar.gz``, is rewritten with everything: logs, JSON, CSV and plots. It goes to ``--output``,
-else to the folder that the environment variable OUT names, else to bench/out. ``--dry-run`` prints the plan;
-``--rehearse`` runs it on a CPU at a toy size. ``bench/publish.py`` turns an archive into recorded results.
+    python3 bench/gpu_report.py correct
+        is it right, and is it fast on a short grid?
+    python3 bench/gpu_report.py speed
+        the long grid, forms of the kernels, profiles, Nsight Compute
+    python3 bench/gpu_report.py safe
+        compute-sanitizer, forced faults, the table for backend="auto"
+
+Phases run in processes of their own, each within its budget and all within
+``--minutes``. After every phase one archive, ``gpu-<command>.tar.gz``, is
+rewritten with everything: logs, JSON, CSV and plots. It goes to ``--output``,
+else to the folder that the environment variable OUT names, else to bench/out.
+``--dry-run`` prints the plan; ``--rehearse`` runs it on a CPU at a toy size.
+``bench/publish.py`` turns an archive into recorded results.
 """
 
 from __future__ import annotations
@@ -30,7 +37,7 @@ if str(ROOT) not in sys.path:
 from bench.harness import commands, goals, machine, phases  # noqa: E402
 from bench.harness import report as reports  # noqa: E402
 from bench.harness.phases import Phase  # noqa: E402
-from bench.harness.programs import EXIT_CODES, Exit, FolderInUse, claimed, make_output_printable  # noqa: E402
+from bench.harness.programs import EXIT_CODES, Exit, FolderInUse, claimed, make_output_printable, wrapped  # noqa: E402
 
 LAST_S = 20  # after the deadline a thread ends the program, whatever it waits for
 DOC = __doc__ or "Tests and measurements on a GPU machine."  # python -OO has no docstrings
@@ -96,7 +103,7 @@ def summary(content: dict[str, Any]) -> str:
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
-        description=DOC, epilog=EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=DOC, epilog=wrapped(EXIT_CODES, 78), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument("command", choices=list(commands.COMMANDS))
     made.add_argument("--output", type=Path, metavar="DIR", help="for the archive")

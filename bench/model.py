@@ -119,7 +119,7 @@ class Prediction:
 
     @property
     def binds(self) -> str:
-        """What takes the most of the time."""
+        """The part that takes the most time."""
         share: dict[str, float] = {"launches": self.launch_s * len(self.steps)}
         for step in self.steps:
             share[step.binds] = share.get(step.binds, 0.0) + step.seconds - step.serial
@@ -258,10 +258,10 @@ REGIMES: tuple[tuple[Case, bool], ...] = (
 
 def machine_of(run: dict[str, Any]) -> Machine:
     """The machine of a recorded run, its own ceilings in place of the assumed ones. ValueError for a CPU's."""
-    facts, ceilings = run["machine"], run["ceilings"]
-    if "gpu" not in facts:
+    device, ceilings = run["machine"], run["ceilings"]
+    if "gpu" not in device:
         raise ValueError("the recorded run is not of a GPU")
-    made = Machine(name=facts["gpu"], multiprocessors=facts["multiprocessors"])
+    made = Machine(name=device["gpu"], multiprocessors=device["multiprocessors"])
     gemm = ceilings.get("gemm_bfloat16_flop_per_s", made.gemm_flop_per_s)
     return replace(made, gemm_flop_per_s=gemm, copy_bytes_per_s=ceilings["copy_bytes_per_s"])
 
@@ -289,11 +289,11 @@ def table(machine: Machine, rows: Sequence[dict[str, Any]] = ()) -> str:
     ]
     for case, graph in REGIMES:
         predicted = predict(case, machine, graph)
-        found = measured(case, graph, rows)
+        measurement = measured(case, graph, rows)
         line = f"{str(case).removesuffix(', forward-backward'):<46}{seconds(predicted.seconds):>10}"
         line += f"{predicted.fraction(machine):>9.0%}  {predicted.binds:<10}{len(predicted.steps):>8}"
-        if found is not None:
-            line += f"{seconds(found[1]):>11}{found[1] / predicted.seconds:>7.2f}  {found[0]}"
+        if measurement is not None:
+            line += f"{seconds(measurement[1]):>11}{measurement[1] / predicted.seconds:>7.2f}  {measurement[0]}"
         lines.append(line)
     source = "its own ceilings" if rows else "assumed"
     lines.append(

@@ -38,7 +38,7 @@ class Unpublishable(Exception):
 
 @dataclass(kw_only=True)
 class Archive:
-    """What one archive holds."""
+    """The contents of one archive."""
 
     path: Path
     report: Record
@@ -163,7 +163,7 @@ def markdown(rows: Sequence[Record]) -> str:
 
 
 def readme_section(archives: Sequence[Archive], rows: Sequence[Record], plot: str | None) -> str:
-    """What stands between the comments of the README."""
+    """The text between the comments of the README."""
     run = next(archive.run for archive in archives if archive.run is not None)
     figure = f" ([plot]({plot}))" if plot else ""
     return (

@@ -37,7 +37,7 @@ from bench.harness import (  # noqa: E402
 from bench.harness.losses import LOSSES  # noqa: E402
 from bench.harness.programs import Exit  # noqa: E402
 from bench.harness.providers import Provider, choose  # noqa: E402
-from bench.harness.screen import Stages, console, duration, stages  # noqa: E402
+from bench.harness.screen import Stages, console, duration, say, stages  # noqa: E402
 
 
 def _terms(text: str) -> tuple[str, ...]:
@@ -55,7 +55,7 @@ def _temperature(text: str) -> float:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
+    made = programs.Parser(
         description="Compare every backend of a loss that can run on this machine.", epilog=programs.EXIT_CODES
     )
     grid = made.add_argument_group("the cases (default: a grid that suits the machine)")
@@ -65,9 +65,14 @@ def parser() -> argparse.ArgumentParser:
     grid.add_argument(
         "--candidates", type=programs.positive, metavar="M", help="of info_nce and moco: teacher rows, --batch at least"
     )
-    grid.add_argument("--dtype", choices=list(cases.DTYPES), nargs="+", help="dtypes of the logits")
+    grid.add_argument(
+        "--dtype", choices=list(cases.DTYPES), nargs="+", metavar="D", help=f"of the logits: {', '.join(cases.DTYPES)}"
+    )
     grid.add_argument("--terms", type=_terms, metavar="T,T", help=f"of mcld: some of {','.join(cases.TERMS)}")
-    grid.add_argument("--mode", choices=cases.MODES, nargs="+", help="default: forward-backward")
+    grid.add_argument(
+        "--mode", choices=cases.MODES, nargs="+", metavar="M",
+        help=f"{' or '.join(cases.MODES)} (default: forward-backward)",
+    )  # fmt: skip
     grid.add_argument("--temperature", type=_temperature, help="default: the loss's own")
     grid.add_argument(
         "--providers",
@@ -172,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     programs.make_output_printable()
     screen = console()
     if options.device == "cuda" and not torch.cuda.is_available():
-        print("--device cuda: this machine, or this build of torch, has no CUDA device", file=sys.stderr)
+        programs.complain("run: --device cuda: this machine, or this build of torch, has no CUDA device")
         return Exit.NO_DEVICE
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
@@ -187,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_float32_matmul_precision(options.matmul_precision)
     if options.smoke and device.type == "cpu" and options.providers is None:
         providers = [provider for provider in providers if provider.name != "compile"]
-        screen.print("smoke: compile is left out (starting it takes most of a minute); ask by --providers")
+        say(screen, "smoke: compile is left out (starting it takes most of a minute); ask by --providers")
     default = ROOT / "bench" / "out" / time.strftime("%Y%m%d-%H%M%S")
     if options.over_ranks:
         return _over_ranks(options, device, screen, default)
@@ -197,10 +202,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return measure_host(options, folder)
             return Run(options, device, providers, screen, folder).run()
     except programs.FolderInUse as fault:
-        print(f"run: {fault}", file=sys.stderr)
+        programs.complain(f"run: {fault}")
         return Exit.USAGE
     except OSError as fault:
-        print(f"run: the output cannot be written: {fault}", file=sys.stderr)
+        programs.complain(f"run: the output cannot be written: {fault}")
         return Exit.OUTPUT
 
 
@@ -222,7 +227,7 @@ def _over_ranks(options: argparse.Namespace, device: torch.device, screen: Conso
             return global_batch.run(options, device, screen, None, {})
         with programs.claimed(options.output, default, "results.json") as folder:
             code = global_batch.run(options, device, screen, folder, header(options, device))
-            screen.print(f"written to {_short(folder)}: results.json", soft_wrap=True)
+            say(screen, f"written to {_short(folder)}: results.json")
             return code
 
 
@@ -280,10 +285,10 @@ class Run:
                     self._write(complete=False)
         except KeyboardInterrupt:
             interrupted = True
-            self.screen.print("[yellow]interrupted; what was measured is kept[/yellow]")
+            say(self.screen, "interrupted; what was measured is kept", "yellow")
         self.head["machine"]["load_1min_end"] = machine.load()
         written = self._write(complete=not interrupted) + self._write_tables_and_plot()
-        self.screen.print(f"written to {_short(self.folder)}: {', '.join(written)}", soft_wrap=True)
+        say(self.screen, f"written to {_short(self.folder)}: {', '.join(written)}")
         if interrupted:
             return Exit.INTERRUPTED
         failed = (measure.FAILED, measure.ERROR)
@@ -296,8 +301,8 @@ class Run:
             name = f"{provider}_B{case.batch}_C{case.classes}_{case.dtype}_{'+'.join(case.terms)}_{case.mode}"
             name = re.sub(r"[^A-Za-z0-9+_.-]+", "-", name)
             table = profiling.profile_step(step, self.plan.device, self.folder, name)
-            self.screen.print(f"[bold]{provider}[/bold], {profiling.STEPS} steps of {case}")
-            self.screen.print(table, markup=False, soft_wrap=True)
+            say(self.screen, f"{provider}, {profiling.STEPS} steps of {case}", "bold")
+            self.screen.print(table)
 
         inspect = profiled if self.options.profile else None
         providers = self._providers(case)
@@ -331,17 +336,18 @@ class Run:
 
     def _announce(self) -> None:
         where, commit, versions = self.head["machine"], self.head["commit"], self.head["versions"]
-        self.screen.print(
+        say(
+            self.screen,
             f"{where.get('gpu', where['cpu'])}, {where['threads']} CPU threads, torch {versions['torch']}, "
             f"float32 products at {where['float32_matmul_precision']!r}, "
-            f"commit {commit[:10] + (' with changes' if self.head['dirty'] else '') if commit else 'unknown'}"
+            f"commit {commit[:10] + (' with changes' if self.head['dirty'] else '') if commit else 'unknown'}",
         )
         for name, value in self.head["ceilings"].items():
             text = f"{value / 1e9:,.0f} Gflop/s" if "flop" in name else f"{value / 1e9:,.1f} GB/s (reads and writes)"
             self.screen.print(f"  ceiling {name.rsplit('_', 3)[0].replace('_', ' ')}: {text}")
         load = where["load_1min"]
         if load is not None and load > 0.5 * where["threads"]:
-            self.screen.print(f"[yellow]  the machine is busy (load {load}): times will scatter[/yellow]")
+            say(self.screen, f"  the machine is busy (load {load}): times will scatter", "yellow")
         free = memory.available(self.plan.device) / 2**30
         self.screen.print(f"  free memory: {free:.1f} GiB")
         self.screen.print()

@@ -46,7 +46,10 @@ def main() -> int:
     """Run the grid; returns one of the exit codes of ``--help``."""
     parser = argparse.ArgumentParser(description="Run the backends on a small grid.", epilog=EXIT_CODES)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
+    parser.add_argument(
+        "--providers", nargs="+", choices=PROVIDERS, metavar="P", default=list(PROVIDERS),
+        help=f"of {', '.join(PROVIDERS)} (default: all)",
+    )  # fmt: skip
     parser.add_argument("--seconds", type=float, default=600, help="after which no combination is begun")
     options = parser.parse_args()
     device = torch.device(options.device)

@@ -25,15 +25,13 @@ from rich.text import Text  # noqa: E402
 from bench.harness import cases, machine, measure, programs, report, steps, timing  # noqa: E402
 from bench.harness.losses import LOSSES  # noqa: E402
 from bench.harness.programs import Exit  # noqa: E402
-from bench.harness.screen import console, duration, stages  # noqa: E402
+from bench.harness.screen import console, duration, say, stages  # noqa: E402
 
 SCHEMA = 1
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        description="Measure the loss's part of a training step.", epilog=programs.EXIT_CODES
-    )
+    made = programs.Parser(description="Measure the loss's part of a training step.", epilog=programs.EXIT_CODES)
     made.add_argument("--loss", choices=list(LOSSES), default="mcld", help="default: mcld")
     made.add_argument(
         "--batch", type=programs.positive, nargs="+", metavar="B", default=[256, 1024, 4096, 16384],
@@ -65,13 +63,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     programs.make_output_printable()
     if options.device == "cuda" and not torch.cuda.is_available():
-        print("--device cuda: this machine, or this build of torch, has no CUDA device", file=sys.stderr)
+        programs.complain("step_cost: --device cuda: this machine, or this build of torch, has no CUDA device")
         return Exit.NO_DEVICE
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         backbone = steps.backbone(options.backbone, options.image_size)
     except ValueError as fault:
-        print(f"step_cost: {fault}", file=sys.stderr)
+        programs.complain(f"step_cost: {fault}")
         return Exit.USAGE
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -80,10 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with programs.claimed(options.output, default, "results.json") as folder:
             return _run(options, device, backbone, folder, console())
     except programs.FolderInUse as fault:
-        print(f"step_cost: {fault}", file=sys.stderr)
+        programs.complain(f"step_cost: {fault}")
         return Exit.USAGE
     except OSError as fault:
-        print(f"step_cost: the output cannot be written: {fault}", file=sys.stderr)
+        programs.complain(f"step_cost: the output cannot be written: {fault}")
         return Exit.OUTPUT
 
 
@@ -105,7 +103,7 @@ def _run(
         **machine.commit(),
     }
     for name, reason in reasons.items():  # on the screen alone: a reason may name a path
-        screen.print(Text(f"not run: {name}: {reason}", style="dim"))
+        say(screen, f"not run: {name}: {reason}", "dim")
     rows: list[steps.StepRow] = []
     code, shown = Exit.OK, set[str]()
 
@@ -118,7 +116,7 @@ def _run(
         head["gemm_flop_per_s"] = gemm
         estimates = {case: steps.predicted_seconds(case, backbone, len(variants), plan, gemm) for case in grid}
         wanted = [case for case in grid if estimates[case] <= options.limit]
-        screen.print(f"{len(wanted)} cases, about {duration(sum(estimates[case] for case in wanted))}", style="dim")
+        say(screen, f"{len(wanted)} cases, about {duration(sum(estimates[case] for case in wanted))}", "dim")
         with stages(screen, len(grid)) as progress:
             for case in grid:
                 progress.begin(str(case), estimates[case])
@@ -134,7 +132,7 @@ def _run(
                 write(complete=False)
     except KeyboardInterrupt:
         code = Exit.INTERRUPTED
-        screen.print("[yellow]interrupted; what was measured is kept[/yellow]")
+        say(screen, "interrupted; what was measured is kept", "yellow")
     head["machine"]["load_1min_end"] = machine.load()
     write(complete=code == Exit.OK)
     records = report.finite([row.record() for row in rows])
@@ -142,7 +140,7 @@ def _run(
     written = ["results.json", "results.csv"]
     if steps.plot(folder / "results.png", records, machine.caption(head)):
         written.append("results.png")
-    screen.print(f"written to {folder}: {', '.join(written)}", soft_wrap=True)
+    say(screen, f"written to {folder}: {', '.join(written)}")
     if code == Exit.OK and any(row.status in (measure.FAILED, measure.ERROR) for row in rows):
         return Exit.FAILED
     return code
@@ -159,11 +157,11 @@ def _show(screen: Console, case: cases.Case, rows: Sequence[steps.StepRow], show
         screen.print(table)
     seen = {row.gate_batch for row in measured if row.gate_batch and row.gate_batch < case.batch}
     if seen:
-        screen.print(Text(f"  checked on the first {seen.pop():,} images alone (--gate-batch)", style="dim"))
+        say(screen, f"  checked on the first {seen.pop():,} images alone (--gate-batch)", "dim")
     for row in rows:
         if row.reason and (text := f"  {row.status}: {row.variant}: {row.reason}") not in shown:
             shown.add(text)
-            screen.print(Text(text, style="dim" if row.status == measure.NOT_RUN else "red"))
+            say(screen, text, "dim" if row.status == measure.NOT_RUN else "red")
 
 
 def _cells(row: steps.StepRow) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a step over ranks communicates and holds, by formula: the tables of distributed.md. Run it to print them.
+"""The communication and memory of a step over ranks, by formula: the tables of distributed.md. Run it to print them.
 
 tests/test_distributed.py compares `collectives` with what ranks really run, in order and in bytes.
 """

@@ -35,7 +35,7 @@ def size(student: Tensor, loss: Callable[[Tensor], Tensor]) -> float:
 
 def rows() -> list[list[str]]:
     """The table's cells: each term far from the teacher (share 0) and half way to it (share 0.5)."""
-    found = []
+    table = []
     for temperature in TEMPERATURES:
         cells = [f"{temperature:g}"]
         for share in (0.0, 0.5):
@@ -43,8 +43,8 @@ def rows() -> list[list[str]]:
             for weight in TERMS.values():
                 value = size(student, lambda s: mcld_loss(s, teacher, target, temperature=temperature, weight=weight))  # noqa: B023
                 cells.append(f"{value:.3f}")
-        found.append(cells)
-    return found
+        table.append(cells)
+    return table
 
 
 def main() -> None:

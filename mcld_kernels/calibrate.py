@@ -393,8 +393,18 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--output", type=Path, metavar="FILE", help="default: where mcld_kernels looks for it")
     made.add_argument("--batch", type=_positive, nargs="+", default=[256, 1024, 4096, 16384])
     made.add_argument("--classes", type=_positive, nargs="+", default=[100, 1000])
-    made.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES))
-    made.add_argument("--matmul-precision", choices=PRECISIONS, nargs="+", default=["highest", "high"], help="of fp32")
+    made.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        nargs="+",
+        metavar="D",
+        default=list(DTYPES),
+        help=f"of {', '.join(DTYPES)} (default: all)",
+    )
+    made.add_argument(
+        "--matmul-precision", choices=PRECISIONS, nargs="+", metavar="P", default=["highest", "high"],
+        help=f"of fp32, of {', '.join(PRECISIONS)} (default: highest high)",
+    )  # fmt: skip
     made.add_argument("--repeats", type=_positive, default=20, help="interleaved rounds (default: 20)")
     made.add_argument("--seconds", type=float, default=900, help="in all; what is measured by then is kept")
     made.add_argument(

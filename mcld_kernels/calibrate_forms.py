@@ -87,10 +87,10 @@ def run(plan: Plan, seconds: float, run_plan: Callable[[Plan, float], tuple[list
 def merge(rows: Sequence[Row], tuned: Sequence[Row]) -> list[Row]:
     """The rows of the candidates as they are, each with what `measure` has found at its shape."""
     keys = ("dtype", "precision", "batch", "classes")
-    found = {tuple(row[key] for key in keys): row for row in tuned}
+    measured = {tuple(row[key] for key in keys): row for row in tuned}
     merged = []
     for row in rows:
-        other = found.get(tuple(row[key] for key in keys))
+        other = measured.get(tuple(row[key] for key in keys))
         # Times of different runs are not compared: the row keeps its own where a candidate is missing in the other.
         if other is None or set(other["milliseconds"]) != set(row["milliseconds"]):
             merged.append(row)

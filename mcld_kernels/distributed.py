@@ -326,7 +326,7 @@ class _ReduceScatter(torch.autograd.Function):
 def same_on_all_ranks(
     student: Tensor, teacher: Tensor, target: Tensor | None, weight: Tensor | None, options: Any, operands: str
 ) -> dict[str, Any]:
-    """What the ranks of a call must agree in. options: a NamedTuple; operands: what the kernels make of the logits."""
+    """The values in which the ranks of a call must agree. options: a NamedTuple; operands: the kernels' own."""
     shown = None if weight is None else weight.tolist() if is_readable(weight) else str(weight.dtype)
     return {
         "classes": student.shape[1],
@@ -339,8 +339,8 @@ def same_on_all_ranks(
     }
 
 
-def join(options: RanksOptions, rows: int, facts: Mapping[str, Any], device: torch.device) -> Ranks:
-    """Begin a call: learn the rows of every rank, and raise ValueError on all ranks if they disagree in ``facts``.
+def join(options: RanksOptions, rows: int, common: Mapping[str, Any], device: torch.device) -> Ranks:
+    """Begin a call: learn the rows of every rank, and raise ValueError on all ranks if they disagree in ``common``.
 
     even=True on a GPU: nothing is read on the host. Every rank is taken to hold ``rows`` rows, and where ranks disagree
     `Ranks.poison` is NaN.
@@ -349,7 +349,7 @@ def join(options: RanksOptions, rows: int, facts: Mapping[str, Any], device: tor
     rank, count = dist.get_rank(group), dist.get_world_size(group)
     if count == 1:
         return Ranks(group=group, rank=0, sizes=(rows,), gather=options.gather)
-    known = {"even": options.even, "gather": options.gather, **facts}
+    known = {"even": options.even, "gather": options.gather, **common}
     text = json.dumps(known | {"rows": rows} if options.even else known, default=str)
     integers = (_AGREED, rows, *_digest(text))
     where = _exchange_device(group, options.even, device)
@@ -432,7 +432,7 @@ def _raise_disagreement(refused: list[bool], texts: list[str]) -> None:
     known = [json.loads(text) for text in texts]
     differences = []
     for name in known[0]:
-        values = [facts.get(name) for facts in known]
+        values = [values_of.get(name) for values_of in known]
         if any(value != values[0] for value in values):
             others = (f"rank {rank} has {value!r}" for rank, value in enumerate(values) if value != values[0])
             differences.append(f"{name}: rank 0 has {values[0]!r}, {', '.join(others)}")

@@ -1,4 +1,4 @@
-"""Options, terms and checks of CKD, CLKD and MLKD, beside those of `options`."""
+"""Options, terms and checks of KD, CKD, CLKD and MLKD, beside those of `options`."""
 
 from __future__ import annotations
 
@@ -65,6 +65,12 @@ class MLKDTerms(NamedTuple):
     correlation: Tensor
     alignment: Tensor
     supervised: Tensor
+
+
+class KDOptions(NamedTuple):
+    """The options of a call after the checks."""
+
+    temperature: float
 
 
 class CKDOptions(NamedTuple):
@@ -240,7 +246,7 @@ def _split_weight(value: Any, names: tuple[str, ...]) -> tuple[Any, Tensor | Non
     if not value.is_floating_point():
         raise TypeError(f"weight as a tensor must be of a floating dtype; got {value.dtype}")
     if is_readable(value):
-        check_weight_values(value.reshape(count).tolist())
+        check_weight_values(value.reshape(count).tolist(), is_learned=value.requires_grad)
     return (1.0 if count == 1 else (1.0,) * count), value.reshape(count)
 
 

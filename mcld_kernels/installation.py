@@ -74,7 +74,7 @@ def build_commit() -> str | None:
 
 
 def without_cpu_kernels() -> str | None:
-    """Why the build left the CPU kernels out, as setup.py recorded it; None if it did not."""
+    """The reason for which the build left the CPU kernels out, as setup.py recorded it; None if it did not."""
     return _record().get("without_cpu_kernels")
 
 

@@ -115,7 +115,7 @@ class NegativeSums:
 
 @dataclass(slots=True, kw_only=True)
 class ContrastSums:
-    """What a contrast has accumulated after its last chunk; None for what was not asked for."""
+    """The sums of a contrast after its last chunk; None for those that the arguments do not request."""
 
     candidate_product: Tensor | None = None  # (m, >= d) acc dtype: sum_i partner_i p_ij A_i over the negatives' pairs
     reverse: NegativeSums | None = None  # of all candidates, taken as anchors
@@ -175,7 +175,7 @@ class GradEpilogueArgs:
 
 @dataclass(slots=True, kw_only=True)
 class AnchorPassArgs:
-    """What `KernelSet.anchor_pass` adds to its contrast: the anchors' terms and their gradient."""
+    """The arguments of `KernelSet.anchor_pass` beside its contrast: the anchors' terms and their gradient."""
 
     weights: tuple[TermWeight, ...]
     per_anchor: Tensor  # (len(weights), >= n) acc dtype, to be written, as in `AnchorTerms`
@@ -288,7 +288,7 @@ class KernelSet:
     records_calls = False  # True: `run` is asked for a call, which may run a recorded one
 
     def run(self, compute: Callable[[KernelSet, LossInputs], LossOutputs], inputs: LossInputs) -> LossOutputs:
-        """What ``compute`` gives with these kernels."""
+        """The outputs of ``compute`` with these kernels."""
         return compute(self, inputs)
 
     def replay(
@@ -336,6 +336,10 @@ class KernelSet:
 
     def ckd_low_latency(self, inputs: LossInputs) -> Callable[[LossInputs], LossOutputs] | None:
         """The same for `ckd_loss`."""
+        return None
+
+    def kd_low_latency(self, inputs: LossInputs) -> Callable[[LossInputs], LossOutputs] | None:
+        """The same for `kd_loss`, a call of any size."""
         return None
 
     def l2_normalize(self, x: Tensor, operand_dtype: torch.dtype, eps: float) -> UnitRows:

@@ -363,7 +363,7 @@ def _one_by_one(
 
 
 def _facts(kernels: KernelSet, inputs: LossInputs) -> dict[str, Any]:
-    """What the ranks must agree in: the collectives of a call, and their shapes, follow from it."""
+    """The values that the ranks must agree in: the collectives of a call, and their shapes, follow from it."""
     dtype = kernels.operand_dtype(inputs.dtype)
     pitch = kernels.operand_shape(1, inputs.student.shape[1], dtype)[1]
     operands = f"{dtype} with pitch {pitch} and chunks of {kernels.tuning.chunk_bytes} bytes"
@@ -451,7 +451,7 @@ def _save(ctx: Any, call: _Call, outputs: Sequence[Tensor | None]) -> tuple[Tens
 
 
 def _forward_call(operator: LossOperator, call: _Call) -> _Call:
-    """What forward computes: where each anchor has a loss, the teacher's gradient is left to backward."""
+    """The gradients that forward computes: where each anchor has a loss, the teacher's gradient is left to backward."""
     return call._replace(teacher_grad=False) if call.teacher_grad and operator.is_per_anchor(call) else call
 
 

@@ -310,13 +310,19 @@ def check_weight_tensor(value: Tensor, *, read_values: bool = True) -> None:
     if not value.is_floating_point():
         raise TypeError(f"weight as a tensor must be of a floating dtype; got {value.dtype}")
     if read_values and is_readable(value):
-        check_weight_values(value.tolist())
+        check_weight_values(value.tolist(), is_learned=value.requires_grad)
 
 
-def check_weight_values(values: Sequence[float]) -> None:
+def check_weight_values(values: Sequence[float], *, is_learned: bool = False) -> None:
     for v in values:
         if not 0 <= v < math.inf:
-            raise ValueError(f"weight must be finite and >= 0; got {tuple(values)!r}")
+            reason = (
+                "; an optimizer drives a weight that requires a gradient below 0, since that gradient is the term: "
+                "learn its logarithm, with a penalty on small weights, as MCLDLoss(uncertainty_weighting=True) does"
+            )
+            raise ValueError(
+                f"weight must be finite and >= 0; got {tuple(values)!r}{reason if is_learned and v < 0 else ''}"
+            )
 
 
 def check_direction(value: Any) -> Direction:

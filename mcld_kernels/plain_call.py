@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import backends, replay
+from .family_options import KDOptions
 from .ops import NoSecondDerivative, call_context
 from .options import MCLDOptions, is_observed
 
@@ -24,11 +25,16 @@ _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 def plain_call(
-    student: Tensor, teacher: Tensor, options: Options, as_mcld: Callable[[Options], MCLDOptions | None], backend: str
+    student: Tensor,
+    teacher: Tensor,
+    options: Options,
+    as_kernel: Callable[[Options], MCLDOptions | KDOptions | None],
+    backend: str,
 ) -> Tensor | None:
     """The loss () with its gradient by the student; None where this way does not apply.
 
-    Nothing is checked yet but the options. ``as_mcld`` gives them as those of MCLD, None where they are no case of it.
+    Nothing is checked yet but the options. ``as_kernel`` gives them as those of a loss that the compiled module has,
+    None where they are no case of one.
     """
     if torch.compiler.is_compiling():
         return None
@@ -52,10 +58,10 @@ def plain_call(
         if teacher.requires_grad:
             return None
         with_grad = student.requires_grad
-    mcld_options = as_mcld(options)
-    if mcld_options is None:
+    kernel_options = as_kernel(options)
+    if kernel_options is None:
         return None
-    outputs = backends.plain_call(backend, student, teacher, mcld_options, with_grad)
+    outputs = backends.plain_call(backend, student, teacher, kernel_options, with_grad)
     if outputs is None:
         return None
     return _PlainLoss.apply(student, outputs) if with_grad else outputs[0]  # type: ignore[no-any-return]

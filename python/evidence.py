@@ -28,11 +28,10 @@ from distillation.models import MODELS  # noqa: E402
 from distillation.report import write_json  # noqa: E402
 from distillation.study import Cell, Plan, PlanMismatch, Remaining, Study, cells  # noqa: E402
 from rich.console import Console  # noqa: E402
-from rich.markup import escape  # noqa: E402
 
 from bench.harness import machine, programs  # noqa: E402
 from bench.harness.programs import Exit, positive  # noqa: E402
-from bench.harness.screen import console, duration, stages  # noqa: E402
+from bench.harness.screen import console, duration, say, stages  # noqa: E402
 
 QUICK: dict[str, Any] = {
     "images": 100,
@@ -55,7 +54,7 @@ def _methods(text: str) -> tuple[str, ...]:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
+    made = programs.Parser(
         description="Compare the distillation losses on digits, equally tuned.", epilog=programs.EXIT_CODES
     )
     made.add_argument("--methods", type=_methods, metavar="M,M", help="default: all; 'alone' is always among them")
@@ -107,10 +106,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(study: Study, methods: Sequence[str], screen: Console) -> int:
     absent = {name: reason for name, reason in contenders.absent().items() if name in methods}
-    wanted = cells(study.plan, [name for name in methods if name not in absent])
-    left = [cell for cell in wanted if study.record(cell) is None]
+    planned = cells(study.plan, [name for name in methods if name not in absent])
+    left = [cell for cell in planned if study.record(cell) is None]
     for name, reason in absent.items():
-        screen.print(f"not run: {name}: {escape(reason)}", style="dim", soft_wrap=True)
+        say(screen, f"not run: {name}: {reason}", "dim")
     results: dict[str, Any] = {
         "schema": evidence_report.SCHEMA,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -127,19 +126,19 @@ def _run(study: Study, methods: Sequence[str], screen: Console) -> int:
         if left:
             study.prepare()
         remaining = Remaining(study.predicted_seconds)
-        screen.print(f"{len(wanted) - len(left)} of {len(wanted)} cells are done", style="dim")
+        screen.print(f"{len(planned) - len(left)} of {len(planned)} cells are done", style="dim")
         _train(study, left, remaining, screen)
     except KeyboardInterrupt:
         code = Exit.INTERRUPTED
-        screen.print("[yellow]interrupted; the same command goes on with the cells that are missing[/yellow]")
+        say(screen, "interrupted; the same command goes on with the cells that are missing", "yellow")
         if "teacher" not in results:
             return code
-    found = [record for cell in wanted if (record := study.record(cell)) is not None]
-    if not found:
+    records = [record for cell in planned if (record := study.record(cell)) is not None]
+    if not records:
         screen.print("no cell was finished")
         return code
     results["machine"]["load_1min_end"] = machine.load()
-    results |= {"complete": len(found) == len(wanted), "cells": found}
+    results |= {"complete": len(records) == len(planned), "cells": records}
     write_json(study.folder / "results.json", results)
     _report(results, study.folder, screen)
     return code
@@ -167,13 +166,13 @@ def _report(results: dict[str, Any], folder: Path, screen: Console) -> int:
         written.append("settings.png")
     for table in evidence_report.tables(results):
         screen.print(table)
-    screen.print(evidence_report.NOTE, style="dim")
-    screen.print(f"written to {folder}: {', '.join(written)}", soft_wrap=True)
+    say(screen, evidence_report.NOTE, "dim")
+    say(screen, f"written to {folder}: {', '.join(written)}")
     return Exit.OK
 
 
 def _fail(screen: Console, message: str, code: Exit) -> Exit:
-    screen.print(f"[red]error:[/red] {escape(message)}", soft_wrap=True)
+    say(screen, f"error: {message}", "red")
     return code
 
 

@@ -1,4 +1,4 @@
-"""What every test relies on: the interpreter, threads, the gpu mark, hypothesis, and fixtures."""
+"""The ground of every test: the interpreter, threads, the gpu mark, hypothesis, and fixtures."""
 
 import contextlib
 import importlib.machinery

@@ -1,4 +1,4 @@
-"""What the benchmark makes of a case: its rows, the losses and the kernels in them, and the report."""
+"""A case of the benchmark: its rows, the losses and the kernels in them, and the report."""
 
 import csv
 import json

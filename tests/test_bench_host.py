@@ -1,4 +1,4 @@
-"""What the harness asks of the process around a profile and of malloc."""
+"""The harness's demands on the process around a profile and on malloc."""
 
 import ctypes
 import os

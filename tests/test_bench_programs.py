@@ -1,6 +1,7 @@
 """The benchmark's programs: what they print and write, their options, plots and exit codes."""
 
 import csv
+import dataclasses
 import json
 import os
 import resource
@@ -19,10 +20,13 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))  # bench is not ins
 from bench import correct, faults, gpu_report, run, step, table
 from bench.harness import (
     gate,
+    global_batch,
+    host,
     machine,
     measure,
     memory,
     plots,
+    profiling,
     programs,
     providers,
     report,
@@ -92,6 +96,42 @@ class TestScreen:
             progress.stage("gate torch")
         assert "gate torch (after" in capsys.readouterr().out
 
+    def test_a_message_is_wrapped_with_an_indent_and_never_cut(self, capsys):
+        path = "/a/folder/of/fifty/characters/which-has-hyphens-too"
+        text = f"  not run: {'a, ' * 20}cuda: the reason is long; see {path} or [brackets] for more"
+        screen.say(Console(width=60), text)
+        first, *others = capsys.readouterr().out.splitlines()
+        assert max(map(len, [first, *others])) <= 60
+        assert first.startswith("  not run: a,") and all(line.startswith("      ") for line in others)
+        assert " ".join("\n".join([first, *others]).split()) == text.strip()
+        assert any(path in line for line in others)
+
+    def test_the_tables_of_ranks_and_of_the_host_fit(self, capsys):
+        row = global_batch.Row(
+            16384, 1000, "bfloat16", "instance+sample+category", "symmetric", "gathered", "FAILED", 1e-7
+        )
+        row.milliseconds = row.exposed_milliseconds = 12345.67
+        row.received_bytes = row.peak_bytes = 1 << 38
+        for part in global_batch._tables([row, row], 8):
+            Console(width=80).print(part)
+        names = {field.name: 12345 for field in dataclasses.fields(host.HostCost)}
+        print(host.table([host.HostCost(**names | {"name": case.name}) for case in host.CASES]))
+        shown = capsys.readouterr().out
+        assert max(map(len, shown.splitlines())) <= 80 and "…" not in shown
+        assert shown.count("B=16384 C=1000 bfloat16") == 1 and shown.count("274,877.91") == 4
+
+    def test_the_profile_on_the_screen_is_as_wide_as_the_screen(self, tmp_path, capsys):
+        matrix = torch.ones(8, 8)
+
+        def step():
+            with torch.profiler.record_function("a_name_that_is_longer_than_the_whole_screen_" * 3):
+                matrix @ matrix
+
+        Console(width=80).print(profiling.profile_step(step, CPU, tmp_path, "it"))
+        lines = capsys.readouterr().out.splitlines()
+        assert max(map(len, lines)) <= 80 and any("aten::mm" in line and "%" in line for line in lines)
+        assert "Self CPU" in (tmp_path / "kernels_it.txt").read_text()
+
     def test_an_estimate_learns_from_the_cases_that_ran(self):
         chosen = [providers.all_providers()["torch"]]
         ceilings = {"gemm_float32_flop_per_s": 1e11, "copy_bytes_per_s": 1e10}
@@ -103,10 +143,12 @@ class TestScreen:
         assert estimate.seconds(large) == pytest.approx(3 * before)
 
 
-def test_a_run_leaves_json_csv_and_plot(tmp_path, capsys):
+def test_a_run_leaves_json_csv_and_plot(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
     arguments = ["--batch", "32", "64", "--classes", "10", "--providers", "reference,torch,cuda", "--repeats", "3"]
     assert run.main([*arguments, "--device", "cpu", "--output", str(tmp_path), "--profile"]) == 0
     shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= screen.PIPE_WIDTH == 80
     assert shown.count("not run: cuda") == 1 and "Gflop/s" in shown and "case 2 of 2" in shown
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["complete"] and len(results["rows"]) == 6
@@ -145,10 +187,13 @@ def test_a_run_leaves_json_csv_and_plot(tmp_path, capsys):
         (["--loss", "kd", "--terms", "instance"], "--terms are those of mcld"),
     ],
 )
-def test_bad_arguments_end_with_a_message(arguments, message, capsys):
+def test_bad_arguments_end_with_a_message(arguments, message, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as end:
         run.main(arguments)
-    assert end.value.code == 2 and message in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert end.value.code == 2 and message in " ".join(shown.split())
+    assert max(map(len, shown.splitlines())) <= 80
 
 
 def test_smoke_takes_less_than_a_minute_of_one_cpu(tmp_path):
@@ -276,7 +321,7 @@ class TestOutput:
         before = (tmp_path / "results.json").read_text()
         assert run.main([*SMALL, "--output", str(tmp_path)]) == Exit.USAGE
         assert (tmp_path / "results.json").read_text() == before
-        assert "holds results.json of another run" in capsys.readouterr().err
+        assert "holds results.json of another run" in " ".join(capsys.readouterr().err.split())
 
     def test_a_folder_that_cannot_be_made_is_one_message(self, tmp_path, capsys):
         (tmp_path / "file").write_text("")
@@ -317,7 +362,7 @@ class TestOutput:
 
 def test_programs_start_without_docstrings_and_document_their_exit_codes():
     # In one process: under -OO each would compile every module again that it imports, torch's too.
-    programs = ["run", "calibrate", "gpu_report", "sanitize", "table", "correct", "publish"]
+    programs = ["run", "calibrate", "gpu_report", "sanitize", "table", "correct", "publish", "step_cost"]
     code = f"""
 import runpy, sys
 for name in {programs}:
@@ -328,8 +373,10 @@ for name in {programs}:
         assert not end.code, (name, end.code)
 """
     command = [sys.executable, "-OO", "-c", code]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    columns = os.environ | {"COLUMNS": "80"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=columns)
     assert done.returncode == 0, done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 80
     documented = "exit codes: 0 done; 1 a result is wrong or missing"
     assert " ".join(done.stdout.split()).count(documented) == len(programs)
 

@@ -340,7 +340,7 @@ def test_an_install_without_a_compiler_is_pure_python_and_says_why(tree, environ
 @needs_build_tools()
 def test_a_compiler_that_fails_leaves_a_default_install_pure_and_its_first_error_as_the_reason(tree):
     (tree / "csrc/cpu/bindings.cpp").write_text(TINY.replace("0};", "0}"))
-    for name in ("dispatch.cpp", "low_latency.cpp"):
+    for name in ("dispatch.cpp", "low_latency.cpp", "rows.cpp"):
         (tree / "csrc/cpu" / name).write_text("")
     done = run(tree, *WHEEL, **DEFAULT)
     name, content, record = wheel_of(done, tree)
@@ -356,7 +356,7 @@ def test_a_compiler_that_fails_leaves_a_default_install_pure_and_its_first_error
 def test_a_default_install_compiles_the_cpu_kernels_where_a_compiler_works(tree):
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     (tree / "csrc/cpu/bindings.cpp").write_text(TINY)
-    for name in ("dispatch.cpp", "low_latency.cpp"):
+    for name in ("dispatch.cpp", "low_latency.cpp", "rows.cpp"):
         (tree / "csrc/cpu" / name).write_text("")
     name, content, record = wheel_of(run(tree, *WHEEL, **DEFAULT), tree)
     assert name.startswith(f"mcld_kernels-{mcld_kernels.__version__}-cp") and "any" not in name

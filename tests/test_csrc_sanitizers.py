@@ -134,7 +134,7 @@ def test_every_control_is_tested():
 
 
 def report_of(done) -> str:
-    """What a check reported with the innermost functions, or else the end of the output."""
+    """The report of a check with the innermost functions, or else the end of the output."""
     text = done.stdout + done.stderr
     found = re.search("runtime error|ERROR: AddressSanitizer", text)
     return text[max(0, found.start() - 300) :][:3000] if found else text[-6000:]
@@ -150,11 +150,19 @@ def test_memory_of_the_kernels(selection, under_check):
 
 
 def test_memory_of_the_cpu_kernels(under_check):
-    """Each instruction set that this machine runs, on the workspace and the logits of every test of that path."""
-    options = ["-q", "--capture=no", "-p", "no:cacheprovider", "-k", "compiled or threads or instruction or plain"]
+    """Each instruction set that this machine runs, on the workspace and the logits of every test of those paths."""
+    options = [
+        "-q",
+        "--capture=no",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "compiled or threads or instruction or plain or cpu_rows",
+    ]
     library = str(csrc_host.build_cpu())
     done = under_check(
-        "-m", "pytest", *options, "test_low_latency.py", "test_plain_call.py", MCLD_TEST_CPU_MODULE=library
+        *("-m", "pytest", *options, "test_low_latency.py", "test_plain_call.py", "test_cpu_rows.py", "test_kd.py"),
+        MCLD_TEST_CPU_MODULE=library,
     )
     assert done.returncode == 0, report_of(done)
     assert re.search(r"\d+ passed", done.stdout) and "skipped" not in done.stdout

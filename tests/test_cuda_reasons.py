@@ -1,4 +1,4 @@
-"""Why backend "cuda" can or cannot run: compiled architectures, compute capability, driver and dtype."""
+"""Reasons for which backend "cuda" cannot run: compiled architectures, compute capability, driver and dtype."""
 
 import re
 from pathlib import Path

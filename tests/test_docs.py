@@ -51,7 +51,7 @@ def sections(page: str) -> list[tuple[str, tuple[str, ...], str]]:
 
 
 def names() -> dict[str, object]:
-    """What the pages take for granted: two models, a loader, logits and labels."""
+    """The names that the pages' code uses: two models, a loader, logits and labels."""
     torch.manual_seed(0)
     student_model, teacher_model = (nn.Sequential(nn.Flatten(), nn.Linear(48, 10)) for _ in range(2))
     dataset = torch.utils.data.TensorDataset(torch.randn(32, 3, 4, 4), torch.randint(10, (32,)))
@@ -126,6 +126,21 @@ def test_the_support_matrix_has_the_versions_of_the_project():
         assert f'"{name}>={accepted.removesuffix(" or later")}' in project
         assert re.search(rf"^{name}=={re.escape(tested)}\b", constraints, re.MULTILINE)
     assert f'requires-python = ">={re.search(r"Python . ([0-9.]+) or later", support)[1]}"' in project
+
+
+def test_the_support_matrix_has_the_losses_of_each_backend():
+    from mcld_kernels.losses import ckd, clkd, info_nce, kd, mcld, mlkd
+
+    support = (ROOT / "docs" / "support.md").read_text(encoding="utf-8")
+    heads, cells = (
+        [cell.strip(" `") for cell in next(line for line in support.splitlines() if line.startswith(start)).split("|")]
+        for start in ("| | `reference`", "| losses")
+    )
+    losses = {"MCLD": mcld, "CKD": ckd, "CLKD": clkd, "MLKD": mlkd, "KD": kd, "InfoNCE": info_nce}
+    for backend in ("torch", "triton", "cuda"):
+        wanted = [name for name, module in losses.items() if backend in module._OPERATOR.supported]
+        assert cells[heads.index(backend)] == ", ".join(wanted)
+    assert cells[heads.index("reference")] == ", ".join(losses)
 
 
 def test_the_environment_variables_are_those_of_info():

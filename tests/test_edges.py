@@ -410,7 +410,7 @@ def run_with(student, teacher, backend):
 
 
 class TestTheReference:
-    """What the oracle owes beside its equations."""
+    """The oracle's behaviour beside its equations."""
 
     OPTIONS = {"mask_same_class": True, "present_only": True, "direction": "symmetric"}
 

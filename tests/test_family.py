@@ -1,4 +1,4 @@
-"""What CKD, CLKD and MLKD have in common: operator, derivatives, compilation, autocast, edges, errors."""
+"""Behaviour that CKD, CLKD and MLKD have in common: operator, derivatives, compilation, autocast, edges, errors."""
 
 import math
 

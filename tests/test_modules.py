@@ -268,8 +268,35 @@ class TestChangesAfterwards:
         module = MCLDLoss(weight=torch.nn.Parameter(torch.tensor(WEIGHT)))
         with torch.no_grad():
             module.weight[1] = -0.5
-        with pytest.raises(ValueError, match=r"weight must be finite and >= 0; got .*-0.5"):
+        with pytest.raises(ValueError, match=r"weight must be finite and >= 0; got .*-0.5.*uncertainty_weighting=True"):
             module(student, teacher, labels(9, 7))
+        with pytest.raises(ValueError, match=r"got \(1.0, -0.5, 1.0\)$"):  # nobody learns this one
+            MCLDLoss(weight=torch.tensor([1.0, -0.5, 1.0]))
+
+    def test_an_optimizer_drives_a_bare_weight_below_0_and_not_a_learned_one(self):
+        student, teacher = logits("random", 32, 7)
+        bare = MCLDLoss(weight=torch.nn.Parameter(torch.ones(3)))
+        learned = MCLDLoss(uncertainty_weighting=True)
+        message = "learn its logarithm"
+        with pytest.raises(ValueError, match=message):  # what docs/hyperparameters.md says of it
+            descend(bare, student, teacher, 200)
+        losses = descend(learned, student, teacher, 200)
+        weight = learned.effective_weight
+        assert all(map(math.isfinite, losses)) and (weight > 0).all() and losses[-1] < losses[0]
+        terms = torch.stack(learned.terms(student, teacher, labels(32, 7))[1:])
+        torch.testing.assert_close(weight, (1 / (2 * terms)).to(weight), rtol=0.05, atol=0)  # the minimum
+
+
+def descend(module, student, teacher, steps):
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = module(student, teacher, labels(*student.shape))
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
 
 
 class TestUncertaintyWeighting:

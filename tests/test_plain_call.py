@@ -7,8 +7,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mcld_kernels
 from mcld_kernels import backends, ops
-from mcld_kernels.backends import torch_low_latency
+from mcld_kernels.backends import torch_kd, torch_low_latency
 from mcld_kernels.backends.torch_low_latency import compiled_module, unavailable_reason
+from mcld_kernels.family_options import KDOptions
 
 pytestmark = pytest.mark.skipif(compiled_module() is None, reason=f"no mcld_kernels._cpu: {unavailable_reason()}")
 
@@ -18,6 +19,8 @@ LOSSES = {
     "ckd": lambda s, t, **o: mcld_kernels.ckd_loss(s, t, temperature=0.2, **o),
     "CKDLoss": lambda s, t, **o: mcld_kernels.CKDLoss(temperature=0.2, **o)(s, t),
     "ckd, student negatives": lambda s, t, **o: mcld_kernels.ckd_loss(s, t, negatives="student", **o),
+    "kd": lambda s, t, **o: mcld_kernels.kd_loss(s, t, **o),
+    "KDLoss": lambda s, t, **o: mcld_kernels.KDLoss(temperature=0.5, **o)(s, t),
 }
 
 
@@ -93,6 +96,9 @@ GENERAL = {
     "a teacher that learns": lambda s, t, f: mcld_kernels.info_nce(s, t.detach().requires_grad_()),
     "a sum": lambda s, t, f: mcld_kernels.info_nce(s, t, reduction="sum"),
     "rows as they are": lambda s, t, f: mcld_kernels.info_nce(s, t, normalize=False),
+    "KD of a teacher that learns": lambda s, t, f: mcld_kernels.kd_loss(s, t.detach().requires_grad_()),
+    "KD of a negated view": lambda s, t, f: mcld_kernels.kd_loss(torch._neg_view(s), t),
+    "KD at a temperature out of range": lambda s, t, f: mcld_kernels.kd_loss(s, t, temperature=1e-13),
     "further candidates": lambda s, t, f: mcld_kernels.info_nce(s, t.repeat(2, 1)),
 }
 
@@ -122,7 +128,7 @@ def test_settings_that_take_the_general_way(general, monkeypatch):
         LOSSES["ckd"](student, teacher)
 
 
-@pytest.mark.parametrize("name", ["info_nce", "ckd"])
+@pytest.mark.parametrize("name", ["info_nce", "ckd", "kd"])
 def test_errors_stay(name):
     student, teacher = pair()
     for bad in (teacher[:, :4], teacher[0], teacher.long(), teacher.to_sparse(), teacher.to("meta"), None):
@@ -180,6 +186,7 @@ def test_three_operations(with_grad):
     """The workspace, the loss and the gradient: a small call's time is what surrounds its arithmetic."""
     student, teacher = pair()
     options = mcld_kernels.options.instance_term(0.2, 1e-12)
-    with _Operations() as seen, torch.no_grad():
-        assert torch_low_latency.plain_call(student, teacher, options, with_grad) is not None
-    assert [name.split(".")[1] for name in seen.names] == ["new_empty"] * (2 + with_grad)
+    for module, given in ((torch_low_latency, options), (torch_kd, KDOptions(temperature=4.0))):
+        with _Operations() as seen, torch.no_grad():
+            assert module.plain_call(student, teacher, given, with_grad) is not None
+        assert [name.split(".")[1] for name in seen.names] == ["new_empty"] * (2 + with_grad)

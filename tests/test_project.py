@@ -96,3 +96,17 @@ def test_a_loss_knows_no_backend_and_a_backend_no_loss():
             assert not {part for part in parts if part[0] in ("losses", "reference")}, path
         elif path not in programs:
             assert not {part[1] for part in parts if part[0] == "backends" and len(part) > 1} & backends, path
+
+
+def test_no_docstring_opens_with_a_question_word():
+    """A docstring names the thing itself."""
+    openings = re.compile(r"(What|Whether|Why|Who)\b")
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    wrong = []
+    for folder in ("mcld_kernels", "python", "bench", "tests", "docs", "examples"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                text = ast.get_docstring(node) if isinstance(node, documented) else None
+                if text and openings.match(text):
+                    wrong.append(f"{path.relative_to(ROOT)}: {text.splitlines()[0]}")
+    assert not wrong, "\n".join(wrong)

@@ -1,4 +1,4 @@
-"""What must hold for any logits: invariances, bounds and linearity, on examples that hypothesis draws."""
+"""Properties that hold for any logits: invariances, bounds and linearity, on examples that hypothesis draws."""
 
 import math
 

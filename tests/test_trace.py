@@ -14,7 +14,7 @@ from mcld_kernels import backends
 
 PACKAGE = str(Path(mcld_kernels.__file__).parent)
 # The first of these that a call makes is on the logits.
-_ARITHMETIC = {"stack", "square", "mul", "mul_", "mm", "addmm", "exp", "exp_", "low_latency"}
+_ARITHMETIC = {"stack", "square", "mul", "mul_", "mm", "addmm", "exp", "exp_", "low_latency", "normalize"}
 
 
 class Trace:

@@ -326,9 +326,12 @@ class TestOutput:
         assert run(tmp_path, "--device", "cuda")[0] == Exit.NO_DEVICE
         assert "no CUDA device" in capsys.readouterr().out
 
-    def test_a_pipe_gets_a_line_for_each_training(self, quick, tmp_path, capsys):
+    def test_a_pipe_gets_a_line_for_each_training(self, quick, tmp_path, capsys, monkeypatch):
+        monkeypatch.delenv("COLUMNS", raising=False)
         run(tmp_path, *quick)
-        assert "alone, seed 0: 1 epochs  cross-entropy" in capsys.readouterr().out
+        shown = capsys.readouterr().out
+        assert "alone, seed 0: 1 epochs  cross-entropy" in shown
+        assert max(map(len, shown.splitlines())) <= 80
 
     def test_it_runs_without_docstrings_and_on_an_ascii_terminal(self, quick, tmp_path):
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""What the trainer shares with others: where to start with MCLD, timm's optimizers, torch.compile, a schedule."""
+"""Agreement of the trainer with others: where to start with MCLD, timm's optimizers, torch.compile, a schedule."""
 
 import csv
 import inspect

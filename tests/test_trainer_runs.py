@@ -312,9 +312,12 @@ def test_cached_logits_are_computed_once_and_train_the_same_student(tmp_path, mo
         torch.testing.assert_close(states[1][name], value)
 
 
-def test_a_recipe_runs_on_synthetic_images(tmp_path, capsys):
+def test_a_recipe_runs_on_synthetic_images(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
     recipe = ROOT / "python" / "recipes" / "cifar100-resnet32x4-resnet8x4.yaml"
     arguments = ["--try", "2", "--set", "batch=8", "--set", "student.name=resnet20", "--set", "teacher.name=resnet20"]
     assert run(recipe, tmp_path / "out", *arguments) == 0
-    shown = " ".join(capsys.readouterr().out.split())
+    printed = capsys.readouterr().out
+    shown = " ".join(printed.split())
+    assert max(map(len, printed.splitlines())) <= 80  # a pipe
     assert "trial: " in shown and "images/s, the loss takes" in shown

@@ -66,6 +66,16 @@ class Distiller(nn.Module):
         self.criterion.set_epoch(epoch + 0.5)
 
 
+def schedule(criterion: MCLDLoss, sibling: CKDLoss, embeddings: InfoNCELoss) -> float:
+    criterion.temperature, criterion.weight, criterion.eps = 0.5, (1, 1, 0.5), 1e-6
+    criterion.direction, criterion.warmup_steps = "symmetric", 100
+    criterion.direction = "both"  # type: ignore[assignment]
+    sibling.weight, sibling.gather = 2.0, "ring"
+    embeddings.temperature, embeddings.reduction = 0.2, "sum"
+    eps: float = criterion.eps
+    return eps + sibling.temperature
+
+
 def functions(student: Tensor, teacher: Tensor, target: Tensor, weight: nn.Parameter) -> list[Tensor]:
     terms: MCLDTerms = mcld_terms(student, teacher, target, temperature=0.1, weight=weight)
     loss, instance, sample, category = terms

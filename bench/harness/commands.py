@@ -26,7 +26,7 @@ TOOLKITS = ("/usr/local/cuda/bin", "/opt/nvidia/nsight-compute/*", "/usr/local/c
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What decides about the plan."""
+    """The conditions that decide the plan."""
 
     capability: tuple[int, int] | None  # of the GPU; None without one
     workers: int  # of a test phase
@@ -44,10 +44,10 @@ class Machine:
 
 def search_path() -> str:
     """The PATH, and the folders of CUDA's tools behind it."""
-    found = [
+    folders = [
         str(folder) for pattern in TOOLKITS for folder in sorted(Path("/").glob(pattern.lstrip("/")), reverse=True)
     ]
-    return os.pathsep.join([os.environ.get("PATH", ""), *found])
+    return os.pathsep.join([os.environ.get("PATH", ""), *folders])
 
 
 def is_built(architectures: list[str] | None, capability: tuple[int, int]) -> bool:
@@ -105,7 +105,7 @@ _BOUNDARY_TESTS = ["tests/test_choice.py", "tests/test_compile.py", "tests/test_
 
 
 def speed(folder: Path, machine: Machine, rehearse: bool) -> list[Phase]:
-    """Why is it as fast as it is: the long grid, forms of the kernels, profiles, and ncu on the named kernels."""
+    """The reasons for the speed: the long grid, forms of the kernels, profiles, and ncu on the named kernels."""
     path = search_path()
     tool = shutil.which("ncu", path=path)
     profiled = [
@@ -252,15 +252,15 @@ def needs(provider: str, machine: Machine, rehearse: bool) -> Callable[[Outcomes
 
 def lost(outcomes: Outcomes) -> dict[str, str]:
     """The providers that hung, or whose process died, with the phase: they are left out of what follows."""
-    found = {}
+    phases = {}
     for provider in OURS:
         for phase in (f"errors-{provider}", *(("hopper",) if provider == "hopper" else ())):
             record = outcomes.get(phase, {})
             died = record.get("status") == "failed" and (record.get("exit_code") or 0) not in (0, 1, 2, 3, 4, 5)
             hung = record.get("status") == "timed out" and bool(record.get("unfinished"))
             if died or hung:
-                found[provider] = phase
-    return found
+                phases[provider] = phase
+    return phases
 
 
 def pytest_phase(

@@ -111,7 +111,7 @@ def allowed_error(case: Case, student: Tensor, teacher: Tensor, target: Tensor, 
 
 
 def bar(errors: list[Error], operands: str) -> Error:
-    """What eager's errors allow: twice the largest that is finite, or the floor of the operands' dtype."""
+    """The bar from eager's errors: twice the largest that is finite, or the floor of the operands' dtype."""
 
     def most(values: list[float], floor: float) -> float:
         return max([FACTOR * value for value in values if math.isfinite(value)] + [floor])

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -24,8 +25,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 import mcld_kernels
@@ -201,21 +204,22 @@ def run(options: argparse.Namespace, device: torch.device, screen: Console, fold
     count = dist.get_world_size()
     smoke = options.smoke
     batches = options.batch or ([256] if smoke else [4096 * count] if device.type == "cuda" else [1024 * count])
-    found: list[Row] = []
+    rows: list[Row] = []
     for batch in batches:
         batch -= batch % count
         for classes in options.classes or [100 if smoke else 1000]:
             for dtype in options.dtype or ["bfloat16" if device.type == "cuda" else "float32"]:
                 for terms, direction in _selected(options):
-                    found += Global(batch, classes, dtype, terms, options, device).run(direction)
+                    rows += Global(batch, classes, dtype, terms, options, device).run(direction)
     if dist.get_rank() == 0:
-        screen.print(_table(found, count))
+        for part in _tables(rows, count):
+            screen.print(part)
         if folder is not None:
             report.write_json(
                 folder / "results.json",
-                head | {"ranks": count, "rows": [asdict(row) for row in found], "complete": True},
+                head | {"ranks": count, "rows": [asdict(row) for row in rows], "complete": True},
             )
-    return Exit.FAILED if any(row.status != "ok" for row in found) else Exit.OK
+    return Exit.FAILED if any(row.status != "ok" for row in rows) else Exit.OK
 
 
 def _selected(options: argparse.Namespace) -> list[tuple[tuple[str, ...], str]]:
@@ -224,23 +228,27 @@ def _selected(options: argparse.Namespace) -> list[tuple[tuple[str, ...], str]]:
     return [(("instance",), "symmetric"), (("instance", "sample"), "student"), (cases.TERMS, "student")]
 
 
-def _table(rows: list[Row], count: int) -> Table:
-    table = Table(title=f"{count} ranks; milliseconds of the slowest rank, MB (10^6 bytes) of each")
-    for name in ("batch", "classes", "dtype", "terms", "direction", "provider"):
-        table.add_column(name)
-    for name in ("error", "ms", "exposed ms", "received MB", "peak MB"):
-        table.add_column(name, justify="right")
+def _tables(rows: list[Row], count: int) -> Iterator[Table | Text]:
+    """A table for each shape: eleven columns do not fit on a screen of 80."""
+    yield Text(f"{count} ranks; milliseconds of the slowest rank, MB (10^6 bytes) of each")
+
+    def shape(row: Row) -> str:
+        return f"B={row.batch} C={row.classes} {row.dtype}, {row.terms}, {row.direction}"
 
     def shown(value: float | None, scale: float = 1.0) -> str:
         return "" if value is None else f"{value / scale:,.2f}"
 
-    for row in rows:
-        numbers = shown(row.milliseconds), shown(row.exposed_milliseconds)
-        sizes = shown(row.received_bytes, 1e6), shown(row.peak_bytes, 1e6)
-        shape = str(row.batch), str(row.classes), row.dtype, row.terms, row.direction
-        note = row.provider if row.status == "ok" else f"{row.provider} ({row.status})"
-        table.add_row(*shape, note, f"{row.error:.1e}", *numbers, *sizes)
-    return table
+    for title, group in itertools.groupby(rows, shape):
+        table = Table(title=Text(title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD)
+        table.add_column("provider")
+        for name in ("error", "ms", "exposed\nms", "received\nMB", "peak\nMB"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for row in group:
+            numbers = shown(row.milliseconds), shown(row.exposed_milliseconds)
+            sizes = shown(row.received_bytes, 1e6), shown(row.peak_bytes, 1e6)
+            note = row.provider if row.status == "ok" else f"{row.provider} ({row.status})"
+            table.add_row(note, f"{row.error:.1e}", *numbers, *sizes)
+        yield table
 
 
 @contextlib.contextmanager

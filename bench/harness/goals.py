@@ -127,21 +127,21 @@ def regimes(record: Record) -> tuple[str, ...]:
         return (ACCURATE,) if batch >= 1024 else ()
     if record["dtype"] != "bfloat16":
         return ()
-    found = []
+    goals = []
     if terms == ("instance", "sample"):
         if classes == 1000 and batch >= 4096:
-            found.append(LARGE if batch >= 16384 else MIDDLE)
+            goals.append(LARGE if batch >= 16384 else MIDDLE)
         if classes == 100 and batch >= 16384:
-            found.append(NARROW)
+            goals.append(NARROW)
     if terms == ("instance",) and classes == 100 and batch >= 16384:
-        found.append(NARROW)  # the public peers know this term alone
+        goals.append(NARROW)  # the public peers know this term alone
     if terms == ("category",) and classes == 21841 and batch in WIDE:
-        found.append(WIDE[batch])
+        goals.append(WIDE[batch])
     if len(terms) == 3 and classes == 1000 and batch == 256:
-        found.append(SMALL)
+        goals.append(SMALL)
     if classes == 1000 and batch in (256, 4096):
-        found.append(PLAIN_CALL)
-    return tuple(found)
+        goals.append(PLAIN_CALL)
+    return tuple(goals)
 
 
 def judge(records: Sequence[Record]) -> list[dict[str, Any]]:

@@ -184,14 +184,13 @@ def measure(case: HostCase, rounds: int = 400, bindings: str = "-O3") -> HostCos
 
 
 def table(costs: Sequence[HostCost]) -> str:
-    """A line for each case."""
-    head = f"{'':<36}{'step':>8}{'least':>7}{'forward':>9}{'PyTorch':>9}{'no plan':>9}{'goal':>7}"
-    lines = [f"{head}  launches  allocations  operations"]
+    """Two lines for each case, of 80 columns."""
+    lines = [f"{'':<34}{'step':>6}{'least':>7}{'forward':>9}{'PyTorch':>9}{'no plan':>9}{'goal':>6}"]
     for cost in costs:
-        times = f"{cost.step_us:8.0f}{cost.least_us:7.0f}{cost.forward_us:9.0f}"
+        times = f"{cost.step_us:6.0f}{cost.least_us:7.0f}{cost.forward_us:9.0f}"
         times += f"{cost.pytorch_us:9.0f}{cost.unplanned_us:9.0f}"
-        counts = f"{cost.launches:10}{cost.allocations:13}{cost.operations:12}"
-        lines.append(f"{cost.name:<36}{times}{cost.goal_us:7.0f}{counts}")
+        lines.append(f"{cost.name:<34}{times}{cost.goal_us:6.0f}")
+        lines.append(f"  {cost.launches} launches, {cost.allocations} allocations, {cost.operations} operations")
     return "\n".join([*lines, "microseconds of the thread's CPU time, median; nothing is launched"])
 
 

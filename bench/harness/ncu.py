@@ -1,4 +1,4 @@
-"""What Nsight Compute prints for the kernels of ``bench/step.py``, as records."""
+"""The output of Nsight Compute for the kernels of ``bench/step.py``, as records."""
 
 from __future__ import annotations
 

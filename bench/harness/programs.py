@@ -7,9 +7,12 @@ import codecs
 import contextlib
 import itertools
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 from mcld_kernels.calibrate import EXIT_CODES, Exit
 
@@ -18,10 +21,13 @@ __all__ = [
     "Exit",
     "MOST_THREADS",
     "FolderInUse",
+    "Parser",
     "claimed",
+    "complain",
     "make_output_printable",
     "positive",
     "threads",
+    "wrapped",
 ]
 
 MOST_THREADS = 4 * (os.cpu_count() or 1)  # OpenMP crashes when it cannot start the threads that it is told to
@@ -29,6 +35,31 @@ MOST_THREADS = 4 * (os.cpu_count() or 1)  # OpenMP crashes when it cannot start 
 
 class FolderInUse(Exception):
     """The folder given by --output holds the results of another run."""
+
+
+def wrapped(text: str, width: int) -> str:
+    """The lines of the text, none longer than the width; what a line goes on with is indented."""
+    lines = []
+    for line in text.splitlines():
+        indent = line[: len(line) - len(line.lstrip())]
+        lines += textwrap.wrap(
+            line, width, subsequent_indent=f"{indent}    ", break_on_hyphens=False, drop_whitespace=True
+        ) or [""]
+    return "\n".join(lines)
+
+
+def complain(text: str) -> None:
+    """Print a message on stderr, as wide as the terminal (COLUMNS, else 80)."""
+    print(wrapped(text, shutil.get_terminal_size().columns), file=sys.stderr, flush=True)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors fit the terminal as its help does."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        complain(f"{self.prog}: error: {message}")
+        raise SystemExit(int(Exit.USAGE))
 
 
 def positive(text: str) -> int:

@@ -20,6 +20,7 @@ from rich.text import Text
 
 from bench.harness.kernels import KernelRow
 from bench.harness.measure import ERROR, FAILED, NOT_RUN, OK, Row
+from bench.harness.screen import say
 from bench.harness.timing import UNSTEADY, Times
 
 SCHEMA = 2
@@ -148,7 +149,7 @@ class Report:
         if measured:
             self._print_table(title, _columns(measured, self.device_type), measured, _styles(measured))
         else:
-            self.screen.print(Text(title, style="bold"))
+            say(self.screen, title, "bold")
         self._print_reasons([(row.provider, row) for row in rows])
         if kernels:
             ran = [row for row in kernels if row.status != NOT_RUN]
@@ -169,21 +170,21 @@ class Report:
     def _print_reasons(self, named: Sequence[tuple[str, Any]]) -> None:
         for name, row in named:
             if row.status in (FAILED, ERROR):
-                self.screen.print(Text(f"  {name}: {row.status}: {row.reason}", style="red"))
+                say(self.screen, f"  {name}: {row.status}: {row.reason}", "red")
             elif row.note:
-                self.screen.print(Text(f"  {name}: {row.note}", style="dim"))
+                say(self.screen, f"  {name}: {row.note}", "dim")
         new: dict[str, list[str]] = defaultdict(list)
         for name, row in named:
             if row.status == NOT_RUN and (name, row.reason) not in self._reasons:
                 self._reasons.add((name, row.reason))
                 new[row.reason or "no reason given"].append(name)
         for reason, names in new.items():
-            self.screen.print(Text(f"  not run: {', '.join(names)}: {reason}", style="dim"))
+            say(self.screen, f"  not run: {', '.join(names)}: {reason}", "dim")
 
     def _note(self, text: str) -> None:
         if text not in self._notes:
             self._notes.add(text)
-            self.screen.print(Text(f"  {text}", style="dim"))
+            say(self.screen, f"  {text}", "dim")
 
 
 def _styles(rows: Sequence[Row]) -> list[str | None]:

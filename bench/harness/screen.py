@@ -8,17 +8,26 @@ import time
 from collections.abc import Iterator
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
-PIPE_WIDTH = 120  # of a pipe, which has no width of its own
+from bench.harness.programs import wrapped
+
+PIPE_WIDTH = 80  # of a pipe, which has no width of its own
 LINE_EVERY_S = 10.0  # in a pipe, a stage of a case is a line at most this often
 
 
-def console() -> Console:
+def console(quiet: bool = False) -> Console:
     """The terminal, or a pipe of COLUMNS, else `PIPE_WIDTH`, columns."""
-    made = Console(highlight=False)
-    return made if made.is_terminal else Console(width=int(os.environ.get("COLUMNS") or PIPE_WIDTH), highlight=False)
+    made = Console(highlight=False, quiet=quiet)
+    if made.is_terminal:
+        return made
+    return Console(width=int(os.environ.get("COLUMNS") or PIPE_WIDTH), highlight=False, quiet=quiet)
+
+
+def say(screen: Console, text: str, style: str = "") -> None:
+    """Print a message as wide as the screen. A word that fits on a line, such as a path, is never cut."""
+    screen.print(Text(wrapped(text, screen.width)), style=style, soft_wrap=True)
 
 
 def duration(seconds: float) -> str:
@@ -59,7 +68,7 @@ class Stages:
             self._bar.advance(self._task)
 
     def _print(self, text: str) -> None:
-        self._screen.print(escape(text), style="dim", soft_wrap=True)
+        say(self._screen, text, "dim")
         self._screen.file.flush()
 
 

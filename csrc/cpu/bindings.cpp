@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu/low_latency.h"
+#include "cpu/rows.h"
+#include "cpu/softmax_kl.h"
 
 namespace py = pybind11;
 
@@ -11,12 +13,16 @@ namespace {
 
 template <class T> T* pointer(uintptr_t address) { return reinterpret_cast<T*>(address); }
 
+void check_isa(int isa) {
+  if (isa < 0 || isa >= num_isas()) throw py::value_error("no such instruction set on this machine");
+}
+
 void run(int steps, int isa, int threads, uintptr_t student, int64_t student_row, int64_t student_column, uintptr_t teacher,
          int64_t teacher_row, int64_t teacher_column, uintptr_t target, int64_t target_stride, int64_t n, int64_t num_classes,
          uintptr_t work, uintptr_t gradient, uintptr_t loss, uintptr_t terms, float row_temperature, float column_temperature,
          float instance_weight, float sample_weight, float category_weight, bool instance, bool sample, bool category,
          int anchors, float eps) {
-  if (isa < 0 || isa >= num_isas()) throw py::value_error("no such instruction set on this machine");
+  check_isa(isa);
   if (anchors < kStudent || anchors > kSelf) throw py::value_error("no such anchors");
   LowLatency call;
   call.student = pointer<const float>(student), call.student_row = student_row, call.student_column = student_column;
@@ -32,6 +38,51 @@ void run(int steps, int isa, int threads, uintptr_t student, int64_t student_row
   call.eps = eps, call.threads = threads;
   py::gil_scoped_release release;
   low_latency(call, steps, isa);
+}
+
+void run_normalize(int isa, int threads, uintptr_t x, int64_t x_stride, uintptr_t rows, int64_t rows_stride, uintptr_t inv_norm,
+                   int64_t n, int64_t d, float eps, bool by_columns) {
+  check_isa(isa);
+  const Normalize call{pointer<const float>(x), x_stride, pointer<float>(rows), rows_stride, pointer<float>(inv_norm),
+                       n, d, eps, by_columns, threads};
+  py::gil_scoped_release release;
+  normalize(call, isa);
+}
+
+void run_grad_epilogue(int isa, int threads, uintptr_t product, int64_t product_stride, uintptr_t product_factor,
+                       uintptr_t partner, int64_t partner_stride, int64_t first, int64_t last, uintptr_t partner_factor,
+                       uintptr_t class_means, int64_t class_means_stride, uintptr_t class_index, uintptr_t mean_factor,
+                       uintptr_t unit, int64_t unit_stride, uintptr_t inv_norm, uintptr_t out, int64_t out_stride, int64_t n,
+                       int64_t d, bool accumulate, bool by_columns) {
+  check_isa(isa);
+  GradEpilogue call;
+  call.product = pointer<const float>(product), call.product_stride = product_stride;
+  call.product_factor = pointer<const float>(product_factor);
+  call.partner = pointer<const float>(partner), call.partner_stride = partner_stride;
+  call.first = first, call.last = last, call.partner_factor = pointer<const float>(partner_factor);
+  call.class_means = pointer<const float>(class_means), call.class_means_stride = class_means_stride;
+  call.class_index = pointer<const int64_t>(class_index), call.mean_factor = pointer<const float>(mean_factor);
+  call.unit = pointer<const float>(unit), call.unit_stride = unit_stride;
+  call.inv_norm = pointer<const float>(inv_norm);
+  call.out = pointer<float>(out), call.out_stride = out_stride;
+  call.n = n, call.d = d, call.accumulate = accumulate, call.by_columns = by_columns, call.threads = threads;
+  py::gil_scoped_release release;
+  grad_epilogue(call, isa);
+}
+
+void run_softmax_kl(int isa, int threads, uintptr_t student, int64_t student_row, int64_t student_column, uintptr_t teacher,
+                    int64_t teacher_row, int64_t teacher_column, int64_t n, int64_t num_classes, uintptr_t work,
+                    uintptr_t student_grad, uintptr_t teacher_grad, uintptr_t loss, uintptr_t terms, double temperature) {
+  check_isa(isa);
+  SoftmaxKl call;
+  call.student = pointer<const float>(student), call.student_row = student_row, call.student_column = student_column;
+  call.teacher = pointer<const float>(teacher), call.teacher_row = teacher_row, call.teacher_column = teacher_column;
+  call.n = n, call.num_classes = num_classes, call.work = pointer<float>(work);
+  call.student_grad = pointer<float>(student_grad), call.teacher_grad = pointer<float>(teacher_grad);
+  call.loss = pointer<float>(loss), call.terms = pointer<float>(terms);
+  call.temperature = temperature, call.threads = threads;
+  py::gil_scoped_release release;
+  softmax_kl(call, isa);
 }
 
 py::dict layout(int64_t n, int64_t num_classes, bool sample, bool category) {
@@ -71,4 +122,8 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("isas", &isas, "Names of the instruction sets that this machine runs, the fastest last.");
   module.def("layout", &layout, "Size, pitches and offsets of the workspace for n x C logits, in floats.");
   module.def("low_latency", &run, "Steps of a call; see csrc/cpu/low_latency.h for the arguments.");
+  module.def("normalize", &run_normalize, "Unit rows; see csrc/cpu/rows.h for the arguments.");
+  module.def("grad_epilogue", &run_grad_epilogue, "The gradient by rows of logits; see csrc/cpu/rows.h for the arguments.");
+  module.def("softmax_kl_size", &softmax_kl_size, "Size of the workspace of softmax_kl, in floats.");
+  module.def("softmax_kl", &run_softmax_kl, "Knowledge distillation; see csrc/cpu/softmax_kl.h for the arguments.");
 }

@@ -4,6 +4,8 @@
 #include <atomic>
 
 #include "cpu/low_latency.h"
+#include "cpu/rows.h"
+#include "cpu/softmax_kl.h"
 
 namespace mcld::cpu {
 namespace {
@@ -11,13 +13,16 @@ namespace {
 struct Isa {
   const char* name;
   void (*low_latency)(const LowLatency&, int);
+  void (*normalize)(const Normalize&);
+  void (*grad_epilogue)(const GradEpilogue&);
+  void (*softmax_kl)(const SoftmaxKl&);
 };
 
 constexpr Isa kIsas[] = {
-    {"baseline", baseline::low_latency},
+    {"baseline", baseline::low_latency, baseline::normalize, baseline::grad_epilogue, baseline::softmax_kl},
 #if MCLD_CPU_X86
-    {"avx2", avx2::low_latency},
-    {"avx512", avx512::low_latency},
+    {"avx2", avx2::low_latency, avx2::normalize, avx2::grad_epilogue, avx2::softmax_kl},
+    {"avx512", avx512::low_latency, avx512::normalize, avx512::grad_epilogue, avx512::softmax_kl},
 #endif
 };
 
@@ -61,6 +66,17 @@ int num_isas() {
 const char* isa_name(int isa) { return kIsas[isa].name; }
 
 void low_latency(const LowLatency& call, int steps, int isa) { kIsas[isa].low_latency(call, steps); }
+
+void normalize(const Normalize& call, int isa) { kIsas[isa].normalize(call); }
+
+void grad_epilogue(const GradEpilogue& call, int isa) { kIsas[isa].grad_epilogue(call); }
+
+int64_t softmax_kl_size(int64_t n, int64_t num_classes, int threads) {
+  const int64_t rows_of_block = softmax_kl_rows(num_classes), blocks = (n + rows_of_block - 1) / rows_of_block;
+  return Layout::pad(2 * blocks) + (threads < blocks ? threads : blocks) * 3 * Layout::pad(num_classes);
+}
+
+void softmax_kl(const SoftmaxKl& call, int isa) { kIsas[isa].softmax_kl(call); }
 
 void parallel(int threads, int64_t blocks, void (*task)(void*, int64_t), void* data) {
   Tasks tasks{task, data, blocks};

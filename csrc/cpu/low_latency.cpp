@@ -1,7 +1,7 @@
 // The steps of low_latency.h. Compiled once for each instruction set, into the namespace MCLD_CPU_ISA, with vectors of
 // MCLD_VECTOR_BYTES; inline functions of the standard library stay out, since the linker keeps one copy for all.
 //
-// What a thread takes never changes the order of a sum, so results do not depend on the number of threads.
+// The order of a sum does not depend on the thread that takes it, nor results on the number of threads.
 #include "cpu/low_latency.h"
 
 #include <math.h>

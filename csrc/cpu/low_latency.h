@@ -21,7 +21,7 @@
 
 namespace mcld::cpu {
 
-// What the anchors are, and against what.
+// The anchors, and the rows against which they stand.
 enum Anchors : int {
   kStudent,  // student rows against teacher rows
   kTeacher,  // teacher rows against student rows

@@ -1,4 +1,4 @@
-// Vectors of MCLD_VECTOR_BYTES, what they compute, and loops over rows and threads. For low_latency.cpp: each instruction set
+// Vectors of MCLD_VECTOR_BYTES, what they compute, and loops over rows and threads. Each instruction set
 // has its own copy.
 #pragma once
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..family_options import KDOptions
 from ..kernels import KernelSet
 from ..options import BACKENDS, MCLDOptions
 from . import cuda, timings, torch, triton
@@ -47,7 +48,7 @@ def available() -> tuple[str, ...]:
 
 
 def unavailable_reason(name: str) -> str | None:
-    """Why backend ``name`` cannot run on this machine, whatever the logits; None if it can."""
+    """The reason for which backend ``name`` cannot run on this machine, whatever the logits; None if it can."""
     return None if name == "reference" else _MODULES[name].unavailable_reason()  # type: ignore[no-any-return]
 
 
@@ -67,7 +68,7 @@ def explain(student: Tensor, teacher: Tensor) -> dict[str, str]:
 
 
 def tuning_text(name: str, student: Tensor, teacher: Tensor) -> str:
-    """What the timings set for a backend, as `explain` shows it: ", with field=value by the measured table", or ""."""
+    """The fields that the timings set for a backend, in words: ", with field=value by the measured table", or ""."""
     fields = timings.tuning(name, student, teacher)
     if not fields:
         return ""
@@ -76,7 +77,7 @@ def tuning_text(name: str, student: Tensor, teacher: Tensor) -> str:
 
 
 def unsupported_reason(name: str, student: Tensor, teacher: Tensor, teacher_grad: bool) -> str | None:
-    """Why backend ``name`` cannot run with these logits; None if it can."""
+    """The reason for which backend ``name`` cannot run with these logits; None if it can."""
     if teacher_grad and name not in _GIVE_TEACHER_GRADIENT:
         return (
             "it gives no gradient by the teacher, and this teacher requires grad: detach the teacher, "
@@ -160,7 +161,7 @@ def settings(student: Tensor) -> Hashable:
 
 
 def plain_call(
-    name: str, student: Tensor, teacher: Tensor, options: MCLDOptions, with_grad: bool
+    name: str, student: Tensor, teacher: Tensor, options: MCLDOptions | KDOptions, with_grad: bool
 ) -> tuple[Tensor, Tensor | None] | None:
     """Loss () and gradient (n, C) of a small call whose inputs need no check; None where no backend has a short way.
 

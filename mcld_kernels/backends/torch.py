@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..family_options import KDOptions
 from ..kernels import (
     ContrastArgs,
     ContrastSums,
     GradCoefficients,
-    KernelSet,
     LossInputs,
     LossOutputs,
     NegativeSums,
@@ -28,10 +28,11 @@ from ..kernels import (
     slices,
 )
 from ..options import MCLDOptions, float32_precision
-from . import torch_ckd, torch_info_nce, torch_low_latency
+from . import torch_ckd, torch_info_nce, torch_kd, torch_low_latency
 from .chunks import chunk_bytes
 from .gemm import keeps_sums
 from .torch_low_latency import LowLatencyTuning
+from .torch_rows import RowKernels
 from .torch_self_contrast import TorchSelfContrast
 
 
@@ -52,7 +53,7 @@ TUNING = TorchTuning
 _LowLatencyPath = Callable[[LossInputs, TorchTuning], Callable[[LossInputs], LossOutputs] | None]
 
 
-class TorchKernels(KernelSet):
+class TorchKernels(RowKernels):
     """The kernel set in torch operations: what `KernelSet` has, and the contrast."""
 
     tuning: TorchTuning
@@ -79,6 +80,10 @@ class TorchKernels(KernelSet):
 
     def ckd_low_latency(self, inputs: LossInputs) -> Callable[[LossInputs], LossOutputs] | None:
         return self._low_latency(torch_ckd.ckd, inputs)
+
+    def kd_low_latency(self, inputs: LossInputs) -> Callable[[LossInputs], LossOutputs] | None:
+        # It multiplies no matrices, so the operands' dtype does not matter.
+        return torch_kd.kd(inputs, self.tuning)
 
     def _low_latency(self, path: _LowLatencyPath, inputs: LossInputs) -> Callable[[LossInputs], LossOutputs] | None:
         if not self.tuning.low_latency or self.operand_dtype(inputs.dtype) != inputs.student.dtype:
@@ -229,19 +234,21 @@ def kernel_set(student: Tensor, teacher: Tensor, **overrides: Any) -> TorchKerne
 
 
 def plain_call(
-    student: Tensor, teacher: Tensor, options: MCLDOptions, with_grad: bool
+    student: Tensor, teacher: Tensor, options: MCLDOptions | KDOptions, with_grad: bool
 ) -> tuple[Tensor, Tensor | None] | None:
     """As `backends.plain_call`, by the compiled module for a CPU."""
     if "MCLD_CHUNK_MB" in os.environ or float32_precision() == "medium":
         return None
+    if isinstance(options, KDOptions):
+        return torch_kd.plain_call(student, teacher, options, with_grad)
     return torch_low_latency.plain_call(student, teacher, options, with_grad)
 
 
 def unavailable_reason() -> str | None:
-    """Why the backend cannot run on this machine; None: it always can."""
+    """None: the backend runs on every machine."""
     return None
 
 
 def unsupported_reason(student: Tensor, teacher: Tensor) -> str | None:
-    """Why the backend cannot run with these logits; None: it always can."""
+    """None: the backend runs with all logits."""
     return None

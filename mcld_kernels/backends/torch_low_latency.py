@@ -37,7 +37,7 @@ LARGEST_SIZE = 4096
 _LARGEST_GEMM = {"baseline": 1 << 20, "avx2": 1 << 27, "avx512": 1 << 31}
 _SERIAL_ROWS = 64  # over columns vector_norm adds row after row; `sum` adds in parts, with less rounding error
 _ANCHORS = {"student": 0, "teacher": 1, "self": 2}  # of csrc/cpu/low_latency.h
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,15 +52,16 @@ def mcld(inputs: LossInputs, tuning: LowLatencyTuning) -> Callable[[LossInputs],
     """The function for a frozen teacher; None where this path does not apply."""
     if not _applies(inputs, tuning.chunk_bytes):
         return None
-    if tuning.compiled and (module := compiled_module()) is not None and _has_plain_fp32_memory(inputs):
+    if tuning.compiled and (module := compiled_module()) is not None and has_plain_fp32_memory(inputs):
         return partial(_mcld_compiled, module=module, tuning=tuning)
     return None if inputs.options.direction == "self" else _mcld_torch
 
 
-def _has_plain_fp32_memory(inputs: LossInputs) -> bool:
+def has_plain_fp32_memory(inputs: LossInputs) -> bool:
     """True where an address and strides say all about the logits."""
     student, teacher = inputs.student, inputs.teacher
-    return student.dtype == torch.float32 and type(student) in _PLAIN_TYPES and type(teacher) in _PLAIN_TYPES
+    plain = student.dtype == torch.float32 and type(student) in PLAIN_TYPES
+    return plain and teacher.dtype == torch.float32 and type(teacher) in PLAIN_TYPES
 
 
 def _applies(inputs: LossInputs, chunk_bytes: int) -> bool:
@@ -105,7 +106,7 @@ def compiled_module() -> Any:
 
 
 def unavailable_reason() -> str | None:
-    """Why there is no compiled module, and the command that builds it; None where there is one."""
+    """The reason for which there is no compiled module, and the command that builds it; None where there is one."""
     return _import()[1]
 
 
@@ -149,12 +150,13 @@ def _takes_gemms(options: MCLDOptions, n: int, num_classes: int, tuning: LowLate
     products = n * num_classes * (n * (instance or sample) + num_classes * category)
     most = tuning.compiled_gemm
     if most is None:
-        most = _LARGEST_GEMM[compiled_module().isas()[_isa_index(tuning.isa)]]
+        most = _LARGEST_GEMM[compiled_module().isas()[isa_index(tuning.isa)]]
     return products <= most
 
 
 @cache
-def _isa_index(name: str | None) -> int:
+def isa_index(name: str | None) -> int:
+    """The compiled module's index of an instruction set; None: the fastest that this machine runs."""
     names: list[str] = compiled_module().isas()
     return len(names) - 1 if name is None else names.index(name)
 
@@ -168,7 +170,7 @@ def _mcld_compiled(inputs: LossInputs, module: Any, tuning: LowLatencyTuning) ->
     work, loss, terms = student.new_empty(layout.size), student.new_empty(()), student.new_empty(3)
     gradient = student.new_empty((n, num_classes)) if inputs.student_grad else None
     arguments = (
-        _isa_index(tuning.isa),
+        isa_index(tuning.isa),
         torch.get_num_threads(),
         student.data_ptr(),
         *student.stride(),
@@ -191,7 +193,7 @@ def _mcld_compiled(inputs: LossInputs, module: Any, tuning: LowLatencyTuning) ->
 
 
 class _Plan(NamedTuple):
-    """What a plain call passes to the compiled module whatever its logits, for options and a shape."""
+    """The arguments of the compiled module that depend on options and shape alone, for a plain call."""
 
     run: Any
     all_steps: int
@@ -216,7 +218,7 @@ def _plan(options: MCLDOptions, n: int, num_classes: int) -> _Plan | None:
     return _Plan(
         run=module.low_latency,
         all_steps=module.ALL_STEPS,
-        isa=_isa_index(tuning.isa),
+        isa=isa_index(tuning.isa),
         size=_layout(n, num_classes, sample, category).size,
         constants=_constants(options, options.term_weight),
     )

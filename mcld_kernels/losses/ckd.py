@@ -48,10 +48,11 @@ from ..kernels import (
     UnitRows,
 )
 from ..ops import LossOperator
-from ..options import Backend, check_backend, check_positive
+from ..options import Backend, check_backend
 from ..plain_call import plain_call
 from .ckd_ranks import compute_over_ranks
 from .mcld import mcld_terms
+from .module_options import Option
 from .module_over_ranks import ModuleOverRanks
 
 # Constants of the released code (github.com/wencheng-zhu/CKD), by data set.
@@ -218,13 +219,16 @@ class CKDLoss(ModuleOverRanks):
 
     Args:
         temperature, weight, negatives, eps, backend, process_group, gather, even: as for :func:`mcld_kernels.ckd_loss`.
-            ``weight`` as a tensor becomes a buffer, or a parameter if it is one. ``process_group`` can be assigned.
+            ``weight`` as a tensor becomes a buffer, or a parameter if it is one. Every option can be assigned.
 
     Shapes:
         student, teacher: (batch, classes); target: (batch,), not used; output: ().
     """
 
-    weight: Tensor | None
+    temperature = Option[float]()
+    negatives = Option[Negatives]()
+    eps = Option[float]()
+    _check_options = staticmethod(ckd_options)
 
     def __init__(
         self,
@@ -242,23 +246,14 @@ class CKDLoss(ModuleOverRanks):
         check_backend(backend)
         self.backend = backend
         self.options, _ = ckd_options(temperature=temperature, weight=weight, negatives=negatives, eps=eps)
-        self._check_ranks(self.ranks)
+        self._check_ranks(self.ranks, self.options)
         if isinstance(weight, nn.Parameter):
             self.weight = weight
         else:
             self.register_buffer("weight", weight if isinstance(weight, Tensor) else None)
 
-    def _check_ranks(self, ranks: RanksOptions | None) -> None:
-        check_ring(ranks, self.options)
-
-    @property
-    def temperature(self) -> float:
-        """The temperature; assign one for a schedule."""
-        return self.options.temperature
-
-    @temperature.setter
-    def temperature(self, value: float) -> None:
-        self.options = self.options._replace(temperature=check_positive("temperature", value))
+    def _check_ranks(self, ranks: RanksOptions | None, options: Any) -> None:
+        check_ring(ranks, options)
 
     def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
         if self.weight is None and self.ranks is None:

@@ -36,6 +36,7 @@ from ..kernels import KernelSet, LossInputs, LossOutputs, slices
 from ..ops import LossOperator
 from ..options import Backend, check_backend, grad_dtype
 from .clkd_correlation import gram_of, is_by_rows
+from .module_options import Option
 from .module_over_ranks import ModuleOverRanks
 
 # Constants of public re-implementations; they name one set for every data set.
@@ -170,13 +171,15 @@ class CLKDLoss(ModuleOverRanks):
 
     Args:
         weight, reduction, eps, backend, process_group, gather, even: as for :func:`mcld_kernels.clkd_loss`. ``weight``
-            as a tensor becomes a buffer, or a parameter if it is one. ``process_group`` can be assigned.
+            as a tensor becomes a buffer, or a parameter if it is one. Every option can be assigned.
 
     Shapes:
         student, teacher: (batch, classes); target: (batch,), not used; output: ().
     """
 
-    weight: Tensor | None
+    reduction = Option[Reduction]()
+    eps = Option[float]()
+    _check_options = staticmethod(clkd_options)
 
     def __init__(
         self,
@@ -193,13 +196,13 @@ class CLKDLoss(ModuleOverRanks):
         check_backend(backend)
         self.backend = backend
         self.options, _ = clkd_options(weight=weight, reduction=reduction, eps=eps)
-        self._check_ranks(self.ranks)
+        self._check_ranks(self.ranks, self.options)
         if isinstance(weight, nn.Parameter):
             self.weight = weight
         else:
             self.register_buffer("weight", weight if isinstance(weight, Tensor) else None)
 
-    def _check_ranks(self, ranks: RanksOptions | None) -> None:
+    def _check_ranks(self, ranks: RanksOptions | None, options: Any) -> None:
         check_gather(ranks, "CLKD")
 
     def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:

@@ -59,7 +59,7 @@ class _ByClasses:
 
 
 class _WholeBatch:
-    """What keeps D and M (B, C) of the whole batch: both of the forms whose matrices come by chunks."""
+    """Keeps D and M (B, C) of the whole batch: the base of both forms whose matrices come by chunks."""
 
     def __init__(self, call: Call, budget: int):
         self.call, self.budget = call, budget

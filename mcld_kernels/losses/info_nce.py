@@ -10,6 +10,8 @@ it on the device, and the kernels run at temperature 1 with a maximum for each r
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +32,7 @@ from ..ops import LossOperator, needs_grad
 from ..options import Backend, check_backend, check_flag, check_positive
 from ..plain_call import plain_call
 from ..reference.info_nce import evaluate as evaluate_reference
+from .module_options import Fixed, LossModule, Option
 
 
 def info_nce(
@@ -137,12 +140,13 @@ def evaluate(
     return _OPERATOR(anchors, candidates, anchor_target, temperature, options, backend, labels_are_good, extra)[0]
 
 
-class InfoNCELoss(nn.Module):
+class InfoNCELoss(LossModule):
     """:func:`mcld_kernels.info_nce` with its options kept, and a temperature that can be learned.
 
     Args:
         temperature, positives, offset, mask_same_class, normalize, reduction, ignore_index, eps, backend: as for
             :func:`mcld_kernels.info_nce`. A temperature that is a parameter is kept as one, another tensor as a buffer.
+            Every option can be assigned later, for a schedule.
         learnable: make the temperature a parameter, as CLIP does: ``log_temperature``, its logarithm, so that it stays
             positive.
 
@@ -156,7 +160,19 @@ class InfoNCELoss(nn.Module):
         loss = criterion(encoder(images), momentum_encoder(views))
     """
 
-    temperature: float | Tensor
+    temperature_tensor: Tensor | None
+    positives = Option[Positives]()
+    offset = Option[int]()
+    mask_same_class = Option[bool]()
+    normalize = Option[bool]()
+    reduction = Option[Reduction]()
+    ignore_index = Option[int]()
+    eps = Option[float]()
+    learnable = Fixed[bool]()
+
+    @staticmethod
+    def _check_options(temperature_grad: bool = False, **arguments: Any) -> tuple[InfoNCEOptions, Tensor | None]:
+        return info_nce_options(**arguments)
 
     def __init__(
         self,
@@ -189,9 +205,34 @@ class InfoNCELoss(nn.Module):
             start = torch.tensor(self.options.temperature) if tensor is None else tensor.detach().clone()
             self.log_temperature = nn.Parameter(start.log())
         elif isinstance(tensor, nn.Parameter):
-            self.temperature_tensor: Tensor | None = tensor
+            self.temperature_tensor = tensor
         else:
             self.register_buffer("temperature_tensor", tensor)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "temperature":  # nn.Module would register a parameter under the name
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    @property
+    def temperature(self) -> float | Tensor:
+        """The temperature. Assign a number, or a tensor; a parameter, learned too, gets a number in place."""
+        if self.learnable:
+            return self.log_temperature.exp()
+        return self.options.temperature if self.temperature_tensor is None else self.temperature_tensor
+
+    @temperature.setter
+    def temperature(self, value: float | Tensor) -> None:
+        options, tensor = self._checked(temperature=value)
+        start = torch.tensor(options.temperature) if tensor is None else tensor.detach()
+        with torch.no_grad():
+            if self.learnable:
+                self.log_temperature.copy_(start.log())
+            elif isinstance(self.temperature_tensor, nn.Parameter) and not isinstance(value, nn.Parameter):
+                self.temperature_tensor.copy_(start)
+            else:
+                self.options, self.temperature_tensor = options, tensor
 
     def forward(
         self,

@@ -5,27 +5,21 @@ With p = softmax(T / t) and q = softmax(S / t) over the classes, temperature t a
     L = (t^2 / B) sum_i sum_k p_ik (log p_ik - log q_ik),    dL/dS = (t / B) (q - p),
     dL/dT_ik = (t / B) p_ik (log p_ik - log q_ik - KL_i).
 
-The classes are taken by chunks: a pass each gives the log-sum-exp of both sides, the divergence and the gradient,
-so that nothing but the gradient has the size of the logits.
+fp32 logits of a CPU take a compiled kernel, row by row. All others take the classes by chunks: a pass each gives the
+log-sum-exp of both sides, the divergence and the gradient. Nothing but the gradient has the size of the logits.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .. import reference
+from ..family_options import KDOptions
 from ..kernels import KernelSet, LossInputs, LossOutputs, slices
 from ..ops import LossOperator
 from ..options import Backend, check_backend, check_logits, check_positive, grad_dtype
-
-
-class KDOptions(NamedTuple):
-    """The options of a call after the checks."""
-
-    temperature: float
+from ..plain_call import plain_call
 
 
 def kd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 4.0, backend: Backend = "auto") -> Tensor:
@@ -59,6 +53,8 @@ def kd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 4.0, backe
     """
     check_backend(backend)
     options = KDOptions(temperature=check_positive("temperature", temperature))
+    if (loss := plain_call(student, teacher, options, _as_kernel, backend)) is not None:
+        return loss
     check_logits(student, teacher)
     if backend == "reference":
         return reference.kd.evaluate(student, teacher, options.temperature)
@@ -75,7 +71,16 @@ class KDLoss(nn.Module):
     def __init__(self, *, temperature: float = 4.0, backend: Backend = "auto"):
         super().__init__()
         check_backend(backend)
-        self.temperature, self.backend = check_positive("temperature", temperature), backend
+        self.temperature, self.backend = temperature, backend
+
+    @property
+    def temperature(self) -> float:
+        """The temperature; assign one for a schedule."""
+        return self._temperature
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        self._temperature = check_positive("temperature", value)
 
     def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
         """``target`` is accepted, and not used, so that losses can be exchanged for one another."""
@@ -86,7 +91,9 @@ class KDLoss(nn.Module):
 
 
 def compute(kernels: KernelSet, inputs: LossInputs) -> LossOutputs:
-    """Loss and gradients by chunks of classes."""
+    """Loss and gradients: row by row where the kernel set has it, else by chunks of classes."""
+    if (low_latency := kernels.kd_low_latency(inputs)) is not None:
+        return low_latency(inputs)
     student, teacher, temperature = inputs.student, inputs.teacher, inputs.options.temperature
     (n, num_classes), acc = student.shape, inputs.acc_dtype
     # A chunk holds some four temporaries of its size.
@@ -134,6 +141,10 @@ def _weighted_difference(log_p: Tensor, log_q: Tensor) -> Tensor:
     """p (log p - log q); 0 where p is 0 and log p = -inf."""
     p = log_p.exp()
     return torch.where(p == 0, 0.0, p * (log_p - log_q))
+
+
+def _as_kernel(options: KDOptions) -> KDOptions:
+    return options
 
 
 def _flops(batch: int, classes: int, options: KDOptions, with_grad: bool) -> int:

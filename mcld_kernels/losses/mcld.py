@@ -25,7 +25,6 @@ from ..options import (
     check_backend,
     check_flag,
     check_mcld_inputs,
-    check_temperatures,
     check_weight_tensor,
     is_number,
     is_readable,
@@ -34,6 +33,7 @@ from ..options import (
 from ..plain_call import replayed_call
 from .mcld_contrasts import compute, count_flops
 from .mcld_ranks import compute_over_ranks
+from .module_options import Fixed, Option
 from .module_over_ranks import ModuleOverRanks
 
 _RAMP_ONE = 1 << 52  # the ramp as an integer: exact for every float64 in [0, 1] of that resolution
@@ -247,16 +247,19 @@ class MCLDLoss(ModuleOverRanks):
     Args:
         temperature, weight, direction, mask_same_class, present_only, ignore_index, eps, backend: as for
             :func:`mcld_kernels.mcld_loss`. ``weight`` as a tensor becomes a buffer, or a parameter if it is one.
-            ``temperature`` can be assigned later, for a schedule.
+            Numbers are in ``options.term_weight``, and the attribute ``weight`` is None.
+            Every option can be assigned later, for a schedule: ``criterion.temperature = 0.5``,
+            ``criterion.weight = (1, 1, 0.5)``. Numbers assigned to a parameter set its values in place.
         process_group, gather, even: as for :func:`mcld_kernels.mcld_loss`. The module keeps the group's name alone, and
-            can be copied and pickled; ``process_group`` can be assigned later.
+            can be copied and pickled.
         warmup: epochs until the ramp is 1: ``min(epoch / warmup, 1)``, with the epoch from :meth:`set_epoch`, counted
             from 0, fractions welcome. 0: no ramp by epochs.
         warmup_steps: training steps until the ramp is 1: ``min(step / warmup_steps, 1)``. The module counts its calls
             in training mode with gradients enabled; the count is in the state_dict. 0: no ramp by steps.
         uncertainty_weighting: learn the weights as Kendall, Gal and Cipolla (arXiv 1705.07115) do: with a parameter
             ``log_variance`` (3,), the loss is ``sum(exp(-log_variance) x weight x term + log_variance / 2)`` over the
-            active terms. A plain parameter as ``weight`` has the term as its gradient, so an optimizer drives it to 0.
+            active terms. A plain parameter as ``weight`` has the term as its gradient: an optimizer drives it
+            below 0.
 
     Shapes:
         student, teacher: (batch, classes); target: (batch,) int64 or (batch, classes); candidates: (rows, classes) with
@@ -274,7 +277,13 @@ class MCLDLoss(ModuleOverRanks):
 
     epoch_ramp: Tensor
     steps: Tensor
-    weight: Tensor | None
+    direction = Option[Direction]()
+    mask_same_class = Option[bool]()
+    present_only = Option[bool]()
+    ignore_index = Option[int]()
+    eps = Option[float]()
+    uncertainty_weighting = Fixed[bool]()
+    _check_options = staticmethod(mcld_options)
 
     def __init__(
         self,
@@ -295,10 +304,7 @@ class MCLDLoss(ModuleOverRanks):
         uncertainty_weighting: bool = False,
     ):
         super().__init__(process_group, gather, even)
-        if not is_number(warmup) or not 0 <= warmup < math.inf:
-            raise ValueError(f"warmup must be a finite number of epochs >= 0; got {warmup!r}")
-        if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int) or warmup_steps < 0:
-            raise ValueError(f"warmup_steps must be a whole number of training steps >= 0; got {warmup_steps!r}")
+        self.warmup, self.warmup_steps = warmup, warmup_steps
         check_backend(backend)
         self.options, tensor = mcld_options(
             temperature=temperature,
@@ -314,7 +320,7 @@ class MCLDLoss(ModuleOverRanks):
             # The gradient by a tensor of weights does not know of weights beside it.
             tensor = torch.tensor(self.options.term_weight)
             self.options = self.options._replace(term_weight=_ones_where(self.options.active))
-        self.backend, self.warmup, self.warmup_steps = backend, float(warmup), warmup_steps
+        self.backend = backend
         if isinstance(tensor, nn.Parameter):
             self.weight = tensor
         else:
@@ -335,7 +341,38 @@ class MCLDLoss(ModuleOverRanks):
 
     @temperature.setter
     def temperature(self, value: float | Sequence[float]) -> None:
-        self.options = self.options._replace(temperature=check_temperatures(value))
+        self._replace_options(temperature=value)
+
+    @property
+    def warmup(self) -> float:
+        """Epochs until the ramp is 1. Assigned, it counts from the next :meth:`set_epoch`."""
+        return self._warmup
+
+    @warmup.setter
+    def warmup(self, value: float) -> None:
+        if not is_number(value) or not 0 <= value < math.inf:
+            raise ValueError(f"warmup must be a finite number of epochs >= 0; got {value!r}")
+        self._warmup = float(value)
+
+    @property
+    def warmup_steps(self) -> int:
+        """Training steps until the ramp is 1; 0: no ramp by steps, and no count in the state_dict."""
+        return self._warmup_steps
+
+    @warmup_steps.setter
+    def warmup_steps(self, value: int) -> None:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ValueError(f"warmup_steps must be a whole number of training steps >= 0; got {value!r}")
+        self._warmup_steps = value
+        (self._non_persistent_buffers_set.discard if value else self._non_persistent_buffers_set.add)("steps")
+
+    def _assign_weight(self, value: float | Sequence[float] | Tensor) -> None:
+        super()._assign_weight(value)
+        if self.uncertainty_weighting and self.weight is None:
+            self.__dict__["_buffers"]["weight"] = torch.tensor(self.options.term_weight, device=self.steps.device)
+            self.options = self.options._replace(term_weight=_ones_where(self.options.active))
+        held = self.weight
+        self._weight_values = tuple(held.tolist()) if held is not None and is_readable(held) else None
 
     @property
     def effective_weight(self) -> Tensor:
@@ -400,7 +437,8 @@ class MCLDLoss(ModuleOverRanks):
     @property
     def _has_options_alone(self) -> bool:
         """True where a call depends on its tensors and the options: no weight, no warm-up, one process."""
-        return self.weight is None and self.ranks is None and not (self.warmup or self.warmup_steps)
+        has_more = self.warmup or self.warmup_steps or self.uncertainty_weighting
+        return self.weight is None and self.ranks is None and not has_more
 
     def _terms(
         self,

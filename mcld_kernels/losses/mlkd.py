@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import MappingProxyType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,6 +39,7 @@ from . import mlkd_whole
 from .mlkd_correlation import Rows, correlate
 from .mlkd_parts import align, find_positives
 from .mlkd_ranks import compute_over_ranks
+from .module_options import Option
 from .module_over_ranks import ModuleOverRanks
 
 # Constants of the released code, weights of (correlation, alignment, supervised), by data set.
@@ -210,13 +212,18 @@ class MLKDLoss(ModuleOverRanks):
         correlation_temperature, supervised_temperature, weight, views: as for :func:`mcld_kernels.mlkd_loss`.
             ``weight`` as a tensor becomes a buffer, or a parameter if it is one.
         ignore_index, eps, backend, process_group, gather, even: as for :func:`mcld_kernels.mlkd_loss`.
-            ``process_group`` can be assigned.
+            Every option can be assigned.
 
     Shapes:
         student, teacher: (batch, classes); target: (batch,) int64; output: ().
     """
 
-    weight: Tensor | None
+    correlation_temperature = Option[float]()
+    supervised_temperature = Option[float]()
+    views = Option[Views]()
+    ignore_index = Option[int]()
+    eps = Option[float]()
+    _check_options = staticmethod(mlkd_options)
 
     def __init__(
         self,
@@ -243,13 +250,13 @@ class MLKDLoss(ModuleOverRanks):
             ignore_index=ignore_index,
             eps=eps,
         )
-        self._check_ranks(self.ranks)
+        self._check_ranks(self.ranks, self.options)
         if isinstance(weight, nn.Parameter):
             self.weight = weight
         else:
             self.register_buffer("weight", weight if isinstance(weight, Tensor) else None)
 
-    def _check_ranks(self, ranks: RanksOptions | None) -> None:
+    def _check_ranks(self, ranks: RanksOptions | None, options: Any) -> None:
         check_gather(ranks, "MLKD")
 
     def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:

@@ -39,7 +39,7 @@ class Rows(NamedTuple):
 
 @dataclass(slots=True, kw_only=True)
 class Positives:
-    """What the supervised term's N anchors need of the rows of their labels."""
+    """Sums over the rows of their labels, for the supervised term's N anchors."""
 
     cosine: Tensor  # (N,) mean cosine with the other rows of the label
     counted: Tensor  # (N,) bool: there is one

@@ -1,4 +1,4 @@
-"""What MLKD in one process and over ranks share: the positives of the supervised term, and the alignment."""
+"""The parts that MLKD in one process and over ranks share: the positives of the supervised term, and the alignment."""
 
 from __future__ import annotations
 

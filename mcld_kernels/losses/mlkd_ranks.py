@@ -148,10 +148,10 @@ class _Pairs:
     def write_gradients(self, grads: list[Tensor | None], weight: Tensor | float, supervised: Tensor | float) -> None:
         """Write the gradients of both terms by own rows; their factors in the loss are given."""
         with_supervised = [self.supervised and view < self.options.views for view in range(2)]
-        wanted = [
+        sides = [
             side for side, grad in enumerate(grads) if grad is not None and (self.correlation or with_supervised[side])
         ]
-        if not wanted:
+        if not sides:
             return
         self.of_all = self.ranks.all_gather(self.own)
         pull = None
@@ -162,7 +162,7 @@ class _Pairs:
             partner = partner.view(self.options.views, -1)  # (views, B)
         scale = weight * self.ranks.count / (self.ranks.total * self.options.correlation_temperature)
         for chunk in self.chunks:
-            for side in wanted:
+            for side in sides:
                 grad = grads[side]
                 assert grad is not None
                 w = self._correlation(chunk, side).mul_(scale) if self.correlation else None

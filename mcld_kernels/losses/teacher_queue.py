@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..options import DTYPES, check_eps, check_ignore_index, check_matrix
+from .module_options import Fixed
 
 
 class TeacherQueue(nn.Module):
@@ -42,6 +43,8 @@ class TeacherQueue(nn.Module):
     rows: Tensor
     labels: Tensor
     pointer: Tensor
+    size = Fixed[int]()
+    classes = Fixed[int]()
 
     def __init__(
         self,
@@ -61,12 +64,30 @@ class TeacherQueue(nn.Module):
             names = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
             raise TypeError(f"dtype must be floating ({names}); got {dtype}")
         self.size, self.classes = size, classes
-        self.ignore_index, self.eps = check_ignore_index(ignore_index), check_eps(eps)
+        self.ignore_index, self.eps = ignore_index, eps
         self.register_buffer("rows", torch.zeros(size, classes, dtype=dtype, device=device))
         self.register_buffer("labels", torch.full((size,), self.ignore_index, dtype=torch.int64, device=device))
         # The number of rows ever enqueued: the next one is written at pointer % size.
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64, device=device))
         self._length = 0
+
+    @property
+    def ignore_index(self) -> int:
+        """The label of rows that are enqueued without one. It can be assigned."""
+        return self._ignore_index
+
+    @ignore_index.setter
+    def ignore_index(self, value: int) -> None:
+        self._ignore_index = check_ignore_index(value)
+
+    @property
+    def eps(self) -> float:
+        """A row with L2 norm <= eps is kept as zeros. It can be assigned."""
+        return self._eps
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        self._eps = check_eps(value)
 
     def __len__(self) -> int:
         """The number of filled places, at most ``size``."""

@@ -1,4 +1,4 @@
-r"""What label positives need over ranks: means of the rows of a class, by hard labels (`ClassMeans`) or soft ones.
+r"""Label positives over ranks: means of the rows of a class, by hard labels (`ClassMeans`) or soft ones.
 
 Local anchor i takes sum_j w_ij T_j over all remote rows and further candidates, a remote anchor j takes sum_i w_ji S_i
 over the local rows of all ranks, w the weights of the positives. The gradient by the candidates takes the transposes.

@@ -121,7 +121,7 @@ class _RankContrast:
             self.local.grad.is_written = True
 
     def _begin_block(self, rows: slice, block: UnitRows) -> None:
-        """What is taken of a block beside its sums: own positives, and what label positives need."""
+        """Take from a block, beside its sums, the own positives and the sums for label positives."""
         own = self.ranks.own
         if rows.start <= own.start and own.stop <= rows.stop:
             offset = own.start - rows.start

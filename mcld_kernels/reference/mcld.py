@@ -157,9 +157,9 @@ def gather_logits(
     t: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor | None, Ranks]:
     """Begin a call over ranks: the logits s, t (in the accumulator dtype) and labels of all ranks."""
-    facts = same_on_all_ranks(student, teacher, target, weight, options, "of the reference")
-    facts |= {"student gradient": student.requires_grad, "teacher gradient": teacher.requires_grad}
-    ranks = join(over_ranks, student.shape[0], facts, student.device)
+    common = same_on_all_ranks(student, teacher, target, weight, options, "of the reference")
+    common |= {"student gradient": student.requires_grad, "teacher gradient": teacher.requires_grad}
+    ranks = join(over_ranks, student.shape[0], common, student.device)
     s, t = gather_with_grad(s, ranks), gather_with_grad(t, ranks)
     return s, t, None if target is None else ranks.all_gather(target.contiguous()), ranks
 

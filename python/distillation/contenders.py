@@ -23,7 +23,7 @@ Setting = dict[str, float]
 
 @dataclass(frozen=True)
 class Run:
-    """What a loss may need to know of the training."""
+    """The facts of the training that a loss may need."""
 
     steps: int
     batch: int

@@ -74,9 +74,9 @@ class Row:
             "at_edge_of_grid": " ".join(self.at_edge),
         }
         for name in ("accuracy", "against_alone", "against_kd"):
-            found = getattr(self, name)
-            made[name] = None if found is None else round(found.mean, 5)
-            made[f"{name}_half_width"] = None if found is None else round(found.half, 5)
+            interval = getattr(self, name)
+            made[name] = None if interval is None else round(interval.mean, 5)
+            made[f"{name}_half_width"] = None if interval is None else round(interval.half, 5)
         return made
 
 
@@ -117,11 +117,11 @@ def _by_seed(cell: dict[str, Any]) -> dict[int, float]:
 
 
 def _settings(cell: dict[str, Any]) -> list[dict[str, float]]:
-    found: list[dict[str, float]] = []
+    settings: list[dict[str, float]] = []
     for student in cell["students"]:
-        if student["setting"] not in found:
-            found.append(student["setting"])
-    return found
+        if student["setting"] not in settings:
+            settings.append(student["setting"])
+    return settings
 
 
 def _edges(setting: dict[str, float], grid: Sequence[dict[str, float]]) -> tuple[str, ...]:
@@ -149,10 +149,10 @@ def tables(results: Results) -> list[Table]:
     return made
 
 
-def signed(found: Interval | None) -> str:
-    if found is None:
+def signed(interval: Interval | None) -> str:
+    if interval is None:
         return ""
-    return f"{100 * found.mean:+.1f} ± {100 * found.half:.1f}" + ("" if found.excludes_zero else " ~")
+    return f"{100 * interval.mean:+.1f} ± {100 * interval.half:.1f}" + ("" if interval.excludes_zero else " ~")
 
 
 NOTE = (
@@ -187,16 +187,16 @@ def plot(path: Path, results: Results, caption: str) -> None:
         for position, name in enumerate(names):
             if name not in here:
                 continue
-            found, colour = here[name].accuracy, _colour(name)
-            half = 0.0 if math.isinf(found.half) else 100 * found.half
+            accuracy, colour = here[name].accuracy, _colour(name)
+            half = 0.0 if math.isinf(accuracy.half) else 100 * accuracy.half
             filled = BY_NAME[name].is_tuned
             axis.errorbar(
-                100 * found.mean, position, xerr=half, color=colour, marker="o", markersize=6, capsize=3,
+                100 * accuracy.mean, position, xerr=half, color=colour, marker="o", markersize=6, capsize=3,
                 markerfacecolor=colour if filled else "white",
             )  # fmt: skip
             axis.annotate(
-                f"{100 * found.mean:.1f}", (100 * (found.mean) + half, position), (5, 0), textcoords="offset points",
-                va="center", fontsize=8, color=colour,
+                f"{100 * accuracy.mean:.1f}", (100 * accuracy.mean + half, position), (5, 0),
+                textcoords="offset points", va="center", fontsize=8, color=colour,
             )  # fmt: skip
         axis.set_title(f"batch {batch}", loc="left", fontsize=10)
         axis.set_xlabel("accuracy on the test images, %")
@@ -208,14 +208,14 @@ def plot(path: Path, results: Results, caption: str) -> None:
 
 def plot_settings(path: Path, results: Results, caption: str, method: str = "mcld") -> bool:
     """Validation accuracy over temperature and weight, a panel for each batch size; False where it was not tuned."""
-    found = [cell for cell in results["cells"] if cell["phase"] == "validation" and cell["method"] == method]
-    if not found:
+    cells = [cell for cell in results["cells"] if cell["phase"] == "validation" and cell["method"] == method]
+    if not cells:
         return False
-    found.sort(key=lambda cell: cell["batch"])
+    cells.sort(key=lambda cell: cell["batch"])
     figure, axes = plt.subplots(
-        1, len(found), figsize=(max(9.0, 1.0 + 3.9 * len(found)), 3.8), squeeze=False, sharey=True, layout="constrained"
+        1, len(cells), figsize=(max(9.0, 1.0 + 3.9 * len(cells)), 3.8), squeeze=False, sharey=True, layout="constrained"
     )
-    for axis, cell in zip(axes[0], found):
+    for axis, cell in zip(axes[0], cells):
         settings = _settings(cell)
         temperatures, weights = (sorted({s[name] for s in settings}) for name in ("temperature", "weight"))
         grid = [[math.nan] * len(temperatures) for _ in weights]
@@ -262,8 +262,8 @@ def _finish(figure: Any, axes: Any, path: Path, results: Results, caption: str, 
 
 def choices(results: Results) -> dict[str, dict[str, dict[str, float]]]:
     """The chosen setting by method and batch size."""
-    found: dict[str, dict[str, dict[str, float]]] = {}
+    settings: dict[str, dict[str, dict[str, float]]] = {}
     for cell in results["cells"]:
         if cell["phase"] == "validation":
-            found.setdefault(cell["method"], {})[str(cell["batch"])] = chosen(cell)
-    return found
+            settings.setdefault(cell["method"], {})[str(cell["batch"])] = chosen(cell)
+    return settings

@@ -8,7 +8,6 @@ Every student of a seed starts from the same weights and sees the same batches; 
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,12 +15,12 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 
-from bench.harness import machine, programs
+from bench.harness import machine, programs, screen
 from bench.harness.programs import Exit, positive
+from bench.harness.screen import say
 from distillation import engine, report
 from distillation.data import DATASETS, Splits, loader
 from distillation.models import MODELS, parameters
@@ -40,7 +39,7 @@ def _methods(text: str) -> tuple[str, ...]:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
+    made = programs.Parser(
         prog="train.py",
         description="Distil a small network from a large one with cross-entropy + MCLD. Data, models and options of "
         "your own: train.py --config FILE, of which `train.py --config x --help` tells.",
@@ -91,7 +90,7 @@ class Screen:
             text = "  ".join(f"{name} {value:.3f}" for name, value in means.items() if name != "loss")
             self.bar.update(task, completed=epoch + 1, means=text)
             if not self.console.is_terminal and epoch + 1 == epochs:
-                self.console.print(f"{title}: {epochs} epochs  {text}", highlight=False, soft_wrap=True)
+                say(self.console, f"{title}: {epochs} epochs  {text}")
                 self.console.file.flush()
 
         return report_epoch
@@ -210,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Train and report; returns one of the exit codes of ``--help``."""
     options = parser().parse_args(arguments)
     programs.make_output_printable()
-    console = Console() if sys.stdout.isatty() else Console(width=140)
+    console = screen.console()
     threads = torch.get_num_threads()
     default = ROOT / "runs" / f"{options.data}-{time.strftime('%Y%m%d-%H%M%S')}"
     try:
@@ -234,28 +233,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(experiment: Experiment, folder: Path, console: Console) -> int:
     """Run the experiment into the folder and report every student that was finished."""
     code, options, results = Exit.OK, experiment.options, experiment.results
-    screen = Screen(console)
+    shown = Screen(console)
     try:
-        with screen.bar:
-            experiment.run(folder, screen, lambda current: report.write_json(folder / "results.json", current))
+        with shown.bar:
+            experiment.run(folder, shown, lambda current: report.write_json(folder / "results.json", current))
     except KeyboardInterrupt:
         code = Exit.INTERRUPTED
-        console.print("[yellow]interrupted; the students that were finished are kept[/yellow]")
+        say(console, "interrupted; the students that were finished are kept", "yellow")
     except engine.Diverged as fault:
         code = _fail(console, str(fault), Exit.FAILED)
     if not report.trained(results):
         console.print("no student was finished")
         return code
     report.plot(folder / "curves.png", results, machine.caption(results))
-    console.print(
+    say(
+        console,
         f"students: {options.images} training images, {results['wrong_labels']} of them wrongly labelled; "
-        f"the {options.split} images train nobody"
+        f"the {options.split} images train nobody",
     )
     console.print(report.table(results))
-    console.print(f"written to {folder}: results.json, curves.png, teacher.pt", highlight=False, soft_wrap=True)
+    say(console, f"written to {folder}: results.json, curves.png, teacher.pt")
     return code
 
 
 def _fail(console: Console, message: str, code: Exit) -> Exit:
-    console.print(f"[red]error:[/red] {escape(message)}", highlight=False, soft_wrap=True)
+    say(console, f"error: {message}", "red")
     return code

@@ -12,6 +12,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from rich import box
 from rich.table import Table
 
 SCHEMA = 1
@@ -37,12 +38,16 @@ def trained(results: dict[str, Any]) -> dict[str, Any]:
 def table(results: dict[str, Any]) -> Table:
     """Teacher and students: accuracy in percent, mean and standard deviation over the seeds."""
     seeds = max((len(method["accuracy"]) for method in trained(results).values()), default=0)
-    made = Table(title=f"accuracy on the {results['options']['split']} images, {seeds} seeds", header_style="bold")
-    made.add_column("model")
+    made = Table(
+        title=f"accuracy on the {results['options']['split']} images, {seeds} seeds",
+        header_style="bold",
+        box=box.SIMPLE_HEAD,
+    )
+    made.add_column("model", min_width=29)
     made.add_column("parameters", justify="right")
     made.add_column("accuracy, %", justify="right")
-    made.add_column("against alone", justify="right")
-    made.add_column("s a training", justify="right")
+    made.add_column("against\nalone", justify="right")
+    made.add_column("s a\ntraining", justify="right")
     teacher = results["teacher"]
     made.add_row("teacher", f"{teacher['parameters']:,}", f"{100 * teacher['accuracy']:.2f}", "", "")
     methods = trained(results)

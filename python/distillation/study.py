@@ -26,7 +26,7 @@ FIRST_TUNING_SEED = 1000  # far from those of the test
 
 @dataclass(frozen=True)
 class Plan:
-    """What is compared. Cells of another plan are not taken over."""
+    """The comparison's plan. Cells of another plan are not taken over."""
 
     images: int = 600  # training images of a student
     label_noise: float = 0.4
@@ -228,13 +228,15 @@ class Study:
 
     def teacher_accuracy(self) -> dict[str, float]:
         held_out = {name: loader(self.splits.held_out(name), 512, train=False) for name in ("validation", "test")}
-        found = {name: engine.accuracy(self.teacher(), data, torch.device("cpu")) for name, data in held_out.items()}
-        if self._recorded_teacher not in (None, found):
+        accuracies = {
+            name: engine.accuracy(self.teacher(), data, torch.device("cpu")) for name, data in held_out.items()
+        }
+        if self._recorded_teacher not in (None, accuracies):
             raise PlanMismatch(
-                f"the teacher that this machine trains has accuracies {found}, that of the recorded run "
+                f"the teacher that this machine trains has accuracies {accuracies}, that of the recorded run "
                 f"{self._recorded_teacher}: the cells would not compare. Choose another --output"
             )
-        return found
+        return accuracies
 
 
 class Remaining:

@@ -19,7 +19,7 @@ from trainer.step import Step
 
 
 class Parts:
-    """What a step needs. Every rank makes its own, with the same first weights; what does not fit raises on each."""
+    """All that a step needs. Every rank makes its own, with the same first weights; a misfit raises on each."""
 
     def __init__(self, config: Config, ranks: Ranks, classes: tuple[str, ...], steps_an_epoch: int):
         self.config, self.ranks, self.classes = config, ranks, classes

@@ -246,7 +246,7 @@ def check_classes(state: Mapping[str, Any], classes: tuple[str, ...], path: Path
 
 
 def world_size_lines(state: Mapping[str, Any], size: int, *, by_rank: bool, mixes: bool) -> list[str]:
-    """What another number of ranks changes."""
+    """The changes that another number of ranks brings."""
     before = len(state["ranks"])
     if before == size:
         return []

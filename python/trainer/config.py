@@ -54,7 +54,7 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Augment:
-    """What happens to a training image, by timm. All of it is a function of (seed, epoch, index of the image)."""
+    """The augmentation of a training image, by timm. All of it is a function of (seed, epoch, index of the image)."""
 
     enabled: bool = option(True, "false: training images are prepared as those of validation")
     scale: list[float] = option([0.08, 1.0], "of a random resized crop: smallest and largest part of the area")

@@ -1,4 +1,4 @@
-"""What is summed up between two lines of the log."""
+"""The sums between two lines of the log."""
 
 from __future__ import annotations
 

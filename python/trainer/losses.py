@@ -152,12 +152,12 @@ class Distillation(nn.Module):
         """For gradient norms: the loss with one of its terms each, unweighted and without warm-up."""
         ramps = ("warmup", "warmup_steps", "uncertainty_weighting")
         shared = {key: value for key, value in self.section.options.items() if key not in ("weight", *ramps)}
-        wanted = self.section.options.get("weight", 1.0)
-        wanted = wanted if isinstance(wanted, list) else [wanted] * len(self.term_names)
+        weights = self.section.options.get("weight", 1.0)
+        weights = weights if isinstance(weights, list) else [weights] * len(self.term_names)
         return {
-            name: _construct(self.name, {**shared, "weight": [float(i == place) for i in range(len(wanted))]}, group)
+            name: _construct(self.name, {**shared, "weight": [float(i == place) for i in range(len(weights))]}, group)
             for place, name in enumerate(self.term_names)
-            if wanted[place]
+            if weights[place]
         }
 
     def set_epoch(self, epoch: float) -> None:

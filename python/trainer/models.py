@@ -224,11 +224,11 @@ def load_weights(network: nn.Module, model: Model, key: str, classes: tuple[str,
         raise ConfigFault(f"{key}.checkpoint: {path} is not of a {model.name}: {', '.join(parts)}")
     if shapes:
         name = min(shapes, key=lambda name: own[name].numel())
-        theirs, wanted = tuple(state[name].shape), tuple(own[name].shape)
+        theirs, expected = tuple(state[name].shape), tuple(own[name].shape)
         hint = ""
-        if theirs[1:] == wanted[1:] and wanted[:1] == (len(classes),):
+        if theirs[1:] == expected[1:] and expected[:1] == (len(classes),):
             hint = f": it knows {theirs[0]} classes, and the data has {len(classes)}"
-        raise ConfigFault(f"{key}.checkpoint: {path}: {name} has shape {theirs}, {wanted} is needed{hint}")
+        raise ConfigFault(f"{key}.checkpoint: {path}: {name} has shape {theirs}, {expected} is needed{hint}")
     network.load_state_dict(state)
 
 

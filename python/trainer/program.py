@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,9 +13,8 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 
-from bench.harness import programs
+from bench.harness import programs, screen
 from trainer import checkpoint, settings
 from trainer.config import Config
 from trainer.engine import Run
@@ -30,7 +28,7 @@ AUTO = "auto"
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
+    made = programs.Parser(
         prog="train.py",
         description="Distil a student from a teacher by the settings of a YAML file (docs/training.md lists them). "
         "Over several processes: torchrun --nproc-per-node N python/train.py --config FILE.",
@@ -117,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     programs.make_output_printable()
     first = os.environ.get("RANK", "0") == "0"
-    console = Console(quiet=not first) if sys.stdout.isatty() else Console(width=140, quiet=not first)
+    console = screen.console(quiet=not first)
     threads = torch.get_num_threads()
     ranks = None
     try:
@@ -185,7 +183,7 @@ def _run(
             record.save(state=STATES.get(done, "failed"), exit=int(done))
             record.close()
     if ranks.first:
-        console.print(f"written to {folder}", highlight=False, soft_wrap=True)
+        screen.say(console, f"written to {folder}")
     return code
 
 
@@ -208,5 +206,5 @@ def _folder(config: Config, name: str, resumes: bool, stack: contextlib.ExitStac
 
 
 def _fail(console: Console, message: str, code: Exit) -> Exit:
-    console.print(f"[red]error:[/red] {escape(message)}", highlight=False, soft_wrap=True)
+    screen.say(console, f"error: {message}", "red")
     return code

@@ -75,7 +75,7 @@ class Ranks:
         return values
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What ``make`` returns on the first rank, on every rank; or the exception that it raises there."""
+        """The value of ``make`` on the first rank, on every rank; or the exception that it raises there."""
         if self.control is None:
             return make()
         answer: list[Any] = [None, None]
@@ -90,7 +90,7 @@ class Ranks:
         return answer[0]
 
     def all(self, make: Callable[[], T]) -> T:
-        """What ``make`` returns on this rank, once it has succeeded on all: a fault of one is raised by each."""
+        """The value of ``make`` on this rank, once it has succeeded on all: a fault of one is raised by each."""
         result, fault = None, None
         try:
             result = make()

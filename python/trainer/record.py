@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from bench.harness import machine
+from bench.harness.screen import say
 from trainer import settings
 from trainer.config import Config
 from trainer.faults import OutputFault
@@ -136,8 +136,7 @@ class Record(Silent):
 
     def line(self, text: str, style: str = "") -> None:
         """A line on the screen and, with the time, in log.txt."""
-        shown = f"[{style}]{escape(text)}[/{style}]" if style else escape(text)
-        self.console.print(shown, highlight=False, soft_wrap=True)
+        say(self.console, text, style)
         self.log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
         self.log.flush()
 

@@ -71,20 +71,20 @@ class Folder(Source):
             raise DataFault(f"there is no folder {root}")
         self.root, self.channels = root, channels
         self.faults = []
-        found = tuple(sorted(entry.name for entry in root.iterdir() if entry.is_dir()))
-        if not found:
+        folders = tuple(sorted(entry.name for entry in root.iterdir() if entry.is_dir()))
+        if not folders:
             raise DataFault(f"{root} has no folder of a class: one a class, with its images, is wanted")
-        self.classes = found if classes is None else classes
-        if missing := sorted(set(self.classes) - set(found)):
+        self.classes = folders if classes is None else classes
+        if missing := sorted(set(self.classes) - set(folders)):
             raise DataFault(f"{root} has no folder for {len(missing)} of the training classes: {some(missing)}")
-        if extra := sorted(set(found) - set(self.classes)):
+        if extra := sorted(set(folders) - set(self.classes)):
             raise DataFault(f"{root} has folders of classes that the training images do not have: {some(extra)}")
         index = {name: label for label, name in enumerate(self.classes)}
         self.samples = make_dataset(str(root), index, extensions=IMG_EXTENSIONS, allow_empty=True)
-        counts = np.bincount([label for _, label in self.samples], minlength=len(found))
+        counts = np.bincount([label for _, label in self.samples], minlength=len(folders))
         if empty := [name for name, count in zip(self.classes, counts) if count == 0]:
             raise DataFault(
-                f"{root} has no image for {len(empty)} of {len(found)} classes: {some(empty)}; "
+                f"{root} has no image for {len(empty)} of {len(folders)} classes: {some(empty)}; "
                 f"read are {', '.join(IMG_EXTENSIONS)}"
             )
 

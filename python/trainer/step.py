@@ -39,7 +39,7 @@ class Micro:
 
 @dataclass
 class Outcome:
-    """What a step computed."""
+    """The results of a step."""
 
     loss: Tensor  # (), detached
     parts: Parts
@@ -211,12 +211,12 @@ class Step:
                 loss, parts = self.objective(leaf, teacher, target)
             scaled = loss if share == 1 else loss * share
             (scaled if self.scaler is None else self.scaler.scale(scaled)).backward()
-        found: Parts = {}
+        gradient_norms: Parts = {}
         if norms:
             with self.autocast():
-                found = self.objective.gradient_norms(leaf, teacher, target)  # type: ignore[attr-defined]
+                gradient_norms = self.objective.gradient_norms(leaf, teacher, target)  # type: ignore[attr-defined]
         assert leaf.grad is not None
-        return Outcome(loss=loss.detach(), parts=parts, teacher=[teacher], norms=found), leaf.grad
+        return Outcome(loss=loss.detach(), parts=parts, teacher=[teacher], norms=gradient_norms), leaf.grad
 
     def _update(self) -> None:
         if self.reduce is not None and self.loss_parameters:

@@ -128,7 +128,7 @@ def build_cpu() -> Path:
     sources = [(CPU / name, flags) for name in ("bindings.cpp", "dispatch.cpp")]
     for isa, vector_bytes, options in isas if on_x86 else isas[:1]:
         own = [f"-DMCLD_CPU_ISA={isa}", f"-DMCLD_VECTOR_BYTES={vector_bytes}", *options.split()]
-        sources.append((CPU / "low_latency.cpp", flags + own))
+        sources += [(CPU / name, flags + own) for name in ("low_latency.cpp", "rows.cpp", "softmax_kl.cpp")]
     return _build("_cpu", sources, [*_SANITIZERS, "-ldl"], (CPU,))
 
 

@@ -14,7 +14,7 @@ SIZE = 4096
 
 
 def run(library: str, name: str, broken: bool) -> str | None:
-    """What the emulation reports of the kernel, or None. Its data is as large as the allocation."""
+    """The emulation's report of the kernel, or None. Its data is as large as the allocation."""
     controls, libc = ctypes.CDLL(library), ctypes.CDLL(None)
     controls.run_control.restype = ctypes.c_char_p
     libc.malloc.restype = ctypes.c_void_p

@@ -38,7 +38,7 @@ class NoPlan(Exception):
 
 
 def call_key(compute: Callable[..., Any], inputs: LossInputs) -> tuple[Any, ...] | None:
-    """What a plan depends on; None for a call that has none. Values of tensors are not read on a GPU."""
+    """All that a plan depends on; None for a call that has none. Values of tensors are not read on a GPU."""
     key = (
         compute,
         inputs.options,
