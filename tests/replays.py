@@ -1,4 +1,4 @@
-"""What the tests of replays share: their calls, and fixtures that every file of them imports."""
+"""The calls that the tests of replays share, and fixtures that every file of them imports."""
 
 import csrc_host
 import pytest

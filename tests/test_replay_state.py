@@ -1,4 +1,4 @@
-"""What a replay may depend on and what not: memory, threads, streams, devices, autograd, the order of results."""
+"""The state of replays: memory, threads, streams, devices, autograd, and the order of results."""
 
 # Imported fixtures are arguments of tests.
 # ruff: noqa: F401, F811
