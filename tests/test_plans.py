@@ -248,3 +248,41 @@ def test_what_a_step_asks_of_the_host(module, case, launches, allocations, opera
     cost = host.measure(case, rounds=4, bindings="-O0")
     assert (cost.launches, cost.allocations) == (launches, allocations) and cost.operations <= operations
     assert 0 < cost.forward_us < cost.step_us and case.name in host.table([cost])
+
+
+@pytest.mark.parametrize(
+    ("call", "launches", "allocations", "operations"),
+    [
+        ("mcld_loss", 5, 3, 5),
+        ("MCLDLoss", 5, 3, 5),
+        ("mcld_loss, no gradient", 4, 2, 2),  # no launch for the gradient, no tensor of it
+        ("mcld_terms", 5, 4, 9),  # after the checks: two promotions of dtypes; the terms are a tensor, which is unbound
+        (
+            "mcld_loss, weight as a tensor",
+            5,
+            4,
+            9,
+        ),  # after the checks; the terms are cloned for a gradient by the weight
+    ],
+)
+def test_launches_allocations_and_operations_of_a_step(call, launches, allocations, operations):
+    backends.cuda._kernel_set.cache_clear()
+    options = {"weight": torch.ones(3)} if "weight" in call else {}
+    criterion = mcld_kernels.MCLDLoss(backend="cuda")
+    losses = {"MCLDLoss": criterion, "mcld_terms": lambda *x: mcld_kernels.mcld_terms(*x, backend="cuda").loss}
+    loss_of = losses.get(call, lambda *x: mcld_kernels.mcld_loss(*x, backend="cuda", **options))
+    student, teacher, target = inputs(0)
+    student.requires_grad_("no gradient" not in call)
+
+    def step():
+        loss = loss_of(student, teacher, target)
+        if loss.requires_grad:
+            torch.autograd.grad(loss, student)
+
+    with host.stubbed("-O0") as module:
+        for _ in range(3):
+            step()
+        before = module.stub_launches(1)
+        counts = host.count(step)
+        assert (module.stub_launches(1) - before) // 2 == launches
+    assert (counts["allocations"], counts["operations"]) == (allocations, operations)
