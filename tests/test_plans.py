@@ -257,12 +257,7 @@ def test_what_a_step_asks_of_the_host(module, case, launches, allocations, opera
         ("MCLDLoss", 5, 3, 5),
         ("mcld_loss, no gradient", 4, 2, 2),  # no launch for the gradient, no tensor of it
         ("mcld_terms", 5, 4, 9),  # checked, two dtypes promoted, and the terms are a tensor, unbound
-        (
-            "mcld_loss, weight as a tensor",
-            5,
-            4,
-            9,
-        ),  # checked; the terms are cloned for the weight
+        ("mcld_loss, weight as a tensor", 5, 4, 9),  # checked; the terms are cloned for the weight
     ],
 )
 def test_launches_allocations_and_operations_of_a_step(call, launches, allocations, operations):

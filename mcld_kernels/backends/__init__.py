@@ -148,7 +148,7 @@ def kernel_set(
 
 
 def settings(student: Tensor) -> Hashable:
-    """The state that the choice of "auto" and the kernel set of "cuda" depend on beside backend, tensors and precision."""
+    """The state, beside tensors and precision, that the choice of "auto" and the kernel set of "cuda" depend on."""
     environment = os.environ
     return (
         _TUNING.get(),
