@@ -22,7 +22,7 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from rich.text import Text  # noqa: E402
 
-from bench.harness import cases, machine, measure, programs, report, steps, timing  # noqa: E402
+from bench.harness import cases, machine, measure, programs, report, step_report, steps, timing  # noqa: E402
 from bench.harness.losses import LOSSES  # noqa: E402
 from bench.harness.programs import Exit  # noqa: E402
 from bench.harness.screen import console, duration, say, stages  # noqa: E402
@@ -55,6 +55,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--limit", type=float, default=600.0, help="skip a case that would take longer (default: 600 s)")
     made.add_argument("--threads", type=programs.threads, help="CPU threads of torch")
     made.add_argument("--output", type=Path, metavar="DIR", help="default: bench/out/step-<date and time>")
+    made.add_argument(
+        "--from", type=Path, nargs="+", metavar="RUN", dest="recorded",
+        help="measure nothing: one table and one figure of these recorded runs (folders, or their results.json)",
+    )  # fmt: skip
     return made
 
 
@@ -62,6 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure the grid; returns one of the exit codes of ``--help``."""
     options = parser().parse_args(arguments)
     programs.make_output_printable()
+    default = ROOT / "bench" / "out" / time.strftime("step-%Y%m%d-%H%M%S")
+    if options.recorded:
+        return _join(options, default)
     if options.device == "cuda" and not torch.cuda.is_available():
         programs.complain("step_cost: --device cuda: this machine, or this build of torch, has no CUDA device")
         return Exit.NO_DEVICE
@@ -73,7 +80,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return Exit.USAGE
     if options.threads:
         torch.set_num_threads(options.threads)
-    default = ROOT / "bench" / "out" / time.strftime("step-%Y%m%d-%H%M%S")
     try:
         with programs.claimed(options.output, default, "results.json") as folder:
             return _run(options, device, backbone, folder, console())
@@ -83,6 +89,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as fault:
         programs.complain(f"step_cost: the output cannot be written: {fault}")
         return Exit.OUTPUT
+
+
+def _join(options: argparse.Namespace, default: Path) -> int:
+    """Table and figure of recorded runs."""
+    try:
+        joined = step_report.Joined.read(options.recorded)
+    except (OSError, ValueError) as fault:
+        programs.complain(f"step_cost: --from: {fault}")
+        return Exit.USAGE
+    try:
+        with programs.claimed(options.output, default, "results.md") as folder:
+            (folder / "results.md").write_text(joined.markdown(), encoding="utf-8")
+            step_report.write_csv(folder / "results.csv", joined.records)
+            written = ["results.md", "results.csv"]
+            if step_report.plot(folder / "results.png", joined.records, joined.caption):
+                written.append("results.png")
+            print(joined.markdown())
+            say(console(), f"written to {folder}: {', '.join(written)}")
+    except programs.FolderInUse as fault:
+        programs.complain(f"step_cost: {fault}")
+        return Exit.USAGE
+    except OSError as fault:
+        programs.complain(f"step_cost: the output cannot be written: {fault}")
+        return Exit.OUTPUT
+    return Exit.OK
 
 
 def _run(
@@ -136,9 +167,9 @@ def _run(
     head["machine"]["load_1min_end"] = machine.load()
     write(complete=code == Exit.OK)
     records = report.finite([row.record() for row in rows])
-    steps.write_csv(folder / "results.csv", records)
+    step_report.write_csv(folder / "results.csv", records)
     written = ["results.json", "results.csv"]
-    if steps.plot(folder / "results.png", records, machine.caption(head)):
+    if step_report.plot(folder / "results.png", records, machine.caption(head)):
         written.append("results.png")
     say(screen, f"written to {folder}: {', '.join(written)}")
     if code == Exit.OK and any(row.status in (measure.FAILED, measure.ERROR) for row in rows):

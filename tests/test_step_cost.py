@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import torchvision_shim
 
 from bench import step_cost
-from bench.harness import cases, measure, memory, steps
+from bench.harness import cases, measure, memory, step_report, steps, timing
 from bench.harness.programs import Exit
 from mcld_kernels import mcld_loss
 
@@ -142,3 +142,75 @@ class TestProgram:
         torchvision_shim.install()
         assert step_cost.main(["--backbone", "abacus"]) == Exit.USAGE
         assert "--backbone" in capsys.readouterr().err
+
+
+class TestJoinedRuns:
+    """Records of two runs, made by hand: what is joined, what is refused, and what the table and the figure say."""
+
+    def write(self, folder, batches, classes=(10,), threads=2, backbone="mlp", not_run=()):
+        rows = []
+        for case in (cases.Case(batch, width) for width in classes for batch in batches):
+            for name, seconds in ((steps.WITHOUT, 1.0), ("reference", 4.0), ("torch", 2.0)):
+                row = steps.StepRow(case, name, backbone, 1000, measure.OK)
+                if case.batch in not_run:
+                    row.status = measure.NOT_RUN
+                else:
+                    row.step = timing.Times((seconds * case.batch,) * 3)
+                    row.loss = None if name == steps.WITHOUT else timing.Times((seconds * case.batch - case.batch,) * 3)
+                    row.step_speedup = 4.0 / seconds
+                rows.append(row.record())
+        computer = {"cpu": "a CPU", "threads": threads, "load_1min": 1.0}
+        head = {"machine": computer, "versions": {"mcld_kernels": "0", "torch": "2"}, "commit": f"{len(batches)}" * 12}
+        folder.mkdir()
+        run = head | {"dirty": False, "started": "2026-01-01T00:00:00Z", "rows": rows}
+        (folder / "results.json").write_text(json.dumps(run))
+        return folder
+
+    def test_a_row_that_one_run_left_out_is_taken_from_the_other(self, tmp_path, capsys, monkeypatch):
+        first = self.write(tmp_path / "first", [16, 64, 256], not_run=[256])
+        second = self.write(tmp_path / "second", [256])
+        drawn = []
+        save = step_report.plt.Figure.savefig
+        monkeypatch.setattr(step_report.plt.Figure, "savefig", lambda f, *a, **k: drawn.append(f) or save(f, *a, **k))
+        out = tmp_path / "joint"
+        assert step_cost.main(["--from", str(first), str(second / "results.json"), "--output", str(out)]) == 0
+        with (out / "results.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert [(row["batch"], row["run"]) for row in rows if row["variant"] == "torch"] == [
+            ("16", "first"), ("64", "first"), ("256", "second"),
+        ]  # fmt: skip
+        assert {row["status"] for row in rows} == {measure.OK}
+        table = (out / "results.md").read_text()
+        assert "| 64 | 10 | 64 s | 256 s | 75 % | 128 s | 50 % | 2.00x | first |" in table
+        assert "filled markers: first (C = 10: B = 16, 64; 3 rounds)" in table and "commit 333" in table
+        assert "hollow markers: second (C = 10: B = 256; 3 rounds)" in table and "commit 111" in table
+        assert table in capsys.readouterr().out
+        caption = drawn[0].get_supxlabel().replace("\n", " ")
+        assert "filled markers: first" in caption and "hollow markers: second" in caption
+        shares = drawn[0].axes[0].get_lines()
+        ends = [line for line in shares if line.get_markerfacecolor() == "white"]
+        assert [list(line.get_xdata()) for line in ends] == [[256], [256]]  # eager's and torch's
+        assert any(list(line.get_xdata()) == [16, 64, 256] for line in shares)  # one line through both runs
+
+    @pytest.mark.parametrize(
+        ("changed", "message"),
+        [
+            ({"batches": [16]}, "B = 16, C = 10, without stands in both first and second"),
+            ({"threads": 1}, "differ in machine, so their points make no line: a CPU, 2 threads (first), a CPU, 1 t"),
+            ({"backbone": "vit"}, "differ in backbone, so their points make no line: mlp, vit"),
+        ],
+    )
+    def test_runs_that_make_no_line_are_refused(self, tmp_path, capsys, changed, message):
+        first = self.write(tmp_path / "first", [16, 64])
+        second = self.write(tmp_path / "second", **{"batches": [256], **changed})
+        out = tmp_path / "joint"
+        assert step_cost.main(["--from", str(first), str(second), "--output", str(out)]) == Exit.USAGE
+        assert message in " ".join(capsys.readouterr().err.split()) and not out.exists()
+
+    def test_a_file_that_is_no_record_of_steps_is_refused(self, tmp_path, capsys):
+        for text in ("{", "[]", '{"rows": [{"provider": "torch"}]}'):
+            (tmp_path / "results.json").write_text(text)
+            assert step_cost.main(["--from", str(tmp_path)]) == Exit.USAGE
+            assert "is no results.json of bench/step_cost.py" in " ".join(capsys.readouterr().err.split())
+        assert step_cost.main(["--from", str(tmp_path / "nowhere.json")]) == Exit.USAGE
+        assert "nowhere.json" in capsys.readouterr().err

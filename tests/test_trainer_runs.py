@@ -3,13 +3,16 @@
 import csv
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from trainer_cases import ROOT, image_folder, last_state, results, run, shard, write_config
 
 import train  # isort: skip
-from trainer import checkpoint, engine, program, sources  # isort: skip
+from trainer import checkpoint, engine, program, record, sources  # isort: skip
+from trainer.config import Config  # isort: skip
 from trainer.faults import Exit  # isort: skip
 
 
@@ -162,6 +165,22 @@ class TestARunFolder:
         log = (done / "log.txt").read_text()
         assert "step 2: loss" in log and "images/s" in log and "% of the validation images" in log
         assert "\x1b" not in log
+
+    def test_no_legend_hides_a_curve(self, tmp_path, monkeypatch):
+        names = ("loss", "cross-entropy", "mcld", "instance", "sample", "category")
+        rows = [{"step": at, **dict.fromkeys(names, float(at % 9)), "share_loss": 0.5} for at in range(1, 30)]
+        steps = SimpleNamespace(rows=rows, columns=["step", *names, *(f"weight_{name}" for name in names[1:])])
+        epochs = SimpleNamespace(rows=[{"step": at, "accuracy": at / 30, "ema_accuracy": 0.9} for at in range(1, 30)])
+        drawn = []
+        save = Figure.savefig
+        monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: save(figure, *a, **k) or drawn.append(figure))
+        left = {"teacher": {"accuracy": 0.25}, "ranks": 2}
+        state = SimpleNamespace(steps=steps, epochs=epochs, results=left, config=Config())
+        record.plot(tmp_path / "curves.png", state)
+        boxes = [(axis.get_legend().get_window_extent(), axis.get_window_extent()) for axis in drawn[0].axes]
+        assert len(boxes) == 3 and not any(legend.overlaps(panel) for legend, panel in boxes)
+        assert not any(a[0].overlaps(b[0]) for a, b in zip(boxes, boxes[1:]))
+        assert "2 ranks, seed 0" in drawn[0].get_supxlabel()
 
     def test_every_part_its_weight_and_its_gradient_is_in_the_table(self, done):
         with (done / "steps.csv").open(newline="") as file:

@@ -7,23 +7,20 @@ the student, SGD. The loss is timed inside the step, so that its part needs no d
 from __future__ import annotations
 
 import contextlib
-import csv
 import gc
 import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from matplotlib import pyplot as plt
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.harness import gate, measure, memory, plots, timing
+from bench.harness import gate, measure, memory, timing
 from bench.harness.cases import Case
 from bench.harness.losses import LOSSES, autograd
 from bench.harness.measure import ERROR, FAILED, NOT_RUN, OK
@@ -354,83 +351,6 @@ def predicted_seconds(case: Case, backbone: Backbone, variants: int, plan: measu
     eager, of_gate = (1e-3 + 4 * each.flop / gemm for each in (case, _gate_case(case, plan)))
     one_round = variants * body + (variants - 1) * eager
     return 6 * of_gate + one_round + min(plan.rounds * one_round, max(plan.seconds, plan.least * one_round))
-
-
-_CSV = (
-    "batch", "classes", "dtype", "backbone", "variant", "status", "reason", "gate_ratio", "gate_batch", "step_ms",
-    "step_p20_ms", "step_p80_ms", "loss_ms", "share", "step_speedup_over_reference", "loss_speedup_over_reference",
-    "rounds", "steady", "backbone_flop_per_image", "loss_flop_per_image", "loss",
-)  # fmt: skip
-
-
-def write_csv(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    """One line a row, from the records of a JSON."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, _CSV, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        for record in records:
-            step, loss = record["step_time"] or {}, record["loss_time"] or {}
-            flat = {
-                "gate_ratio": (record["gate"] or {}).get("ratio"),
-                "gate_batch": (record["gate"] or {}).get("batch"),
-                "step_ms": step.get("median_s"),
-                "step_p20_ms": step.get("p20_s"),
-                "step_p80_ms": step.get("p80_s"),
-                "loss_ms": loss.get("median_s"),
-            }
-            flat = {key: value if value is None or "ms" not in key else 1e3 * value for key, value in flat.items()}
-            line = {**record, **flat, "rounds": step.get("rounds"), "steady": step.get("steady")}
-            writer.writerow({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()})
-
-
-def plot(path: Path, records: Sequence[dict[str, Any]], caption: str) -> bool:
-    """The loss's part of the step, and the step's time, against the batch size; a column for each number of classes."""
-    drawn = [record for record in records if record["status"] == OK and record["step_time"]]
-    if not drawn:
-        return False
-    classes = sorted({record["classes"] for record in drawn})
-    figure, axes = plt.subplots(2, len(classes), figsize=(max(9.0, 5.2 * len(classes)), 7), squeeze=False)
-    for column, width in enumerate(classes):
-        here = [record for record in drawn if record["classes"] == width]
-        batches = sorted({record["batch"] for record in here})
-        for variant in dict.fromkeys(record["variant"] for record in here):
-            points = sorted((r for r in here if r["variant"] == variant), key=lambda r: r["batch"])
-            colour, marker = plots.STYLE.get(variant, ("#222222", "."))
-            style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1.7}
-            title = {WITHOUT: "cross-entropy alone", EAGER: "with eager's loss"}.get(variant, f"with {variant}'s loss")
-            step_ms = [1e3 * r["step_time"]["median_s"] for r in points]
-            axes[1][column].plot([r["batch"] for r in points], step_ms, label=title, **style)
-            if variant != WITHOUT:
-                shares = [100 * r["share"] for r in points]
-                axes[0][column].plot([r["batch"] for r in points], shares, label=title, **style)
-                axes[0][column].annotate(
-                    f"{shares[-1]:.0f} %", (points[-1]["batch"], shares[-1]), (6, 0), textcoords="offset points",
-                    va="center", fontsize=8, color=colour,
-                )  # fmt: skip
-        first = here[0]
-        body = first["backbone_flop_per_image"] / 1e6
-        axes[0][column].set_title(
-            f"C = {width:,}, {first['dtype']}, {first['loss']}; {first['backbone']}, {body:,.3g} Mflop an image",
-            loc="left", fontsize=9,
-        )  # fmt: skip
-        axes[0][column].set_ylim(0, 100)
-        axes[0][column].set_ylabel("part of the step that the loss takes, %")
-        axes[1][column].set_yscale("log")
-        axes[1][column].set_ylabel("one training step, ms (median)")
-        for axis in axes[:, column]:
-            axis.set_xscale("log", base=2)
-            axis.set_xticks(batches, [f"{batch:,}" for batch in batches])
-            axis.set_xlim(batches[0] / 1.25, batches[-1] * 1.5)
-            axis.set_xlabel("batch size B")
-            axis.grid(True, alpha=0.35, linewidth=0.7)
-            axis.legend(frameon=False, fontsize=8, loc="upper left")
-            for side in ("top", "right"):
-                axis.spines[side].set_visible(False)
-    figure.supxlabel(caption, fontsize=8, color="#555555")
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-    return True
 
 
 def gemm_speed(case: Case, device: torch.device) -> float:

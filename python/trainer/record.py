@@ -202,7 +202,7 @@ def plot(path: Path, record: Record) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(15, 5.2), layout="constrained")
     parts = [name for name in record.steps.columns if f"weight_{name}" in record.steps.columns]
     for name in ("loss", *parts):
         x, y = series(record.steps.rows, name)
@@ -236,8 +236,8 @@ def plot(path: Path, record: Record) -> None:
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
         if axis.get_legend_handles_labels()[0]:
-            beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "reverse": True} if axis is axes[2] else {}
-            axis.legend(frameon=False, fontsize=9, **beside)
+            below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.13), "ncols": 3}  # inside, it would hide a curve
+            axis.legend(frameon=False, fontsize=9, **below)
         else:
             axis.text(0.5, 0.5, "not measured", ha="center", transform=axis.transAxes, color="#777777")
     figure.supxlabel(caption(record.results, record.config), fontsize=8, color="#555555")
@@ -246,8 +246,9 @@ def plot(path: Path, record: Record) -> None:
 
 
 def caption(results: dict[str, Any], config: Config) -> str:
+    ranks = results.get("ranks", 1)
     run = (
         f"{config.teacher.name or 'no teacher'} to {config.student.name}, {config.loss.name}, {config.data.source}, "
-        f"batch {config.batch}, {results.get('ranks', 1)} rank(s), seed {config.seed}"
+        f"batch {config.batch}, {ranks} rank{'' if ranks == 1 else 's'}, seed {config.seed}"
     )
     return f"{run}\n{machine.caption(results)}" if "machine" in results else run
