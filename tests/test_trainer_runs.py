@@ -161,10 +161,20 @@ class TestARunFolder:
     def test_it_has_curves_lines_a_profile_and_events(self, done):
         assert (done / "curves.png").read_bytes().startswith(b"\x89PNG")
         assert list(done.glob("events.out.tfevents.*"))
-        assert "self" in (done / "profile.txt").read_text().lower() and (done / "trace.json").exists()
+        assert "aten::" in (done / "profile.txt").read_text()
+        events = json.loads((done / "trace.json").read_text())["traceEvents"]
+        seen = {event["name"] for event in events if event.get("name", "").startswith("ProfilerStep#")}
+        assert seen == {"ProfilerStep#3", "ProfilerStep#4"}  # an epoch has five steps, and --profile is 2
         log = (done / "log.txt").read_text()
         assert "step 2: loss" in log and "images/s" in log and "% of the validation images" in log
         assert "\x1b" not in log
+
+    @pytest.mark.parametrize(
+        ("wanted", "steps", "expected"),
+        [(10, 100, (5, 10)), (2, 5, (3, 2)), (2, 3, (1, 2)), (10, 4, (1, 3)), (10, 1, (0, 1)), (1, 1, (0, 1))],
+    )
+    def test_a_short_epoch_has_a_profile_too(self, wanted, steps, expected):
+        assert engine.profiled(wanted, steps) == expected
 
     def test_no_legend_hides_a_curve(self, tmp_path, monkeypatch):
         names = ("loss", "cross-entropy", "mcld", "instance", "sample", "category")

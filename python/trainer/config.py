@@ -203,7 +203,9 @@ class Log:
 
     every: int = option(50, "steps between lines", least=1)
     tensorboard: bool = option(True, "write events for TensorBoard")
-    profile: int = option(0, "steps that torch.profiler records, after 5 others; 0: none. Also --profile", least=0)
+    profile: int = option(
+        0, "steps that torch.profiler records, after 5 others if the epoch has them; 0: none. Also --profile", least=0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

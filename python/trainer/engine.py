@@ -424,9 +424,12 @@ class Run:
 
     def _profiler(self) -> contextlib.AbstractContextManager:
         """torch.profiler over a few steps of the first rank, or nothing."""
-        active = self.config.log.profile
-        if not active or not self.ranks.first:
+        wanted = self.config.log.profile
+        if not wanted or not self.ranks.first:
             return contextlib.nullcontext()
+        skipped, active = profiled(wanted, min(self.order.steps - self.order.first, self.total_steps - self.steps))
+        if active < wanted:
+            self.record.line(f"--profile {wanted}: this epoch has no more than {active} for it", "yellow")
         from torch.profiler import ProfilerActivity, profile, schedule
 
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self.device.type == "cuda")
@@ -439,7 +442,15 @@ class Run:
                 (self.folder / "profile.txt").write_text(table, encoding="utf-8")
             except OSError as fault:
                 raise OutputFault(f"the profile cannot be written: {fault}") from None
-            self.record.line("profile.txt and trace.json are written")
+            steps = f"{active} step{'' if active == 1 else 's'}"
+            self.record.line(f"profile.txt and trace.json are written: {steps}, after {skipped} other(s)")
 
-        return profile(activities=activities, schedule=schedule(wait=4, warmup=1, active=active, repeat=1),
-                       on_trace_ready=write)  # fmt: skip
+        warm = min(1, skipped)
+        return profile(activities=activities, on_trace_ready=write,
+                       schedule=schedule(wait=skipped - warm, warmup=warm, active=active, repeat=1))  # fmt: skip
+
+
+def profiled(wanted: int, steps: int) -> tuple[int, int]:
+    """How many of ``steps`` go by before the profile and how many it takes: 5 and ``wanted``, or what there is."""
+    skipped = min(5, max(steps - wanted, min(1, steps - 1)))  # the first step allocates and compiles
+    return skipped, min(wanted, steps - skipped)
