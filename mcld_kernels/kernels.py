@@ -10,7 +10,7 @@ what it does differently. The accumulator dtype (`acc_dtype`) is fp64 for fp64 l
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -290,6 +290,16 @@ class KernelSet:
     def run(self, compute: Callable[[KernelSet, LossInputs], LossOutputs], inputs: LossInputs) -> LossOutputs:
         """The outputs of ``compute`` with these kernels."""
         return compute(self, inputs)
+
+    def replay(
+        self, compute: Callable[[KernelSet, LossInputs], LossOutputs], inputs: LossInputs
+    ) -> Callable[[Sequence[Tensor]], tuple[Tensor, Tensor | None]] | None:
+        """A function that runs the recorded call of ``inputs`` for other tensors of their shapes, strides and dtypes.
+
+        It takes student, teacher and the target that is there, and gives the loss () and the gradient by the student.
+        None: no such call is recorded, or it takes other tensors or has a gradient by the teacher.
+        """
+        return None
 
     def operand_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype in which GEMMs of logits of ``dtype`` take their operands."""

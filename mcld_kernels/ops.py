@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _python_dispatch
 
-from . import backends, distributed
+from . import backends, distributed, replay
 from .distributed import Ranks, RanksOptions
 from .kernels import KernelSet, LossInputs, LossOutputs
-from .options import acc_dtype, grad_dtype, is_readable, no_autocast
+from .options import acc_dtype, grad_dtype, is_observed, is_readable, no_autocast
 
 _LIBRARY = torch.library.Library("mcld_kernels", "DEF")
 _OPERATORS: dict[str, LossOperator] = {}
@@ -43,11 +43,12 @@ class _Call(NamedTuple):
     labels_are_classes: bool | None = None  # None: not known yet
     extra: tuple[Tensor | None, ...] = ()  # the operator's further tensors, which get no gradient
     ranks: RanksOptions | None = None  # None: one process
+    replay_key: replay.Key | None = None  # of a call that is to be kept for later ones
 
     @classmethod
     def of(cls, *args: Any) -> _Call:
         """The call from the arguments of an autograd Function: those up to teacher_grad, ranks, further tensors."""
-        return cls._make((*args[:9], None, args[10:], args[9]))
+        return cls._make((*args[:9], None, args[10:], args[9], None))
 
 
 class LossOperator:
@@ -122,11 +123,12 @@ class LossOperator:
         labels_are_classes: bool | None = None,
         extra: tuple[Tensor | None, ...] = (),
         ranks: RanksOptions | None = None,
+        replay_key: replay.Key | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The loss () with its gradient, and the terms (num_terms,), for arguments that are already checked.
 
         labels_are_classes: as in `LossInputs`; None where it is not known yet. extra: the further tensors, all of them.
-        ranks: over ranks, this rank's part of both.
+        ranks: over ranks, this rank's part of both. replay_key: `replay.call_key` of the arguments, or None.
         """
         student_grad, teacher_grad, weight_grad = needs_grad(student), needs_grad(teacher), needs_grad(weight)
         if student_grad or teacher_grad or weight_grad:
@@ -134,7 +136,7 @@ class LossOperator:
             if not (is_transformed or is_observed(student)):
                 call = _Call(
                     self.name, student, teacher, target, weight, options, backend,
-                    student_grad, teacher_grad, labels_are_classes, extra, ranks,
+                    student_grad, teacher_grad, labels_are_classes, extra, ranks, replay_key,
                 )  # fmt: skip
                 terms: list[Tensor] = []
                 return _EagerLoss.apply(self, call, terms, student, teacher, weight), terms[0]
@@ -145,7 +147,7 @@ class LossOperator:
             return outputs[0], outputs[1]
         call = _Call(
             self.name, student, teacher, target, weight, options, backend, False, False, labels_are_classes, extra,
-            ranks,
+            ranks, replay_key,
         )  # fmt: skip
         outputs = self.dispatch(call) if is_observed(student) else self.run(call)
         return outputs[0], outputs[1]
@@ -173,7 +175,7 @@ class LossOperator:
         fields = [tuple(field) if isinstance(field, list) else field for field in rest[:count]]
         extra = (*rest[count + 3 :], *[None] * (len(self._extra) - (len(rest) - count - 3)))
         options, choices = self._options_type(*fields), rest[count : count + 3]
-        return _Call._make((self.name, student, teacher, target, weight, options, *choices, None, extra, ranks))
+        return _Call._make((self.name, student, teacher, target, weight, options, *choices, None, extra, ranks, None))
 
     def _implementation(self, *args: Any) -> Outputs:
         return self.run(self._call(*args))
@@ -227,12 +229,7 @@ class LossOperator:
             ),
             extra=dict(zip(self._extra, call.extra, strict=True)) if call.extra else {},
         )
-        device = student.device
-        is_elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-        with (
-            torch.cuda.device(device) if is_elsewhere else _NO_CONTEXT,
-            no_autocast(device) if torch.is_autocast_enabled(device.type) else _NO_CONTEXT,
-        ):
+        with call_context(student.device) or _NO_CONTEXT:
             if call.ranks is not None:
                 over_ranks = self._evaluate_over_ranks(call.ranks, kernels, inputs)
                 if over_ranks is None:
@@ -240,6 +237,8 @@ class LossOperator:
                 outputs = over_ranks
             elif kernels.records_calls:
                 outputs = kernels.run(self._compute, inputs)
+                if call.replay_key is not None and (again := kernels.replay(self._compute, inputs)) is not None:
+                    replay.keep(call.replay_key, again)
             else:
                 outputs = self._compute(kernels, inputs)
         return outputs.loss, outputs.terms, outputs.student_grad, outputs.teacher_grad
@@ -316,6 +315,22 @@ class LossOperator:
         return loss, terms, student_grad, teacher_grad
 
 
+def call_context(device: torch.device) -> contextlib.AbstractContextManager[None] | None:
+    """The context that a call on ``device`` needs: that device current and autocast off. None where both are so."""
+    is_elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    has_autocast = torch.is_autocast_enabled(device.type)
+    return _call_context(device, is_elsewhere, has_autocast) if is_elsewhere or has_autocast else None
+
+
+@contextlib.contextmanager
+def _call_context(device: torch.device, is_elsewhere: bool, has_autocast: bool) -> Iterator[None]:
+    with (
+        torch.cuda.device(device) if is_elsewhere else _NO_CONTEXT,
+        no_autocast(device) if has_autocast else _NO_CONTEXT,
+    ):
+        yield
+
+
 def _define(name: str, arguments: str, implementation: Callable[..., Outputs], fake: Callable[..., Outputs]) -> Any:
     """The operator ``mcld_kernels::<name>``."""
     _LIBRARY.define(f"{name}({arguments}) -> {_OUTPUTS}")
@@ -386,16 +401,6 @@ def _schema_type(hint: Any) -> str:
     if typing.get_origin(hint) is tuple:
         return "float[]"
     return {float: "float", bool: "bool", int: "int", str: "str"}[hint]
-
-
-def is_observed(tensor: Tensor) -> bool:
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or tensor.device.type not in ("cpu", "cuda")
-        or type(tensor) not in (Tensor, torch.nn.Parameter)
-    )
 
 
 class NoSecondDerivative(torch.autograd.Function):

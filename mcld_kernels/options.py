@@ -363,6 +363,17 @@ def is_readable(tensor: Tensor) -> bool:
     )
 
 
+def is_observed(tensor: Tensor) -> bool:
+    """True where the operations on a tensor are traced, transformed or watched, or it is of another kind or device."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or tensor.device.type not in ("cpu", "cuda")
+        or type(tensor) not in (Tensor, nn.Parameter)
+    )
+
+
 def _raise_missing_target(options: MCLDOptions, weight: Tensor | None) -> None:
     reasons = (
         "mask_same_class of the instance-wise term",

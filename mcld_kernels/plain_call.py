@@ -1,8 +1,9 @@
-"""The shortest way of a small call: plain fp32 logits on a CPU, a frozen teacher, no labels, the compiled module.
+"""The shortest ways of a call whose time is mostly what surrounds its arithmetic.
 
-Such a call is mostly what surrounds its arithmetic. Here one set of conditions stands for every check of the tensors,
-and only what the loss and the gradient need is allocated. Where a condition does not hold the call goes through
-`ops.LossOperator`, which checks, explains and computes.
+`plain_call`: plain fp32 logits on a CPU, a frozen teacher, no labels, the compiled module. One set of conditions stands
+for every check of the tensors. `replayed_call`: a call of a kind that was checked and recorded before. Both allocate
+what the loss and the gradient need alone. Where they do not apply the call goes through `ops.LossOperator`, which
+checks, explains and computes.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import backends
+from . import backends, replay
 from .family_options import KDOptions
-from .ops import NoSecondDerivative, is_observed
-from .options import MCLDOptions
+from .ops import NoSecondDerivative, call_context
+from .options import MCLDOptions, is_observed
 
 Options = TypeVar("Options")
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
@@ -66,6 +67,21 @@ def plain_call(
     return _PlainLoss.apply(student, outputs) if with_grad else outputs[0]  # type: ignore[no-any-return]
 
 
+def replayed_call(student: Tensor, teacher: Tensor, target: Tensor | None, key: replay.Key | None) -> Tensor | None:
+    """The loss () with its gradient by the student, of a call of kind ``key``; None where none was kept."""
+    again = None if key is None else replay.find(key)
+    if again is None:
+        return None
+    tensors = (student, teacher) if target is None else (student, teacher, target)
+    context = call_context(student.device)
+    if context is None:
+        outputs = again(tensors)
+    else:
+        with context:
+            outputs = again(tensors)
+    return outputs[0] if outputs[1] is None else _PlainLoss.apply(student, outputs)  # type: ignore[no-any-return]
+
+
 class _PlainLoss(torch.autograd.Function):
     """The loss with its gradient by the student, both computed."""
 
@@ -80,4 +96,5 @@ class _PlainLoss(torch.autograd.Function):
         # Grad mode is on in backward where a graph of it was asked for (create_graph=True).
         if torch.is_grad_enabled():
             gradient = NoSecondDerivative.apply(gradient, student)
-        return gradient * upstream, None
+        product = gradient * upstream
+        return product if product.dtype is student.dtype else product.to(student.dtype), None

@@ -41,9 +41,12 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.delenv("MCLD_TABLE", raising=False)
     monkeypatch.delenv("MCLD_HOPPER", raising=False)
     monkeypatch.setattr(timings, "SHIPPED", tmp_path / "shipped")
-    timings._in_use.cache_clear()
+    caches = timings._in_use, timings._name
+    for cache in caches:
+        cache.cache_clear()
     yield
-    timings._in_use.cache_clear()
+    for cache in caches:
+        cache.cache_clear()
 
 
 def tuned_rows(tuning, at=0):

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import mcld_kernels
-from mcld_kernels import backends, ops, options
+from mcld_kernels import backends, ops, options, replay
 from mcld_kernels.backends import gemm
 from mcld_kernels.backends.cuda import extension
 
@@ -79,13 +79,13 @@ def keep_freed_memory() -> None:
 
 
 @contextlib.contextmanager
-def stubbed() -> Iterator[Any]:
-    """The emulated module, whose launches end at once; yields it."""
+def stubbed(bindings: str = "-O3") -> Iterator[Any]:
+    """The emulated module, whose launches end at once; yields it. ``bindings``: as they are compiled in an install."""
     if str(TESTS) not in sys.path:
         sys.path.append(str(TESTS))
     import csrc_host
 
-    module = csrc_host.load()
+    module = csrc_host.load(bindings)
     small = torch.zeros(8, 8)
     real_gemm, readable = gemm.gemm, options.is_readable
 
@@ -95,7 +95,7 @@ def stubbed() -> Iterator[Any]:
     keep_freed_memory()
     module.stub_launches(1)
     gemm.gemm = small_gemm
-    for part in (options, ops):
+    for part in (options, ops, replay):
         part.is_readable = lambda tensor: False  # type: ignore[attr-defined]
     try:
         with extension.use(module):
@@ -103,7 +103,7 @@ def stubbed() -> Iterator[Any]:
     finally:
         module.stub_launches(0)
         gemm.gemm = real_gemm
-        for part in (options, ops):
+        for part in (options, ops, replay):
             part.is_readable = readable  # type: ignore[attr-defined]
 
 
@@ -140,9 +140,9 @@ class _Nothing(torch.autograd.Function):
         return gradient * upstream, None
 
 
-def measure(case: HostCase, rounds: int = 400) -> HostCost:
+def measure(case: HostCase, rounds: int = 400, bindings: str = "-O3") -> HostCost:
     """The cost of a step that has run before; the kinds of steps are interleaved."""
-    with stubbed() as module, backends.tuned(**case.tuning):
+    with stubbed(bindings) as module, backends.tuned(**case.tuning):
         student, teacher = (torch.randn(case.batch, CLASSES, dtype=torch.bfloat16) for _ in range(2))
         target = torch.randint(CLASSES, (case.batch,))
         gradient = torch.zeros_like(student)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -24,7 +25,17 @@ _MODULES: dict[str, Any] = {
 NAMES = BACKENDS[1:]
 _GIVE_TEACHER_GRADIENT = ("reference", "torch")
 _WARNED: set[str] = set()
-_TUNING: ContextVar[Mapping[str, Any]] = ContextVar("mcld_kernels_tuning", default={})  # noqa: B039
+
+
+class _Fields(dict[str, Any]):
+    """Fields of a Tuning, given by one `tuned`: hashed and compared by identity."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+    __eq__ = object.__eq__
+    __ne__ = object.__ne__
+
+
+_TUNING: ContextVar[_Fields] = ContextVar("mcld_kernels_tuning", default=_Fields())  # noqa: B039
 
 
 class BackendUnavailable(RuntimeError):
@@ -136,6 +147,19 @@ def kernel_set(
     return module.kernel_set(student, teacher, **fields)  # type: ignore[no-any-return]
 
 
+def settings(student: Tensor) -> Hashable:
+    """The state, beside tensors and precision, that the choice of "auto" and the kernel set of "cuda" depend on."""
+    environment = os.environ
+    return (
+        _TUNING.get(),
+        cuda.extension.load()[0],
+        environment.get("MCLD_CHUNK_MB"),
+        environment.get("MCLD_HOPPER"),
+        timings.in_use(student),
+        environment.get("TRITON_INTERPRET"),
+    )
+
+
 def plain_call(
     name: str, student: Tensor, teacher: Tensor, options: MCLDOptions | KDOptions, with_grad: bool
 ) -> tuple[Tensor, Tensor | None] | None:
@@ -151,7 +175,7 @@ def plain_call(
 @contextlib.contextmanager
 def tuned(**fields: Any) -> Iterator[None]:
     """Give ``fields`` of a backend's Tuning to the kernel sets made inside: for tests and measurements."""
-    token = _TUNING.set({**_TUNING.get(), **fields})
+    token = _TUNING.set(_Fields(_TUNING.get(), **fields))
     try:
         yield
     finally:

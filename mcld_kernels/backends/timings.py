@@ -184,10 +184,18 @@ def _in_use(gpu: str, mcld_table: str | None) -> Table | None:
     return find(gpu)[0]
 
 
+@lru_cache
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device)
+
+
+def in_use(x: Tensor) -> Table | None:
+    """The table for the device of a tensor. Raises ValueError as `find`."""
+    return _in_use(_name(x.device), os.environ.get("MCLD_TABLE")) if x.is_cuda else None
+
+
 def _nearest_row(student: Tensor, teacher: Tensor) -> Row | None:
-    if not student.is_cuda:
-        return None
-    table = _in_use(torch.cuda.get_device_name(student.device), os.environ.get("MCLD_TABLE"))
+    table = in_use(student)
     dtype = torch.promote_types(student.dtype, teacher.dtype)
     return None if table is None else _nearest(table, dtype, float32_precision(), *student.shape)
 

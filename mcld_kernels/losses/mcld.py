@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .. import reference
+from .. import reference, replay
 from ..distributed import Gather, RanksOptions, ranks_options, report
 from ..ops import LossOperator
 from ..options import (
@@ -30,6 +30,7 @@ from ..options import (
     is_readable,
     mcld_options,
 )
+from ..plain_call import replayed_call
 from .mcld_contrasts import compute, count_flops
 from .mcld_ranks import compute_over_ranks
 from .module_options import Fixed, Option
@@ -151,13 +152,21 @@ def mcld_loss(
             ignore_index=ignore_index,
             eps=eps,
         )
+        key = None
+        if weight_tensor is None and ranks is None and candidates is None and candidate_target is None:
+            key = replay.call_key(student, teacher, target, options, backend)
+            if (loss := replayed_call(student, teacher, target, key)) is not None:
+                return loss
         labels_are_classes = check_mcld_inputs(student, teacher, target, weight_tensor, options, backend, *extra)
     except (TypeError, ValueError) as error:
         report(ranks, error)
         raise
     if backend == "reference":
         return reference.mcld.evaluate(student, teacher, target, weight_tensor, options, *extra, ranks).loss
-    return _OPERATOR(student, teacher, target, weight_tensor, options, backend, labels_are_classes, extra, ranks)[0]
+    loss, _ = _OPERATOR(
+        student, teacher, target, weight_tensor, options, backend, labels_are_classes, extra, ranks, key
+    )
+    return loss
 
 
 def mcld_terms(
@@ -211,8 +220,12 @@ def evaluate(
     candidates: Tensor | None = None,
     candidate_target: Tensor | None = None,
     ranks: RanksOptions | None = None,
+    key: replay.Key | None = None,
 ) -> MCLDTerms:
-    """Check the tensors and run a backend: the loss, with its gradient, and its terms."""
+    """Check the tensors and run a backend: the loss, with its gradient, and its terms.
+
+    key: of the call, where it is to be kept for calls of the loss alone (`replay`).
+    """
     extra = candidates, candidate_target
     try:
         labels_are_classes = check_mcld_inputs(student, teacher, target, weight, options, backend, *extra)
@@ -221,7 +234,7 @@ def evaluate(
         raise
     if backend == "reference":
         return reference.mcld.evaluate(student, teacher, target, weight, options, *extra, ranks)
-    loss, terms = _OPERATOR(student, teacher, target, weight, options, backend, labels_are_classes, extra, ranks)
+    loss, terms = _OPERATOR(student, teacher, target, weight, options, backend, labels_are_classes, extra, ranks, key)
     return MCLDTerms(loss, *terms.unbind())
 
 
@@ -401,7 +414,14 @@ class MCLDLoss(ModuleOverRanks):
         candidates: Tensor | None = None,
         candidate_target: Tensor | None = None,
     ) -> Tensor:
-        return self.terms(student, teacher, target, candidates, candidate_target).loss
+        key = None
+        if candidates is None and candidate_target is None and self._has_options_alone:
+            key = replay.call_key(student, teacher, target, self.options, self.backend)
+            # A loss that was left behind when the model moved follows it below.
+            if key is not None and self.steps.device == student.device:
+                if (loss := replayed_call(student, teacher, target, key)) is not None:
+                    return loss
+        return self._terms(student, teacher, target, candidates, candidate_target, key).loss
 
     def terms(
         self,
@@ -412,6 +432,23 @@ class MCLDLoss(ModuleOverRanks):
         candidate_target: Tensor | None = None,
     ) -> MCLDTerms:
         """The loss and its three terms, as :func:`mcld_kernels.mcld_terms`; the category term is before the warm-up."""
+        return self._terms(student, teacher, target, candidates, candidate_target, None)
+
+    @property
+    def _has_options_alone(self) -> bool:
+        """True where a call depends on its tensors and the options: no weight, no warm-up, one process."""
+        has_more = self.warmup or self.warmup_steps or self.uncertainty_weighting
+        return self.weight is None and self.ranks is None and not has_more
+
+    def _terms(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        target: Tensor | None,
+        candidates: Tensor | None,
+        candidate_target: Tensor | None,
+        key: replay.Key | None,
+    ) -> MCLDTerms:
         if isinstance(student, Tensor) and self.steps.device != student.device:
             # A loss is easily left behind when a model moves; its counters follow the logits once.
             self.steps, self.epoch_ramp = self.steps.to(student.device), self.epoch_ramp.to(student.device)
@@ -422,7 +459,7 @@ class MCLDLoss(ModuleOverRanks):
             self._warn_of_missing_epoch()
         result = evaluate(
             student, teacher, target, self._weight(), self.options, self.backend, candidates, candidate_target,
-            self.ranks,
+            self.ranks, key,
         )  # fmt: skip
         if self.uncertainty_weighting:
             active = torch.tensor(self.options.active, device=self.log_variance.device)

@@ -102,12 +102,12 @@ def memory_command_line() -> str:
     return shlex.join([*memory_command(), "env", *variables])
 
 
-def build(check: str = "races", *, controls: bool = False) -> Path:
+def build(check: str = "races", *, controls: bool = False, bindings: str = "-O0") -> Path:
     """Compile what changed into the cache folder and return the path of the module, or of the negative controls."""
     of_emulator, of_kernels, of_linker = CHECKS[check]
 
     def flags_of(source: Path) -> list[str]:
-        return FLAGS + (["-O0"] if source in BINDINGS else of_emulator if source in EMULATOR else of_kernels)
+        return FLAGS + ([bindings] if source in BINDINGS else of_emulator if source in EMULATOR else of_kernels)
 
     # What only a driver can do is emulated whole.
     kernels = sorted(path for folder in (KERNELS, HOPPER) for path in folder.glob("*.cu") if path.stem != "tensor_map")
@@ -168,13 +168,15 @@ def _build(name: str, sources: list[tuple[Path, list[str]]], of_linker: list[str
     return module
 
 
-def load() -> ModuleType:
+def load(bindings: str = "-O0") -> ModuleType:
     """The bindings of mcld_kernels._C over kernels compiled for the host, and two functions more.
+
+    bindings: how they are optimized. They compile the fastest without, and as an install has them with "-O3".
 
     ``vector_accesses(bytes)``: the vector accesses of so many bytes, 8 or 16, that the kernels have made.
     ``stub_launches(on)``: from now on launch nothing, or all; returns the number that was left out so far.
     """
-    path = build(os.environ.get("MCLD_TEST_CHECK", "races"))
+    path = build(os.environ.get("MCLD_TEST_CHECK", "races"), bindings=bindings)
     spec = importlib.util.spec_from_file_location("mcld_emulated", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

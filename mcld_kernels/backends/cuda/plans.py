@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .launcher import Launcher
 
 _ALIGNMENT = 256  # of what the allocators give, and more than any kernel needs
+_TERMS_BYTES = _ALIGNMENT  # for the terms of a replay
 _MADE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 _ZEROED = ("zeros", "zeros_like", "new_zeros")
 _RESULTS = ("loss", "terms", "student_grad", "teacher_grad")
@@ -151,8 +152,7 @@ class Recorder(TorchDispatchMode):
             raise NoPlan("its inputs share memory")
         blocks = {block.begin: block for block in self.blocks if block.bytes}
         workspace_base = len(ranges)
-        results: list[tuple[torch.Size, torch.dtype]] = []
-        names: dict[str, int] = {}
+        results: list[tuple[str, torch.Size, torch.dtype]] = []
         for name in _RESULTS:
             tensor = getattr(outputs, name)
             if tensor is None:
@@ -160,8 +160,7 @@ class Recorder(TorchDispatchMode):
             block = blocks.pop(tensor.data_ptr(), None)
             if block is None or block.bytes != tensor.nbytes or not tensor.is_contiguous():
                 raise NoPlan(f"{name} is a part of another tensor")
-            names[name] = len(results)
-            results.append((tensor.shape, tensor.dtype))
+            results.append((name, tensor.shape, tensor.dtype))
             ranges.append((block.begin, block.bytes, workspace_base + len(results), 0))
         kept = list(blocks.values())
         self._mark(kept)
@@ -173,7 +172,7 @@ class Recorder(TorchDispatchMode):
             raise NoPlan(str(fault)) from None
         steps = self._merged(kept)
         dtypes = tuple({part.dtype for step in steps for part in step if isinstance(part, _View)})
-        return CallPlan(plan=self.plan, steps=steps, bytes=size, dtypes=dtypes, results=results, names=names)
+        return CallPlan(plan=self.plan, steps=steps, bytes=size, dtypes=dtypes, results=results)
 
     def _mark(self, blocks: list[_Block]) -> None:
         """Note the steps that use each block."""
@@ -243,20 +242,62 @@ class CallPlan:
     steps: list[tuple[Any, ...]]  # ("launch", first, last), ("zero", view) or ("gemm", left, right, out, accumulate)
     bytes: int  # of the workspace
     dtypes: tuple[torch.dtype, ...]  # of views of the workspace
-    results: list[tuple[torch.Size, torch.dtype]]
-    names: dict[str, int]  # field of `LossOutputs` -> number of the result
+    results: list[tuple[str, torch.Size, torch.dtype]]  # fields of `LossOutputs`
 
     def run(self, launch: Launcher, inputs: LossInputs) -> LossOutputs:
         """The call for other inputs of the same key."""
         device = inputs.student.device
-        workspace = torch.empty(self.bytes, dtype=torch.uint8, device=device)
-        results = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self.results]
+        workspace = self._workspace(self.bytes, device)
+        fields = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape, dtype in self.results}
         bases = [tensor.data_ptr() for tensor in _tensors(inputs)]
         bases.append(workspace.data_ptr())
-        for result in results:
-            bases.append(result.data_ptr())
+        bases += [fields[name].data_ptr() for name, _, _ in self.results]
+        self._run(launch, workspace, bases)
+        return LossOutputs(
+            loss=fields["loss"],
+            terms=fields["terms"],
+            student_grad=fields.get("student_grad"),
+            teacher_grad=fields.get("teacher_grad"),
+        )
+
+    def can_replay(self, inputs: LossInputs) -> bool:
+        """True where `replay` takes all that is there, and gives all that is read."""
+        further = inputs.weight, inputs.teacher_target, *_further(inputs)
+        results = {name: shape.numel() * dtype.itemsize for name, shape, dtype in self.results}
+        has_others = any(tensor is not None for tensor in further)
+        return not has_others and "teacher_grad" not in results and results["terms"] <= _TERMS_BYTES
+
+    def replay(self, launch: Launcher, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """As `run`: loss and gradient of student, teacher and the target that is there.
+
+        The terms, which nobody reads, are written behind the workspace.
+        """
+        device = launch.device
+        workspace = self._workspace(self.bytes + _TERMS_BYTES, device)
+        begin = workspace.data_ptr()
+        bases = [tensor.data_ptr() for tensor in tensors]
+        bases.append(begin)
+        fields = {}
+        for name, shape, dtype in self.results:
+            if name == "terms":
+                bases.append(begin + self.bytes)
+            else:
+                fields[name] = result = torch.empty(shape, dtype=dtype, device=device)
+                bases.append(result.data_ptr())
+        self._run(launch, workspace, bases)
+        return fields["loss"], fields.get("student_grad")
+
+    def _workspace(self, size: int, device: torch.device) -> Tensor:
+        """So many bytes, a multiple of `_ALIGNMENT`, in a dtype in which they are viewed, where there is one."""
+        if not self.dtypes:
+            return torch.empty(size, dtype=torch.uint8, device=device)
+        dtype = self.dtypes[0]
+        return torch.empty(size // dtype.itemsize, dtype=dtype, device=device)
+
+    def _run(self, launch: Launcher, workspace: Tensor, bases: list[int]) -> None:
+        """Launch on the workspace, with the addresses of inputs, workspace and results."""
         index, stream = launch.place()
-        typed = {dtype: workspace.view(dtype) for dtype in self.dtypes}
+        typed = {dtype: workspace if workspace.dtype is dtype else workspace.view(dtype) for dtype in self.dtypes}
         for kind, *step in self.steps:
             if kind == "launch":
                 self.plan.run(bases, index, stream, step[0], step[1])
@@ -265,10 +306,3 @@ class CallPlan:
                 gemm.gemm(left.of(typed), right.of(typed), out.of(typed), accumulate)
             else:
                 step[0].of(typed).zero_()
-        fields = {name: results[number] for name, number in self.names.items()}
-        return LossOutputs(
-            loss=fields["loss"],
-            terms=fields["terms"],
-            student_grad=fields.get("student_grad"),
-            teacher_grad=fields.get("teacher_grad"),
-        )
