@@ -229,7 +229,8 @@ class LossOperator:
             ),
             extra=dict(zip(self._extra, call.extra, strict=True)) if call.extra else {},
         )
-        with call_context(student.device) or _NO_CONTEXT:
+        may_need_context = student.is_cuda or torch.is_autocast_enabled(student.device.type)
+        with (call_context(student.device) if may_need_context else None) or _NO_CONTEXT:
             if call.ranks is not None:
                 over_ranks = self._evaluate_over_ranks(call.ranks, kernels, inputs)
                 if over_ranks is None:

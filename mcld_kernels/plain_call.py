@@ -67,10 +67,9 @@ def plain_call(
     return _PlainLoss.apply(student, outputs) if with_grad else outputs[0]  # type: ignore[no-any-return]
 
 
-def replayed_call(student: Tensor, teacher: Tensor, target: Tensor | None, key: replay.Key | None) -> Tensor | None:
+def replayed_call(student: Tensor, teacher: Tensor, target: Tensor | None, key: replay.Key) -> Tensor | None:
     """The loss () with its gradient by the student, of a call of kind ``key``; None where none was kept."""
-    again = None if key is None else replay.find(key)
-    if again is None:
+    if (again := replay.find(key)) is None:
         return None
     tensors = (student, teacher) if target is None else (student, teacher, target)
     context = call_context(student.device)

@@ -144,9 +144,9 @@ def _layout(n: int, num_classes: int, sample: bool, category: bool) -> _Layout:
     return _Layout(**module.layout(n, num_classes, sample, category))
 
 
-def _takes_gemms(options: MCLDOptions, n: int, num_classes: int, tuning: LowLatencyTuning) -> bool:
+def _takes_gemms(active: tuple[bool, bool, bool], n: int, num_classes: int, tuning: LowLatencyTuning) -> bool:
     """True where the compiled module takes the GEMMs of a call as well."""
-    instance, sample, category = options.active
+    instance, sample, category = active
     products = n * num_classes * (n * (instance or sample) + num_classes * category)
     most = tuning.compiled_gemm
     if most is None:
@@ -164,7 +164,8 @@ def isa_index(name: str | None) -> int:
 def _mcld_compiled(inputs: LossInputs, module: Any, tuning: LowLatencyTuning) -> LossOutputs:
     student, teacher, target, options = inputs.student, inputs.teacher, inputs.target, inputs.options
     n, num_classes = student.shape
-    _, sample, category = options.active
+    active = options.active
+    _, sample, category = active
     layout = _layout(n, num_classes, sample, category)
     # new_empty: torch's default device may be another one.
     work, loss, terms = student.new_empty(layout.size), student.new_empty(()), student.new_empty(3)
@@ -185,7 +186,7 @@ def _mcld_compiled(inputs: LossInputs, module: Any, tuning: LowLatencyTuning) ->
         terms.data_ptr(),
         *_constants(options, weights_of(inputs)),
     )
-    if _takes_gemms(options, n, num_classes, tuning):
+    if _takes_gemms(active, n, num_classes, tuning):
         module.low_latency(module.ALL_STEPS, *arguments)
     else:
         _steps(module, arguments, work, layout, inputs)
@@ -211,7 +212,7 @@ def _plan(options: MCLDOptions, n: int, num_classes: int) -> _Plan | None:
     if (
         module is None
         or sample
-        or not _takes_gemms(options, n, num_classes, tuning)
+        or not _takes_gemms(options.active, n, num_classes, tuning)
         or not _options_apply(options, n, num_classes, torch.float32, tuning.chunk_bytes, False)
     ):
         return None

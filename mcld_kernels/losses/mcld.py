@@ -155,7 +155,7 @@ def mcld_loss(
         key = None
         if weight_tensor is None and ranks is None and candidates is None and candidate_target is None:
             key = replay.call_key(student, teacher, target, options, backend)
-            if (loss := replayed_call(student, teacher, target, key)) is not None:
+            if key is not None and (loss := replayed_call(student, teacher, target, key)) is not None:
                 return loss
         labels_are_classes = check_mcld_inputs(student, teacher, target, weight_tensor, options, backend, *extra)
     except (TypeError, ValueError) as error:
