@@ -14,6 +14,10 @@ from .kernels import slices
 
 _LEAST_CHUNKS = 8  # the diagonal blocks are computed whole: 1/8 more than half of the matrix
 _LEAST_ROWS = 128  # of a chunk, where the budget allows it: a GEMM of fewer rows is slow
+# A CPU's GEMM with few columns adds its products to the total one by one, so that the error grows with the batch;
+# of wider ones the library adds in blocks.
+_FEW_COLUMNS = 64
+_ROWS_OF_SUM = 256
 
 
 def trapezoids(n: int, budget_rows: int) -> list[tuple[slice, slice]]:
@@ -34,7 +38,11 @@ def mm(a: Tensor, b: Tensor, acc_dtype: torch.dtype) -> Tensor:
 def add_mm(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b for a matrix ``a`` in the dtype of ``total`` and operands ``b``, whose dtype the product takes."""
     if b.dtype == total.dtype:
-        total.addmm_(a, b)
+        if total.is_cpu and b.shape[1] <= _FEW_COLUMNS and b.shape[0] > _ROWS_OF_SUM:
+            for part in slices(b.shape[0], _ROWS_OF_SUM):
+                total += torch.mm(a[:, part], b[part])
+        else:
+            total.addmm_(a, b)
         return
     if b.dtype == torch.float16:  # coefficients of a large batch are below its range: the largest becomes 1
         peak = a.abs().amax().clamp(min=torch.finfo(a.dtype).tiny)
