@@ -57,15 +57,6 @@ struct Call : Clkd {
     return sum;
   }
 
-  void copy_row(const float* from, int64_t stride, float* to) const {
-    if (stride == 1) {
-      memcpy(to, from, size_t(num_classes) * sizeof(float));
-    } else {
-      for (int64_t c = 0; c < num_classes; ++c) to[c] = from[c * stride];
-    }
-    for (int64_t c = num_classes; c < pitch; ++c) to[c] = 0;
-  }
-
   // The part of row i in the instance term.
   float instance_of_row(int64_t i) const {
     const float *a = s + i * pitch, *b = t + i * pitch;
@@ -96,8 +87,8 @@ struct Call : Clkd {
     by_groups([this](int64_t group, int64_t first, int64_t last) {
       float error = 0;
       for (int64_t i = first; i < last; ++i) {
-        copy_row(student + i * student_row, student_column, s + i * pitch);
-        copy_row(teacher + i * teacher_row, teacher_column, t + i * pitch);
+        copy_row(student + i * student_row, student_column, num_classes, pitch, 0, s + i * pitch);
+        copy_row(teacher + i * teacher_row, teacher_column, num_classes, pitch, 0, t + i * pitch);
         if (instance) error += instance_of_row(i);
         if (category || correlation) i == first ? add_to_columns<true>(group, i) : add_to_columns<false>(group, i);
       }
@@ -203,13 +194,12 @@ struct Call : Clkd {
   }
 
   // The gradient's row i; `gram` has the correlation's part of it, where there is one.
-  void write_row(int64_t i, const float* gram) const {
+  void write_gradient_row(int64_t i, const float* gram) const {
     const float *a = s + i * pitch, *b = t + i * pitch;
     const float left = instance ? student_inverse[i] : 0.f, right = instance ? teacher_inverse[i] : 0.f;
     const float along = instance ? row_along[i] : 0.f;
     const float coefficient = instance ? float(2 * double(weight[0]) * row_factor) * left : 0.f;
-    float* out = gradient + i * num_classes;
-    const auto value = [=](int64_t c) {
+    write_row(gradient + i * num_classes, num_classes, [=](int64_t c) {
       const Vector x = load(a + c), y = load(b + c);
       Vector g = correlation ? load(gram + c) : Vector{};
       if (instance) {
@@ -221,13 +211,7 @@ struct Call : Clkd {
         g += ((u - y * load(teacher_scale + c)) - u * load(column_along + c)) * load(column_coefficient + c);
       }
       return g;
-    };
-    int64_t c = 0;
-    for (; c + kLanes <= num_classes; c += kLanes) store(out + c, value(c));
-    if (c < num_classes) {
-      const Vector tail = value(c);
-      memcpy(out + c, &tail, size_t(num_classes - c) * sizeof(float));
-    }
+    });
   }
 
   void write_gradient() const {
@@ -243,7 +227,7 @@ struct Call : Clkd {
           }
           gemm_rows(centred, pitch, 1, row_major(product, pitch), gram, pitch, end - start, pitch, num_classes);
         }
-        for (int64_t i = start; i < end; ++i) write_row(i, gram + (i - start) * pitch);
+        for (int64_t i = start; i < end; ++i) write_gradient_row(i, gram + (i - start) * pitch);
       }
     });
   }

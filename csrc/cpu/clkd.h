@@ -9,6 +9,7 @@
 // means and the rows' part take one pass over the logits, (u - v) of the columns, D and M a second, the gradient a third.
 #pragma once
 
+#include "cpu/isas.h"
 #include "cpu/low_latency.h"
 
 namespace mcld::cpu {
@@ -59,13 +60,6 @@ struct ClkdLayout {
 // Runs a call with the instructions of `isa`: an index of isa_names.
 void clkd(const Clkd&, int isa);
 
-#define MCLD_DECLARE_ISA(name) \
-  namespace name {             \
-  void clkd(const Clkd&);      \
-  }
-MCLD_DECLARE_ISA(baseline)
-MCLD_DECLARE_ISA(avx2)
-MCLD_DECLARE_ISA(avx512)
-#undef MCLD_DECLARE_ISA
+MCLD_IN_EACH_ISA(void clkd(const Clkd&);)
 
 }  // namespace mcld::cpu

@@ -56,13 +56,7 @@ struct Call : LowLatency {
     for_slices(threads, n, 1, elements(), [=](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
         float* copy = columns + i * pitch;
-        const float* from = x + i * row_stride;
-        if (column_stride == 1) {
-          memcpy(copy, from, size_t(num_classes) * sizeof(float));
-        } else {
-          for (int64_t c = 0; c < num_classes; ++c) copy[c] = from[c * column_stride];
-        }
-        for (int64_t c = num_classes; c < width; ++c) copy[c] = 0;
+        copy_row(x + i * row_stride, column_stride, num_classes, width, 0, copy);
         if (!this->rows()) continue;
         const float inverse = inverse_norm(dot(copy, copy, width), eps);
         if (inv_norm != nullptr) inv_norm[i] = inverse;
@@ -381,7 +375,7 @@ struct Call : LowLatency {
       for (int64_t c = first; c < last; c += kLanes) {
         store(scratch + c, load(column_factor + c) * load(column_inv_norm + c));
       }
-      const int64_t whole = smaller(last, num_classes / kLanes * kLanes);
+      const int64_t end = smaller(last, num_classes);
       for (int64_t i = 0; i < n; ++i) {
         const auto value = [&](int64_t c) {
           const int64_t at = i * pitch + c;
@@ -389,12 +383,7 @@ struct Call : LowLatency {
           return rows() ? columns + load(row_product + at) : columns;
         };
         float* out = gradient + i * num_classes;
-        int64_t c = first;
-        for (; c < whole; c += kLanes) store(out + c, value(c));
-        for (; c < smaller(last, num_classes); c += kLanes) {
-          const Vector tail = value(c);
-          memcpy(out + c, &tail, size_t(num_classes - c) * sizeof(float));
-        }
+        for (int64_t c = first; c < end; c += kLanes) store_some(out + c, value(c), num_classes - c);
       }
     });
   }

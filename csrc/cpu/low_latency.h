@@ -19,6 +19,8 @@
 
 #include <cstdint>
 
+#include "cpu/isas.h"
+
 namespace mcld::cpu {
 
 // The anchors, and the rows against which they stand.
@@ -114,13 +116,6 @@ const char* isa_name(int isa);
 // Calls task(data, block) for every block in [0, blocks), on up to `threads` threads.
 void parallel(int threads, int64_t blocks, void (*task)(void*, int64_t), void* data);
 
-#define MCLD_DECLARE_ISA(name) \
-  namespace name {             \
-  void low_latency(const LowLatency&, int steps); \
-  }
-MCLD_DECLARE_ISA(baseline)
-MCLD_DECLARE_ISA(avx2)
-MCLD_DECLARE_ISA(avx512)
-#undef MCLD_DECLARE_ISA
+MCLD_IN_EACH_ISA(void low_latency(const LowLatency&, int steps);)
 
 }  // namespace mcld::cpu

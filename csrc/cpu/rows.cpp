@@ -2,25 +2,10 @@
 // instruction set, as low_latency.cpp; results do not depend on the number of threads.
 #include "cpu/rows.h"
 
-#include <string.h>
-
 #include "cpu/vectors.h"
 
 namespace mcld::cpu::MCLD_CPU_ISA {
 namespace {
-
-// The first `count` numbers at p, and zeros; all of a vector where count >= kLanes.
-inline Vector load_some(const float* p, int64_t count) {
-  if (count >= kLanes) return load(p);
-  Vector v = {};
-  if (count > 0) memcpy(&v, p, size_t(count) * sizeof(float));
-  return v;
-}
-
-inline void store_some(float* p, Vector v, int64_t count) {
-  if (count >= kLanes) return store(p, v);
-  if (count > 0) memcpy(p, &v, size_t(count) * sizeof(float));
-}
 
 // A matrix by rows adds kRun numbers of a row at a time, one by columns kRowsOfSum rows of memory: rounding errors do not
 // grow with d.

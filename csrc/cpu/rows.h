@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "cpu/isas.h"
+
 namespace mcld::cpu {
 
 struct Normalize {
@@ -49,14 +51,6 @@ struct GradEpilogue {
 void normalize(const Normalize&, int isa);
 void grad_epilogue(const GradEpilogue&, int isa);
 
-#define MCLD_DECLARE_ISA(name)              \
-  namespace name {                          \
-  void normalize(const Normalize&);         \
-  void grad_epilogue(const GradEpilogue&);  \
-  }
-MCLD_DECLARE_ISA(baseline)
-MCLD_DECLARE_ISA(avx2)
-MCLD_DECLARE_ISA(avx512)
-#undef MCLD_DECLARE_ISA
+MCLD_IN_EACH_ISA(void normalize(const Normalize&); void grad_epilogue(const GradEpilogue&);)
 
 }  // namespace mcld::cpu

@@ -29,12 +29,7 @@ struct Call : SoftmaxKl {
 
   // Copies a row, padded with -inf, whose probability is 0; returns half of the largest logit. A NaN is left to the sums.
   float load_row(const float* from, int64_t stride, float* to) const {
-    if (stride == 1) {
-      memcpy(to, from, size_t(num_classes) * sizeof(float));
-    } else {
-      for (int64_t c = 0; c < num_classes; ++c) to[c] = from[c * stride];
-    }
-    for (int64_t c = num_classes; c < width; ++c) to[c] = -INFINITY;
+    copy_row(from, stride, num_classes, width, -INFINITY, to);
     Vector peak = load(to), peaks[2] = {peak, peak};
     int64_t c = kLanes;
     for (; c + 2 * kLanes <= width; c += 2 * kLanes) {
@@ -84,15 +79,6 @@ struct Call : SoftmaxKl {
     return total;
   }
 
-  // value(c) is a vector; writes those of a row.
-  template <class Value> void write_row(float* to, const Value& value) const {
-    int64_t c = 0;
-    for (; c + kLanes <= num_classes; c += kLanes) store(to + c, value(c));
-    if (c == num_classes) return;
-    const Vector last = value(c);
-    memcpy(to + c, &last, size_t(num_classes - c) * sizeof(float));
-  }
-
   // KL of row i; writes its gradients.
   double divergence(int64_t i, float* scratch) const {
     float *of_teacher = scratch, *of_student = scratch + width, *gaps = scratch + 2 * width;
@@ -104,13 +90,13 @@ struct Call : SoftmaxKl {
     if (student_grad != nullptr) {
       // In this form equal logits give exactly 0.
       const float scale = float(temperature / (double(n) * total.student)), factor = float(ratio);
-      write_row(student_grad + i * num_classes,
+      write_row(student_grad + i * num_classes, num_classes,
                 [=](int64_t c) { return (load(of_student + c) - load(of_teacher + c) * factor) * scale; });
     }
     if (teacher_grad != nullptr) {
       const float scale = float(temperature / (double(n) * total.teacher)), center = float(mean);
       const Vector none = splat(scale * 0.f);  // NaN where a sum is NaN
-      write_row(teacher_grad + i * num_classes, [=](int64_t c) {
+      write_row(teacher_grad + i * num_classes, num_classes, [=](int64_t c) {
         const Vector p = load(of_teacher + c);
         return p == 0.f ? none : p * (load(gaps + c) - center) * scale;
       });

@@ -11,6 +11,7 @@
 
 #include <cstdint>
 
+#include "cpu/isas.h"
 #include "cpu/low_latency.h"
 
 namespace mcld::cpu {
@@ -32,14 +33,7 @@ int64_t softmax_kl_size(int64_t n, int64_t num_classes, int threads);
 // The whole call, with the instructions of `isa`: an index of isa_names.
 void softmax_kl(const SoftmaxKl&, int isa);
 
-#define MCLD_DECLARE_ISA(name) \
-  namespace name {             \
-  void softmax_kl(const SoftmaxKl&); \
-  }
-MCLD_DECLARE_ISA(baseline)
-MCLD_DECLARE_ISA(avx2)
-MCLD_DECLARE_ISA(avx512)
-#undef MCLD_DECLARE_ISA
+MCLD_IN_EACH_ISA(void softmax_kl(const SoftmaxKl&);)
 
 // Rows that one task takes and whose divergences are one sum: by the classes alone, so that no sum depends on the threads.
 inline int64_t softmax_kl_rows(int64_t num_classes) {

@@ -22,6 +22,37 @@ inline void store(float* p, Vector v) { *reinterpret_cast<Unaligned*>(p) = v; }
 inline Vector splat(float x) { return x - Vector{}; }
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// The first `count` numbers at p, and zeros; all of a vector where count >= kLanes.
+inline Vector load_some(const float* p, int64_t count) {
+  if (count >= kLanes) return load(p);
+  Vector v = {};
+  if (count > 0) memcpy(&v, p, size_t(count) * sizeof(float));
+  return v;
+}
+
+inline void store_some(float* p, Vector v, int64_t count) {
+  if (count >= kLanes) return store(p, v);
+  if (count > 0) memcpy(p, &v, size_t(count) * sizeof(float));
+}
+
+// Copies a row of `count` numbers, `stride` apart, and fills up to `width` with `padding`.
+inline void copy_row(const float* from, int64_t stride, int64_t count, int64_t width, float padding, float* to) {
+  if (stride == 1) {
+    memcpy(to, from, size_t(count) * sizeof(float));
+  } else {
+    for (int64_t c = 0; c < count; ++c) to[c] = from[c * stride];
+  }
+  for (int64_t c = count; c < width; ++c) to[c] = padding;
+}
+
+// Writes the vectors value(c) of a row of `count` numbers.
+template <class Value>
+inline void write_row(float* to, int64_t count, const Value& value) {
+  int64_t c = 0;
+  for (; c + kLanes <= count; c += kLanes) store(to + c, value(c));
+  if (c < count) store_some(to + c, value(c), count - c);
+}
+
 inline float add_lanes(Vector v) {
   float lanes[kLanes];
   memcpy(lanes, &v, sizeof lanes);
