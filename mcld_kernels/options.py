@@ -21,6 +21,7 @@ TERMS = ("instance", "sample", "category")
 INSTANCE, SAMPLE, CATEGORY = range(3)
 DIRECTIONS: tuple[Direction, ...] = ("student", "teacher", "symmetric")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+PLAIN_TYPES = (Tensor, nn.Parameter)  # of which an address and strides, or checks made once, say all
 _INT64 = 1 << 63
 SUM_TOLERANCE = 1e-2  # of a row of soft labels: fp16 and bf16 weights add up to 1 within it
 
@@ -356,7 +357,7 @@ def is_readable(tensor: Tensor) -> bool:
     """True where values can be read: on the CPU, in eager mode, of a tensor neither fake, traced nor transformed."""
     return (
         not torch.compiler.is_compiling()
-        and type(tensor) in (Tensor, nn.Parameter)
+        and type(tensor) in PLAIN_TYPES
         and tensor.device.type == "cpu"
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
         and torch._C._len_torch_dispatch_stack() == 0
@@ -370,7 +371,7 @@ def is_observed(tensor: Tensor) -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or tensor.device.type not in ("cpu", "cuda")
-        or type(tensor) not in (Tensor, nn.Parameter)
+        or type(tensor) not in PLAIN_TYPES
     )
 
 

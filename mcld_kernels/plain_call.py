@@ -18,10 +18,9 @@ from torch.autograd import forward_ad
 from . import backends, replay
 from .family_options import KDOptions
 from .ops import NoSecondDerivative, call_context
-from .options import MCLDOptions, is_observed
+from .options import PLAIN_TYPES, MCLDOptions, is_observed
 
 Options = TypeVar("Options")
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 def plain_call(
@@ -38,7 +37,7 @@ def plain_call(
     """
     if torch.compiler.is_compiling():
         return None
-    if type(student) not in _PLAIN_TYPES or type(teacher) not in _PLAIN_TYPES or is_observed(student):
+    if type(student) not in PLAIN_TYPES or type(teacher) not in PLAIN_TYPES or is_observed(student):
         return None
     if (
         student.dtype is not torch.float32

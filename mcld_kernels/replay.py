@@ -15,14 +15,13 @@ from torch.autograd import forward_ad
 
 from . import backends
 from .kernels import is_in_memory
-from .options import float32_precision, is_observed, is_readable
+from .options import PLAIN_TYPES, float32_precision, is_observed, is_readable
 
 Key = tuple[Any, ...]
 # Of student, teacher and the target that is there: the loss (), and the gradient by the student where there is one.
 Replay = Callable[[Sequence[Tensor]], tuple[Tensor, Tensor | None]]
 
 MOST_REPLAYS = 256
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _REPLAYS: dict[Key, Replay] = {}
 
 
@@ -34,7 +33,7 @@ def call_key(student: Tensor, teacher: Tensor, target: Tensor | None, options: A
     # No other backend records calls.
     if torch.compiler.is_compiling() or (backend != "cuda" and backend != "auto"):
         return None
-    if type(student) not in _PLAIN_TYPES or type(teacher) not in _PLAIN_TYPES:
+    if type(student) not in PLAIN_TYPES or type(teacher) not in PLAIN_TYPES:
         return None
     if (backend == "auto" and not student.is_cuda) or not (_is_dense(student) and _is_dense(teacher)):
         return None

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .. import installation
 from ..kernels import LossInputs, LossOutputs, Tuning, has_fixed_shift, is_in_memory
-from ..options import MCLDOptions
+from ..options import PLAIN_TYPES, MCLDOptions
 from .chunks import CHUNK_MB
 
 # Where one shift serves all rows, similarities stay between -40 and 40: exp needs none at all, and ratios of sums of so
@@ -37,7 +37,6 @@ LARGEST_SIZE = 4096
 _LARGEST_GEMM = {"baseline": 1 << 20, "avx2": 1 << 27, "avx512": 1 << 31}
 _SERIAL_ROWS = 64  # over columns vector_norm adds row after row; `sum` adds in parts, with less rounding error
 _ANCHORS = {"student": 0, "teacher": 1, "self": 2}  # of csrc/cpu/low_latency.h
-PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

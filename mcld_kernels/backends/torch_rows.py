@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..kernels import GradEpilogueArgs, KernelSet, UnitRows
-from .torch_low_latency import PLAIN_TYPES, LowLatencyTuning, compiled_module, isa_index
+from ..options import PLAIN_TYPES
+from .torch_low_latency import LowLatencyTuning, compiled_module, isa_index
 
 _module = cache(compiled_module)
 
