@@ -180,13 +180,13 @@ def _anchor_pass(
 ) -> bool:
     """Compute the contrast by `KernelSet.anchor_pass`; False, with nothing done, where there is none for it."""
     side, grad = anchors.side, anchors.side.grad
-    if not grad.needed or args.candidate_grad or args.reverse:
+    if args.candidate_grad or args.reverse:
         return False
     if not anchors.has_partner or anchors.anchor_weight is not None or anchors.radial is not None:
         return False
     if side.projection is not None or side.soft is not None:
         return False
-    out = grad.view(anchors.side.transposed)
+    out = grad.view(anchors.side.transposed) if grad.needed else None
     compute = kernels.anchor_pass(args, out)
     if compute is None:
         return False
@@ -200,7 +200,7 @@ def _anchor_pass(
             accumulate=grad.is_written,
         )
     )
-    grad.is_written = True
+    grad.is_written = grad.needed
     return True
 
 

@@ -179,7 +179,7 @@ class AnchorPassArgs:
 
     weights: tuple[TermWeight, ...]
     per_anchor: Tensor  # (len(weights), >= n) acc dtype, to be written, as in `AnchorTerms`
-    out: Tensor  # (n, d) gradient by the anchors' logits, a view of any strides and dtype
+    out: Tensor | None  # (n, d) gradient by the anchors' logits, a view of any strides and dtype; None: none is needed
     class_means: Tensor | None  # (classes present, >= d) acc dtype; for label positives
     class_index: Tensor | None  # (n,) int64
     accumulate: bool  # add to `out` instead of writing it
@@ -315,8 +315,10 @@ class KernelSet:
 
     has_anchor_pass = False  # True: `anchor_pass` is asked
 
-    def anchor_pass(self, args: ContrastArgs, out: Tensor) -> Callable[[AnchorPassArgs], None] | None:
+    def anchor_pass(self, args: ContrastArgs, out: Tensor | None) -> Callable[[AnchorPassArgs], None] | None:
         """The function that computes a contrast with frozen candidates whole, loss and gradient ``out`` by the anchors.
+
+        ``out`` is None where no gradient is needed.
 
         None: by `contrast`, `positive_cosines`, `loss_epilogue` and `grad_epilogue`, one after another.
         """

@@ -157,12 +157,12 @@ def test_memory_of_the_cpu_kernels(under_check):
         "-p",
         "no:cacheprovider",
         "-k",
-        "compiled or threads or instruction or plain or cpu_rows",
+        "compiled or threads or instruction or plain or cpu_rows or cpu_contrast",
     ]
     library = str(csrc_host.build_cpu())
     done = under_check(
         *("-m", "pytest", *options),
-        *("test_low_latency.py", "test_plain_call.py", "test_cpu_rows.py", "test_kd.py"),
+        *("test_low_latency.py", "test_plain_call.py", "test_cpu_rows.py", "test_cpu_contrast.py", "test_kd.py"),
         MCLD_TEST_CPU_MODULE=library,
     )
     assert done.returncode == 0, report_of(done)

@@ -2,7 +2,10 @@
 // come by position, since a small call is mostly its arguments.
 #include <pybind11/pybind11.h>
 
+#include <tuple>
+
 #include "cpu/clkd.h"
+#include "cpu/contrast.h"
 #include "cpu/low_latency.h"
 #include "cpu/rows.h"
 #include "cpu/softmax_kl.h"
@@ -108,6 +111,43 @@ void run_clkd(int isa, int threads, uintptr_t student, int64_t student_row, int6
 
 int64_t clkd_size(int64_t n, int64_t num_classes) { return ClkdLayout(n, num_classes).size; }
 
+void run_contrast(int isa, int threads, uintptr_t anchors, int64_t anchors_row, int64_t anchors_column, uintptr_t candidates,
+                  int64_t candidates_row, int64_t candidates_column, uintptr_t inv_norm, uintptr_t keys, int64_t keys_stride,
+                  uintptr_t candidate_keys, int64_t candidate_keys_stride, int64_t no_key, uintptr_t class_means,
+                  int64_t class_means_row, uintptr_t class_index, int64_t n, int64_t m, int64_t d, int64_t offset,
+                  uintptr_t work, uintptr_t loss, uintptr_t gradient, int64_t gradient_row, bool accumulate,
+                  uintptr_t by_temperature, float temperature, float eps, const py::args& terms) {
+  check_isa(isa);
+  Contrast call;
+  call.anchors = pointer<const float>(anchors), call.candidates = pointer<const float>(candidates);
+  call.anchors_row = anchors_row, call.anchors_column = anchors_column;
+  call.candidates_row = candidates_row, call.candidates_column = candidates_column;
+  call.inv_norm = pointer<const float>(inv_norm);
+  call.keys = pointer<const int64_t>(keys), call.keys_stride = keys_stride;
+  call.candidate_keys = pointer<const int64_t>(candidate_keys), call.candidate_keys_stride = candidate_keys_stride;
+  call.no_key = no_key;
+  call.class_means = pointer<const float>(class_means), call.class_means_row = class_means_row;
+  call.class_index = pointer<const int64_t>(class_index);
+  call.n = n, call.m = m, call.d = d, call.offset = offset;
+  call.work = pointer<float>(work), call.loss = pointer<float>(loss);
+  call.gradient = pointer<float>(gradient), call.gradient_row = gradient_row, call.accumulate = accumulate;
+  call.by_temperature = pointer<float>(by_temperature);
+  call.temperature = temperature, call.eps = eps, call.threads = threads;
+  call.terms = 0;
+  for (const py::handle& term : terms) {
+    if (call.terms == 2) throw py::value_error("a contrast has one or two terms");
+    const auto [values, counted, scale, weight, by_label] = term.cast<std::tuple<uintptr_t, uintptr_t, float, float, bool>>();
+    call.term[call.terms++] = {pointer<float>(values), pointer<const uint8_t>(counted), scale, weight, by_label};
+  }
+  if (call.terms == 0) throw py::value_error("a contrast has one or two terms");
+  py::gil_scoped_release release;
+  contrast(call, isa);
+}
+
+int64_t contrast_size(int64_t n, int64_t m, int64_t d, int threads) {
+  return ContrastLayout(n, m, d, threads).size;
+}
+
 py::dict layout(int64_t n, int64_t num_classes, bool sample, bool category) {
   const Layout at(n, num_classes, sample, category);
   py::dict result;
@@ -146,6 +186,8 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("layout", &layout, "Size, pitches and offsets of the workspace for n x C logits, in floats.");
   module.def("clkd_size", &clkd_size, "Size of the workspace of `clkd` for n x C logits, in floats.");
   module.def("clkd", &run_clkd, "A call of CLKD; see csrc/cpu/clkd.h for the arguments.");
+  module.def("contrast_size", &contrast_size, "Size of the workspace of `contrast`, in floats.");
+  module.def("contrast", &run_contrast, "A contrast of rows; see csrc/cpu/contrast.h for the arguments.");
   module.def("low_latency", &run, "Steps of a call; see csrc/cpu/low_latency.h for the arguments.");
   module.def("normalize", &run_normalize, "Unit rows; see csrc/cpu/rows.h for the arguments.");
   module.def("grad_epilogue", &run_grad_epilogue, "The gradient by rows of logits; see csrc/cpu/rows.h for the arguments.");

@@ -4,6 +4,7 @@
 #include <atomic>
 
 #include "cpu/clkd.h"
+#include "cpu/contrast.h"
 #include "cpu/low_latency.h"
 #include "cpu/rows.h"
 #include "cpu/softmax_kl.h"
@@ -18,9 +19,11 @@ struct Isa {
   void (*grad_epilogue)(const GradEpilogue&);
   void (*softmax_kl)(const SoftmaxKl&);
   void (*clkd)(const Clkd&);
+  void (*contrast)(const Contrast&);
 };
 
-#define MCLD_ISA(name) {#name, name::low_latency, name::normalize, name::grad_epilogue, name::softmax_kl, name::clkd}
+#define MCLD_ISA(name) \
+  {#name, name::low_latency, name::normalize, name::grad_epilogue, name::softmax_kl, name::clkd, name::contrast}
 constexpr Isa kIsas[] = {
     MCLD_ISA(baseline),
 #if MCLD_CPU_X86
@@ -83,6 +86,8 @@ int64_t softmax_kl_size(int64_t n, int64_t num_classes, int threads) {
 void softmax_kl(const SoftmaxKl& call, int isa) { kIsas[isa].softmax_kl(call); }
 
 void clkd(const Clkd& call, int isa) { kIsas[isa].clkd(call); }
+
+void contrast(const Contrast& call, int isa) { kIsas[isa].contrast(call); }
 
 void parallel(int threads, int64_t blocks, void (*task)(void*, int64_t), void* data) {
   Tasks tasks{task, data, blocks};

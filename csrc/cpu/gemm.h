@@ -76,18 +76,19 @@ struct Panels {
 
 inline Panels row_major(const float* data, int64_t pitch) { return {data, pitch, kPanel}; }
 
-// out (rows, columns) = a b: element (i, k) of a is a[i a_row + k a_depth]; columns is padded.
+// out (rows, columns) = a b, or with `add` out + a b: element (i, k) of a is a[i a_row + k a_depth]; columns is padded.
 void gemm_rows(const float* a, int64_t a_row, int64_t a_depth, Panels b, float* out, int64_t out_pitch, int64_t rows,
-               int64_t columns, int64_t depth) {
+               int64_t columns, int64_t depth, bool add = false) {
   for (int64_t k = 0; k == 0 || k < depth; k += kDepthOfSum) {
     const int64_t part = smaller(kDepthOfSum, depth - k);
     const float *left = a + k * a_depth, *right = b.data + k * b.pitch;
     int64_t j = 0;
     for (; j + kPanel <= columns; j += kPanel, right += b.panel) {
-      gemm_panel<kTileVectors>(left, a_row, a_depth, right, b.pitch, out + j, out_pitch, rows, part, k > 0);
+      gemm_panel<kTileVectors>(left, a_row, a_depth, right, b.pitch, out + j, out_pitch, rows, part,
+                               add || k > 0);
     }
     gemm_edge<kTileVectors - 1>(left, a_row, a_depth, right, b.pitch, out + j, out_pitch, rows, (columns - j) / kLanes, part,
-                                k > 0);
+                                add || k > 0);
   }
 }
 

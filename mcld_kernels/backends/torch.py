@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..family_options import KDOptions
 from ..kernels import (
+    AnchorPassArgs,
     ContrastArgs,
     ContrastSums,
     GradCoefficients,
@@ -28,7 +29,7 @@ from ..kernels import (
     slices,
 )
 from ..options import MCLDOptions, float32_precision
-from . import torch_ckd, torch_clkd, torch_info_nce, torch_kd, torch_low_latency
+from . import torch_ckd, torch_clkd, torch_contrast, torch_info_nce, torch_kd, torch_low_latency
 from .chunks import chunk_bytes
 from .gemm import keeps_sums
 from .torch_low_latency import LowLatencyTuning
@@ -68,6 +69,11 @@ class TorchKernels(RowKernels):
     def contrast(self, args: ContrastArgs) -> _TorchContrast:
         without_shift = args.is_bounded and self.can_reverse(args.anchors.rows.dtype, args.temperature)
         return _TorchContrast(args, self.tuning.chunk_bytes, without_shift)
+
+    has_anchor_pass = True
+
+    def anchor_pass(self, args: ContrastArgs, out: Tensor | None) -> Callable[[AnchorPassArgs], None] | None:
+        return torch_contrast.anchor_pass(args, out, self.tuning)
 
     def self_contrast(self, unit: UnitRows, temperature: float, with_grad: bool) -> SelfContrast:
         return TorchSelfContrast(unit, temperature, self.tuning.chunk_bytes)

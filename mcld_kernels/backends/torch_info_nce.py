@@ -1,14 +1,15 @@
-"""`info_nce` on a CPU where the similarity matrix fits one chunk: whole matrices, in closed form.
+"""`info_nce` with frozen candidates on a CPU, in closed form.
 
-As `torch_low_latency` for MCLD: the number of dispatched operations is the cost. One matrix E (n, m) holds first the
-similarities and at last the coefficients W of the candidates, row i up to a factor f_i that the last step applies:
+fp32 with diagonal positives takes the compiled module: the mean over few pairs, without a learned temperature, is the
+instance-wise term of MCLD and takes csrc/cpu/low_latency.cpp, all else `torch_contrast`, of any size.
+
+What they do not serve takes torch operations where the similarity matrix fits one chunk; the number of dispatched
+operations is their cost. One matrix E (n, m) holds first the similarities and at last the coefficients W of the
+candidates, row i up to a factor f_i that the last step applies:
 
     dL_i/dA_i = f_i (W K)_i / temperature
     diagonal:  W_ij = exp(a_ij - shift_i) (j != i+o),   W_i,i+o = -neg_sum_i,   f_i = q_i / neg_sum_i
     label:     W_ij = exp(a_ij - lse_i) - w_ij,                                 f_i = 1, or 0 without a positive
-
-The mean over pairs, without a learned temperature, is the instance-wise term of MCLD: with the compiled module it takes
-csrc/cpu/low_latency.cpp.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from torch import Tensor
 from ..info_nce_options import InfoNCEOptions, info_nce_as_mcld, needs_labels
 from ..kernels import LossInputs, LossOutputs, has_fixed_shift
 from ..options import check_positive
+from . import torch_contrast
 from .torch_low_latency import LARGEST_SIZE, LowLatencyTuning, compiled_module, mcld
 
 
 def info_nce(inputs: LossInputs, tuning: LowLatencyTuning) -> Callable[[LossInputs], LossOutputs] | None:
-    """The function for frozen candidates and hard labels; None where this path does not apply."""
+    """The function for frozen candidates and hard labels; None where neither path applies."""
     anchors, candidates = inputs.student, inputs.teacher
     targets = inputs.target, inputs.extra["candidate_target"]
     if (
@@ -35,10 +37,8 @@ def info_nce(inputs: LossInputs, tuning: LowLatencyTuning) -> Callable[[LossInpu
         or inputs.teacher_grad
         or anchors.dtype != candidates.dtype
         or anchors.dtype not in (torch.float32, torch.float64)
-        or max(anchors.shape[0], candidates.shape[0]) > LARGEST_SIZE
-        or anchors.shape[0] * candidates.shape[0] * anchors.itemsize > tuning.chunk_bytes
         or any(target is not None and target.is_floating_point() for target in targets)
-        # A bad label must show, which this path does not look for.
+        # A bad label must show, which these paths do not look for.
         or (needs_labels(inputs.options) and not inputs.labels_are_classes)
     ):
         return None
@@ -46,7 +46,11 @@ def info_nce(inputs: LossInputs, tuning: LowLatencyTuning) -> Callable[[LossInpu
         as_mcld = _as_mcld(inputs)
         if as_mcld is not None and (function := mcld(as_mcld, tuning)) is not None:
             return lambda _: _without_terms(function(as_mcld))
-    return _info_nce
+    if (one_pass := torch_contrast.info_nce(inputs, tuning)) is not None:
+        return one_pass
+    n, m = anchors.shape[0], candidates.shape[0]
+    fits = max(n, m) <= LARGEST_SIZE and n * m * anchors.itemsize <= tuning.chunk_bytes
+    return _info_nce if fits else None
 
 
 def _as_mcld(inputs: LossInputs) -> LossInputs | None:

@@ -33,6 +33,7 @@ from .chunks import CHUNK_MB
 # Where one shift serves all rows, similarities stay between -40 and 40: exp needs none at all, and ratios of sums of so
 # many exponentials stay inside fp32: exp(80) x 4096 = 2e38.
 LARGEST_SIZE = 4096
+_LARGEST_MATRIX = 1536  # rows; measured, between 1024 and 2048
 # Multiply-adds of the similarities up to which the compiled module's own GEMMs are as fast as PyTorch's.
 _LARGEST_GEMM = {"baseline": 1 << 20, "avx2": 1 << 27, "avx512": 1 << 31}
 _SERIAL_ROWS = 64  # over columns vector_norm adds row after row; `sum` adds in parts, with less rounding error
@@ -43,6 +44,7 @@ _ANCHORS = {"student": 0, "teacher": 1, "self": 2}  # of csrc/cpu/low_latency.h
 class LowLatencyTuning(Tuning):
     low_latency: bool = True  # take this path where it applies
     compiled: bool = True  # use the compiled module where it is built
+    compiled_contrast: bool = True  # take the compiled module's contrast where it serves the rows
     compiled_gemm: int | None = None  # the most multiply-adds whose GEMMs the module takes; None: _LARGEST_GEMM
     isa: str | None = None  # the compiled module's instruction set; None: the fastest
 
@@ -52,6 +54,8 @@ def mcld(inputs: LossInputs, tuning: LowLatencyTuning) -> Callable[[LossInputs],
     if not _applies(inputs, tuning.chunk_bytes):
         return None
     if tuning.compiled and (module := compiled_module()) is not None and has_plain_fp32_memory(inputs):
+        if tuning.compiled_contrast and _is_contrast_faster(inputs.options, inputs.student.shape[0]):
+            return None
         return partial(_mcld_compiled, module=module, tuning=tuning)
     return None if inputs.options.direction == "self" else _mcld_torch
 
@@ -72,6 +76,12 @@ def _applies(inputs: LossInputs, chunk_bytes: int) -> bool:
         and not inputs.teacher_grad
         and _options_apply(inputs.options, *student.shape, student.dtype, chunk_bytes, inputs.labels_are_classes)
     )
+
+
+def _is_contrast_faster(options: MCLDOptions, n: int) -> bool:
+    """True where csrc/cpu/contrast.h, which keeps no matrix of the rows, takes less time."""
+    instance, sample, _ = options.active
+    return (instance or sample) and options.direction == "student" and n > _LARGEST_MATRIX
 
 
 @lru_cache(maxsize=256)
@@ -212,6 +222,7 @@ def _plan(options: MCLDOptions, n: int, num_classes: int) -> _Plan | None:
         module is None
         or sample
         or not _takes_gemms(options.active, n, num_classes, tuning)
+        or _is_contrast_faster(options, n)
         or not _options_apply(options, n, num_classes, torch.float32, tuning.chunk_bytes, False)
     ):
         return None

@@ -95,16 +95,18 @@ class CudaKernels(KernelSet):
 
     has_anchor_pass = True
 
-    def anchor_pass(self, args: ContrastArgs, out: Tensor) -> Callable[[AnchorPassArgs], None] | None:
+    def anchor_pass(self, args: ContrastArgs, out: Tensor | None) -> Callable[[AnchorPassArgs], None] | None:
         # The one epilogue takes a fixed shift and a gradient whose rows are contiguous.
-        if not self.tuning.one_epilogue or not args.has_fixed_shift() or (out.stride(1) != 1 and out.shape[1] > 1):
+        if out is None or (out.stride(1) != 1 and out.shape[1] > 1):
+            return None
+        if not self.tuning.one_epilogue or not args.has_fixed_shift():
             return None
         return partial(self._anchor_pass, args)
 
     def _anchor_pass(self, args: ContrastArgs, whole: AnchorPassArgs) -> None:
         launch, unit = self.launch, args.anchors
         contrast = self.contrast(args)
-        assert isinstance(contrast, FlashContrast | TwoProductContrast)
+        assert whole.out is not None and isinstance(contrast, FlashContrast | TwoProductContrast)
         class_index = None if whole.class_index is None else whole.class_index.contiguous()
         for chunk in contrast.tile_chunks():
             rows, products = chunk.rows, chunk.products

@@ -1,0 +1,140 @@
+"""A contrast with frozen candidates on a CPU, fp32, by the compiled module: loss and gradient in one pass.
+
+csrc/cpu/contrast.h: a thread takes a slice of anchors through all candidates, block after block, and keeps the
+exponentials of one block in its cache, where the chunks of `torch` write and read each exponential several times. It
+needs a fixed shift, and rows whose numbers follow each other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..info_nce_options import InfoNCEOptions, needs_labels
+from ..kernels import AnchorPassArgs, ContrastArgs, LossInputs, LossOutputs, TermWeight, has_fixed_shift
+from ..options import PLAIN_TYPES, check_positive
+from .torch_low_latency import LowLatencyTuning, compiled_module, has_plain_fp32_memory, isa_index
+
+# The logarithm of a large number of fp32: ratios of two sums of exponentials stay below it.
+_LARGEST_EXPONENT = 87.0
+_NO_KEY = -(2**63)  # no row has it
+
+
+def _has_range(temperature: float, candidates: int) -> bool:
+    """True where a sum of so many exponentials over one of them is a number of fp32."""
+    fixed = has_fixed_shift(torch.float32, temperature)
+    return fixed and 2 / temperature + math.log(candidates) <= _LARGEST_EXPONENT
+
+
+def _lies_in_rows(x: Tensor, dtype: torch.dtype = torch.float32) -> bool:
+    """True for a plain tensor of the CPU whose numbers follow each other in its last dimension."""
+    return x.dtype == dtype and x.is_cpu and type(x) in PLAIN_TYPES and (x.stride(-1) == 1 or x.shape[-1] == 1)
+
+
+def anchor_pass(
+    args: ContrastArgs, out: Tensor | None, tuning: LowLatencyTuning
+) -> Callable[[AnchorPassArgs], None] | None:
+    """As `KernelSet.anchor_pass`; None where the module does not serve these rows."""
+    if not (tuning.compiled and tuning.compiled_contrast) or (module := compiled_module()) is None:
+        return None
+    anchors, candidates = args.anchors, args.candidates
+    if not args.is_bounded or not _has_range(args.temperature, candidates.n):
+        return None
+    if args.offset < 0 or args.offset + anchors.n > candidates.n:
+        return None
+    rows = [anchors.rows, candidates.rows, anchors.inv_norm] + ([] if out is None else [out])
+    if not all(map(_lies_in_rows, rows)):
+        return None
+    return partial(_anchor_pass, args, module, isa_index(tuning.isa))
+
+
+def _anchor_pass(args: ContrastArgs, module: Any, isa: int, whole: AnchorPassArgs) -> None:
+    anchors, candidates, out = args.anchors, args.candidates, whole.out
+    means, index = whole.class_means, whole.class_index
+    if means is not None and index is not None:
+        means, index = means.contiguous(), index.contiguous()
+    counted = [None if weight.counted is None else weight.counted.contiguous() for weight in whole.weights]
+    terms = [
+        (whole.per_anchor[k].data_ptr(), _address(counted[k]), *_scales(weight), weight.positives == "label")
+        for k, weight in enumerate(whole.weights)
+    ]
+    keys = (0, 0, 0, 0)
+    if args.mask is not None:
+        own, theirs = args.mask
+        keys = own.data_ptr(), own.stride(0), theirs.data_ptr(), theirs.stride(0)
+    threads, shape = torch.get_num_threads(), (anchors.n, candidates.n, anchors.d)
+    work = anchors.rows.new_empty(module.contrast_size(*shape, threads))
+    module.contrast(
+        isa, threads, anchors.rows.data_ptr(), *anchors.rows.stride(), candidates.rows.data_ptr(),
+        *candidates.rows.stride(), anchors.inv_norm.data_ptr(), *keys, _NO_KEY, _address(means),
+        0 if means is None else means.stride(0), _address(index), *shape, args.offset, work.data_ptr(), 0,
+        _address(out), 0 if out is None else out.stride(0), whole.accumulate, 0, args.temperature, 0.0, *terms,
+    )  # fmt: skip
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _scales(weight: TermWeight) -> tuple[float, float]:
+    """The factors of an anchor that counts in the term and in the gradient."""
+    part = weight.constant if weight.factor is None else weight.constant * float(weight.factor)
+    return part, part * weight.term_weight * (1.0 if weight.weight is None else float(weight.weight))
+
+
+def info_nce(inputs: LossInputs, tuning: LowLatencyTuning) -> Callable[[LossInputs], LossOutputs] | None:
+    """The function of an `info_nce` with diagonal positives on a CPU: frozen candidates, good hard labels.
+
+    None where the module does not serve it.
+    """
+    options: InfoNCEOptions = inputs.options
+    if (
+        not (tuning.compiled and tuning.compiled_contrast)
+        or not has_plain_fp32_memory(inputs)
+        or not options.normalize
+        or options.positives != "diagonal"
+        or inputs.extra["anchor_weight"] is not None
+        or (module := compiled_module()) is None
+    ):
+        return None
+    temperature = options.temperature
+    if inputs.weight is not None:
+        temperature = check_positive("temperature", float(inputs.weight))
+    if not _has_range(temperature, inputs.teacher.shape[0]):
+        return None
+    return partial(_info_nce, temperature=temperature, module=module, isa=isa_index(tuning.isa))
+
+
+def _info_nce(inputs: LossInputs, temperature: float, module: Any, isa: int) -> LossOutputs:
+    options: InfoNCEOptions = inputs.options
+    anchors, candidates, (n, d) = inputs.student, inputs.teacher, inputs.student.shape
+    keys = (0, 0, 0, 0)
+    if needs_labels(options):
+        target, theirs = inputs.target, inputs.extra["candidate_target"]
+        assert target is not None
+        theirs = target if theirs is None else theirs
+        keys = target.data_ptr(), target.stride(0), theirs.data_ptr(), theirs.stride(0)
+    by_anchor = options.reduction == "none"
+    # new_empty: torch's default device may be another one.
+    values, loss = anchors.new_empty(n), None if by_anchor else anchors.new_empty(())
+    gradient = anchors.new_empty((n, d)) if inputs.student_grad else None
+    by_temperature = anchors.new_empty(n) if options.temperature_grad else None
+    scale = 1 / n if options.reduction == "mean" else 1.0
+    threads, shape = torch.get_num_threads(), (n, candidates.shape[0], d)
+    work = anchors.new_empty(module.contrast_size(*shape, threads))
+    module.contrast(
+        isa, threads, anchors.data_ptr(), *anchors.stride(), candidates.data_ptr(), *candidates.stride(), 0, *keys,
+        options.ignore_index, 0, 0, 0, *shape, options.offset, work.data_ptr(), _address(loss), _address(gradient), d,
+        False, _address(by_temperature), temperature, options.eps, (values.data_ptr(), 0, scale, scale, False),
+    )  # fmt: skip
+    result = values if loss is None else loss
+    if by_temperature is None:
+        by_temperature = torch.zeros_like(result)
+    elif not by_anchor:
+        by_temperature = by_temperature.sum()
+    return LossOutputs(loss=result, terms=by_temperature, student_grad=gradient, teacher_grad=None)
