@@ -9,82 +9,77 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..info_nce_options import InfoNCEOptions, needs_labels
-from ..kernels import AnchorPassArgs, ContrastArgs, LossInputs, LossOutputs, TermWeight, has_fixed_shift
+from ..kernels import AnchorPassArgs, ContrastArgs, LossInputs, LossOutputs
 from ..options import PLAIN_TYPES, check_positive
 from .torch_low_latency import LowLatencyTuning, compiled_module, has_plain_fp32_memory, isa_index
 
-# The logarithm of a large number of fp32: ratios of two sums of exponentials stay below it.
+# exp of it is a number of fp32, and the compiled exponential reaches so far.
 _LARGEST_EXPONENT = 87.0
 _NO_KEY = -(2**63)  # no row has it
 
 
+_module = cache(compiled_module)
+
+
+@lru_cache(maxsize=256)
 def _has_range(temperature: float, candidates: int) -> bool:
-    """True where a sum of so many exponentials over one of them is a number of fp32."""
-    fixed = has_fixed_shift(torch.float32, temperature)
-    return fixed and 2 / temperature + math.log(candidates) <= _LARGEST_EXPONENT
-
-
-def _lies_in_rows(x: Tensor, dtype: torch.dtype = torch.float32) -> bool:
-    """True for a plain tensor of the CPU whose numbers follow each other in its last dimension."""
-    return x.dtype == dtype and x.is_cpu and type(x) in PLAIN_TYPES and (x.stride(-1) == 1 or x.shape[-1] == 1)
+    """True where fp32 has a sum of so many exponentials, over any one of them: no shift is needed."""
+    return 2 / temperature + math.log(candidates) <= _LARGEST_EXPONENT
 
 
 def anchor_pass(
     args: ContrastArgs, out: Tensor | None, tuning: LowLatencyTuning
 ) -> Callable[[AnchorPassArgs], None] | None:
     """As `KernelSet.anchor_pass`; None where the module does not serve these rows."""
-    if not (tuning.compiled and tuning.compiled_contrast) or (module := compiled_module()) is None:
+    if not (tuning.compiled and tuning.compiled_contrast):
         return None
     anchors, candidates = args.anchors, args.candidates
-    if not args.is_bounded or not _has_range(args.temperature, candidates.n):
-        return None
+    for x in (out, anchors.rows, candidates.rows, anchors.inv_norm):
+        if x is None:
+            continue
+        if x.dtype != torch.float32 or not x.is_cpu or type(x) not in PLAIN_TYPES:
+            return None
+        if x.stride(-1) != 1 and x.shape[-1] > 1:
+            return None
     if args.offset < 0 or args.offset + anchors.n > candidates.n:
         return None
-    rows = [anchors.rows, candidates.rows, anchors.inv_norm] + ([] if out is None else [out])
-    if not all(map(_lies_in_rows, rows)):
+    if not args.is_bounded or not _has_range(args.temperature, candidates.n):
         return None
-    return partial(_anchor_pass, args, module, isa_index(tuning.isa))
+    module = _module()
+    return None if module is None else partial(_anchor_pass, args, module, isa_index(tuning.isa))
 
 
 def _anchor_pass(args: ContrastArgs, module: Any, isa: int, whole: AnchorPassArgs) -> None:
     anchors, candidates, out = args.anchors, args.candidates, whole.out
-    means, index = whole.class_means, whole.class_index
-    if means is not None and index is not None:
-        means, index = means.contiguous(), index.contiguous()
-    counted = [None if weight.counted is None else weight.counted.contiguous() for weight in whole.weights]
-    terms = [
-        (whole.per_anchor[k].data_ptr(), _address(counted[k]), *_scales(weight), weight.positives == "label")
-        for k, weight in enumerate(whole.weights)
-    ]
-    keys = (0, 0, 0, 0)
+    keys, of_means = (0, 0, 0, 0), (0, 0, 0)
     if args.mask is not None:
         own, theirs = args.mask
         keys = own.data_ptr(), own.stride(0), theirs.data_ptr(), theirs.stride(0)
+    if whole.class_means is not None and whole.class_index is not None:
+        means, index = whole.class_means.contiguous(), whole.class_index.contiguous()
+        of_means = means.data_ptr(), means.stride(0), index.data_ptr()
+    counted = [None if weight.counted is None else weight.counted.contiguous() for weight in whole.weights]
+    terms = []
+    for weight, counts, values in zip(whole.weights, counted, whole.per_anchor, strict=True):
+        scale = weight.constant if weight.factor is None else weight.constant * float(weight.factor)
+        of_gradient = scale * weight.term_weight * (1.0 if weight.weight is None else float(weight.weight))
+        by_label = weight.positives == "label"
+        terms.append((values.data_ptr(), 0 if counts is None else counts.data_ptr(), scale, of_gradient, by_label))
     threads, shape = torch.get_num_threads(), (anchors.n, candidates.n, anchors.d)
     work = anchors.rows.new_empty(module.contrast_size(*shape, threads))
     module.contrast(
         isa, threads, anchors.rows.data_ptr(), *anchors.rows.stride(), candidates.rows.data_ptr(),
-        *candidates.rows.stride(), anchors.inv_norm.data_ptr(), *keys, _NO_KEY, _address(means),
-        0 if means is None else means.stride(0), _address(index), *shape, args.offset, work.data_ptr(), 0,
-        _address(out), 0 if out is None else out.stride(0), whole.accumulate, 0, args.temperature, 0.0, *terms,
+        *candidates.rows.stride(), anchors.inv_norm.data_ptr(), *keys, _NO_KEY, *of_means, *shape, args.offset,
+        work.data_ptr(), 0, *((0, 0) if out is None else (out.data_ptr(), out.stride(0))), whole.accumulate, 0,
+        args.temperature, 0.0, *terms,
     )  # fmt: skip
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
-def _scales(weight: TermWeight) -> tuple[float, float]:
-    """The factors of an anchor that counts in the term and in the gradient."""
-    part = weight.constant if weight.factor is None else weight.constant * float(weight.factor)
-    return part, part * weight.term_weight * (1.0 if weight.weight is None else float(weight.weight))
 
 
 def info_nce(inputs: LossInputs, tuning: LowLatencyTuning) -> Callable[[LossInputs], LossOutputs] | None:
@@ -129,8 +124,10 @@ def _info_nce(inputs: LossInputs, temperature: float, module: Any, isa: int) -> 
     work = anchors.new_empty(module.contrast_size(*shape, threads))
     module.contrast(
         isa, threads, anchors.data_ptr(), *anchors.stride(), candidates.data_ptr(), *candidates.stride(), 0, *keys,
-        options.ignore_index, 0, 0, 0, *shape, options.offset, work.data_ptr(), _address(loss), _address(gradient), d,
-        False, _address(by_temperature), temperature, options.eps, (values.data_ptr(), 0, scale, scale, False),
+        options.ignore_index, 0, 0, 0, *shape, options.offset, work.data_ptr(), 0 if loss is None else loss.data_ptr(),
+        0 if gradient is None else gradient.data_ptr(), d, False,
+        0 if by_temperature is None else by_temperature.data_ptr(), temperature, options.eps,
+        (values.data_ptr(), 0, scale, scale, False),
     )  # fmt: skip
     result = values if loss is None else loss
     if by_temperature is None:

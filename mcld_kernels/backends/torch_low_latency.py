@@ -33,7 +33,8 @@ from .chunks import CHUNK_MB
 # Where one shift serves all rows, similarities stay between -40 and 40: exp needs none at all, and ratios of sums of so
 # many exponentials stay inside fp32: exp(80) x 4096 = 2e38.
 LARGEST_SIZE = 4096
-_LARGEST_MATRIX = 1536  # rows; measured, between 1024 and 2048
+# Rows up to which csrc/cpu/low_latency.cpp, which keeps matrices, is as fast as csrc/cpu/contrast.cpp; measured.
+_LARGEST_MATRIX = 1536
 # Multiply-adds of the similarities up to which the compiled module's own GEMMs are as fast as PyTorch's.
 _LARGEST_GEMM = {"baseline": 1 << 20, "avx2": 1 << 27, "avx512": 1 << 31}
 _SERIAL_ROWS = 64  # over columns vector_norm adds row after row; `sum` adds in parts, with less rounding error
@@ -54,7 +55,8 @@ def mcld(inputs: LossInputs, tuning: LowLatencyTuning) -> Callable[[LossInputs],
     if not _applies(inputs, tuning.chunk_bytes):
         return None
     if tuning.compiled and (module := compiled_module()) is not None and has_plain_fp32_memory(inputs):
-        if tuning.compiled_contrast and _is_contrast_faster(inputs.options, inputs.student.shape[0]):
+        is_large = inputs.student.shape[0] > _LARGEST_MATRIX
+        if is_large and tuning.compiled_contrast and _can_contrast(inputs.options):
             return None
         return partial(_mcld_compiled, module=module, tuning=tuning)
     return None if inputs.options.direction == "self" else _mcld_torch
@@ -78,10 +80,10 @@ def _applies(inputs: LossInputs, chunk_bytes: int) -> bool:
     )
 
 
-def _is_contrast_faster(options: MCLDOptions, n: int) -> bool:
-    """True where csrc/cpu/contrast.h, which keeps no matrix of the rows, takes less time."""
+def _can_contrast(options: MCLDOptions) -> bool:
+    """True where csrc/cpu/contrast.h takes the rows, of which it keeps no matrix."""
     instance, sample, _ = options.active
-    return (instance or sample) and options.direction == "student" and n > _LARGEST_MATRIX
+    return (instance or sample) and options.direction == "student"
 
 
 @lru_cache(maxsize=256)
@@ -222,7 +224,7 @@ def _plan(options: MCLDOptions, n: int, num_classes: int) -> _Plan | None:
         module is None
         or sample
         or not _takes_gemms(options.active, n, num_classes, tuning)
-        or _is_contrast_faster(options, n)
+        or (n > _LARGEST_MATRIX and _can_contrast(options))
         or not _options_apply(options, n, num_classes, torch.float32, tuning.chunk_bytes, False)
     ):
         return None
