@@ -62,7 +62,10 @@ def is_in_memory(*tensors: Tensor | None) -> bool:
 
     That of a negated view (a conjugate's imaginary part) holds the negated numbers; lazy zeros have none.
     """
-    return not any(x is not None and (x.is_neg() or x._is_zerotensor()) for x in tensors)
+    for x in tensors:
+        if x is not None and (x.is_neg() or x._is_zerotensor()):
+            return False
+    return True
 
 
 def projection_coefficient(gradient: Tensor, unit: Tensor) -> Tensor:

@@ -318,8 +318,9 @@ class LossOperator:
 
 def call_context(device: torch.device) -> contextlib.AbstractContextManager[None] | None:
     """The context that a call on ``device`` needs: that device current and autocast off. None where both are so."""
-    is_elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-    has_autocast = torch.is_autocast_enabled(device.type)
+    kind = device.type
+    is_elsewhere = kind == "cuda" and device.index != torch.cuda.current_device()
+    has_autocast = torch.is_autocast_enabled(kind)
     return _call_context(device, is_elsewhere, has_autocast) if is_elsewhere or has_autocast else None
 
 

@@ -119,13 +119,16 @@ def mcld_options(
     eps: float,
 ) -> tuple[MCLDOptions, Tensor | None]:
     """Check everything that does not depend on the logits. Returns the options and the weight tensor, if one came."""
-    weight_tensor = weight if isinstance(weight, Tensor) else None
-    if weight_tensor is not None:
-        check_weight_tensor(weight_tensor)
-    numbers = 1.0 if isinstance(weight, Tensor) else weight
+    weight_tensor: Tensor | None = None
+    if isinstance(weight, Tensor):
+        check_weight_tensor(weight)
+        weight_tensor, weight = weight, 1.0
     # A list cannot be a key of the cache.
-    temperature, numbers = (tuple(x) if isinstance(x, list) else x for x in (temperature, numbers))
-    values = (temperature, numbers, direction, mask_same_class, present_only, ignore_index, eps)
+    if isinstance(temperature, list):
+        temperature = tuple(temperature)
+    if isinstance(weight, list):
+        weight = tuple(weight)
+    values = (temperature, weight, direction, mask_same_class, present_only, ignore_index, eps)
     if torch.compiler.is_compiling():
         return _mcld_options(*values), weight_tensor
     try:

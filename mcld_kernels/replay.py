@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 from . import backends
 from .kernels import is_in_memory
-from .options import PLAIN_TYPES, float32_precision, is_observed, is_readable
+from .options import PLAIN_TYPES, float32_precision, is_readable
 
 Key = tuple[Any, ...]
 # Of student, teacher and the target that is there: the loss (), and the gradient by the student where there is one.
@@ -37,7 +37,10 @@ def call_key(student: Tensor, teacher: Tensor, target: Tensor | None, options: A
         return None
     if (backend == "auto" and not student.is_cuda) or not (_is_dense(student) and _is_dense(teacher)):
         return None
-    if is_observed(student) or forward_ad._current_level >= 0 or _is_captured(student):
+    # What `is_observed` asks beside that; of its devices, since no call on another one is ever kept, nothing.
+    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active():
+        return None
+    if forward_ad._current_level >= 0 or _is_captured(student):
         return None
     labels = None
     if target is not None:

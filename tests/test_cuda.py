@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import mcld_kernels
-from mcld_kernels import backends
+from mcld_kernels import backends, replay
 from mcld_kernels.backends import cuda
 
 pytestmark = pytest.mark.gpu
@@ -122,6 +122,32 @@ def test_no_synchronization_and_the_current_stream(path):
         torch.cuda.set_sync_debug_mode("default")
     side.synchronize()
     assert torch.equal(loss, want.loss)
+
+
+def test_a_replay_runs_on_the_stream_of_its_call(path):
+    """The first call, the recorded one and a replay on one stream, then a replay on another, with late logits."""
+    student, teacher, target = logits(300, 130)
+    # Another test may have recorded calls of this kind.
+    replay._REPLAYS.clear()
+    cuda._kernel_set.cache_clear()
+    one, other = torch.cuda.Stream(), torch.cuda.Stream()
+    late = torch.empty_like(student)
+    results, kinds = [], []
+    for stream in (one, one, one, other):
+        late.fill_(torch.nan)  # what another stream would read
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(50_000_000)
+            late.copy_(student)
+            leaf = late.detach().requires_grad_()
+            loss = mcld_kernels.mcld_loss(leaf, teacher, target, backend="cuda")
+            results.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+            kinds.append(type(loss.grad_fn).__name__)
+        stream.synchronize()
+    assert len(replay._REPLAYS) == 1 and kinds == ["_EagerLossBackward"] * 2 + ["_PlainLossBackward"] * 2
+    for again in results[1:]:
+        assert all(torch.equal(x, first) for x, first in zip(again, results[0], strict=True))
+    assert torch.isfinite(results[0][0]) and torch.isfinite(results[0][1]).all()
 
 
 def test_offsets_past_32_bits():

@@ -3,6 +3,7 @@
 # Imported fixtures are arguments of tests.
 # ruff: noqa: F401, F811
 
+import os
 import types
 from pathlib import Path
 
@@ -27,6 +28,7 @@ import mcld_kernels
 from mcld_kernels import backends, options, plain_call, replay
 from mcld_kernels.backends import timings
 from mcld_kernels.backends.cuda import extension
+from mcld_kernels.backends.environment import raw_values
 
 
 @pytest.mark.parametrize(
@@ -226,6 +228,20 @@ def test_what_a_call_depends_on_makes_another_kind(monkeypatch, matmul_precision
     assert None not in kinds and len(set(kinds)) == len(kinds)
     for none in (key(backend="auto"), key(backend="torch"), key(backend="reference"), key(backend="triton")):
         assert none is None  # of CPU tensors
+
+
+def test_a_key_sees_every_change_of_the_environment(monkeypatch):
+    values = []
+    for value in (None, "", "0", "1", "\u00e9"):
+        if value is not None:
+            monkeypatch.setenv("MCLD_HOPPER", value)
+        values.append(raw_values("MCLD_HOPPER", "MCLD_CHUNK_MB"))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "environ", {"MCLD_HOPPER": "2"})  # a plain dict in its place
+        values.append(raw_values("MCLD_HOPPER", "MCLD_CHUNK_MB"))
+    assert values[0] == (None, None) and values[-1] == ("2", None) and len(set(values)) == len(values)
+    monkeypatch.delenv("MCLD_HOPPER")
+    assert raw_values("MCLD_HOPPER", "MCLD_CHUNK_MB") == values[0]
 
 
 def test_labels_that_can_be_read_are_checked_in_each_call(monkeypatch):

@@ -87,14 +87,17 @@ def stubbed(bindings: str = "-O3") -> Iterator[Any]:
 
     module = csrc_host.load(bindings)
     small = torch.zeros(8, 8)
-    real_gemm, readable = gemm.gemm, options.is_readable
+    real, readable = (gemm.gemm, gemm.product), options.is_readable
 
     def small_gemm(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
         torch.mm(small, small, out=small)
 
+    def small_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+        return torch.mm(small, small)
+
     keep_freed_memory()
     module.stub_launches(1)
-    gemm.gemm = small_gemm
+    gemm.gemm, gemm.product = small_gemm, small_product
     for part in (options, ops, replay):
         part.is_readable = lambda tensor: False  # type: ignore[attr-defined]
     try:
@@ -102,7 +105,7 @@ def stubbed(bindings: str = "-O3") -> Iterator[Any]:
             yield module
     finally:
         module.stub_launches(0)
-        gemm.gemm = real_gemm
+        gemm.gemm, gemm.product = real
         for part in (options, ops, replay):
             part.is_readable = readable  # type: ignore[attr-defined]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import warnings
 from collections.abc import Hashable, Iterator
 from contextvars import ContextVar
@@ -16,6 +15,7 @@ from ..family_options import KDOptions
 from ..kernels import KernelSet
 from ..options import BACKENDS, MCLDOptions
 from . import cuda, timings, torch, triton
+from .environment import raw_values
 
 _MODULES: dict[str, Any] = {
     "torch": torch,
@@ -149,14 +149,11 @@ def kernel_set(
 
 def settings(student: Tensor) -> Hashable:
     """The state, beside tensors and precision, that the choice of "auto" and the kernel set of "cuda" depend on."""
-    environment = os.environ
     return (
         _TUNING.get(),
         cuda.extension.load()[0],
-        environment.get("MCLD_CHUNK_MB"),
-        environment.get("MCLD_HOPPER"),
         timings.in_use(student),
-        environment.get("TRITON_INTERPRET"),
+        raw_values("MCLD_CHUNK_MB", "MCLD_HOPPER", "TRITON_INTERPRET"),
     )
 
 

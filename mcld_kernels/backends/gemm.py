@@ -46,3 +46,8 @@ def gemm(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b of `gemm` in ``dtype``, in a new contiguous tensor."""
+    return torch.mm(a, b) if a.dtype == dtype else torch.mm(a, b, out_dtype=dtype)

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import Tensor
 from ..options import float32_precision
 from ..version import __version__
 from . import forms
+from .environment import raw_values
 
 SCHEMA = 1
 SHIPPED = Path(__file__).parents[1] / "tables"
@@ -179,7 +181,7 @@ def nearest(table: Table, dtype: torch.dtype, batch: int, classes: int) -> Row |
 
 
 @lru_cache
-def _in_use(gpu: str, mcld_table: str | None) -> Table | None:
+def _in_use(gpu: str, setting: tuple[Hashable, ...]) -> Table | None:
     """Read once in a process: a choice that changed halfway would change the last bits of a result."""
     return find(gpu)[0]
 
@@ -191,7 +193,7 @@ def _name(device: torch.device) -> str:
 
 def in_use(x: Tensor) -> Table | None:
     """The table for the device of a tensor. Raises ValueError as `find`."""
-    return _in_use(_name(x.device), os.environ.get("MCLD_TABLE")) if x.is_cuda else None
+    return _in_use(_name(x.device), raw_values("MCLD_TABLE")) if x.is_cuda else None
 
 
 def _nearest_row(student: Tensor, teacher: Tensor) -> Row | None:

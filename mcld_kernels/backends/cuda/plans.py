@@ -2,15 +2,17 @@
 
 `CudaKernels.run` records the second call of a kind while it computes it: every launch (csrc/plan.h), every GEMM of the
 library, and every tensor that is made on the way. The tensors that are no result get places in one workspace, two of
-them the same place where one is used up before the other is written. A later call of that kind allocates the workspace
-and the results and launches. What is launched, with which arguments and in which order stands where it always did, in
-the composition of the loss and in this folder.
+them the same place where one is used up before the other is written; the result of a GEMM gets none, since the library
+allocates it for less than a view of the workspace takes. A later call of that kind allocates the workspace and the
+results and launches. What is launched, with which arguments and in which order stands where it always did, in the
+composition of the loss and in this folder.
 
 A call with any other torch operation between the launches has no plan, and runs as it is.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -31,6 +33,9 @@ _TERMS_BYTES = _ALIGNMENT  # for the terms of a replay
 _MADE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 _ZEROED = ("zeros", "zeros_like", "new_zeros")
 _RESULTS = ("loss", "terms", "student_grad", "teacher_grad")
+# A contiguous result: its field of `LossOutputs`, shape, strides and dtype. torch.empty takes 1 to 1.5 us more than
+# torch.empty_strided to read its arguments, and most where the shape is a torch.Size.
+_Result = tuple[str, tuple[int, ...], tuple[int, ...], torch.dtype]
 
 
 class NoPlan(Exception):
@@ -152,7 +157,7 @@ class Recorder(TorchDispatchMode):
             raise NoPlan("its inputs share memory")
         blocks = {block.begin: block for block in self.blocks if block.bytes}
         workspace_base = len(ranges)
-        results: list[tuple[str, torch.Size, torch.dtype]] = []
+        results: list[_Result] = []
         for name in _RESULTS:
             tensor = getattr(outputs, name)
             if tensor is None:
@@ -160,10 +165,13 @@ class Recorder(TorchDispatchMode):
             block = blocks.pop(tensor.data_ptr(), None)
             if block is None or block.bytes != tensor.nbytes or not tensor.is_contiguous():
                 raise NoPlan(f"{name} is a part of another tensor")
-            results.append((name, tensor.shape, tensor.dtype))
+            results.append((name, tuple(tensor.shape), tensor.stride(), tensor.dtype))
             ranges.append((block.begin, block.bytes, workspace_base + len(results), 0))
         kept = list(blocks.values())
         self._mark(kept)
+        products = self._products(kept)
+        ranges += [(block.begin, block.bytes, workspace_base + len(results) + 1, 0) for block in products]
+        kept = [block for block in kept if block not in products]
         size = _place(kept)
         ranges += [(block.begin, block.bytes, workspace_base, block.offset) for block in kept]
         try:
@@ -172,7 +180,28 @@ class Recorder(TorchDispatchMode):
             raise NoPlan(str(fault)) from None
         steps = self._merged(kept)
         dtypes = tuple({part.dtype for step in steps for part in step if isinstance(part, _View)})
-        return CallPlan(plan=self.plan, steps=steps, bytes=size, dtypes=dtypes, results=results)
+        return CallPlan(
+            plan=self.plan, steps=steps, bytes=size, dtypes=dtypes, results=results, has_gemm=bool(products)
+        )
+
+    def _products(self, blocks: list[_Block]) -> list[_Block]:
+        """The results of the GEMMs: each written first and whole by its GEMM, and read by launches before the next one.
+
+        Raises NoPlan for any other.
+        """
+        begins = {block.begin: block for block in blocks}
+        products: list[_Block] = []
+        for number, step in enumerate(self.steps):
+            if step[0] != "gemm":
+                continue
+            _, _, _, out, accumulate = step
+            block = begins.get(out.data_ptr())
+            if block is None or accumulate or not out.is_contiguous() or out.nbytes != block.bytes:
+                raise NoPlan("a GEMM adds to its result, or writes a part of another tensor")
+            if block.first < number or (products and products[-1].last >= number):
+                raise NoPlan("a GEMM's result is used before it, or from the next GEMM on")
+            products.append(block)
+        return products
 
     def _mark(self, blocks: list[_Block]) -> None:
         """Note the steps that use each block."""
@@ -187,7 +216,7 @@ class Recorder(TorchDispatchMode):
                         block.used(number)
 
     def _merged(self, blocks: list[_Block]) -> list[tuple[Any, ...]]:
-        """The steps with launches in a row as one, and tensors as places in the workspace."""
+        """The steps of the plan: launches in a row as one, and tensors as places in the workspace."""
 
         def view(tensor: Tensor) -> _View:
             for block in blocks:
@@ -199,8 +228,10 @@ class Recorder(TorchDispatchMode):
 
         merged: list[tuple[Any, ...]] = []
         for step in self.steps:
-            if step[0] != "launch":
-                merged.append(tuple(view(part) if isinstance(part, Tensor) else part for part in step))
+            if step[0] == "gemm":
+                merged.append(("gemm", view(step[1]), view(step[2]), step[3].dtype))
+            elif step[0] == "zero":
+                merged.append(("zero", view(step[1])))
             elif merged and merged[-1][0] == "launch":
                 merged[-1] = ("launch", merged[-1][1], step[1] + 1)
             else:
@@ -239,19 +270,23 @@ class CallPlan:
     """A recorded call."""
 
     plan: Any  # csrc/plan.h
-    steps: list[tuple[Any, ...]]  # ("launch", first, last), ("zero", view) or ("gemm", left, right, out, accumulate)
+    steps: list[tuple[Any, ...]]  # ("launch", first, last), ("zero", view) or ("gemm", left, right, its dtype)
     bytes: int  # of the workspace
     dtypes: tuple[torch.dtype, ...]  # of views of the workspace
-    results: list[tuple[str, torch.Size, torch.dtype]]  # fields of `LossOutputs`
+    results: list[_Result]
+    has_gemm: bool  # among the steps: the last base is then its result
 
     def run(self, launch: Launcher, inputs: LossInputs) -> LossOutputs:
         """The call for other inputs of the same key."""
         device = inputs.student.device
         workspace = self._workspace(self.bytes, device)
-        fields = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape, dtype in self.results}
+        fields = {
+            name: torch.empty_strided(shape, stride, dtype=dtype, device=device)
+            for name, shape, stride, dtype in self.results
+        }
         bases = [tensor.data_ptr() for tensor in _tensors(inputs)]
         bases.append(workspace.data_ptr())
-        bases += [fields[name].data_ptr() for name, _, _ in self.results]
+        bases += [result.data_ptr() for result in fields.values()]
         self._run(launch, workspace, bases)
         return LossOutputs(
             loss=fields["loss"],
@@ -263,7 +298,7 @@ class CallPlan:
     def can_replay(self, inputs: LossInputs) -> bool:
         """True where `replay` takes all that is there, and gives all that is read."""
         further = inputs.weight, inputs.teacher_target, *_further(inputs)
-        results = {name: shape.numel() * dtype.itemsize for name, shape, dtype in self.results}
+        results = {name: math.prod(shape) * dtype.itemsize for name, shape, _, dtype in self.results}
         has_others = any(tensor is not None for tensor in further)
         return not has_others and "teacher_grad" not in results and results["terms"] <= _TERMS_BYTES
 
@@ -278,31 +313,35 @@ class CallPlan:
         bases = [tensor.data_ptr() for tensor in tensors]
         bases.append(begin)
         fields = {}
-        for name, shape, dtype in self.results:
+        for name, shape, stride, dtype in self.results:
             if name == "terms":
                 bases.append(begin + self.bytes)
             else:
-                fields[name] = result = torch.empty(shape, dtype=dtype, device=device)
+                fields[name] = result = torch.empty_strided(shape, stride, dtype=dtype, device=device)
                 bases.append(result.data_ptr())
         self._run(launch, workspace, bases)
         return fields["loss"], fields.get("student_grad")
 
     def _workspace(self, size: int, device: torch.device) -> Tensor:
         """So many bytes, a multiple of `_ALIGNMENT`, in a dtype in which they are viewed, where there is one."""
-        if not self.dtypes:
-            return torch.empty(size, dtype=torch.uint8, device=device)
-        dtype = self.dtypes[0]
-        return torch.empty(size // dtype.itemsize, dtype=dtype, device=device)
+        dtype = self.dtypes[0] if self.dtypes else torch.uint8
+        return torch.empty_strided((size // dtype.itemsize,), (1,), dtype=dtype, device=device)
 
     def _run(self, launch: Launcher, workspace: Tensor, bases: list[int]) -> None:
         """Launch on the workspace, with the addresses of inputs, workspace and results."""
         index, stream = launch.place()
+        if self.has_gemm:
+            bases.append(0)  # until the result is there
         typed = {dtype: workspace if workspace.dtype is dtype else workspace.view(dtype) for dtype in self.dtypes}
+        product: Tensor | None = None
         for kind, *step in self.steps:
             if kind == "launch":
                 self.plan.run(bases, index, stream, step[0], step[1])
             elif kind == "gemm":
-                left, right, out, accumulate = step
-                gemm.gemm(left.of(typed), right.of(typed), out.of(typed), accumulate)
+                left, right, dtype = step
+                product = None  # that of the chunk before, whose memory may be given again
+                product = gemm.product(left.of(typed), right.of(typed), dtype)
+                assert product.is_contiguous()
+                bases[-1] = product.data_ptr()
             else:
                 step[0].of(typed).zero_()
