@@ -1,4 +1,4 @@
-"""A Markdown table of recorded rows: ``python bench/table.py bench/results/<name>/results.json``."""
+"""A Markdown table of recorded rows: ``python bench/table.py bench/results/<name>/results.json ...``."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ from bench.harness.programs import Exit  # noqa: E402
 from bench.harness.report import mebibytes, seconds  # noqa: E402
 
 
-def markdown(run: dict[str, Any]) -> str:
-    """One line a measured row; machine, load, versions and commit below."""
+def markdown(*runs: dict[str, Any]) -> str:
+    """One line a measured row of each run; machine, load, versions and commit below."""
     lines = [
         "| B | C | dtype | terms | provider | time | against eager | peak extra MiB | against eager | of GEMM |",
         "|---:|---:|---|---|---|---:|---:|---:|---:|---:|",
     ]
-    for row in run["rows"]:
+    for row in (row for run in runs for row in run["rows"]):
         if row["status"] == "not run":
             continue
         loss = row.get("loss", "mcld")
         terms = loss if loss != "mcld" else "all" if len(row["terms"]) == 3 else " + ".join(row["terms"])
-        cells = [str(row["batch"]), str(row["classes"]), row["dtype"], terms, f"`{row['provider']}`"]
+        batch = str(row["batch"]) + (f", m = {row['candidates']}" if row.get("candidates") else "")
+        cells = [batch, str(row["classes"]), row["dtype"], terms, f"`{row['provider']}`"]
         if row["status"] != "ok":
             cells += [row["status"], "", "", "", ""]
         else:
@@ -41,7 +42,8 @@ def markdown(run: dict[str, Any]) -> str:
                 _ratio(row["fraction_of_gemm"], "{:.0%}"),
             ]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", f"{machine.caption(run)}."])
+    captions = dict.fromkeys(f"{machine.caption(run)}." for run in runs)
+    return "\n".join([*lines, "", *captions])
 
 
 def _ratio(value: float | None, form: str) -> str:
@@ -51,14 +53,19 @@ def _ratio(value: float | None, form: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; returns one of the exit codes of ``--help``."""
     parser = argparse.ArgumentParser(description="A Markdown table of recorded rows.", epilog=programs.EXIT_CODES)
-    parser.add_argument("results", type=Path, help="a results.json of bench/run.py")
-    path = parser.parse_args(arguments).results
+    parser.add_argument("results", type=Path, nargs="+", help="results.json of bench/run.py")
+    paths = parser.parse_args(arguments).results
     programs.make_output_printable()
-    try:
-        print(markdown(json.loads(path.read_text())))
-    except (OSError, ValueError, KeyError, TypeError) as fault:
-        print(f"table: {path} is no results.json of bench/run.py: {type(fault).__name__}: {fault}", file=sys.stderr)
-        return Exit.USAGE
+    runs = []
+    for path in paths:
+        try:
+            run = json.loads(path.read_text())
+            markdown(run)
+        except (OSError, ValueError, KeyError, TypeError) as fault:
+            print(f"table: {path} is no results.json of bench/run.py: {type(fault).__name__}: {fault}", file=sys.stderr)
+            return Exit.USAGE
+        runs.append(run)
+    print(markdown(*runs))
     return Exit.OK
 
 

@@ -165,6 +165,9 @@ def test_a_run_leaves_json_csv_and_plot(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
     lines = table.markdown(results).splitlines()
     assert len(lines) == 2 + 4 + 2 and all(line.count("|") == 11 for line in lines[:6])
+    of_a_queue = {**results, "rows": [{**row, "candidates": 4096} for row in results["rows"]]}
+    both = table.markdown(results, of_a_queue).splitlines()
+    assert len(both) == len(lines) + 4 and both[6].startswith("| 32, m = 4096 |")
     assert len(list(tmp_path.glob("trace_*.json.gz"))) == 4
     assert "aten::" in next(tmp_path.glob("kernels_torch_B64*.txt")).read_text()
 

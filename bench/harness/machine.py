@@ -20,7 +20,7 @@ from mcld_kernels.options import float32_precision
 from mcld_kernels.version import __version__
 
 ROOT = Path(__file__).resolve().parents[2]
-_PACKAGES = ("torch", "triton", "numpy", "info-nce-pytorch", "pytorch-metric-learning", "inf-cl")
+_PACKAGES = ("torch", "triton", "numpy", "info-nce-pytorch", "pytorch-metric-learning", "lightly", "inf-cl")
 
 
 def describe(device: torch.device) -> dict[str, object]:

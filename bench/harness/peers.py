@@ -85,6 +85,7 @@ class EmbeddingPeer:
     losses: tuple[str, ...]
     build: Callable[[float, int], Callable[[Tensor, Tensor], Tensor]]  # temperature, batch -> loss(rows, candidates)
     matrices: float  # (batch, candidates) ones in fp32 at the peak, from above
+    prepare: Callable[[], object] | None = None  # before the module is imported; raises ImportError
 
 
 def _supcon(temperature: float, batch: int) -> Callable[[Tensor, Tensor], Tensor]:
@@ -98,6 +99,13 @@ def _supcon(temperature: float, batch: int) -> Callable[[Tensor, Tensor], Tensor
         return loss(rows, labels[:batch], ref_emb=candidates, ref_labels=labels)
 
     return apply
+
+
+def _import_torchvision() -> object:
+    """lightly imports it, and it cannot be imported beside every build of torch without the trainer's help."""
+    from python.trainer.torchvision_import import import_torchvision
+
+    return import_torchvision()
 
 
 def _lightly(temperature: float, batch: int) -> Callable[[Tensor, Tensor], Tensor]:
@@ -132,7 +140,15 @@ EMBEDDING_PEERS = (
         _supcon,
         12,
     ),
-    EmbeddingPeer("lightly", "lightly.loss", "NTXentLoss of lightly with its memory bank", ("moco",), _lightly, 8),
+    EmbeddingPeer(
+        "lightly",
+        "lightly.loss",
+        "NTXentLoss of lightly with its memory bank",
+        ("moco",),
+        _lightly,
+        8,
+        _import_torchvision,
+    ),
     EmbeddingPeer(
         "info-nce-queue", "info_nce", "info-nce-pytorch with explicit negatives", ("moco",), _info_nce_with_negatives, 8
     ),

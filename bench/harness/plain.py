@@ -26,6 +26,16 @@ def _info_nce(case: Case) -> LossFn:
     return loss
 
 
+def _moco(case: Case) -> LossFn:
+    def loss(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+        s, t = F.normalize(student), F.normalize(teacher)
+        keys, queue = t[: len(s)], t[len(s) :]
+        similarities = torch.cat(((s * keys).sum(1, keepdim=True), s @ queue.T), 1) / case.temperature
+        return F.cross_entropy(similarities, torch.zeros(len(s), dtype=torch.int64, device=s.device))
+
+    return loss
+
+
 def _ckd(case: Case) -> LossFn:
     def loss(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
         similarities = F.normalize(teacher) @ F.normalize(student).T / case.temperature
@@ -88,6 +98,7 @@ def _mlkd(case: Case) -> LossFn:
 
 LINES: dict[str, Callable[[Case], LossFn]] = {
     "info_nce": _info_nce,
+    "moco": _moco,
     "ckd": _ckd,
     "ckd-student": _ckd_student,
     "kd": _kd,

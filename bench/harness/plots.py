@@ -39,6 +39,9 @@ STYLE = {
     "inf-cl": ("#e58fb1", "<"),
     "info-nce": ("#9ec9e8", ">"),
     "metric-learning": ("#4d4d4d", "h"),
+    "pml-supcon": ("#6b6b6b", "H"),
+    "lightly": ("#a5527a", "d"),
+    "info-nce-queue": ("#7fb2d9", "8"),
 }
 _LABEL_POINTS = 11.0  # the least vertical distance of two labels
 _HALO = [patheffects.withStroke(linewidth=2.5, foreground="white")]
@@ -98,13 +101,15 @@ def plot(records: Iterable[Record], path: Path, caption: str) -> Path | None:
 
 def _group(record: Record) -> tuple[Any, ...]:
     loss = record.get("loss", "mcld")
-    return loss, record["classes"], record["dtype"], tuple(record["terms"]), record["mode"]
+    columns = record["classes"], record.get("candidates", 0)
+    return loss, *columns, record["dtype"], tuple(record["terms"]), record["mode"]
 
 
 def _title(group: tuple[Any, ...]) -> str:
-    loss, classes, dtype, terms, mode = group
+    loss, classes, candidates, dtype, terms, mode = group
     what = loss if loss != "mcld" else "all three terms" if len(terms) == 3 else " + ".join(terms)
-    return f"C = {classes:,}, {dtype}, {what}, {mode}"
+    of_candidates = f"m = {candidates:,}, " if candidates else ""
+    return f"{of_candidates}C = {classes:,}, {dtype}, {what}, {mode}"
 
 
 def _order(provider: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import typing
 import warnings
 from collections.abc import Callable
@@ -126,9 +127,7 @@ def _library() -> Provider:
         return autograd_step(plain.LINES[case.loss](case), case, *tensors)
 
     def unsupported_reason(case: Case, student: Tensor, teacher: Tensor) -> str | None:
-        if case.loss == "mcld" or case.loss in plain.LINES and case.columns == case.batch:
-            return None
-        return "computes pairs alone: no queue, no further candidates"
+        return None if case.loss == "mcld" or case.loss in plain.LINES else "has no lines for this loss"
 
     def extra_bytes(case: Case) -> int:
         return closed.extra_bytes(case) if case.loss == "mcld" else _eager_bytes(case)
@@ -162,7 +161,7 @@ def _embedding_peer(peer: peers.EmbeddingPeer) -> Provider:
     def unsupported_reason(case: Case, student: Tensor, teacher: Tensor) -> str | None:
         if case.loss not in peer.losses:
             return f"computes {' and '.join(peer.losses)} alone"
-        return _import_reason(peer.module)
+        return _import_reason(peer.module, peer.prepare)
 
     def extra_bytes(case: Case) -> int:
         return int(4 * (peer.matrices * case.batch * case.columns + 4 * (case.batch + case.columns) * case.classes))
@@ -170,9 +169,11 @@ def _embedding_peer(peer: peers.EmbeddingPeer) -> Provider:
     return Provider(peer.name, peer.title, make, unsupported_reason, extra_bytes)
 
 
-def _import_reason(module: str) -> str | None:
-    """The reason why a foreign package cannot be imported; None if it can."""
+def _import_reason(module: str, prepare: Callable[[], object] | None = None) -> str | None:
+    """The reason why a foreign package cannot be imported, after ``prepare``; None if it can."""
     try:
+        if prepare is not None and importlib.util.find_spec(module.partition(".")[0]) is not None:
+            prepare()
         importlib.import_module(module)
     except Exception as fault:  # whatever a foreign package raises on import is the reason to show
         return f"cannot import {module}: {str(fault).splitlines()[0] if str(fault) else type(fault).__name__}"
