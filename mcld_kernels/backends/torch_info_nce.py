@@ -30,14 +30,15 @@ from .torch_low_latency import LARGEST_SIZE, LowLatencyTuning, compiled_module, 
 def info_nce(inputs: LossInputs, tuning: LowLatencyTuning) -> Callable[[LossInputs], LossOutputs] | None:
     """The function for frozen candidates and hard labels; None where neither path applies."""
     anchors, candidates = inputs.student, inputs.teacher
-    targets = inputs.target, inputs.extra["candidate_target"]
+    target, theirs = inputs.target, inputs.extra["candidate_target"]
     if (
         tuning.scales_by_temperature
         or anchors.device.type != "cpu"
         or inputs.teacher_grad
         or anchors.dtype != candidates.dtype
         or anchors.dtype not in (torch.float32, torch.float64)
-        or any(target is not None and target.is_floating_point() for target in targets)
+        or (target is not None and target.is_floating_point())
+        or (theirs is not None and theirs.is_floating_point())
         # A bad label must show, which these paths do not look for.
         or (needs_labels(inputs.options) and not inputs.labels_are_classes)
     ):
