@@ -38,7 +38,9 @@ def markdown(*runs: dict[str, Any]) -> str:
                 seconds(row["time"]["median_s"]),
                 _ratio(row["speedup_over_reference"], "{:.2f}x"),
                 mebibytes(row["peak_extra_bytes"]),
-                _ratio(row["memory_over_reference"], "{:.2f}x" if (row["memory_over_reference"] or 1) >= 0.1 else "{:.1g}x"),
+                _ratio(
+                    row["memory_over_reference"], "{:.2f}x" if (row["memory_over_reference"] or 1) >= 0.1 else "{:.1g}x"
+                ),
                 _ratio(row["fraction_of_gemm"], "{:.0%}"),
             ]
         lines.append("| " + " | ".join(cells) + " |")

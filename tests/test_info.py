@@ -72,6 +72,14 @@ def test_the_cpu_kernels_are_shown_or_the_reason_and_the_command(monkeypatch):
         assert text.endswith(f"{installation.source()[0]}`")
 
 
+def test_cpu_kernels_of_other_sources_are_named(monkeypatch):
+    """As in an editable checkout that has moved on."""
+    module = SimpleNamespace(clkd=1, grad_epilogue=1, low_latency=1, normalize=1)
+    monkeypatch.setattr(torch_low_latency.importlib, "import_module", lambda name: module)
+    with pytest.warns(RuntimeWarning, match=r"other sources, without contrast, softmax_kl\. To compile them: `MCLD_"):
+        assert torch_low_latency._import_module()[0] is None
+
+
 def test_torchs_version_is_that_of_the_imported_torch(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "9.9.9+cu999")
     assert info.describe()["versions"]["torch"] == "9.9.9+cu999"

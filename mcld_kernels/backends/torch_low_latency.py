@@ -17,6 +17,7 @@ between its steps. Without it, and for fp64, the same steps are torch operations
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
@@ -38,6 +39,7 @@ _LARGEST_MATRIX = 1536
 # Multiply-adds of the similarities up to which the compiled module's own GEMMs are as fast as PyTorch's.
 _LARGEST_GEMM = {"baseline": 1 << 20, "avx2": 1 << 27, "avx512": 1 << 31}
 _SERIAL_ROWS = 64  # over columns vector_norm adds row after row; `sum` adds in parts, with less rounding error
+_FUNCTIONS = "clkd", "contrast", "grad_epilogue", "low_latency", "normalize", "softmax_kl"  # of the compiled module
 _ANCHORS = {"student": 0, "teacher": 1, "self": 2}  # of csrc/cpu/low_latency.h
 
 
@@ -122,13 +124,21 @@ def unavailable_reason() -> str | None:
 
 
 def _import_module() -> tuple[Any, str | None]:
+    missing: list[str] = []
     try:
-        return importlib.import_module("mcld_kernels._cpu"), None
+        module = importlib.import_module("mcld_kernels._cpu")
+        missing = [name for name in _FUNCTIONS if not hasattr(module, name)]
+        if not missing:
+            return module, None
+        reason = f"the module was built from other sources, without {', '.join(missing)}"
     except ModuleNotFoundError:
         reason = installation.without_cpu_kernels() or "this installation has none"
     except ImportError as error:
         reason = f"the module does not load ({error})"
-    return None, f"{reason.rstrip('.')}. To compile them: `{installation.cpu_command()}`"
+    reason = f"{reason.rstrip('.')}. To compile them: `{installation.cpu_command()}`"
+    if missing:  # an editable checkout that has moved on: its calls would only be slower
+        warnings.warn(f"mcld_kernels has no compiled CPU kernels: {reason}", RuntimeWarning, stacklevel=2)
+    return None, reason
 
 
 _import = cache(_import_module)
