@@ -39,6 +39,7 @@ from .kernels import (
     GradCoefficients,
     GradEpilogueArgs,
     KernelSet,
+    MeanOf,
     NegativeSums,
     TermWeight,
     UnitRows,
@@ -184,10 +185,11 @@ def _anchor_pass(
         return False
     if not anchors.has_partner or anchors.anchor_weight is not None or anchors.radial is not None:
         return False
-    if side.projection is not None or side.soft is not None:
+    if side.projection is not None:
         return False
     out = grad.view(anchors.side.transposed) if grad.needed else None
-    compute = kernels.anchor_pass(args, out)
+    mean_of: MeanOf | None = None if means is None else "class" if side.soft is None else "anchor"
+    compute = kernels.anchor_pass(args, out, mean_of)
     if compute is None:
         return False
     compute(

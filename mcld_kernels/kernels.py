@@ -28,6 +28,7 @@ _SHIFT_RANGE = {torch.float16: 20.0}
 _SHIFT_RANGE_DEFAULT = 80.0
 
 Positives = Literal["diagonal", "label"]
+MeanOf = Literal["class", "anchor"]  # of the candidates of a class, or for each anchor, as soft labels weigh them
 
 
 def slices(n: int, step: int, first: int = 0) -> list[slice]:
@@ -183,7 +184,7 @@ class AnchorPassArgs:
     weights: tuple[TermWeight, ...]
     per_anchor: Tensor  # (len(weights), >= n) acc dtype, to be written, as in `AnchorTerms`
     out: Tensor | None  # (n, d) gradient by the anchors' logits, a view of any strides and dtype; None: none is needed
-    class_means: Tensor | None  # (classes present, >= d) acc dtype; for label positives
+    class_means: Tensor | None  # (classes present, >= d) acc dtype, of anchors (n, d); for label positives
     class_index: Tensor | None  # (n,) int64
     accumulate: bool  # add to `out` instead of writing it
 
@@ -318,10 +319,13 @@ class KernelSet:
 
     has_anchor_pass = False  # True: `anchor_pass` is asked
 
-    def anchor_pass(self, args: ContrastArgs, out: Tensor | None) -> Callable[[AnchorPassArgs], None] | None:
+    def anchor_pass(
+        self, args: ContrastArgs, out: Tensor | None, mean_of: MeanOf | None
+    ) -> Callable[[AnchorPassArgs], None] | None:
         """The function that computes a contrast with frozen candidates whole, loss and gradient ``out`` by the anchors.
 
-        ``out`` is None where no gradient is needed.
+        ``out`` is None where no gradient is needed. mean_of: what the means of label positives belong to; None:
+        there are no label positives.
 
         None: by `contrast`, `positive_cosines`, `loss_epilogue` and `grad_epilogue`, one after another.
         """

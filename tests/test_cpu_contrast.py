@@ -1,7 +1,7 @@
 """The compiled CPU module's contrast in one pass (csrc/cpu/contrast.h), against its definition in fp64.
 
 Every instruction set; rows on either side of a vector, of a slice of 64 anchors and of a block of candidates;
-candidates that are read in place and such that are copied.
+candidates that are read in place and such that are copied; the same of columns.
 """
 
 import itertools
@@ -17,7 +17,9 @@ import mcld_kernels
 from mcld_kernels import backends, info_nce
 from mcld_kernels.backends import torch_contrast
 from mcld_kernels.backends.torch import TorchKernels
+from mcld_kernels.backends.torch_low_latency import _is_for_contrast, has_slices
 from mcld_kernels.kernels import AnchorPassArgs, ContrastArgs, TermWeight, UnitRows
+from mcld_kernels.options import mcld_options
 
 pytestmark = NEEDS_MODULE
 ISAS = MODULE.isas() if MODULE else ["fastest"]
@@ -49,9 +51,9 @@ def chunks(monkeypatch):
     return seen
 
 
-def unit_rows(n, d, generator):
+def unit_rows(n, d, generator, by_columns=False):
     """Unit rows with NaN between them, and 1 / norm of their logits; the first row of several has no direction."""
-    rows = matrix(n, d, False, generator)
+    rows = matrix(n, d, by_columns, generator)
     rows /= rows.norm(dim=1, keepdim=True)
     inv_norm = torch.rand(n, generator=generator) + 0.5
     if n > 2:
@@ -109,15 +111,38 @@ def test_the_contrast_of_unit_rows(shape, kind, isa, poison):
     args = ContrastArgs(
         anchors=anchors, candidates=candidates, temperature=TEMPERATURE, offset=offset, mask=mask, anchor_grad=True
     )
+    check_pass(args, weights, means, index, matrix(n, d, False, g))
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (20, 1100, 40, 1000)], ids=str)
+def test_the_contrast_of_unit_columns(shape, isa, poison):
+    """The category-wise term: as rows, without mask and label positives; also several blocks of candidates."""
+    n, m, d, offset = shape
+    g = torch.Generator().manual_seed(0)
+    anchors, candidates = (unit_rows(k, d, g, by_columns=True) for k in (n, m))
+    weight = term_weights("label", n, g)[0]
+    if shape[0] % 2:
+        weight = TermWeight(term=2, positives="diagonal", constant=1 / n)
+    else:
+        weight.positives = "diagonal"  # of present columns alone, by a factor
+    args = ContrastArgs(
+        anchors=anchors, candidates=candidates, temperature=TEMPERATURE, offset=offset, anchor_grad=True
+    )
+    check_pass(args, (weight,), None, None, matrix(n, d, True, g))
+
+
+def check_pass(args, weights, means, index, start):
+    """The pass against the definition, with a gradient, with one that adds to ``start`` and without any."""
+    n = args.anchors.n
+    kernels = backends.kernel_set("torch", args.anchors.rows, args.candidates.rows)
     (exact, exact_grad), (eager, eager_grad) = (
         definition(args, weights, means, index, dtype) for dtype in (torch.float64, torch.float32)
     )
     for with_grad, accumulate in ((True, False), (True, True), (False, False)):
-        start = matrix(n, d, False, g)
-        out = start.clone() if with_grad else None
+        whole = start._base.clone()
+        out = whole.as_strided(start.shape, start.stride()) if with_grad else None
         per_anchor = torch.full((len(weights), n + 2), torch.nan)
-        kernels = backends.kernel_set("torch", anchors.rows, candidates.rows)
-        compute = kernels.anchor_pass(args, out)
+        compute = kernels.anchor_pass(args, out, None if means is None else "class")
         compute(
             AnchorPassArgs(
                 weights=weights, per_anchor=per_anchor, out=out, class_means=means, class_index=index,
@@ -126,9 +151,10 @@ def test_the_contrast_of_unit_rows(shape, kind, isa, poison):
         )  # fmt: skip
         check(per_anchor[:, :n], exact, eager)
         assert per_anchor[:, n:].isnan().all()
-        if with_grad:
+        if out is not None:
             before = start if accumulate else torch.zeros_like(start)
             check(out, before + exact_grad, before + eager_grad)
+            assert whole.isnan().sum() == start._base.isnan().sum()  # nothing writes into the gaps
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -197,15 +223,105 @@ def test_mcld_takes_it_and_keeps_no_matrix(labels, isa, chunks):
     assert not chunks
 
 
-def test_the_number_of_threads_changes_nothing(isa):
+@pytest.mark.parametrize("further", [False, True], ids=["batch", "queue"])
+def test_mcld_with_soft_labels(further, isa, chunks):
+    """Each anchor has a mean of its own; the anchors' hard labels are those of the largest weight."""
     torch.manual_seed(0)
-    rows, candidates, threads = torch.randn(150, 40), torch.randn(1100, 40), torch.get_num_threads()
-    results = []
+    student, teacher, queue = (torch.randn(k, 40) for k in (70, 70, 30))
+    target, theirs = (torch.randn(k, 40).mul(3).softmax(1) for k in (70, 30))
+    target[::5] = 0  # rows without a class
+    target[1::5] = F.one_hot(torch.arange(14), 40).float()
+
+    def run(dtype, backend, options):
+        leaf = student.to(dtype, copy=True).requires_grad_()
+        if further:
+            options = options | {"candidates": queue.to(dtype), "candidate_target": theirs}
+        loss = mcld_kernels.mcld_loss(leaf, teacher.to(dtype), target, backend=backend, **options)
+        loss.backward()
+        return loss.detach(), leaf.grad
+
+    for options in ({"weight": (0.0, 1.0, 0.0)}, {"weight": (1.0, 0.7, 0.0)}):
+        got = run(torch.float32, "torch", options)
+        exact, eager = (run(dtype, "reference", options) for dtype in (torch.float64, torch.float32))
+        for a, b, c in zip(got, exact, eager, strict=True):
+            check(a, b, c)
+    assert not chunks
+
+
+def test_mcld_takes_it_by_columns(isa, chunks):
+    """The category-wise term: alone, of the classes that occur, and after it row terms, which add to its gradient."""
+    torch.manual_seed(0)
+    student, teacher, target = torch.randn(30, 70), torch.randn(30, 70), torch.randint(70, (30,))
+
+    def run(dtype, backend, options):
+        leaf = student.to(dtype, copy=True).requires_grad_()
+        loss = mcld_kernels.mcld_loss(leaf, teacher.to(dtype), target, backend=backend, **options)
+        loss.backward()
+        return loss.detach(), leaf.grad
+
+    for options in ({"weight": (0.0, 0.0, 1.0)}, {"present_only": True}, {"temperature": (0.1, 0.1, 0.3)}):
+        with backends.tuned(low_latency=False, isa=isa):
+            got = run(torch.float32, "torch", options)
+        exact, eager = (run(dtype, "reference", options) for dtype in (torch.float64, torch.float32))
+        for a, b, c in zip(got, exact, eager, strict=True):
+            check(a, b, c)
+    assert not chunks
+
+
+@pytest.mark.parametrize(("n", "num_classes"), [(2, 1600), (161, 914), (160, 914)])
+def test_large_category_wise_terms_take_it(n, num_classes, monkeypatch):
+    """More columns than the low-latency path takes, or, alone, 2^27 multiply-adds; also a plain call."""
+    seen = []
+    compute = torch_contrast._anchor_pass
+    monkeypatch.setattr(torch_contrast, "_anchor_pass", lambda *args: seen.append(args) or compute(*args))
+    x = torch.randn(n, num_classes)
+    for call in (mcld_kernels.mcld_loss, mcld_kernels.mcld_terms):
+        call(x, x, weight=(0.0, 0.0, 1.0))
+    assert len(seen) == (0 if n == 160 else 2)
+    del seen[:]
+    mcld_kernels.mcld_loss(x, x, weight=(1.0, 0.0, 1.0))
+    assert len(seen) == (2 if num_classes > 1536 else 0)  # rows and columns
+
+
+def test_sizes_at_which_it_is_faster_than_matrices():
+    all_terms, rows, columns, teacher = (
+        mcld_options(
+            weight=weight, direction=direction, temperature=0.1, mask_same_class=False, present_only=False,
+            ignore_index=-100, eps=1e-12,
+        )[0]
+        for weight, direction in (
+            ((1.0, 1.0, 1.0), "student"),
+            ((1.0, 1.0, 0.0), "student"),
+            ((0.0, 0.0, 1.0), "teacher"),
+            ((1.0, 0.0, 1.0), "teacher"),
+        )
+    )  # fmt: skip
+    for options in (all_terms, rows):
+        assert _is_for_contrast(options, 1537, 10) and not _is_for_contrast(options, 1536, 10)
+    assert _is_for_contrast(all_terms, 1074, 1000) and not _is_for_contrast(all_terms, 1073, 1000)
+    assert _is_for_contrast(all_terms, 2, 1537) and not _is_for_contrast(rows, 1536, 1537)
+    assert _is_for_contrast(columns, 3356, 100) and not _is_for_contrast(columns, 3355, 100)
+    assert _is_for_contrast(columns, 161, 914) and not _is_for_contrast(columns, 160, 914)
+    assert not _is_for_contrast(teacher, 4000, 1600)
+    assert has_slices(5, 2) and has_slices(17, 4) and not has_slices(16, 3)
+
+
+@pytest.mark.parametrize("by_columns", [False, True], ids=["rows", "columns"])
+def test_the_number_of_threads_changes_nothing(by_columns, isa):
+    torch.manual_seed(0)
+    threads, results = torch.get_num_threads(), []
+    student, teacher = (torch.randn(k, 40) for k in (150, 1100))
+    if by_columns:
+        student, teacher = torch.randn(100, 300), torch.randn(100, 300)
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            leaf = rows.clone().requires_grad_()
-            loss = info_nce(leaf, candidates, backend="torch")
+            leaf = student.clone().requires_grad_()
+            if by_columns:
+                with backends.tuned(low_latency=False, isa=isa):
+                    loss = mcld_kernels.mcld_loss(leaf, teacher, weight=(0.0, 0.0, 1.0), backend="torch")
+            else:
+                loss = info_nce(leaf, teacher, backend="torch")
             loss.backward()
             results.append((loss.detach(), leaf.grad))
     finally:
@@ -242,6 +358,27 @@ def test_what_is_not_finite_shows(isa):
             assert torch.isfinite(loss[others]).all() and torch.isfinite(rows.grad[others]).all()
 
 
+def test_columns_that_are_not_finite_show(isa):
+    torch.manual_seed(0)
+    for value in (torch.nan, torch.inf):
+        for side in range(2):
+            logits = [torch.randn(50, 70), torch.randn(50, 70)]
+            logits[side][40, 66] = value
+            anchors, candidates = (F.normalize(x, dim=0).T for x in logits)
+            units = [UnitRows(rows=x, inv_norm=torch.ones(70), n=70, d=50) for x in (anchors, candidates)]
+            args = ContrastArgs(anchors=units[0], candidates=units[1], temperature=0.1, offset=0, anchor_grad=True)
+            per_anchor, out = torch.empty(1, 70), torch.empty(50, 70).T
+            backends.kernel_set("torch", *logits).anchor_pass(args, out, None)(
+                AnchorPassArgs(
+                    weights=(TermWeight(term=2, positives="diagonal", constant=1.0),), per_anchor=per_anchor, out=out,
+                    class_means=None, class_index=None, accumulate=False,
+                )
+            )  # fmt: skip
+            bad = torch.zeros(70, dtype=torch.bool)
+            bad[66 if side == 0 else slice(70)] = True
+            assert (per_anchor[0].isnan() == bad).all() and (out.isnan() == bad[:, None]).all()
+
+
 def test_what_it_does_not_serve_goes_by_chunks(chunks, monkeypatch):
     """A range that fp32 does not have, half precision, a partner that is no candidate; and on demand."""
     torch.manual_seed(0)
@@ -250,11 +387,18 @@ def test_what_it_does_not_serve_goes_by_chunks(chunks, monkeypatch):
     out = torch.empty(5, 8)
     kernels = backends.kernel_set("torch", x, y)
     args = {"anchors": rows, "candidates": candidates, "temperature": 0.1, "offset": 4, "anchor_grad": True}
-    assert kernels.anchor_pass(ContrastArgs(**args), out) is not None
+    assert kernels.anchor_pass(ContrastArgs(**args), out, None) is not None
     for changed in ({"offset": 5}, {"offset": -1}, {"temperature": 0.02}, {"is_bounded": False}):
-        assert kernels.anchor_pass(ContrastArgs(**args | changed), out) is None
-    assert kernels.anchor_pass(ContrastArgs(**args), torch.empty(8, 5).T) is None
-    assert kernels.anchor_pass(ContrastArgs(**args), out.double()) is None
+        assert kernels.anchor_pass(ContrastArgs(**args | changed), out, None) is None
+    assert kernels.anchor_pass(ContrastArgs(**args), torch.empty(8, 5).T, None) is None
+    assert kernels.anchor_pass(ContrastArgs(**args), out.double(), None) is None
+    for unit in (rows, candidates):
+        unit.rows = unit.rows.T.contiguous().T
+    mask, out = (torch.arange(5), torch.arange(9)), torch.empty(8, 5).T
+    assert kernels.anchor_pass(ContrastArgs(**args), out, None) is not None
+    assert kernels.anchor_pass(ContrastArgs(**args), out, "class") is None
+    assert kernels.anchor_pass(ContrastArgs(**args, mask=mask), out, None) is None
+    assert kernels.anchor_pass(ContrastArgs(**args), torch.empty(5, 8), None) is None
     # exp(80) times 4096 is below the largest number of fp32, times 8192 it is not.
     assert torch_contrast._has_range(0.025, 512) and not torch_contrast._has_range(0.025, 4096)
     with backends.tuned(compiled_contrast=False, low_latency=False):

@@ -115,8 +115,9 @@ void run_contrast(int isa, int threads, uintptr_t anchors, int64_t anchors_row, 
                   int64_t candidates_row, int64_t candidates_column, uintptr_t inv_norm, uintptr_t keys, int64_t keys_stride,
                   uintptr_t candidate_keys, int64_t candidate_keys_stride, int64_t no_key, uintptr_t class_means,
                   int64_t class_means_row, uintptr_t class_index, int64_t n, int64_t m, int64_t d, int64_t offset,
-                  uintptr_t work, uintptr_t loss, uintptr_t gradient, int64_t gradient_row, bool accumulate,
-                  uintptr_t by_temperature, float temperature, float eps, const py::args& terms) {
+                  uintptr_t work, uintptr_t loss, uintptr_t gradient, int64_t gradient_row, int64_t gradient_column,
+                  bool accumulate, uintptr_t by_temperature, float temperature, float eps, bool by_columns,
+                  const py::args& terms) {
   check_isa(isa);
   Contrast call;
   call.anchors = pointer<const float>(anchors), call.candidates = pointer<const float>(candidates);
@@ -130,7 +131,8 @@ void run_contrast(int isa, int threads, uintptr_t anchors, int64_t anchors_row, 
   call.class_index = pointer<const int64_t>(class_index);
   call.n = n, call.m = m, call.d = d, call.offset = offset;
   call.work = pointer<float>(work), call.loss = pointer<float>(loss);
-  call.gradient = pointer<float>(gradient), call.gradient_row = gradient_row, call.accumulate = accumulate;
+  call.gradient = pointer<float>(gradient), call.accumulate = accumulate;
+  call.gradient_row = gradient_row, call.gradient_column = gradient_column, call.by_columns = by_columns;
   call.by_temperature = pointer<float>(by_temperature);
   call.temperature = temperature, call.eps = eps, call.threads = threads;
   call.terms = 0;
@@ -144,8 +146,8 @@ void run_contrast(int isa, int threads, uintptr_t anchors, int64_t anchors_row, 
   contrast(call, isa);
 }
 
-int64_t contrast_size(int64_t n, int64_t m, int64_t d, int threads) {
-  return ContrastLayout(n, m, d, threads).size;
+int64_t contrast_size(int64_t n, int64_t m, int64_t d, bool by_columns, int threads) {
+  return ContrastLayout(n, m, d, by_columns, threads).size;
 }
 
 py::dict layout(int64_t n, int64_t num_classes, bool sample, bool category) {

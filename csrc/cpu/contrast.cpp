@@ -15,6 +15,9 @@ typedef int32_t Keys __attribute__((vector_size(MCLD_VECTOR_BYTES)));
 
 // Of rows without a key: no other row has one of them.
 constexpr int32_t kNoKey = INT32_MIN, kNoAnchorKey = INT32_MIN + 1;
+// Of the product by columns, taken together: they stay in the first cache. Whole tiles, and whole parts of a sum.
+constexpr int64_t kRowsOfProduct = 96;
+static_assert(kRowsOfProduct % kTileRows == 0 && kRowsOfProduct % kRowsOfSum == 0, "rows are not cut");
 constexpr int64_t kWorkOfThread = 1 << 15;  // elements that are worth waking threads
 
 struct Call : Contrast {
@@ -23,7 +26,7 @@ struct Call : Contrast {
   bool with_product;
   int64_t next = 0;  // the next slice
 
-  explicit Call(const Contrast& call) : Contrast(call), at(call.n, call.m, call.d, call.threads) {
+  explicit Call(const Contrast& call) : Contrast(call), at(call.n, call.m, call.d, call.by_columns, call.threads) {
     width = (d + kLanes - 1) / kLanes * kLanes;
     with_product = gradient != nullptr || by_temperature != nullptr;
   }
@@ -64,6 +67,8 @@ struct Call : Contrast {
     float *anchors, *exponentials, *product, *rows, *row, *partner;
     float *negative, *positive, *inv_norm;
     int32_t* keys;
+    float *factor, *pull;  // of the product and of the partner in the gradient
+    float* radial;         // A_i . gradient
   };
 
   Slice slice_of(int64_t number, int64_t worker) const {
@@ -75,10 +80,18 @@ struct Call : Contrast {
     s.rows = own + at.rows, s.row = own + at.row, s.partner = s.row + at.pitch;
     s.negative = own + at.vectors, s.positive = s.negative + at.slice, s.inv_norm = s.positive + at.slice;
     s.keys = reinterpret_cast<int32_t*>(s.inv_norm + at.slice);
+    s.factor = s.inv_norm + 2 * at.slice, s.pull = s.factor + at.slice, s.radial = s.pull + at.slice;
     return s;
   }
 
   void read_anchors(const Slice& s) const {
+    for (int64_t i = 0; i < s.width; ++i) s.negative[i] = s.radial[i] = 0;
+    if (by_columns) {
+      for (int64_t c = 0; c < d; ++c) {
+        copy_row(anchors + c * anchors_column + s.first, 1, s.count, s.width, 0, s.anchors + c * at.slice);
+      }
+      return copy_row(inv_norm + s.first, 1, s.count, s.width, 0, s.inv_norm);
+    }
     for (int64_t i = 0; i < s.count; ++i) {
       const int64_t row = s.first + i;
       copy_row(anchors + row * anchors_row, anchors_column, d, width, 0, s.row);
@@ -93,7 +106,6 @@ struct Call : Contrast {
       for (int64_t c = 0; c < d; ++c) s.anchors[c * at.slice + i] = 0;
       s.keys[i] = kNoAnchorKey;
     }
-    for (int64_t i = 0; i < s.width; ++i) s.negative[i] = 0;
   }
 
   // Similarities of the candidates [first, last) become exponentials: adds them to the sums, and stores them times the
@@ -133,29 +145,53 @@ struct Call : Contrast {
     for (int64_t first = 0; first < m; first += at.block) {
       const int64_t last = smaller(first + at.block, m);
       const float* rows = candidates + first * candidates_row;
-      int64_t pitch = candidates_row;
+      int64_t pitch = candidates_row, column = by_columns ? candidates_column : 1;
       // The last vector of a row may reach into the next one, whose numbers go to columns that nobody reads; the last row
       // of all has no next one.
-      if (candidates_column != 1 || (width > d && last == m)) {
+      if (!by_columns && (candidates_column != 1 || (width > d && last == m))) {
         for (int64_t j = 0; j < last - first; ++j) {
           copy_row(rows + j * candidates_row, candidates_column, d, width, 0, s.rows + j * at.pitch);
         }
         rows = s.rows, pitch = at.pitch;
       }
-      gemm_rows(rows, pitch, 1, row_major(s.anchors, at.slice), s.exponentials, at.slice, last - first, s.width, d);
+      gemm_rows(rows, pitch, column, row_major(s.anchors, at.slice), s.exponentials, at.slice, last - first, s.width, d);
       (this->*add)(s, first, last);
-      if (with_product) {
+      if (by_columns && last == m) {
+        for (int64_t i = 0; i < s.count; ++i) finish_terms(s, i, 0);
+      }
+      if (!with_product) continue;
+      if (by_columns) {
+        add_columns(s, first, last);
+      } else {
         gemm_rows(s.exponentials, 1, at.slice, row_major(rows, pitch), s.product, at.pitch, s.count, width, last - first,
                   first > 0);
       }
     }
+    if (by_columns) return finish_columns(s);
     for (int64_t i = 0; i < s.count; ++i) finish(s, i);
+  }
+
+  // Writes what anchor i of the slice has in the terms, and returns the weight of those with label positives; `gap` is what
+  // these add to its loss.
+  float finish_terms(const Slice& s, int64_t i, float gap) const {
+    const int64_t row = s.first + i;
+    const float negative = s.negative[i], positive = s.positive[i], contrasted = log1pf(negative / positive);
+    float weights[2] = {};  // of diagonal and of label positives
+    for (int k = 0; k < terms; ++k) {
+      // A factor, not a choice: NaN in what does not count shows as well.
+      const float counted = term[k].counted == nullptr || term[k].counted[row] != 0 ? 1.f : 0.f;
+      term[k].values[row] = (term[k].by_label ? contrasted + gap : contrasted) * (term[k].scale * counted);
+      weights[term[k].by_label] += term[k].weight * counted;
+    }
+    const float share = 1.f / (temperature * (positive + negative));
+    s.factor[i] = (weights[0] + weights[1]) * share;
+    s.pull[i] = (weights[1] * positive - weights[0] * negative) * share * candidate_inv_norm()[row + offset];
+    return weights[1];
   }
 
   // Writes what anchor i of the slice has in the terms and in the gradients.
   void finish(const Slice& s, int64_t i) const {
     const int64_t row = s.first + i, partner = row + offset;
-    const float negative = s.negative[i], positive = s.positive[i], contrasted = log1pf(negative / positive);
     const float* mean = nullptr;
     float gap = 0;
     if (class_means != nullptr || with_product) {
@@ -168,18 +204,9 @@ struct Call : Contrast {
       for (int64_t c = 0; c < d; c += kLanes) sum += load(s.row + c) * (load(s.partner + c) - load_some(mean + c, d - c));
       gap = add_lanes(sum) / temperature;
     }
-    float weights[2] = {};  // of diagonal and of label positives
-    for (int k = 0; k < terms; ++k) {
-      // A factor, not a choice: NaN in what does not count shows as well.
-      const float counted = term[k].counted == nullptr || term[k].counted[row] != 0 ? 1.f : 0.f;
-      term[k].values[row] = (term[k].by_label ? contrasted + gap : contrasted) * (term[k].scale * counted);
-      weights[term[k].by_label] += term[k].weight * counted;
-    }
+    const float of_mean = finish_terms(s, i, gap) / temperature;
     if (!with_product) return;
-    const float of_label = weights[1];
-    const float share = 1.f / (temperature * (positive + negative)), factor = (weights[0] + of_label) * share;
-    const float pull = (of_label * positive - weights[0] * negative) * share * candidate_inv_norm()[partner];
-    const float unit = inv_norm != nullptr ? 1.f : s.inv_norm[i], of_mean = of_label / temperature;
+    const float factor = s.factor[i], pull = s.pull[i], unit = inv_norm != nullptr ? 1.f : s.inv_norm[i];
     float* product = s.product + i * at.pitch;
     Vector along = {};
     for (int64_t c = 0; c < width; c += kLanes) {
@@ -199,6 +226,47 @@ struct Call : Contrast {
       write_row(out, d, [&](int64_t c) { return load_some(out + c, d - c) + value(c); });
     } else {
       write_row(out, d, value);
+    }
+  }
+
+  // By columns: adds the candidates [first, last) to the product. After the last of all, what is in the cache becomes the
+  // gradient by the unit rows.
+  void add_columns(const Slice& s, int64_t first, int64_t last) const {
+    for (int64_t start = 0; start < d; start += kRowsOfProduct) {
+      const int64_t count = smaller(kRowsOfProduct, d - start);
+      gemm_rows(candidates + start * candidates_column + first, candidates_column, 1, row_major(s.exponentials, at.slice),
+                s.product + start * at.slice, at.slice, count, s.width, last - first, first > 0);
+      for (int64_t c = start; last == m && c < start + count; c += kRowsOfSum) {
+        pull_columns(s, c, smaller(c + kRowsOfSum, start + count));
+      }
+    }
+  }
+
+  // The numbers [first, last) of the product become those of the gradient by the unit rows.
+  void pull_columns(const Slice& s, int64_t first, int64_t last) const {
+    for (int64_t i = 0; i < s.width; i += kLanes) {
+      const Vector factor = load(s.factor + i), pull = load(s.pull + i);
+      const float* partner = candidates + s.first + offset + i;
+      Vector sum = {};
+      for (int64_t c = first; c < last; ++c) {
+        float* g = s.product + c * at.slice + i;
+        store(g, load(g) * factor + load_some(partner + c * candidates_column, s.count - i) * pull);
+        sum += load(g) * load(s.anchors + c * at.slice + i);
+      }
+      store(s.radial + i, load(s.radial + i) + sum);
+    }
+  }
+
+  // Writes the gradient by the logits of a slice by columns.
+  void finish_columns(const Slice& s) const {
+    if (gradient == nullptr) return;
+    for (int64_t c = 0; c < d; ++c) {
+      const float *g = s.product + c * at.slice, *x = s.anchors + c * at.slice;
+      float* out = gradient + c * gradient_column + s.first;
+      write_row(out, s.count, [=](int64_t i) {
+        const Vector value = (load(g + i) - load(x + i) * load(s.radial + i)) * load(s.inv_norm + i);
+        return accumulate ? load_some(out + i, s.count - i) + value : value;
+      });
     }
   }
 

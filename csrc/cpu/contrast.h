@@ -15,6 +15,10 @@
 // A worker takes a slice of anchors through the candidates, block after block: the exponentials of a block stay in its cache.
 // They are held transposed, a candidate a row, so that both GEMMs read the candidates as they lie in memory; their norms
 // multiply rows of exponentials.
+//
+// Where the rows lie by columns (number c of row i at data[c pitch + i], as the classes of logits do), so does the gradient,
+// and the sums over the candidates are held transposed as well: both GEMMs read the candidates in place, and what follows
+// takes a vector of anchors at a time.
 #pragma once
 
 #include <cstdint>
@@ -44,14 +48,15 @@ struct Contrast {
   int64_t n, m, d, offset;               // 0 <= offset, n + offset <= m
   ContrastTerm term[2];
   int terms;
-  float* work;             // ContrastLayout(n, m, d, threads).size floats
+  float* work;             // ContrastLayout(n, m, d, by_columns, threads).size floats
   float* loss;             // () the sum of the first term's values; may be null
-  float* gradient;         // (n, d) by the anchors' logits, rows gradient_row apart; may be null
-  int64_t gradient_row;
+  float* gradient;         // (n, d) by the anchors' logits; may be null
+  int64_t gradient_row, gradient_column;  // strides in elements; one of them is 1
   bool accumulate;         // add to the gradient
   float* by_temperature;   // (n,) each anchor's part of the gradient by the temperature; may be null
   float temperature;
   float eps;               // a row with norm <= eps has no direction
+  bool by_columns;         // all matrices; with inv_norm, without keys, label positives and by_temperature
   int threads;
 };
 
@@ -69,7 +74,7 @@ struct ContrastLayout {
   int64_t anchors, exponentials, product, rows, row, vectors;  // in a worker's part
   int64_t worker, size;
 
-  ContrastLayout(int64_t n, int64_t m, int64_t d, int threads) {
+  ContrastLayout(int64_t n, int64_t m, int64_t d, bool by_columns, int threads) {
     // Slices of one width, so many that every thread has the same number of them.
     const int64_t rounds = (n + kSlice * threads - 1) / (kSlice * threads);
     slice = Layout::pad((n + rounds * threads - 1) / (rounds * threads));
@@ -77,17 +82,17 @@ struct ContrastLayout {
     workers = slices < threads ? slices : threads;
     pitch = Layout::spread(Layout::pad(d));
     block = kBlockNumbers / pitch / kLeastBlock * kLeastBlock;
-    block = block < kLeastBlock ? kLeastBlock : block > kLargestBlock ? kLargestBlock : block;
+    block = by_columns || block > kLargestBlock ? kLargestBlock : block < kLeastBlock ? kLeastBlock : block;
     if (block > m) block = m;
     inv_norm = 0, keys = Layout::pad(m), shared = 2 * Layout::pad(m);
     int64_t next = 0;
     const auto take = [&next](int64_t count) { return next += Layout::pad(count), next - Layout::pad(count); };
     anchors = take(d * slice);  // (d, slice): unit rows, transposed
     exponentials = take(block * slice);
-    product = take(slice * pitch);  // sum_j E_ij K_j
-    rows = take(block * pitch);     // a copy of a block, where its rows cannot be read in place
-    row = take(2 * pitch);          // an anchor, and its partner
-    vectors = take(4 * slice);      // sums, positives, 1 / norm, keys
+    product = take(by_columns ? d * slice : slice * pitch);  // sum_j E_ij K_j, by columns transposed
+    rows = take(by_columns ? 0 : block * pitch);  // a copy of a block, where its rows cannot be read in place
+    row = take(by_columns ? 0 : 2 * pitch);       // an anchor, and its partner
+    vectors = take(7 * slice);  // sums, positives, 1 / norm, keys, factors of product and partner, radial parts
     worker = next;
     size = shared + workers * worker;
   }

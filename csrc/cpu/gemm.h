@@ -18,7 +18,13 @@ template <int kRows, int kVectors>
 inline void gemm_tile(const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t b_pitch, float* out,
                       int64_t out_pitch, int64_t depth, bool add) {
   Vector sums[kRows][kVectors] = {};
+  // What later tiles read of the left operand: 8 rows of the next one, or of rows that lie next to one another those
+  // three lines of the cache further on. The prefetchers of the hardware see no short runs that lie far apart.
+  const bool by_columns = a_row == 1;
+  const float* ahead = by_columns ? a + 48 : a + kTileRows * a_row;
   for (int64_t k = 0; k < depth; ++k, a += a_depth, b += b_pitch) {
+    __builtin_prefetch(ahead);
+    ahead += by_columns ? a_depth : k % 8 == 7 ? 8 * a_depth - 7 * a_row : a_row;
     Vector right[kVectors];
     for (int v = 0; v < kVectors; ++v) right[v] = load(b + v * kLanes);
     for (int i = 0; i < kRows; ++i) {

@@ -23,6 +23,7 @@ from ..kernels import (
     GradCoefficients,
     LossInputs,
     LossOutputs,
+    MeanOf,
     NegativeSums,
     SelfContrast,
     UnitRows,
@@ -72,8 +73,10 @@ class TorchKernels(RowKernels):
 
     has_anchor_pass = True
 
-    def anchor_pass(self, args: ContrastArgs, out: Tensor | None) -> Callable[[AnchorPassArgs], None] | None:
-        return torch_contrast.anchor_pass(args, out, self.tuning)
+    def anchor_pass(
+        self, args: ContrastArgs, out: Tensor | None, mean_of: MeanOf | None
+    ) -> Callable[[AnchorPassArgs], None] | None:
+        return torch_contrast.anchor_pass(args, out, mean_of, self.tuning)
 
     def self_contrast(self, unit: UnitRows, temperature: float, with_grad: bool) -> SelfContrast:
         return TorchSelfContrast(unit, temperature, self.tuning.chunk_bytes)

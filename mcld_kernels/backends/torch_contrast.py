@@ -2,7 +2,7 @@
 
 csrc/cpu/contrast.h: a thread takes a slice of anchors through all candidates, block after block, and keeps the
 exponentials of one block in its cache, where the chunks of `torch` write and read each exponential several times. It
-needs a fixed shift, and rows whose numbers follow each other.
+needs a fixed shift, and rows whose numbers follow each other, or without labels rows that lie by columns.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ..info_nce_options import InfoNCEOptions, needs_labels
-from ..kernels import AnchorPassArgs, ContrastArgs, LossInputs, LossOutputs
+from ..kernels import AnchorPassArgs, ContrastArgs, LossInputs, LossOutputs, MeanOf
 from ..options import PLAIN_TYPES, check_positive
-from .torch_low_latency import LowLatencyTuning, compiled_module, has_plain_fp32_memory, isa_index
+from .torch_low_latency import LowLatencyTuning, compiled_module, has_plain_fp32_memory, has_slices, isa_index
 
 # exp of it is a number of fp32, and the compiled exponential reaches so far.
 _LARGEST_EXPONENT = 87.0
@@ -35,7 +35,7 @@ def _has_range(temperature: float, candidates: int) -> bool:
 
 
 def anchor_pass(
-    args: ContrastArgs, out: Tensor | None, tuning: LowLatencyTuning
+    args: ContrastArgs, out: Tensor | None, mean_of: MeanOf | None, tuning: LowLatencyTuning
 ) -> Callable[[AnchorPassArgs], None] | None:
     """As `KernelSet.anchor_pass`; None where the module does not serve these rows."""
     if not (tuning.compiled and tuning.compiled_contrast):
@@ -46,17 +46,22 @@ def anchor_pass(
             continue
         if x.dtype != torch.float32 or not x.is_cpu or type(x) not in PLAIN_TYPES:
             return None
-        if x.stride(-1) != 1 and x.shape[-1] > 1:
+    matrices = [x for x in (out, anchors.rows, candidates.rows) if x is not None]
+    by_columns = not all(x.stride(1) == 1 or x.shape[1] == 1 for x in matrices)
+    if by_columns:
+        if args.mask is not None or mean_of is not None or not has_slices(anchors.n, torch.get_num_threads()):
+            return None
+        if not all(x.stride(0) == 1 or x.shape[0] == 1 for x in matrices):
             return None
     if args.offset < 0 or args.offset + anchors.n > candidates.n:
         return None
     if not args.is_bounded or not _has_range(args.temperature, candidates.n):
         return None
     module = _module()
-    return None if module is None else partial(_anchor_pass, args, module, isa_index(tuning.isa))
+    return None if module is None else partial(_anchor_pass, args, module, isa_index(tuning.isa), by_columns)
 
 
-def _anchor_pass(args: ContrastArgs, module: Any, isa: int, whole: AnchorPassArgs) -> None:
+def _anchor_pass(args: ContrastArgs, module: Any, isa: int, by_columns: bool, whole: AnchorPassArgs) -> None:
     anchors, candidates, out = args.anchors, args.candidates, whole.out
     keys, of_means = (0, 0, 0, 0), (0, 0, 0)
     if args.mask is not None:
@@ -73,12 +78,12 @@ def _anchor_pass(args: ContrastArgs, module: Any, isa: int, whole: AnchorPassArg
         by_label = weight.positives == "label"
         terms.append((values.data_ptr(), 0 if counts is None else counts.data_ptr(), scale, of_gradient, by_label))
     threads, shape = torch.get_num_threads(), (anchors.n, candidates.n, anchors.d)
-    work = anchors.rows.new_empty(module.contrast_size(*shape, threads))
+    work = anchors.rows.new_empty(module.contrast_size(*shape, by_columns, threads))
     module.contrast(
         isa, threads, anchors.rows.data_ptr(), *anchors.rows.stride(), candidates.rows.data_ptr(),
         *candidates.rows.stride(), anchors.inv_norm.data_ptr(), *keys, _NO_KEY, *of_means, *shape, args.offset,
-        work.data_ptr(), 0, *((0, 0) if out is None else (out.data_ptr(), out.stride(0))), whole.accumulate, 0,
-        args.temperature, 0.0, *terms,
+        work.data_ptr(), 0, *((0, 0, 0) if out is None else (out.data_ptr(), *out.stride())), whole.accumulate, 0,
+        args.temperature, 0.0, by_columns, *terms,
     )  # fmt: skip
 
 
@@ -121,12 +126,12 @@ def _info_nce(inputs: LossInputs, temperature: float, module: Any, isa: int) -> 
     by_temperature = anchors.new_empty(n) if options.temperature_grad else None
     scale = 1 / n if options.reduction == "mean" else 1.0
     threads, shape = torch.get_num_threads(), (n, candidates.shape[0], d)
-    work = anchors.new_empty(module.contrast_size(*shape, threads))
+    work = anchors.new_empty(module.contrast_size(*shape, False, threads))
     module.contrast(
         isa, threads, anchors.data_ptr(), *anchors.stride(), candidates.data_ptr(), *candidates.stride(), 0, *keys,
         options.ignore_index, 0, 0, 0, *shape, options.offset, work.data_ptr(), 0 if loss is None else loss.data_ptr(),
-        0 if gradient is None else gradient.data_ptr(), d, False,
-        0 if by_temperature is None else by_temperature.data_ptr(), temperature, options.eps,
+        0 if gradient is None else gradient.data_ptr(), d, 1, False,
+        0 if by_temperature is None else by_temperature.data_ptr(), temperature, options.eps, False,
         (values.data_ptr(), 0, scale, scale, False),
     )  # fmt: skip
     result = values if loss is None else loss

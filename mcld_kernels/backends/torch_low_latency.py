@@ -34,8 +34,11 @@ from .chunks import CHUNK_MB
 # Where one shift serves all rows, similarities stay between -40 and 40: exp needs none at all, and ratios of sums of so
 # many exponentials stay inside fp32: exp(80) x 4096 = 2e38.
 LARGEST_SIZE = 4096
-# Rows up to which csrc/cpu/low_latency.cpp, which keeps matrices, is as fast as csrc/cpu/contrast.cpp; measured.
+# Rows and columns up to which csrc/cpu/low_latency.cpp, with matrices, is as fast as csrc/cpu/contrast.cpp; measured.
 _LARGEST_MATRIX = 1536
+# Multiply-adds of the similarities of columns up to which it is as fast: alone, above so many rows and up to them, and
+# beside row terms; measured.
+_LARGEST_COLUMNS = {"above": 1 << 25, "alone": 1 << 27, "beside": 1 << 30}
 # Multiply-adds of the similarities up to which the compiled module's own GEMMs are as fast as PyTorch's.
 _LARGEST_GEMM = {"baseline": 1 << 20, "avx2": 1 << 27, "avx512": 1 << 31}
 _SERIAL_ROWS = 64  # over columns vector_norm adds row after row; `sum` adds in parts, with less rounding error
@@ -57,8 +60,9 @@ def mcld(inputs: LossInputs, tuning: LowLatencyTuning) -> Callable[[LossInputs],
     if not _applies(inputs, tuning.chunk_bytes):
         return None
     if tuning.compiled and (module := compiled_module()) is not None and has_plain_fp32_memory(inputs):
-        is_large = inputs.student.shape[0] > _LARGEST_MATRIX
-        if is_large and tuning.compiled_contrast and _can_contrast(inputs.options):
+        n, num_classes = inputs.student.shape
+        is_large = max(n, num_classes) > _LARGEST_MATRIX or n * num_classes**2 > _LARGEST_COLUMNS["alone"]
+        if is_large and tuning.compiled_contrast and _is_for_contrast(inputs.options, n, num_classes):
             return None
         return partial(_mcld_compiled, module=module, tuning=tuning)
     return None if inputs.options.direction == "self" else _mcld_torch
@@ -82,10 +86,23 @@ def _applies(inputs: LossInputs, chunk_bytes: int) -> bool:
     )
 
 
-def _can_contrast(options: MCLDOptions) -> bool:
-    """True where csrc/cpu/contrast.h takes the rows, of which it keeps no matrix."""
-    instance, sample, _ = options.active
-    return (instance or sample) and options.direction == "student"
+def _is_for_contrast(options: MCLDOptions, n: int, num_classes: int) -> bool:
+    """True where csrc/cpu/contrast.h is faster, which keeps no matrix."""
+    instance, sample, category = options.active
+    if instance or sample:
+        if options.direction != "student" or n > _LARGEST_MATRIX:
+            return options.direction == "student"
+        limit = _LARGEST_COLUMNS["beside"]
+    else:
+        limit = _LARGEST_COLUMNS["above" if n > _LARGEST_MATRIX else "alone"]
+    is_large = num_classes > _LARGEST_MATRIX or n * num_classes**2 > limit
+    return category and is_large and has_slices(num_classes, torch.get_num_threads())
+
+
+@lru_cache(maxsize=256)
+def has_slices(columns: int, threads: int) -> bool:
+    """True where a contrast of columns has a slice of 16 of them for at least half of the threads."""
+    return 2 * -(-columns // 16) >= threads
 
 
 @lru_cache(maxsize=256)
@@ -234,7 +251,7 @@ def _plan(options: MCLDOptions, n: int, num_classes: int) -> _Plan | None:
         module is None
         or sample
         or not _takes_gemms(options.active, n, num_classes, tuning)
-        or (n > _LARGEST_MATRIX and _can_contrast(options))
+        or _is_for_contrast(options, n, num_classes)
         or not _options_apply(options, n, num_classes, torch.float32, tuning.chunk_bytes, False)
     ):
         return None

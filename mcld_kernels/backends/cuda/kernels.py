@@ -21,6 +21,7 @@ from ...kernels import (
     KernelSet,
     LossInputs,
     LossOutputs,
+    MeanOf,
     NegativeSums,
     TermWeight,
     UnitRows,
@@ -95,9 +96,11 @@ class CudaKernels(KernelSet):
 
     has_anchor_pass = True
 
-    def anchor_pass(self, args: ContrastArgs, out: Tensor | None) -> Callable[[AnchorPassArgs], None] | None:
-        # The one epilogue takes a fixed shift and a gradient whose rows are contiguous.
-        if out is None or (out.stride(1) != 1 and out.shape[1] > 1):
+    def anchor_pass(
+        self, args: ContrastArgs, out: Tensor | None, mean_of: MeanOf | None
+    ) -> Callable[[AnchorPassArgs], None] | None:
+        # The one epilogue takes a fixed shift, padded class means, and a gradient whose rows are contiguous.
+        if mean_of == "anchor" or out is None or (out.stride(1) != 1 and out.shape[1] > 1):
             return None
         if not self.tuning.one_epilogue or not args.has_fixed_shift():
             return None
