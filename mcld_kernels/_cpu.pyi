@@ -127,7 +127,7 @@ def clkd(
     eps: float,
     /,
 ) -> None: ...
-def contrast_size(n: int, m: int, d: int, threads: int, /) -> int: ...
+def contrast_size(n: int, m: int, d: int, by_columns: bool, threads: int, /) -> int: ...
 def contrast(
     isa: int,
     threads: int,
@@ -154,9 +154,12 @@ def contrast(
     loss: int,
     gradient: int,
     gradient_row: int,
+    gradient_column: int,
     accumulate: bool,
     by_temperature: int,
     temperature: float,
     eps: float,
+    by_columns: bool,
+    part: int,
     *terms: tuple[int, int, float, float, bool],
 ) -> None: ...

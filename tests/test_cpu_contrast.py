@@ -6,6 +6,7 @@ candidates that are read in place and such that are copied; the same of columns.
 
 import itertools
 import math
+import signal
 
 import pytest
 import torch
@@ -328,6 +329,42 @@ def test_the_number_of_threads_changes_nothing(by_columns, isa):
         torch.set_num_threads(threads)
     for loss, gradient in results[1:]:
         assert torch.equal(loss, results[0][0]) and torch.equal(gradient, results[0][1])
+
+
+def test_a_large_call_in_parts_hears_a_signal(isa, monkeypatch):
+    torch.manual_seed(0)
+    rows, candidates = torch.randn(700, 40), torch.randn(900, 40)
+    whole = info_nce(rows, candidates, backend="torch", reduction="none")
+    monkeypatch.setattr(torch_contrast, "_PART", 1)
+    mean = info_nce(rows, candidates, backend="torch")
+    assert torch.equal(info_nce(rows, candidates, backend="torch", reduction="none"), whole)
+    assert float(mean) == pytest.approx(float(whole.mean()), rel=1e-6)
+
+    class HeardError(Exception):
+        pass
+
+    def hear(*_):
+        raise HeardError
+
+    rows = UnitRows(rows=F.normalize(torch.randn(16384, 64)), inv_norm=torch.ones(16384), n=16384, d=64)
+    args = ContrastArgs(anchors=rows, candidates=rows, temperature=TEMPERATURE, offset=0)
+    per_anchor = torch.full((1, rows.n), torch.nan)
+    weights = (TermWeight(term=0, positives="diagonal", constant=1.0),)
+    compute = backends.kernel_set("torch", rows.rows, rows.rows).anchor_pass(args, None, None)
+    before = signal.signal(signal.SIGALRM, hear)
+    try:
+        with pytest.raises(HeardError):
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+            compute(
+                AnchorPassArgs(
+                    weights=weights, per_anchor=per_anchor, out=None, class_means=None, class_index=None,
+                    accumulate=False,
+                )
+            )  # fmt: skip
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert per_anchor[0, -1].isnan()  # the rest was not computed
 
 
 def test_late_in_training_the_loss_keeps_its_digits(isa):

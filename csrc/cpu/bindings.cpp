@@ -117,7 +117,7 @@ void run_contrast(int isa, int threads, uintptr_t anchors, int64_t anchors_row, 
                   int64_t class_means_row, uintptr_t class_index, int64_t n, int64_t m, int64_t d, int64_t offset,
                   uintptr_t work, uintptr_t loss, uintptr_t gradient, int64_t gradient_row, int64_t gradient_column,
                   bool accumulate, uintptr_t by_temperature, float temperature, float eps, bool by_columns,
-                  const py::args& terms) {
+                  int64_t part, const py::args& terms) {
   check_isa(isa);
   Contrast call;
   call.anchors = pointer<const float>(anchors), call.candidates = pointer<const float>(candidates);
@@ -142,8 +142,17 @@ void run_contrast(int isa, int threads, uintptr_t anchors, int64_t anchors_row, 
     call.term[call.terms++] = {pointer<float>(values), pointer<const uint8_t>(counted), scale, weight, by_label};
   }
   if (call.terms == 0) throw py::value_error("a contrast has one or two terms");
-  py::gil_scoped_release release;
-  contrast(call, isa);
+  // In parts of so many multiply-adds of a worker's similarities, so that a signal (Ctrl-C) is heard between them.
+  const ContrastLayout at(n, m, d, by_columns, threads);
+  const int64_t of_slice = at.slice * m * d, step = at.workers * (of_slice < part ? part / of_slice : 1);
+  for (call.first_slice = 0; call.first_slice < at.slices; call.first_slice = call.last_slice) {
+    call.last_slice = call.first_slice + step < at.slices ? call.first_slice + step : at.slices;
+    {
+      py::gil_scoped_release release;
+      contrast(call, isa);
+    }
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+  }
 }
 
 int64_t contrast_size(int64_t n, int64_t m, int64_t d, bool by_columns, int threads) {

@@ -24,11 +24,12 @@ struct Call : Contrast {
   ContrastLayout at;
   int64_t width;  // d, padded to whole vectors
   bool with_product;
-  int64_t next = 0;  // the next slice
+  int64_t next;  // the next slice
 
   explicit Call(const Contrast& call) : Contrast(call), at(call.n, call.m, call.d, call.by_columns, call.threads) {
     width = (d + kLanes - 1) / kLanes * kLanes;
     with_product = gradient != nullptr || by_temperature != nullptr;
+    next = first_slice;
   }
 
   const float* candidate_inv_norm() const { return work + at.inv_norm; }
@@ -278,17 +279,17 @@ struct Call : Contrast {
   }
 
   void take_slices(int64_t worker) {
-    for (int64_t slice; (slice = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < at.slices;) {
+    for (int64_t slice; (slice = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < last_slice;) {
       take_slice(slice_of(slice, worker));
     }
   }
 
   void run() {
-    read_candidates();
+    if (first_slice == 0) read_candidates();
     const int64_t workers = n * m * (1 + d / kProductsOfElement) < kWorkOfThread ? 1 : at.workers;
     const auto task = [](void* data, int64_t worker) { static_cast<Call*>(data)->take_slices(worker); };
     parallel(int(workers), workers, task, this);
-    if (loss == nullptr) return;
+    if (loss == nullptr || last_slice < at.slices) return;
     double total = 0;
     for (int64_t i = 0; i < n; ++i) total += double(term[0].values[i]);
     *loss = float(total);

@@ -58,6 +58,7 @@ struct Contrast {
   float eps;               // a row with norm <= eps has no direction
   bool by_columns;         // all matrices; with inv_norm, without keys, label positives and by_temperature
   int threads;
+  int64_t first_slice, last_slice;  // the call's part: all parts in their order, from 0 to ContrastLayout::slices, on one workspace
 };
 
 // The workspace, in floats: what all workers share, then `worker` for each of them.
