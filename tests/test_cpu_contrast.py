@@ -29,6 +29,7 @@ SHAPES = [
     (1, 1, 1, 0),
     (2, 7, 3, 5),
     (16, 16, 16, 0),
+    (3, 513, 3, 1),  # a block that ends less than a vector before the last row does
     (5, 40, 33, 2),
     (70, 131, 64, 61),
     (65, 300, 290, 17),

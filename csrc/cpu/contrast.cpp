@@ -147,9 +147,9 @@ struct Call : Contrast {
       const int64_t last = smaller(first + at.block, m);
       const float* rows = candidates + first * candidates_row;
       int64_t pitch = candidates_row, column = by_columns ? candidates_column : 1;
-      // The last vector of a row may reach into the next one, whose numbers go to columns that nobody reads; the last row
-      // of all has no next one.
-      if (!by_columns && (candidates_column != 1 || (width > d && last == m))) {
+      // The last vector of a row may reach into the next ones, whose numbers go to columns that nobody reads, but not past
+      // the last row of all.
+      if (!by_columns && (candidates_column != 1 || (m - last) * candidates_row < width - d)) {
         for (int64_t j = 0; j < last - first; ++j) {
           copy_row(rows + j * candidates_row, candidates_column, d, width, 0, s.rows + j * at.pitch);
         }
