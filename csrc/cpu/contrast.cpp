@@ -18,6 +18,9 @@ constexpr int32_t kNoKey = INT32_MIN, kNoAnchorKey = INT32_MIN + 1;
 // Of the product by columns, taken together: they stay in the first cache. Whole tiles, and whole parts of a sum.
 constexpr int64_t kRowsOfProduct = 96;
 static_assert(kRowsOfProduct % kTileRows == 0 && kRowsOfProduct % kRowsOfSum == 0, "rows are not cut");
+// Numbers of the vectors that hold so many.
+constexpr int64_t whole_vectors(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
+
 constexpr int64_t kWorkOfThread = 1 << 15;  // elements that are worth waking threads
 
 struct Call : Contrast {
@@ -27,13 +30,16 @@ struct Call : Contrast {
   int64_t next;  // the next slice
 
   explicit Call(const Contrast& call) : Contrast(call), at(call.n, call.m, call.d, call.by_columns, call.threads) {
-    width = (d + kLanes - 1) / kLanes * kLanes;
+    width = whole_vectors(d);
     with_product = gradient != nullptr || by_temperature != nullptr;
     next = first_slice;
   }
 
   const float* candidate_inv_norm() const { return work + at.inv_norm; }
   const int32_t* candidate_key() const { return reinterpret_cast<const int32_t*>(work + at.keys); }
+
+  // A key in 32 bits; `none` for a row without one.
+  int32_t short_key(int64_t key, int32_t none) const { return key == no_key ? none : int32_t(key); }
 
   // ---- what all slices share
 
@@ -54,9 +60,7 @@ struct Call : Contrast {
     for_slices(threads, m, kLanes, m * (inv_norm == nullptr ? d : 2), [=](int64_t first, int64_t last) {
       for (int64_t j = first; j < last; ++j) {
         inverse[j] = inv_norm != nullptr ? 1.f : inv_norm_of(candidates + j * candidates_row, candidates_column);
-        if (keys == nullptr) continue;
-        const int64_t own = candidate_keys[j * candidate_keys_stride];
-        key[j] = own == no_key ? kNoKey : int32_t(own);
+        if (keys != nullptr) key[j] = short_key(candidate_keys[j * candidate_keys_stride], kNoKey);
       }
     });
   }
@@ -75,7 +79,7 @@ struct Call : Contrast {
   Slice slice_of(int64_t number, int64_t worker) const {
     Slice s;
     s.first = number * at.slice, s.count = smaller(at.slice, n - s.first);
-    s.width = (s.count + kLanes - 1) / kLanes * kLanes;
+    s.width = whole_vectors(s.count);
     float* own = work + at.shared + worker * at.worker;
     s.anchors = own + at.anchors, s.exponentials = own + at.exponentials, s.product = own + at.product;
     s.rows = own + at.rows, s.row = own + at.row, s.partner = s.row + at.pitch;
@@ -99,9 +103,7 @@ struct Call : Contrast {
       const float inverse = inv_norm != nullptr ? 1.f : inverse_norm(dot(s.row, s.row, width), eps);
       s.inv_norm[i] = inv_norm != nullptr ? inv_norm[row] : inverse;
       for (int64_t c = 0; c < d; ++c) s.anchors[c * at.slice + i] = s.row[c] * inverse;
-      if (keys == nullptr) continue;
-      const int64_t own = keys[row * keys_stride];
-      s.keys[i] = own == no_key ? kNoAnchorKey : int32_t(own);
+      if (keys != nullptr) s.keys[i] = short_key(keys[row * keys_stride], kNoAnchorKey);
     }
     for (int64_t i = s.count; i < s.width; ++i) {
       for (int64_t c = 0; c < d; ++c) s.anchors[c * at.slice + i] = 0;
