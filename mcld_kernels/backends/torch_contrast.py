@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache, lru_cache, partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -18,15 +18,12 @@ from torch import Tensor
 from ..info_nce_options import InfoNCEOptions, needs_labels
 from ..kernels import AnchorPassArgs, ContrastArgs, LossInputs, LossOutputs, MeanOf
 from ..options import PLAIN_TYPES, check_positive
-from .torch_low_latency import LowLatencyTuning, compiled_module, has_plain_fp32_memory, has_slices, isa_index
+from .torch_low_latency import LowLatencyTuning, has_plain_fp32_memory, has_slices, isa_index, loaded_module
 
 # exp of it is a number of fp32, and the compiled exponential reaches so far.
 _LARGEST_EXPONENT = 87.0
 _PART = 1 << 35  # multiply-adds of a thread's similarities, about a second: then Python hears signals
 _NO_KEY = -(2**63)  # no row has it
-
-
-_module = cache(compiled_module)
 
 
 @lru_cache(maxsize=256)
@@ -58,7 +55,7 @@ def anchor_pass(
         return None
     if not args.is_bounded or not _has_range(args.temperature, candidates.n):
         return None
-    module = _module()
+    module = loaded_module()
     return None if module is None else partial(_anchor_pass, args, module, isa_index(tuning.isa), by_columns)
 
 
@@ -100,7 +97,7 @@ def info_nce(inputs: LossInputs, tuning: LowLatencyTuning) -> Callable[[LossInpu
         or not options.normalize
         or options.positives != "diagonal"
         or inputs.extra["anchor_weight"] is not None
-        or (module := compiled_module()) is None
+        or (module := loaded_module()) is None
     ):
         return None
     temperature = options.temperature

@@ -159,6 +159,7 @@ def _import_module() -> tuple[Any, str | None]:
 
 
 _import = cache(_import_module)
+loaded_module = cache(compiled_module)  # without a call of Python's, for the steps of each contrast
 
 
 class _Layout(NamedTuple):

@@ -6,16 +6,12 @@ lie in new pages of memory. Compiled, a step reads its rows once and writes its 
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
 from ..kernels import GradEpilogueArgs, KernelSet, UnitRows
 from ..options import PLAIN_TYPES
-from .torch_low_latency import LowLatencyTuning, compiled_module, isa_index
-
-_module = cache(compiled_module)
+from .torch_low_latency import LowLatencyTuning, isa_index, loaded_module
 
 
 class RowKernels(KernelSet):
@@ -27,7 +23,7 @@ class RowKernels(KernelSet):
         plain = x.dtype == operand_dtype == torch.float32 and x.is_cpu and type(x) in PLAIN_TYPES
         (n, d), (row, column) = x.shape, x.stride()
         by_columns = not (column == 1 or d == 1)
-        module = _module() if plain and self.tuning.compiled and n * d > 0 else None
+        module = loaded_module() if plain and self.tuning.compiled and n * d > 0 else None
         if module is None or (by_columns and not (row == 1 or n == 1)):
             return super().l2_normalize(x, operand_dtype, eps)
         # new_empty: torch's default device may be another one.
@@ -56,7 +52,7 @@ class RowKernels(KernelSet):
 def _grad_epilogue(args: GradEpilogueArgs, tuning: LowLatencyTuning) -> bool:
     """As `KernelSet.grad_epilogue`; False, with nothing done, where the module does not serve these tensors."""
     unit, partner, product, out, c = args.unit, args.partner, args.product, args.out, args.coefficients
-    module = _module()
+    module = loaded_module()
     if module is None:
         return False
     first = min(max(args.rows.start, -args.offset), args.rows.stop)  # of the rows that have a partner, and their last
