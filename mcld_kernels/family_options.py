@@ -13,6 +13,7 @@ from torch import Tensor
 from .distributed import RanksOptions
 from .options import (
     MCLDOptions,
+    are_classes,
     check_backend,
     check_eps,
     check_ignore_index,
@@ -23,6 +24,7 @@ from .options import (
     instance_term,
     is_number,
     is_readable,
+    label_bounds,
 )
 
 Negatives = Literal["teacher", "student"]
@@ -224,17 +226,10 @@ def check_mlkd_target(target: Tensor | None, student: Tensor, options: MLKDOptio
     check_target(target, student, options.ignore_index, read_values=False)
     if not is_readable(target) or target.numel() == 0:
         return None
-    low, high = torch.aminmax(target)
-    if int(low) >= 0:
-        # Labels are compared with one another alone, so they may exceed the width of an embedding.
-        num_classes = student.shape[1]
-        return int(high) < num_classes and not 0 <= options.ignore_index < num_classes
-    bad = target[(target < 0) & (target != options.ignore_index)]
-    if bad.numel():
-        raise ValueError(
-            f"target holds {int(bad[0])}; labels must be >= 0 or equal ignore_index={options.ignore_index}"
-        )
-    return False
+    # Labels are compared with one another alone, so they may exceed the width of an embedding.
+    most = torch.iinfo(torch.int64).max
+    bounds = label_bounds("target", target, options.ignore_index, most=most, allowed=">= 0")
+    return are_classes(bounds, student.shape[1], options.ignore_index)
 
 
 def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> Any:

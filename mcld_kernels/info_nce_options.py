@@ -21,6 +21,7 @@ from .options import (
     check_soft_labels,
     instance_term,
     is_readable,
+    label_bounds,
 )
 
 Reduction = Literal["mean", "sum", "none"]
@@ -216,12 +217,5 @@ def _check_labels(name: str, target: Tensor, rows: Tensor, ignore_index: int, re
     if not read_values or not is_readable(target):
         return False
     if n:
-        low, high = torch.aminmax(target)
-        if 0 <= int(low) and int(high) <= MAX_LABEL:
-            return True
-        bad = target[((target < 0) | (target > MAX_LABEL)) & (target != ignore_index)]
-        if bad.numel():
-            raise ValueError(
-                f"{name} holds {int(bad[0])}; labels must be in [0, {MAX_LABEL}] or equal ignore_index={ignore_index}"
-            )
+        label_bounds(name, target, ignore_index, most=MAX_LABEL, allowed=f"in [0, {MAX_LABEL}]")
     return True

@@ -18,7 +18,7 @@ from torch.utils import _python_dispatch
 from . import backends, distributed, replay
 from .distributed import Ranks, RanksOptions
 from .kernels import KernelSet, LossInputs, LossOutputs
-from .options import acc_dtype, grad_dtype, is_observed, is_readable, no_autocast
+from .options import acc_dtype, are_classes, grad_dtype, is_observed, is_readable, no_autocast
 
 _LIBRARY = torch.library.Library("mcld_kernels", "DEF")
 _OPERATORS: dict[str, LossOperator] = {}
@@ -223,7 +223,7 @@ class LossOperator:
             teacher_grad=call.teacher_grad,
             labels_are_classes=(
                 self._has_classes
-                and _are_classes(call.target, student.shape[1], getattr(call.options, "ignore_index", -1))
+                and _are_known_classes(call.target, student.shape[1], getattr(call.options, "ignore_index", -1))
                 if call.labels_are_classes is None
                 else call.labels_are_classes
             ),
@@ -386,14 +386,12 @@ def needs_grad(tensor: Tensor | None) -> bool:
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
 
 
-def _are_classes(target: Tensor | None, num_classes: int, ignore_index: int) -> bool:
+def _are_known_classes(target: Tensor | None, num_classes: int, ignore_index: int) -> bool:
     """True where every label is known to be a class. Labels on a GPU are not read: that would synchronize."""
     if target is None or target.numel() == 0 or target.dtype != torch.int64 or not is_readable(target):
         return False
-    if 0 <= ignore_index < num_classes:
-        return False
-    low, high = torch.aminmax(target)
-    return int(low) >= 0 and int(high) < num_classes
+    low, high = (int(bound) for bound in torch.aminmax(target))
+    return are_classes((low, high), num_classes, ignore_index)
 
 
 def _schema_type(hint: Any) -> str:

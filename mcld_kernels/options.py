@@ -425,16 +425,29 @@ def check_target(
     if target.shape != (batch,):
         raise ValueError(f"{name} must have shape ({shape},) = ({batch},); got {tuple(target.shape)}")
     if read_values and batch > 0 and is_readable(target):
-        low, high = torch.aminmax(target)
-        if 0 <= int(low) and int(high) < classes:
-            return not 0 <= ignore_index < classes
-        bad = target[((target < 0) | (target >= classes)) & (target != ignore_index)]
+        bounds = label_bounds(name, target, ignore_index, most=classes - 1, allowed=f"in [0, {classes})")
+        return are_classes(bounds, classes, ignore_index)
+    return None
+
+
+def label_bounds(name: str, target: Tensor, ignore_index: int, *, most: int, allowed: str) -> tuple[int, int]:
+    """The smallest and the largest of some labels (batch,) that can be read; batch > 0.
+
+    Raises ValueError where one is outside [0, most], which the message calls ``allowed``, and not ``ignore_index``.
+    """
+    low, high = (int(bound) for bound in torch.aminmax(target))
+    if low < 0 or high > most:
+        bad = target[((target < 0) | (target > most)) & (target != ignore_index)]
         if bad.numel():
             raise ValueError(
-                f"{name} holds {int(bad[0])}; labels must be in [0, {classes}) or equal ignore_index={ignore_index}"
+                f"{name} holds {int(bad[0])}; labels must be {allowed} or equal ignore_index={ignore_index}"
             )
-        return False
-    return None
+    return low, high
+
+
+def are_classes(bounds: tuple[int, int], num_classes: int, ignore_index: int) -> bool:
+    """True where labels from bounds[0] to bounds[1] are all in [0, num_classes), and none is ignored."""
+    return bounds[0] >= 0 and bounds[1] < num_classes and not 0 <= ignore_index < num_classes
 
 
 def check_soft_labels(name: str, target: Tensor, n: int, *, num_classes: int | None = None, read_values: bool) -> None:
