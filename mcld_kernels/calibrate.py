@@ -11,7 +11,6 @@ of a run of the repository's bench/run.py.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
 import multiprocessing
@@ -21,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from enum import IntEnum
 from functools import partial
 from pathlib import Path
@@ -32,6 +31,7 @@ from torch import Tensor
 
 from . import backends, calibrate_forms
 from .backends import forms, timings
+from .calibrate_plan import Plan
 from .losses.mcld import mcld_loss
 from .options import Backend
 from .version import __version__
@@ -69,27 +69,6 @@ EXIT_CODES = (
     "exit codes: 0 done; 1 a result is wrong or missing; 2 bad arguments; 3 no CUDA device; "
     "4 the output cannot be written; 130 interrupted"
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """The grid of one process: every candidate at every shape, at one float32 matmul precision."""
-
-    candidates: tuple[str, ...]
-    dtypes: tuple[str, ...]
-    batches: tuple[int, ...]
-    classes: tuple[int, ...]
-    precision: str = "highest"
-    rounds: int = 20
-    device: str = "cuda"
-    skip_forms: tuple[str, ...] = ()  # that hung or crashed
-    skip_shapes: tuple[tuple[str, int, int], ...] = ()  # dtype, batch, classes: with their forms done
-
-    def shapes(self) -> Iterator[forms.Shape]:
-        """The shapes to measure, of one dtype after another."""
-        for dtype, classes, batch in itertools.product(self.dtypes, self.classes, self.batches):
-            if (dtype, batch, classes) not in self.skip_shapes:
-                yield forms.Shape(dtype=dtype, precision=self.precision, batch=batch, classes=classes)
 
 
 def floor_dtype(dtype: str, precision: str) -> str:

@@ -9,12 +9,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from .backends import forms
-
-if TYPE_CHECKING:
-    from .calibrate import Plan
+from .calibrate_plan import Plan
 
 STALL_S = 60  # without a line from the process, after which the form under way is left out
 Row = dict[str, Any]

@@ -35,7 +35,7 @@ from ..family_options import CLKDOptions, CLKDTerms, Reduction, check_gather, ch
 from ..kernels import KernelSet, LossInputs, LossOutputs, slices
 from ..ops import LossOperator
 from ..options import Backend, check_backend, grad_dtype
-from .clkd_correlation import gram_of, is_by_rows
+from .clkd_correlation import Batch, gram_of, is_by_rows
 from .module_options import Option
 from .module_over_ranks import ModuleOverRanks
 
@@ -267,7 +267,16 @@ class _CLKD:
         self.dots_needed = zeros[2 - self.needed[0] : 2 + self.needed[1]]  # of the sides with a gradient
         self.row_inv_norm: list[tuple[Tensor, Tensor]] = []
         self.column_inv_norm = self.difference_mean = self.middle_mean = zeros[:0]
-        self.gram = gram_of(self, budget) if self.correlation else None
+        batch = Batch(
+            n=n,
+            total=self.total,
+            num_classes=num_classes,
+            acc_dtype=self.acc,
+            device=device,
+            needed=self.needed,
+            ranks=ranks,
+        )
+        self.gram = gram_of(batch, budget) if self.correlation else None
 
     def outputs(self) -> LossOutputs:
         if self.category or self.correlation:

@@ -6,32 +6,47 @@ D and M are gathered, and each rank computes those of its own rows. The value is
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..distributed import Ranks
 from ..kernels import slices
 
-if TYPE_CHECKING:
-    from .clkd import _CLKD as Call
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """The batch of a call."""
+
+    n: int  # rows of this process
+    total: int  # rows of the global batch
+    num_classes: int
+    acc_dtype: torch.dtype
+    device: torch.device
+    needed: tuple[bool, bool]  # the gradients by student and teacher
+    ranks: Ranks | None
+
+    @property
+    def count(self) -> int:
+        """The number of ranks."""
+        return 1 if self.ranks is None else self.ranks.count
 
 
-def gram_of(call: Call, budget: int) -> _ByClasses | _WholeBatch:
-    """The form of the correlation that takes fewer flop and whose matrix fits."""
-    num_classes = call.num_classes
-    if is_by_rows(call.total, num_classes, call.ranks is not None):
-        return _ByRows(call, budget)
-    if 2 * num_classes**2 * call.acc.itemsize <= budget:
-        return _ByClasses(call)
-    return _ByBlocks(call, budget)
+def gram_of(batch: Batch, budget: int) -> _ByClasses | _WholeBatch:
+    """The form of the correlation that takes fewer flop and whose matrix fits into ``budget`` bytes."""
+    if is_by_rows(batch.total, batch.num_classes, batch.ranks is not None):
+        return _ByRows(batch, budget)
+    if 2 * batch.num_classes**2 * batch.acc_dtype.itemsize <= budget:
+        return _ByClasses(batch)
+    return _ByBlocks(batch, budget)
 
 
 class _ByClasses:
     """G (C, C) whole."""
 
-    def __init__(self, call: Call):
-        self.call, self.product = call, None
+    def __init__(self, batch: Batch):
+        self.batch, self.product = batch, None
 
     product: Tensor | None
 
@@ -41,15 +56,15 @@ class _ByClasses:
 
     def finish(self, weight: Tensor | float, factor: float) -> Tensor:
         """The term, from the factor of ||G||^2; weight: of the term in the gradient."""
-        call, product = self.call, self.product
+        batch, product = self.batch, self.product
         if product is None:  # a rank without rows
-            product = call.column_square.new_zeros(call.num_classes, call.num_classes)
-        if call.ranks is not None:
-            call.ranks.all_reduce(product)
+            product = torch.zeros(batch.num_classes, batch.num_classes, dtype=batch.acc_dtype, device=batch.device)
+        if batch.ranks is not None:
+            batch.ranks.all_reduce(product)
         gram = product + product.T
         # Not one dot product: over all C^2 entries it sums serially, with ten times the rounding error.
         term = torch.linalg.vecdot(gram, gram).sum() * factor
-        self.product = gram.mul_(4 * factor * call.count * weight)
+        self.product = gram.mul_(4 * factor * batch.count * weight)
         return term
 
     def add_gradient(self, rows: slice, side: int, centred: Tensor, g: Tensor) -> None:
@@ -61,12 +76,11 @@ class _ByClasses:
 class _WholeBatch:
     """Keeps D and M (B, C) of the whole batch: the base of both forms whose matrices come by chunks."""
 
-    def __init__(self, call: Call, budget: int):
-        self.call, self.budget = call, budget
-        student = call.inputs.student
-        shape = 2, call.n, call.num_classes
-        self.difference, self.middle = torch.empty(shape, dtype=call.acc, device=student.device).unbind()
-        self.gradients = [torch.empty_like(self.middle) if needed else None for needed in call.needed]
+    def __init__(self, batch: Batch, budget: int):
+        self.batch, self.budget = batch, budget
+        shape = 2, batch.n, batch.num_classes
+        self.difference, self.middle = torch.empty(shape, dtype=batch.acc_dtype, device=batch.device).unbind()
+        self.gradients = [torch.empty_like(self.middle) if needed else None for needed in batch.needed]
 
     def add(self, rows: slice, difference: Tensor, middle: Tensor) -> None:
         self.difference[rows], self.middle[rows] = difference, middle
@@ -75,7 +89,7 @@ class _WholeBatch:
         term = self._square() * factor
         for gradient, sign in zip(self.gradients, (4, -4), strict=True):
             if gradient is not None:
-                gradient.mul_(sign * factor * self.call.count * weight)
+                gradient.mul_(sign * factor * self.batch.count * weight)
         return term
 
     def add_gradient(self, rows: slice, side: int, centred: Tensor, g: Tensor) -> None:
@@ -92,12 +106,12 @@ class _ByRows(_WholeBatch):
     """By (B, B) matrices, a chunk of their rows at a time."""
 
     def _square(self) -> Tensor:
-        own, ranks = (self.difference, self.middle), self.call.ranks
+        own, ranks = (self.difference, self.middle), self.batch.ranks
         d, m = own
         if ranks is not None:
             d, m = ranks.all_gather(torch.stack(own, 1)).unbind(1)
         total = d.new_zeros(())
-        chunks = slices(self.call.n, max(1, self.budget // (4 * self.call.total * d.itemsize)))
+        chunks = slices(self.batch.n, max(1, self.budget // (4 * self.batch.total * d.itemsize)))
         for rows in chunks:
             own_d, own_m = own[0][rows], own[1][rows]
             dd, mm, h = own_d @ d.T, own_m @ m.T, own_m @ d.T  # (rows, B)
@@ -114,13 +128,13 @@ class _ByBlocks(_WholeBatch):
     """By blocks of columns of G (C, C)."""
 
     def _square(self) -> Tensor:
-        d, m, num_classes = self.difference, self.middle, self.call.num_classes
+        d, m, num_classes = self.difference, self.middle, self.batch.num_classes
         total = d.new_zeros(())
         sides = [None if g is None else m + d * half for g, half in zip(self.gradients, (0.5, -0.5), strict=True)]
         for columns in slices(num_classes, max(1, self.budget // (2 * num_classes * d.itemsize))):
             block = torch.addmm(d.T @ m[:, columns], m.T, d[:, columns])  # (C, columns)
-            if self.call.ranks is not None:
-                self.call.ranks.all_reduce(block)
+            if self.batch.ranks is not None:
+                self.batch.ranks.all_reduce(block)
             for gradient, centred in zip(self.gradients, sides, strict=True):
                 if gradient is not None and centred is not None:
                     gradient[:, columns] = centred @ block

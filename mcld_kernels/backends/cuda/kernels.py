@@ -64,7 +64,7 @@ class CudaKernels(KernelSet):
             self._plans[key] = None
             return compute(self, inputs)
         module = self.launch.module
-        recorder = plans.Recorder(module)
+        recorder = plans.CallRecorder(module)
         with recorder:
             outputs = compute(CudaKernels(Launcher(module, self.launch.device, recorder), self.tuning), inputs)
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -14,14 +14,24 @@ from .. import gemm
 if TYPE_CHECKING:
     from mcld_kernels._C import Constants
 
-    from .plans import Recorder
-
 LOG2E = 1.4426950408889634
 _TYPE_NAMES: dict[torch.dtype, Literal["float32", "float16", "bfloat16"]] = {
     torch.float32: "float32",
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
 }
+
+
+class Recorder(Protocol):
+    """The recorder of a launcher's calls (`plans.CallRecorder`)."""
+
+    plan: Any  # csrc/plan.h, to which a launch appends itself
+
+    def launched(self) -> None:
+        """A launch has been appended to the plan."""
+
+    def gemm(self, left: Tensor, right: Tensor, out: Tensor, accumulate: bool) -> None:
+        """The library's product, as `gemm.gemm`, recorded."""
 
 
 class Launcher:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,9 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ...kernels import LossInputs, LossOutputs
 from ...options import float32_precision
 from .. import gemm
-
-if TYPE_CHECKING:
-    from .launcher import Launcher
+from .launcher import Launcher
 
 _ALIGNMENT = 256  # of what the allocators give, and more than any kernel needs
 _TERMS_BYTES = _ALIGNMENT  # for the terms of a replay
@@ -109,7 +107,7 @@ class _View:
         return typed[self.dtype].as_strided(self.shape, self.stride, self.offset)
 
 
-class Recorder(TorchDispatchMode):
+class CallRecorder(TorchDispatchMode):
     """Records a call: `Launcher` hands it launches and GEMMs, and torch what else is dispatched."""
 
     def __init__(self, module: Any):
