@@ -342,8 +342,13 @@ void check_awaited() {
 namespace {
 // Launches that end here, for measurements of the host's side.
 bool stubbed = false;
+Launcher* launcher = nullptr;
 int64_t stubbed_launches = 0;
 }  // namespace
+
+bool launch_elsewhere(const void* kernel, dim3 grid, int threads, int shared_bytes, const void* parameters, int64_t bytes) {
+  return launcher && launcher(kernel, grid.x, grid.y, threads, shared_bytes, parameters, bytes);
+}
 
 void run(dim3 grid, int threads, int shared_bytes, const char* name, void (*kernel)(const void*), const void* parameters,
          bool dependent) {
@@ -397,13 +402,18 @@ void run(dim3 grid, int threads, int shared_bytes, const char* name, void (*kern
 
 }  // namespace mcld::emulation
 
-// The vector accesses of so many bytes, 8 or 16, that the kernels have made.
+// From now on launches are given to this function, and to the emulation where it returns 0 or is null.
+extern "C" __attribute__((visibility("default"))) void set_launcher(mcld::emulation::Launcher* function) {
+  mcld::emulation::launcher = function;
+}
+
 // Launches nothing from now on if `on`; returns the launches that were left out so far.
 extern "C" __attribute__((visibility("default"))) int64_t stub_launches(int on) {
   mcld::emulation::stubbed = on != 0;
   return mcld::emulation::stubbed_launches;
 }
 
+// The vector accesses of so many bytes, 8 or 16, that the kernels have made.
 extern "C" __attribute__((visibility("default"))) int64_t vector_accesses(int bytes) {
   return mcld::emulation::vector_accesses[bytes];
 }

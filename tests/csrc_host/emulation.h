@@ -126,6 +126,10 @@ inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
   collective(&in, sizeof in, d, sizeof d, combine);
 }
 
+using Launcher = int(const void* kernel, unsigned grid_x, unsigned grid_y, int threads, int shared_bytes, const void* parameters,
+                     int64_t bytes);
+// Hands a launch to the function that `set_launcher` was given; false where it does not take it.
+bool launch_elsewhere(const void* kernel, dim3 grid, int threads, int shared_bytes, const void* parameters, int64_t bytes);
 void run(dim3 grid, int threads, int shared_bytes, const char* name, void (*body)(const void*), const void* argument,
          bool dependent = false);
 
@@ -185,7 +189,8 @@ inline float warp_sum(float x) {
   return x;
 }
 template <int kThreads> struct BlockSum {
-  struct Storage { float warps[kThreads / 32]; };
+  // As large as CUB's, for launches that go to the compiled kernel.
+  struct Storage { float warps[kThreads / 32]; char rest[kThreads / 32 + 4]; };
   static float run(float x, Storage& storage) {
     x = warp_sum(x);
     if (thread_index() % 32 == 0) storage.warps[thread_index() / 32] = x;
@@ -223,6 +228,8 @@ inline void let_launch_after_begin() {}
 template <class Parameters>
 void launch_dependent(bool dependent, void (*kernel)(Parameters), const char* name, dim3 grid, int threads, int shared_bytes,
                       cudaStream_t, const Parameters& parameters) {
+  const void* const address = reinterpret_cast<const void*>(kernel);
+  if (emulation::launch_elsewhere(address, grid, threads, shared_bytes, &parameters, sizeof parameters)) return;
   struct Call { void (*kernel)(Parameters); const Parameters* parameters; } call{kernel, &parameters};
   emulation::run(grid, threads, shared_bytes, name, [](const void* argument) {
     const Call& call = *static_cast<const Call*>(argument);

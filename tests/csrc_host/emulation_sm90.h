@@ -12,11 +12,14 @@
 
 namespace mcld {
 
-struct TensorMap {
+// Of the size and alignment of the driver's (CUDA 13), so that parameters lie where compiled code expects them.
+struct alignas(128) TensorMap {
   const char* matrix = nullptr;  // 16-bit elements, (rows, pitch)
   int64_t rows = 0, pitch = 0;
   int box_rows = 0;
+  char rest[100] = {};
 };
+static_assert(sizeof(TensorMap) == 128);
 
 #define MCLD_SM90_KERNEL(threads) inline void
 
