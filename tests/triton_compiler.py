@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,41 @@ AMD_CASES = {
 }
 
 
+@dataclass(kw_only=True, slots=True)
+class Bound:
+    """The arguments of a launch, as Triton specializes a kernel for them."""
+
+    values: dict[str, Any]
+    signature: dict[str, str]  # type of each, "constexpr" for a constant
+    constants: dict[tuple[int], Any]
+    attributes: dict[tuple[int], list]  # alignment
+
+    def source(self, kernel: JITFunction) -> ASTSource:
+        return ASTSource(kernel, self.signature, self.constants, self.attributes)
+
+
+def bind(kernel: JITFunction, args: tuple[Any, ...], options: dict[str, Any]) -> Bound:
+    """The arguments by name. What ``options`` holds beside them is for the compiler."""
+    values = kernel.signature.bind(*args, **{k: v for k, v in options.items() if k in kernel.arg_names}).arguments
+    bound = Bound(values=values, signature={}, constants={}, attributes={})
+    for i, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        constant = parameter.is_constexpr or value is None
+        constant |= type(value) is int and value == 1 and not parameter.do_not_specialize
+        if constant:
+            bound.signature[parameter.name], bound.constants[(i,)] = "constexpr", value
+            continue
+        bound.signature[parameter.name] = mangle_type(value)
+        if isinstance(value, torch.Tensor):
+            address = value.storage_offset() * value.itemsize if value.is_meta else value.data_ptr()
+            aligned = address % 16 == 0
+        else:
+            aligned = type(value) is int and value % 16 == 0 and not parameter.do_not_specialize
+        if aligned and not parameter.do_not_specialize_on_alignment:
+            bound.attributes[(i,)] = [["tt.divisibility", 16]]
+    return bound
+
+
 class Compiler:
     def __init__(self, architecture: str, few: bool):
         self.architecture, self.few = architecture, few
@@ -100,23 +136,9 @@ class Compiler:
 
     def launch(self, kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         """Stands in for JITFunction.run."""
-        bound = kernel.signature.bind(*args, **{k: v for k, v in options.items() if k in kernel.arg_names})
+        bound = bind(kernel, args, options)
         options = {k: v for k, v in options.items() if k not in kernel.arg_names}
-        signature, constants, attributes = {}, {}, {}
-        for i, parameter in enumerate(kernel.params):
-            value = bound.arguments[parameter.name]
-            constant = parameter.is_constexpr or value is None
-            constant |= type(value) is int and value == 1 and not parameter.do_not_specialize
-            if constant:
-                signature[parameter.name], constants[(i,)] = "constexpr", value
-                continue
-            signature[parameter.name] = mangle_type(value)
-            if isinstance(value, torch.Tensor):
-                aligned = value.storage_offset() * value.itemsize % 16 == 0
-            else:
-                aligned = type(value) is int and value % 16 == 0 and not parameter.do_not_specialize
-            if aligned and not parameter.do_not_specialize_on_alignment:
-                attributes[(i,)] = [["tt.divisibility", 16]]
+        signature, constants, attributes = bound.signature, bound.constants, bound.attributes
         key = repr((kernel.__name__, sorted(signature.items()), sorted(constants.items()), sorted(attributes), options))
         dtype = next(kind for kind in signature.values() if kind.startswith("*"))
         if self.few and kernel.__name__ not in PRODUCTS:
@@ -124,8 +146,7 @@ class Compiler:
         if key in self.seen:
             return
         self.seen.add(key)
-        source = ASTSource(kernel, signature, constants, attributes)
-        compiled = triton.compile(source, target=self.target, options=options)
+        compiled = triton.compile(bound.source(kernel), target=self.target, options=options)
         report = {
             "triton": triton.__version__,
             "case": self.case,
@@ -135,7 +156,7 @@ class Compiler:
         }
         report |= {
             name.lower(): getattr(value, "name", None) or str(value)
-            for name, value in bound.arguments.items()
+            for name, value in bound.values.items()
             if name.isupper() and name != "ACC"
         }
         report["dtype"] = dtype

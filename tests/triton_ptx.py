@@ -1,8 +1,104 @@
-"""Run the "triton" backend with the PTX that Triton compiles, through the interpreter of tests/ptx. A program of its own:
-an interpreted kernel does not compile, so it must run without TRITON_INTERPRET.
+"""Run the "triton" backend with the PTX that Triton compiles, in the interpreter of tests/ptx, on CPU tensors. A program
+of its own: an interpreted kernel does not compile, so it must run without TRITON_INTERPRET.
 
-    python triton_ptx.py ARCHITECTURE CASE...     (80 or 90; the names of CASES)
+    python triton_ptx.py CASE...     (the names of CASES; all without any)
 
-A launch is compiled with the types, constants and alignment that it has, and its code runs on the CPU tensors of the
-call. Prints one JSON object for each case: errors of loss and gradient, and what eager PyTorch's errors allow.
+A launch is compiled for sm_80 with the types, constants and alignment that it has. Prints a JSON object for each case:
+the launches of each kernel, and what is wrong with loss and gradient at the error bar, if anything.
 """
+
+from __future__ import annotations
+
+import collections
+import json
+import struct
+import sys
+from typing import Any
+
+import cases
+import torch
+import triton
+from ptx import machine, program
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+from triton_compiler import Bound, bind
+
+from mcld_kernels import backends
+from mcld_kernels.backends import triton as triton_backend
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+MASKED = {"direction": "symmetric", "mask_same_class": True, "present_only": True}
+COLD = {"temperature": 0.015, "direction": "teacher"}
+TWO_PRODUCTS = {"flash_pitch": 0}
+# (batch, classes, dtype, options of `mcld_loss`, fields of the tuning)
+CASES: dict[str, tuple[int, int, torch.dtype, dict[str, Any], dict[str, Any]]] = {
+    f"{path}-{cases.short(dtype)}-{name}": (batch, classes, dtype, options, tuning)
+    for path, tuning in (("flash", {}), ("two-products", TWO_PRODUCTS))
+    for dtype in (BF16, FP16, FP32)
+    for name, batch, classes, options in (
+        ("plain", 70, 48, {}),
+        ("masked", 67, 37, MASKED),
+        ("cold", 130, 20, COLD),
+    )
+}
+_PACKED = {"i32": "<i", "u32": "<I", "i64": "<q", "fp32": "<f", "i1": "<?"}
+
+
+def pack(kernel: program.Kernel, bound: Bound) -> bytes:
+    """The parameters as a launch on a GPU gives them; Triton's own, after those of the source, are null."""
+    parameters = bytearray(kernel.parameter_bytes)
+    offsets = iter(kernel.parameters.values())
+    for name, kind in bound.signature.items():
+        if kind == "constexpr":
+            continue
+        value = bound.values[name]
+        if kind.startswith("*"):
+            kind, value = "i64", value.data_ptr()
+        struct.pack_into(_PACKED[kind], parameters, next(offsets), value)
+    return bytes(parameters)
+
+
+class Runner:
+    """Runs launches, and counts those of each kernel."""
+
+    def __init__(self) -> None:
+        self.programs: dict[str, machine.Program] = {}
+        self.launched: collections.Counter[str] = collections.Counter()
+
+    def launch(self, kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        """Stands in for JITFunction.run."""
+        bound = bind(kernel, args, options)
+        compiler_options = {k: v for k, v in options.items() if k not in kernel.arg_names}
+        key = repr((kernel.__name__, bound.signature, bound.constants, bound.attributes, compiler_options))
+        if key not in self.programs:
+            target = GPUTarget("cuda", 80, 32)
+            compiled = triton.compile(bound.source(kernel), target=target, options=compiler_options)
+            self.programs[key] = machine.Program(program.kernels(compiled.asm["ptx"])[kernel.__name__])
+            self.programs[key].metadata = compiled.metadata  # type: ignore[attr-defined]
+        runner = self.programs[key]
+        self.launched[kernel.__name__] += 1
+        x, y, z = (*(grid(bound.values) if callable(grid) else grid), 1, 1)[:3]
+        assert z == 1
+        metadata = runner.metadata  # type: ignore[attr-defined]
+        runner.run((x, y), 32 * metadata.num_warps, metadata.shared, pack(runner.kernel, bound))
+
+
+def main() -> None:
+    runner = Runner()
+    JITFunction.run = lambda kernel, *args, **kwargs: runner.launch(kernel, *args, **kwargs)
+    triton_backend.unavailable_reason = lambda: None
+    triton_backend.unsupported_reason = lambda student, teacher: None
+    for name in sys.argv[1:] or CASES:
+        batch, classes, dtype, options, tuning = CASES[name]
+        runner.launched.clear()
+        wrong = None
+        with backends.tuned(blocks=None, library_product=False, **tuning):
+            try:
+                cases.check("triton", "cpu", "random", batch, classes, dtype, draws=1, ignored=0.2, **options)
+            except (AssertionError, NotImplementedError, machine.Fault) as error:
+                wrong = f"{type(error).__name__}: {error}"
+        print(json.dumps({"case": name, "launched": dict(runner.launched), "wrong": wrong}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

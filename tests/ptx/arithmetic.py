@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -138,9 +136,9 @@ def ballot(x: Array) -> Array:
     return np.broadcast_to(bits, (len(bits), 32)).reshape(-1).copy()
 
 
-def reduce_warp(function: Callable[..., Array], x: Array) -> Array:
+def reduce_warp(function: np.ufunc, x: Array) -> Array:
     """The sum, or another function, of the lanes of each warp, in every lane."""
-    result = function(x.reshape(-1, 32), axis=1, keepdims=True).astype(x.dtype)
+    result = function.reduce(x.reshape(-1, 32), axis=1, keepdims=True, dtype=x.dtype)
     return np.broadcast_to(result, (len(result), 32)).reshape(-1).copy()
 
 

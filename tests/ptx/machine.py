@@ -97,7 +97,8 @@ class ThreadBlock:
         self.program, self.threads = program, threads
         self.tid = np.arange(threads, dtype=np.uint32)
         self.laneid = self.tid % np.uint32(32)
-        self.ctaid_x, self.ctaid_y, self.nctaid_x = np.uint32(place[0]), np.uint32(place[1]), np.uint32(grid[0])
+        self.ctaid_x, self.ctaid_y = (np.uint32(index) for index in place)
+        self.nctaid_x, self.nctaid_y = (np.uint32(size) for size in grid)
         # Parameters lie at an address of their own, aligned as a tensor map asks.
         self._parameters = np.empty(len(parameters) + 128, np.uint8)
         begin = -self._parameters.ctypes.data % 128

@@ -23,7 +23,10 @@ _TYPES = {
     "b8": "uint8", "u8": "uint8", "u16": "uint16", "u32": "uint32", "u64": "uint64",
     "s16": "int16", "s32": "int32", "s64": "int64",
 }  # fmt: skip
-_SPECIAL = {"%tid.x": "tid", "%laneid": "laneid", "%ctaid.x": "ctaid_x", "%ctaid.y": "ctaid_y", "%nctaid.x": "nctaid_x"}
+_SPECIAL = {
+    "%tid.x": "tid", "%laneid": "laneid", "%ctaid.x": "ctaid_x", "%ctaid.y": "ctaid_y", "%nctaid.x": "nctaid_x",
+    "%nctaid.y": "nctaid_y",
+}  # fmt: skip
 _COMPARED = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 _BINARY = {"add": "+", "sub": "-", "mul": "*", "mul.lo": "*", "and": "&", "or": "|", "xor": "^"}
 _IGNORED = ("setmaxnreg.", "fence.", "griddepcontrol.", "wgmma.fence", "bar.sync")
@@ -251,7 +254,8 @@ def _bfe(code: _Code, opcode: str, operands: list[str]) -> None:
 
 
 def _redux(code: _Code, opcode: str, operands: list[str]) -> None:
-    function, type_name = opcode.split(".")[2:]
+    name, type_name = opcode.split(".")[2:]
+    function = {"add": "add", "min": "minimum", "max": "maximum"}[name]
     code.write(operands[0], f"a.reduce_warp(np.{function}, {code.read(operands[1], type_name)})", type_name)
 
 
