@@ -1,9 +1,9 @@
 """Run the "triton" backend with the PTX that Triton compiles, in the interpreter of tests/ptx, on CPU tensors. A program
 of its own: an interpreted kernel does not compile, so it must run without TRITON_INTERPRET.
 
-    python triton_ptx.py CASE...     (the names of CASES; all without any)
+    python triton_ptx.py ARCHITECTURE CASE...     (80 or 90; the names of CASES, all without any)
 
-A launch is compiled for sm_80 with the types, constants and alignment that it has. Prints a JSON object for each case:
+A launch is compiled with the types, constants and alignment that it has. Prints a JSON object for each case:
 the launches of each kernel, and what is wrong with loss and gradient at the error bar, if anything.
 """
 
@@ -41,6 +41,9 @@ CASES: dict[str, tuple[int, int, torch.dtype, dict[str, Any], dict[str, Any]]] =
         ("cold", 130, 20, COLD),
     )
 }
+# Where a GPU of compute capability 8.0 or later has a block's dynamic shared memory if there is no other: Triton's
+# swizzles rely on it.
+SHARED_BASE = 1024
 _PACKED = {"i32": "<i", "u32": "<I", "i64": "<q", "fp32": "<f", "i1": "<?"}
 
 
@@ -61,7 +64,8 @@ def pack(kernel: program.Kernel, bound: Bound) -> bytes:
 class Runner:
     """Runs launches, and counts those of each kernel."""
 
-    def __init__(self) -> None:
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
         self.programs: dict[str, machine.Program] = {}
         self.launched: collections.Counter[str] = collections.Counter()
 
@@ -71,9 +75,10 @@ class Runner:
         compiler_options = {k: v for k, v in options.items() if k not in kernel.arg_names}
         key = repr((kernel.__name__, bound.signature, bound.constants, bound.attributes, compiler_options))
         if key not in self.programs:
-            target = GPUTarget("cuda", 80, 32)
+            target = GPUTarget("cuda", self.architecture, 32)
             compiled = triton.compile(bound.source(kernel), target=target, options=compiler_options)
-            self.programs[key] = machine.Program(program.kernels(compiled.asm["ptx"])[kernel.__name__])
+            code = program.kernels(compiled.asm["ptx"])[kernel.__name__]
+            self.programs[key] = machine.Program(code, shared_base=SHARED_BASE)
             self.programs[key].metadata = compiled.metadata  # type: ignore[attr-defined]
         runner = self.programs[key]
         self.launched[kernel.__name__] += 1
@@ -84,15 +89,16 @@ class Runner:
 
 
 def main() -> None:
-    runner = Runner()
+    architecture, *names = sys.argv[1:]
+    runner = Runner(int(architecture))
     JITFunction.run = lambda kernel, *args, **kwargs: runner.launch(kernel, *args, **kwargs)
     triton_backend.unavailable_reason = lambda: None
     triton_backend.unsupported_reason = lambda student, teacher: None
-    for name in sys.argv[1:] or CASES:
+    for name in names or CASES:
         batch, classes, dtype, options, tuning = CASES[name]
         runner.launched.clear()
         wrong = None
-        with backends.tuned(blocks=None, library_product=False, **tuning):
+        with backends.tuned(blocks=None, architecture=f"sm_{architecture}", library_product=False, **tuning):
             try:
                 cases.check("triton", "cpu", "random", batch, classes, dtype, draws=1, ignored=0.2, **options)
             except (AssertionError, NotImplementedError, machine.Fault) as error:

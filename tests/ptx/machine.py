@@ -27,7 +27,7 @@ _FIRST = 4096  # the address at which the views of this process's memory begin
 _BYTES = (1 << 47) - (1 << 16)
 _memory = np.frombuffer((ctypes.c_uint8 * _BYTES).from_address(_FIRST), np.uint8)
 _MEMORY = {size: _memory.view(f"u{size}") for size in (1, 2, 4, 8)}
-# Dynamic shared memory begins at an address that is aligned to 128 bytes and no more.
+# A kernel of csrc/ asks for dynamic shared memory that is aligned to 128 bytes, and here it gets no more.
 _SHARED_BASE = 1024 + 384
 _BOX_COLUMNS, _BOX_ROW_BYTES = 64, 128
 
@@ -62,8 +62,8 @@ class _Queue:
 class Program:
     """A kernel with its compiled blocks."""
 
-    def __init__(self, kernel: Kernel):
-        self.kernel = kernel
+    def __init__(self, kernel: Kernel, shared_base: int = _SHARED_BASE):
+        self.kernel, self.shared_base = kernel, shared_base
         self.index = {name: i for i, name in enumerate(kernel.registers)}
         self._steps: dict[tuple[int, bool], Step] = {}
 
@@ -105,7 +105,7 @@ class ThreadBlock:
         self._parameters = self._parameters[begin : begin + len(parameters)]
         self._parameters[:] = np.frombuffer(parameters, np.uint8)
         self.parameter_address = np.uint64(self._parameters.ctypes.data)
-        self.shared_base, self.shared_bytes = _SHARED_BASE, shared_bytes
+        self.shared_base, self.shared_bytes = program.shared_base, shared_bytes
         size = (shared_bytes + 7) // 8 * 8
         shared = np.full(size, 0xFF, np.uint8)
         self._shared = {bytes_: shared.view(f"u{bytes_}") for bytes_ in (1, 2, 4, 8)}
@@ -209,7 +209,7 @@ class ThreadBlock:
             _MEMORY[size][index + np.uint64(i)] = np.asarray(value).view(f"u{size}")
 
     def _shared_indices(self, address: Array, size: int, count: int) -> Array:
-        offset = np.asarray(address).astype(np.int64) - _SHARED_BASE
+        offset = np.asarray(address).astype(np.int64) - self.shared_base
         if offset.size and (offset.min() < 0 or offset.max() + size * count > self.shared_bytes):
             raise Fault("an address outside shared memory")
         return self._indices(offset.astype(np.uint64), size, count)
@@ -324,7 +324,7 @@ class ThreadBlock:
         return self._queues.setdefault(warpgroup, _Queue())
 
     def issue_product(
-        self, sums: list[int], a: Any, b: Array, add: Array, across: bool, type_name: str, lanes: Array | None
+        self, sums: list[int], a: Any, b: Array, add: Array, across: tuple[bool, bool], type_name: str, lanes: Array | None
     ) -> None:
         """wgmma of every warpgroup among the lanes; it runs when its group is waited for."""
         for place, warpgroup in enumerate(self._warpgroups(lanes)):
@@ -337,10 +337,10 @@ class ThreadBlock:
             of = slice(128 * warpgroup, 128 * warpgroup + 128)
 
             def product(registers: list, left=left, right=right, accumulate=accumulate, of=of) -> None:
-                before = np.stack([registers[i][of] for i in sums]) if accumulate else None
+                before = np.stack([registers[i][of].view(np.float32) for i in sums]) if accumulate else None
                 after = matrix.wgmma(self, left, right, before, 2 * len(sums), across, type_name)
                 for i, values in zip(sums, after, strict=True):
-                    registers[i] = put(registers[i], of, values)  # type: ignore[arg-type]
+                    registers[i] = put(registers[i], of, values.view(registers[i].dtype))  # type: ignore[arg-type]
 
             self._queue(warpgroup).open.append(product)
 

@@ -93,40 +93,69 @@ def ldmatrix(block: Any, address: Array, count: int, transposed: bool) -> Array:
     return np.ascontiguousarray(registers.swapaxes(0, 1)).reshape(count, -1)
 
 
-def swizzled(address: Array) -> Array:
-    """The 128-byte swizzle: bits 4 to 6 of an address are changed by bits 7 to 9."""
-    return address ^ ((address >> 7 & 7) << 4)
+def stmatrix(block: Any, address: Array, registers: tuple[Array, ...], transposed: bool) -> None:
+    """stmatrix: the converse of `ldmatrix`."""
+    count = len(registers)
+    pairs = np.stack(registers, 0).reshape(count, -1, 32, 1).view(np.uint16)  # matrix, warp, lane, pair
+    matrices = np.empty((pairs.shape[1], count, 8, 8), np.uint16)
+    matrices[:, :, _GROUP, 2 * _OF_GROUP + np.arange(2)] = pairs.swapaxes(0, 1)
+    if transposed:
+        matrices = np.ascontiguousarray(matrices.swapaxes(2, 3))
+    words = matrices.view(np.uint32).reshape(-1, 8 * count, 4)
+    of_rows = address.reshape(-1, 32)[:, : 8 * count]
+    block.store_shared(of_rows, tuple(words[..., i] for i in range(4)), np.uint32, None)
 
 
-def _fields(descriptor: int) -> tuple[int, int, int]:
-    """Start address, leading and stride offset in bytes, of "Matrix Descriptor Format"."""
-    if descriptor >> 62 != 1:
-        raise RuntimeError("a descriptor without the 128-byte swizzle")
+def swizzled(address: Array, row_bytes: int = 128) -> Array:
+    """The swizzle of rows of 128, 64 or 32 bytes: 3, 2 or 1 bits of an address from bit 4 on, changed by those from 7."""
+    return address ^ ((address >> 7 & row_bytes // 16 - 1) << 4)
+
+
+_SWIZZLED_ROWS = {1: 128, 2: 64, 3: 32}  # bytes, by the field of a descriptor
+
+
+def _fields(descriptor: int) -> tuple[int, int, int, int]:
+    """Bytes of a swizzled row; start address, leading and stride offset in bytes, of "Matrix Descriptor Format"."""
+    if descriptor >> 62 not in _SWIZZLED_ROWS:
+        raise NotImplementedError("a descriptor without a swizzle")
     if descriptor >> 49 & 7:
-        raise RuntimeError("a descriptor with a base offset")
-    return tuple((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))  # type: ignore[return-value]
+        raise NotImplementedError("a descriptor with a base offset")
+    return _SWIZZLED_ROWS[descriptor >> 62], *((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))  # type: ignore[return-value]
 
 
 def _operand(block: Any, descriptor: int, rows: int, across: bool, type_name: str) -> Array:
-    """(rows, 16) of an operand in shared memory: its contraction runs along the rows of 128 bytes, or across them."""
-    start, leading, stride = _fields(descriptor)
-    row, k = np.arange(rows)[:, None], np.arange(16)[None, :]
+    """(rows, depth) of an operand in shared memory: its contraction runs along the swizzled rows, or across them."""
+    row_bytes, start, leading, stride = _fields(descriptor)
+    size, depth = (4, 8) if type_name == "tf32" else (2, 16)
+    row, k = np.arange(rows)[:, None], np.arange(depth)[None, :]
     if across:
-        address = start + row // 64 * leading + row % 64 * 2 + k // 8 * stride + k % 8 * 128
+        columns = row_bytes // size
+        address = start + row // columns * leading + row % columns * size + k // 8 * stride + k % 8 * row_bytes
     else:
-        address = start + row // 8 * stride + row % 8 * 128 + k * 2
-    return _as_floats(block.load_shared(swizzled(address), np.uint16, 1, None)[0], type_name)
+        address = start + row // 8 * stride + row % 8 * row_bytes + k * size
+    word = np.uint32 if size == 4 else np.uint16
+    return _as_floats(block.load_shared(swizzled(address, row_bytes), word, 1, None)[0], type_name)
 
 
 def wgmma(
-    block: Any, a: tuple[Array, ...] | int, b: int, d: Array | None, columns: int, across: bool, type_name: str
+    block: Any,
+    a: tuple[Array, ...] | int,
+    b: int,
+    d: Array | None,
+    columns: int,
+    across: tuple[bool, bool],
+    type_name: str,
 ) -> Array:
-    """wgmma.mma_async of one warpgroup: (columns / 2, 128) sums; d: those before, or None for zeros."""
+    """wgmma.mma_async of one warpgroup: (columns / 2, 128) sums; d: those before, or None for zeros.
+
+    a: registers, or a descriptor, as b is. across: whether the contraction of each runs across its rows.
+    """
+    depth = 8 if type_name == "tf32" else 16
     if isinstance(a, tuple):
-        left = _scatter(_elements(a, type_name), _left(type_name), (16, 16)).reshape(64, 16)
+        left = _scatter(_elements(a, type_name), _left(type_name), (16, depth)).reshape(64, depth)
     else:
-        left = _operand(block, a, 64, False, type_name)
-    product = (left @ _operand(block, b, columns, across, type_name).T).reshape(4, 16, columns)
+        left = _operand(block, a, 64, across[0], type_name)
+    product = (left @ _operand(block, b, columns, across[1], type_name).T).reshape(4, 16, columns)
     row, column = _accumulators(columns)
     total = product[:, row, column].reshape(128, -1).T
     return toward_zero(total if d is None else total + d)

@@ -449,24 +449,31 @@ def _wgmma(code: _Code, opcode: str, operands: list[str]) -> None:
         return code.line(f"m.commit_products({code.lanes})")
     if opcode == "wgmma.wait_group.sync.aligned":
         return code.line(f"m.wait_products({int(operands[0])}, {code.lanes}, r)")
-    match = re.fullmatch(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16\.f32\.(bf16|f16)\.\2", opcode)
+    match = re.fullmatch(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k(?:16|8)\.f32\.(bf16|f16|tf32)\.\2", opcode)
     if match is None:
         raise NotImplementedError(opcode)
     outs, left, right, add, *flags = operands
     if flags[:2] != ["1", "1"]:
         raise NotImplementedError(f"{opcode} with a negated operand")
+    across = [flag == "1" for flag in flags[2:]]  # of 16-bit operands in shared memory
     if left.startswith("{"):
         a = "(" + ", ".join(code.read(register, "b32") for register in _vector(left)) + ",)"
-        across = flags[2:] == ["1"]
-        a_across = False
     else:
-        a, (a_across, across) = code.read(left, "u64"), (flag == "1" for flag in flags[2:])
-    if a_across:
-        raise NotImplementedError(f"{opcode} with a transposed left operand")
+        a = code.read(left, "u64")
+    across = [False] * (2 - len(across)) + across
+    accumulate = f"m.spread({code.read(add, 'pred')}, {code.lanes})"
     code.line(
-        f"m.issue_product({_registers(code, outs)}, {a}, {code.read(right, 'u64')}, {code.read(add, 'pred')}, "
-        f"{across}, '{match[2]}', {code.lanes})"
+        f"m.issue_product({_registers(code, outs)}, {a}, {code.read(right, 'u64')}, {accumulate}, "
+        f"{tuple(across)}, '{match[2]}', {code.lanes})"
     )
+
+
+def _stmatrix(code: _Code, opcode: str, operands: list[str]) -> None:
+    values = _vector(operands[1])
+    if f".m8n8.x{len(values)}." not in opcode:
+        raise NotImplementedError(opcode)
+    parts = ", ".join(code.read(value, "b32") for value in values)
+    code.line(f"matrix.stmatrix(m, {code.address(operands[0], 'u32')}, ({parts},), {'.trans.' in opcode})")
 
 
 _FAMILIES: dict[str, Callable[[_Code, str, list[str]], None]] = {
@@ -485,6 +492,6 @@ _FAMILIES: dict[str, Callable[[_Code, str, list[str]], None]] = {
     "clz": _function("a.clz"),
     "mad": _mad, "bfe": _bfe, "redux": _redux, "fma": _fma, "mov": _mov, "setp": _setp, "selp": _selp,
     "cvt": _cvt, "cvta": _cvta,
-    "ld": _ld, "st": _st, "shfl": _shfl, "vote": _vote, "match": _match, "mma": _mma, "ldmatrix": _ldmatrix,
+    "ld": _ld, "st": _st, "shfl": _shfl, "vote": _vote, "match": _match, "mma": _mma, "ldmatrix": _ldmatrix, "stmatrix": _stmatrix,
     "cp": _cp, "mbarrier": _mbarrier, "wgmma": _wgmma,
 }  # fmt: skip
