@@ -1,4 +1,4 @@
-"""Run the "triton" backend with the PTX that Triton compiles, in the interpreter of tests/ptx, on CPU tensors. A program
+"""Run the "triton" backend on CPU tensors with the PTX that Triton compiles, in the interpreter of tests/ptx. A program
 of its own: an interpreted kernel does not compile, so it must run without TRITON_INTERPRET.
 
     python triton_ptx.py ARCHITECTURE CASE...     (80 or 90; the names of CASES, all without any)
@@ -11,20 +11,27 @@ from __future__ import annotations
 
 import collections
 import json
+import os
 import struct
 import sys
+import tempfile
 from typing import Any
 
-import cases
-import torch
-import triton
-from ptx import machine, program
-from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction
-from triton_compiler import Bound, bind
+# Nobody else may find what is compiled here, which ends with PTX.
+_CACHE = tempfile.TemporaryDirectory()
+os.environ["TRITON_CACHE_DIR"] = _CACHE.name
 
-from mcld_kernels import backends
-from mcld_kernels.backends import triton as triton_backend
+import cases  # noqa: E402
+import torch  # noqa: E402
+import triton  # noqa: E402
+from ptx import machine, program  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.backends.nvidia.compiler import CUDABackend  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+from triton_compiler import Bound, bind  # noqa: E402
+
+from mcld_kernels import backends  # noqa: E402
+from mcld_kernels.backends import triton as triton_backend  # noqa: E402
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 MASKED = {"direction": "symmetric", "mask_same_class": True, "present_only": True}
@@ -41,6 +48,8 @@ CASES: dict[str, tuple[int, int, torch.dtype, dict[str, Any], dict[str, Any]]] =
         ("cold", 130, 20, COLD),
     )
 }
+CASES["long-float32"] = 40, 1000, FP32, {"weight": (1.0, 1.0, 0.0)}, {}
+CASES["long-bfloat16"] = 40, 1000, BF16, {"weight": (1.0, 1.0, 0.0)}, {}
 # Where a GPU of compute capability 8.0 or later has a block's dynamic shared memory if there is no other: Triton's
 # swizzles rely on it.
 SHARED_BASE = 1024
@@ -91,6 +100,7 @@ class Runner:
 def main() -> None:
     architecture, *names = sys.argv[1:]
     runner = Runner(int(architecture))
+    CUDABackend.make_cubin = lambda *_: b""
     JITFunction.run = lambda kernel, *args, **kwargs: runner.launch(kernel, *args, **kwargs)
     triton_backend.unavailable_reason = lambda: None
     triton_backend.unsupported_reason = lambda student, teacher: None

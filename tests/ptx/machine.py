@@ -324,7 +324,14 @@ class ThreadBlock:
         return self._queues.setdefault(warpgroup, _Queue())
 
     def issue_product(
-        self, sums: list[int], a: Any, b: Array, add: Array, across: tuple[bool, bool], type_name: str, lanes: Array | None
+        self,
+        sums: list[int],
+        a: Any,
+        b: Array,
+        add: Array,
+        across: tuple[bool, bool],
+        type_name: str,
+        lanes: Array | None,
     ) -> None:
         """wgmma of every warpgroup among the lanes; it runs when its group is waited for."""
         for place, warpgroup in enumerate(self._warpgroups(lanes)):

@@ -107,7 +107,7 @@ def stmatrix(block: Any, address: Array, registers: tuple[Array, ...], transpose
 
 
 def swizzled(address: Array, row_bytes: int = 128) -> Array:
-    """The swizzle of rows of 128, 64 or 32 bytes: 3, 2 or 1 bits of an address from bit 4 on, changed by those from 7."""
+    """The swizzle of rows of 128, 64 or 32 bytes: 3, 2 or 1 bits from bit 4 on are changed by as many from bit 7 on."""
     return address ^ ((address >> 7 & row_bytes // 16 - 1) << 4)
 
 

@@ -19,7 +19,17 @@ _STATEMENT = re.compile(
 _PARAMETER = re.compile(r"\s*\.param\s+(?:\.align\s+(\d+)\s+)?\.[a-z](\d+)\b[^\[]*?(\w+)(?:\[(\d+)\])?\s*")
 _OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+")
 # Instructions that a whole warp, or a warpgroup of four, executes together.
-_OF_WARP = ("shfl.sync", "vote.sync", "match.", "mma.sync", "ldmatrix.sync", "stmatrix.sync", "redux.", "setmaxnreg", "bar.sync")
+_OF_WARP = (
+    "shfl.sync",
+    "vote.sync",
+    "match.",
+    "mma.sync",
+    "ldmatrix.sync",
+    "stmatrix.sync",
+    "redux.",
+    "setmaxnreg",
+    "bar.sync",
+)
 _OF_WARPGROUP = ("wgmma.",)
 # Instructions at which a thread may have to wait: each begins a block.
 _WAITS = ("bar.sync", "mbarrier.try_wait")

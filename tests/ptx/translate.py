@@ -492,6 +492,7 @@ _FAMILIES: dict[str, Callable[[_Code, str, list[str]], None]] = {
     "clz": _function("a.clz"),
     "mad": _mad, "bfe": _bfe, "redux": _redux, "fma": _fma, "mov": _mov, "setp": _setp, "selp": _selp,
     "cvt": _cvt, "cvta": _cvta,
-    "ld": _ld, "st": _st, "shfl": _shfl, "vote": _vote, "match": _match, "mma": _mma, "ldmatrix": _ldmatrix, "stmatrix": _stmatrix,
+    "ld": _ld, "st": _st, "shfl": _shfl, "vote": _vote, "match": _match, "mma": _mma,
+    "ldmatrix": _ldmatrix, "stmatrix": _stmatrix,
     "cp": _cp, "mbarrier": _mbarrier, "wgmma": _wgmma,
 }  # fmt: skip
