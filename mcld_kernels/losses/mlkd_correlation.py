@@ -33,6 +33,8 @@ from ..gram import add_mm, mm, trapezoids
 from ..kernels import UnitRows, has_fixed_shift, projection_coefficient, slices
 from ..options import is_readable
 
+LEAST_RATIO = -0.5  # of Zs / Zt - 1, down to which Zs loses no more than a bit in Zt + (Zs - Zt)
+
 
 class Rows(NamedTuple):
     student: UnitRows
@@ -190,21 +192,21 @@ def student_parts(
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor | None]]:
     """log(Zs / Zt) of each row, and the factors of exp(b) expm1(delta), exp(b) and exp(a) in its part of D.
 
-    total: Zt. ratio: Zs / Zt - 1. student_total: Zs as its own sum; None where `is_student_small` is nowhere True.
+    total: Zt. ratio: Zs / Zt - 1. student_total: Zs as its own sum; None where no Zs cancels (`has_small_student`).
     """
     inverse = 1 / (total * (1 + ratio))
     if student_total is None:
         return ratio.log1p(), (inverse, -ratio * inverse, None)
-    is_small = is_student_small(ratio)
+    is_small = ratio < LEAST_RATIO
     log_ratio = torch.where(is_small, (student_total / total).log(), ratio.log1p())
     of_student = torch.where(is_small, 1 / student_total, 0.0)
     of_teacher = torch.where(is_small, -1 / total, -ratio * inverse)
     return log_ratio, (torch.where(is_small, 0.0, inverse), of_teacher, of_student)
 
 
-def is_student_small(ratio: Tensor) -> Tensor:
-    """The rows whose sum Zs cancels in Zt + (Zs - Zt). ratio: Zs / Zt - 1."""
-    return ratio < -0.5
+def has_small_student(ratio: Tensor) -> bool:
+    """True where the sum Zs of a row cancels in Zt + (Zs - Zt). ratio: Zs / Zt - 1, is read."""
+    return ratio.numel() > 0 and ratio.amin().item() < LEAST_RATIO
 
 
 class _Correlation:
@@ -224,7 +226,7 @@ class _Correlation:
         if not self.without_shift or self.has_student_sums:
             return False
         total, _, difference = self.of_teacher.totals
-        self.has_student_sums = bool(is_student_small(difference / total).any())
+        self.has_student_sums = has_small_student(difference / total)
         return self.has_student_sums
 
     def add_student(self, chunk: _Chunk) -> None:

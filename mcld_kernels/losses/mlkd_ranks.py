@@ -25,7 +25,7 @@ from ..gram import add_mm
 from ..kernels import KernelSet, LossInputs, LossOutputs, UnitRows, has_fixed_shift
 from ..options import grad_dtype, is_readable
 from ..over_ranks.own_rows import Chunk, Chunks, finite, through_normalization
-from .mlkd_correlation import Positives, is_student_small
+from .mlkd_correlation import LEAST_RATIO, Positives, has_small_student
 from .mlkd_parts import align, find_positives
 
 
@@ -125,12 +125,12 @@ class _Pairs:
                 p, delta = b.sub_(rest[:, None]).exp_(), self._delta(chunk)
                 mean = (p * delta).sum(1)
                 ratio = p.mul_(delta.expm1_()).sum(1) if self.is_fixed else None
-                if ratio is not None and is_readable(ratio) and not is_student_small(ratio).any():
+                if ratio is not None and is_readable(ratio) and not has_small_student(ratio):
                     gap = ratio.log1p()
                 else:
                     gap = finite(chunk.without_self(self._of(chunk, 0, 0), temperature).logsumexp(1)) - (largest + rest)
                     if ratio is not None:
-                        gap = torch.where(is_student_small(ratio), gap, ratio.log1p())
+                        gap = torch.where(ratio < LEAST_RATIO, gap, ratio.log1p())
                 divergence[rows] = gap - mean
                 self.own[rows, :4] = torch.stack((largest, rest, gap, mean), 1)
             for view in range(options.views * self.supervised):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..family_options import MLKDOptions
 from ..kernels import KernelSet, LossInputs, LossOutputs, has_fixed_shift
-from .mlkd_correlation import is_student_small, student_parts
+from .mlkd_correlation import has_small_student, student_parts
 
 _LARGEST_SIZE = 2048  # rows of a side: exponentials of similarities need no shift in fp32
 
@@ -101,7 +101,7 @@ def _correlation(
     delta.expm1_()
     ratio = (e * delta).sum(1).div_(total)  # (Zs - Zt) / Zt
     of_student = None
-    if is_student_small(ratio).any():
+    if has_small_student(ratio):
         of_student = student.exp()
         of_student.diagonal().zero_()
     log_ratio, (inverse, gap, alone) = student_parts(total, ratio, None if of_student is None else of_student.sum(1))
