@@ -11,6 +11,7 @@ from family import Loss, check, on_the_cpu, run, spread
 
 import mcld_kernels
 from mcld_kernels import MLKDLoss, backends, reference
+from mcld_kernels.losses import mlkd_correlation
 from mcld_kernels.losses.mlkd import PRESETS
 
 WEIGHT = (50.0, 20.0, 1.0)
@@ -139,9 +140,15 @@ class TestTorch:
         assert abs(float(got.loss - want.loss)) < 0.01 * float(want.loss) < 0.5 * abs(float(eager.loss - want.loss))
         assert float((got.student - want.student).norm()) <= 1.2 * float((eager.student - want.student).norm())
 
+    @pytest.mark.parametrize("is_readable", [True, False])
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=short)
-    def test_early_in_training_the_sums_of_the_student_keep_their_digits(self, dtype):
-        """Its similarities lie far below the teacher's: sums of its exponentials are e^-10 and e^-40 of the other's."""
+    def test_early_in_training_the_sums_of_the_student_keep_their_digits(self, dtype, is_readable, monkeypatch):
+        """Its similarities lie far below the teacher's: sums of its exponentials are e^-10 and e^-40 of the other's.
+
+        is_readable: False: as on a GPU, where nothing is read.
+        """
+        if not is_readable:
+            monkeypatch.setattr(mlkd_correlation, "is_readable", lambda tensor: False)
         for temperature in (0.1, 0.05, 0.026):
             for chunk, teacher_grad in ((1 << 25, False), (9000, True)):
                 with backends.tuned(chunk_bytes=chunk):
