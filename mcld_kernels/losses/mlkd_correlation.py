@@ -187,21 +187,25 @@ def _both_ways(total: Tensor, chunk: _Chunk, values: Tensor) -> None:
         total[chunk.rows] += values[:, chunk.rows.stop - chunk.rows.start :].sum(1)
 
 
-def student_parts(
-    total: Tensor, ratio: Tensor, student_total: Tensor | None
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor | None]]:
-    """log(Zs / Zt) of each row, and the factors of exp(b) expm1(delta), exp(b) and exp(a) in its part of D.
+def log_ratio(total: Tensor, ratio: Tensor, student_total: Tensor | None) -> Tensor:
+    """log(Zs / Zt) of each row.
 
     total: Zt. ratio: Zs / Zt - 1. student_total: Zs as its own sum; None where no Zs cancels (`has_small_student`).
     """
+    if student_total is None:
+        return ratio.log1p()
+    return torch.where(ratio < LEAST_RATIO, (student_total / total).log(), ratio.log1p())
+
+
+def student_factors(total: Tensor, ratio: Tensor, student_total: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The factors of exp(b) expm1(delta), exp(b) and exp(a) in the part of D of each row; arguments as `log_ratio`."""
     inverse = 1 / (total * (1 + ratio))
     if student_total is None:
-        return ratio.log1p(), (inverse, -ratio * inverse, None)
+        return inverse, -ratio * inverse, None
     is_small = ratio < LEAST_RATIO
-    log_ratio = torch.where(is_small, (student_total / total).log(), ratio.log1p())
     of_student = torch.where(is_small, 1 / student_total, 0.0)
     of_teacher = torch.where(is_small, -1 / total, -ratio * inverse)
-    return log_ratio, (torch.where(is_small, 0.0, inverse), of_teacher, of_student)
+    return torch.where(is_small, 0.0, inverse), of_teacher, of_student
 
 
 def has_small_student(ratio: Tensor) -> bool:
@@ -268,8 +272,9 @@ class _Correlation:
             student_total = None
             if self.has_student_sums:
                 student_total = torch.where(alone, 1.0, self.of_student.totals[0])
-            log_ratio, (inverse, gap, self.of_student_alone) = student_parts(total, difference / total, student_total)
-            divergence = log_ratio - mean
+            sums = total, difference / total, student_total
+            divergence = log_ratio(*sums) - mean
+            inverse, gap, self.of_student_alone = student_factors(*sums)
             self.vectors = inverse, gap, 1 / total, mean
         else:
             lse = self.of_student.lse(), self.of_teacher.lse()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..family_options import MLKDOptions
 from ..kernels import KernelSet, LossInputs, LossOutputs, has_fixed_shift
-from .mlkd_correlation import has_small_student, student_parts
+from .mlkd_correlation import has_small_student, log_ratio, student_factors
 
 _LARGEST_SIZE = 2048  # rows of a side: exponentials of similarities need no shift in fp32
 
@@ -104,10 +104,11 @@ def _correlation(
     if has_small_student(ratio):
         of_student = student.exp()
         of_student.diagonal().zero_()
-    log_ratio, (inverse, gap, alone) = student_parts(total, ratio, None if of_student is None else of_student.sum(1))
-    term = log_ratio.sub_(mean).mean()
+    sums = total, ratio, None if of_student is None else of_student.sum(1)
+    term = log_ratio(*sums).sub_(mean).mean()
     if not with_grad:
         return term, None
+    inverse, gap, alone = student_factors(*sums)
     w = delta.mul_(inverse[:, None] + inverse).add_(gap[:, None] + gap).mul_(e)
     if of_student is not None and alone is not None:
         w.addcmul_(of_student, alone[:, None] + alone)
