@@ -57,6 +57,9 @@ def logits(kind: str, batch: int, classes: int, dtype=torch.float64, seed=0, dev
     elif kind == "collinear":  # all rows point one way or the opposite: cosines of 1 and -1
         direction = normal(1, classes)
         student, teacher = (direction * (normal(batch, 1) + 1e-3 * normal(batch, classes)) for _ in range(2))
+    elif kind == "alike":  # the teacher's rows all but agree, the student's do not: as features early in training
+        student = normal(batch, classes)
+        teacher = normal(1, classes) + 0.1 * teacher
     elif kind == "large":
         student, teacher = 1e4 * normal(batch, classes).clamp(-6, 6), 1e4 * teacher.clamp(-6, 6)
     elif kind == "zeros":  # rows and columns without direction, in the student, the teacher and both

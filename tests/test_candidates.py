@@ -84,6 +84,21 @@ def test_terms_are_the_loops(kind, further, backend):
     torch.testing.assert_close(torch.stack(got[1:]), want, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("direction", ["student", "symmetric"])
+def test_candidates_are_taken_in_the_wider_dtype(backend, direction):
+    """An fp32 queue beside the bf16 logits of a teacher under autocast, and an fp32 student."""
+    student, teacher, candidates, target, theirs = problem()
+    inputs = student.float(), teacher.bfloat16()
+    options = {"candidate_target": theirs, "direction": direction, "temperature": 0.05}
+    exact = [x.double() for x in inputs]
+    want = run(reference.mcld_terms, *exact, target, candidates=candidates.float().double(), **options)
+    terms = reference.mcld_terms if backend == "reference" else mcld_terms
+    got = run(terms, *inputs, target, candidates=candidates.float(), **options)
+    for ours, value in zip(got, want, strict=True):
+        torch.testing.assert_close(ours.double(), value, rtol=2e-6, atol=2e-6)
+
+
 # The interpreter is slow: for it, some combinations.
 COMBINATIONS = [
     (way, name, kind, further)

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import inspect
 import re
 import runpy
 import subprocess
@@ -141,6 +142,25 @@ def test_the_support_matrix_has_the_losses_of_each_backend():
         wanted = [name for name, module in losses.items() if backend in module._OPERATOR.supported]
         assert cells[heads.index(backend)] == ", ".join(wanted)
     assert cells[heads.index("reference")] == ", ".join(losses)
+
+
+LOSSES = ("MCLD", "InfoNCE", "CKD", "CLKD", "MLKD", "KD")
+
+
+@pytest.mark.parametrize("name", [*LOSSES, "TeacherQueue"])
+def test_every_option_of_a_loss_is_on_its_page(name):
+    """In its section, or in the table of options of several losses."""
+    page = (ROOT / "docs" / "losses.md").read_text(encoding="utf-8")
+    parts = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL))
+    text = parts["Which loss when"] + parts["MCLD" if name == "TeacherQueue" else name]
+    functions = [mcld_kernels.TeacherQueue]
+    if name in LOSSES:
+        function = "info_nce" if name == "InfoNCE" else f"{name.lower()}_loss"
+        functions = [getattr(mcld_kernels, function), getattr(mcld_kernels, f"{name}Loss")]
+    for function in functions:
+        for option in inspect.signature(function).parameters.values():
+            is_option = option.kind is option.KEYWORD_ONLY
+            assert not is_option or re.search(rf"`{option.name}(=.*?)?`", text), (function.__name__, option.name)
 
 
 def test_the_environment_variables_are_those_of_info():

@@ -11,6 +11,7 @@ from family import Loss, check, on_the_cpu, run, spread
 
 import mcld_kernels
 from mcld_kernels import MLKDLoss, backends, reference
+from mcld_kernels.losses import mlkd_correlation
 from mcld_kernels.losses.mlkd import PRESETS
 
 WEIGHT = (50.0, 20.0, 1.0)
@@ -138,6 +139,31 @@ class TestTorch:
         eager = run(reference.mlkd_terms, student, teacher, **options)
         assert abs(float(got.loss - want.loss)) < 0.01 * float(want.loss) < 0.5 * abs(float(eager.loss - want.loss))
         assert float((got.student - want.student).norm()) <= 1.2 * float((eager.student - want.student).norm())
+
+    @pytest.mark.parametrize("is_readable", [True, False])
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=short)
+    def test_early_in_training_the_sums_of_the_student_keep_their_digits(self, dtype, is_readable, monkeypatch):
+        """Its similarities lie far below the teacher's: sums of its exponentials are e^-10 and e^-40 of the other's.
+
+        is_readable: False: as on a GPU, where nothing is read.
+        """
+        if not is_readable:
+            monkeypatch.setattr(mlkd_correlation, "is_readable", lambda tensor: False)
+        for temperature in (0.1, 0.05, 0.026):
+            for chunk, teacher_grad in ((1 << 25, False), (9000, True)):
+                with backends.tuned(chunk_bytes=chunk):
+                    options = {"correlation_temperature": temperature, "weight": (1.0, 0.0, 0.0)}
+                    check(MLKD, "torch", "alike", 40, 31, dtype, teacher_grad=teacher_grad, **options)
+
+    def test_rows_with_one_other_row_have_no_divergence(self):
+        """Opposite student rows beside equal teacher rows: softmaxes over one row are 1."""
+        student, teacher = torch.tensor([[1.0], [-1.0]]), torch.ones(2, 1)
+        for chunk in (1 << 25, 1):
+            with backends.tuned(chunk_bytes=chunk):
+                options = {"correlation_temperature": 0.05, "weight": (1.0, 0.0, 0.0)}
+                got = run(mcld_kernels.mlkd_terms, student, teacher, backend="torch", **options)
+            assert abs(float(got.loss)) < 1e-5  # of similarities of 20
+            assert got.student.tolist() == [[0.0], [0.0]]
 
     @pytest.mark.parametrize("weight", [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (0.0, 0.0, 0.0)], ids=str)
     def test_zero_removes_a_term(self, weight):

@@ -98,7 +98,8 @@ def mcld_loss(
             class with the largest weight counts (this package's extension). A row of zeros has no class. Needed by the
             sample-wise term, ``mask_same_class`` and ``present_only``.
         candidates: further teacher rows, (rows, classes), for the row terms of student anchors: those of earlier steps
-            in a :class:`mcld_kernels.TeacherQueue`. Constants, normalised like the teacher's rows.
+            in a :class:`mcld_kernels.TeacherQueue`. Constants, normalised like the teacher's rows, in the wider
+            dtype of student and teacher.
         candidate_target: their labels, as ``target``; None: they are of the same class as no row.
         temperature: > 0; one for all terms, or three (instance, sample, category).
         weight: >= 0; one for all terms, or three (instance, sample, category). A weight of 0 removes the term and its

@@ -135,7 +135,7 @@ class _Composition:
                 unit=l2_normalize(inputs.teacher), grad=self.teacher_grad, labels=self.teacher_labels, soft=self.soft
             )
         if self.candidates is not None:
-            rows = torch.cat((inputs.teacher, self.candidates.to(inputs.teacher.dtype)))
+            rows = torch.cat([x.to(inputs.dtype) for x in (inputs.teacher, self.candidates)])
             self.extended_grad = GradBuffer(rows, inputs.teacher_grad)
             extended = Side(
                 unit=l2_normalize(rows), grad=self.extended_grad, labels=self.extended_labels, soft=self.extended_soft

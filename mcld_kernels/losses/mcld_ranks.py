@@ -129,8 +129,7 @@ class _RankComposition:
         make = partial(normalize_rows, kernels, inputs.teacher, operand, options.eps)
         further = None
         if self.candidates is not None and self.candidates.shape[0] > 0 and direction != "teacher":
-            rows = self.candidates.to(inputs.teacher.dtype)
-            further = normalize_rows(kernels, rows, operand, options.eps)
+            further = normalize_rows(kernels, self.candidates.to(inputs.dtype), operand, options.eps)
         remote = RemoteSide(kernels, self.ranks, make, self.all_labels, further, self.further_labels, self.further_soft)
         teacher = Side(unit=student_unit, grad=self.teacher_grad, labels=self.all_labels)
         for group in row_groups(options):

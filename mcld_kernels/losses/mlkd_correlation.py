@@ -10,9 +10,10 @@ delta_ij = a_ij - b_ij, sums Zt_i = sum_j exp(b_ij) and Zs_i = sum_j exp(a_ij), 
     dL/dt_i = sum_j (V_ij + V_ji) t_j / (t n),    V_ij = P_ij (mean_i - delta_ij).
 
 No difference of nearly equal exponentials is taken, so that the term keeps digits when the student is close to its
-teacher. D needs the sums of both rows of a pair: one pass gives the sums, a second the products, and both the upper
-triangle alone. The supervised term (`losses.mlkd`) takes its exponentials from the same similarities; its cross
-similarities s_i . t_j come in addition. Together 12 n^2 d flop, where eager takes 32.
+teacher. Of rows with Zs_i < Zt_i / 2 it is Zs_i that would cancel: they take sums of exp(a_ij), and their part of D_ij
+is exp(a_ij) / Zs_i - exp(b_ij) / Zt_i. D needs the sums of both rows of a pair: one pass gives the sums, a second the
+products, and both the upper triangle alone. The supervised term (`losses.mlkd`) takes its exponentials from the same
+similarities; its cross similarities s_i . t_j come in addition. Together 12 n^2 d flop, where eager takes 32.
 
 Where exp(2 / t) is beyond the range of fp32, each row is shifted by its own largest similarity, and the differences of
 logarithms are plain.
@@ -30,6 +31,9 @@ from torch import Tensor
 from ..family_options import MLKDOptions
 from ..gram import add_mm, mm, trapezoids
 from ..kernels import UnitRows, has_fixed_shift, projection_coefficient, slices
+from ..options import is_readable
+
+LEAST_RATIO = -0.5  # of Zs / Zt - 1, down to which Zs loses no more than a bit in Zt + (Zs - Zt)
 
 
 class Rows(NamedTuple):
@@ -68,6 +72,9 @@ def correlate(
         correlation.add(chunk)
         if supervised is not None:
             supervised.add(chunk)
+    if correlation.lacks_student_sums():
+        for chunk in chunks:
+            correlation.add_student(chunk)
     term = correlation.finish(weight)
     more = term.new_zeros(()) if supervised is None else supervised.finish(supervised_weight)
     needed = [grad is not None for grad in grads]
@@ -180,6 +187,32 @@ def _both_ways(total: Tensor, chunk: _Chunk, values: Tensor) -> None:
         total[chunk.rows] += values[:, chunk.rows.stop - chunk.rows.start :].sum(1)
 
 
+def log_ratio(total: Tensor, ratio: Tensor, student_total: Tensor | None) -> Tensor:
+    """log(Zs / Zt) of each row.
+
+    total: Zt. ratio: Zs / Zt - 1. student_total: Zs as its own sum; None where no Zs cancels (`has_small_student`).
+    """
+    if student_total is None:
+        return ratio.log1p()
+    return torch.where(ratio < LEAST_RATIO, (student_total / total).log(), ratio.log1p())
+
+
+def student_factors(total: Tensor, ratio: Tensor, student_total: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The factors of exp(b) expm1(delta), exp(b) and exp(a) in the part of D of each row; arguments as `log_ratio`."""
+    inverse = 1 / (total * (1 + ratio))
+    if student_total is None:
+        return inverse, -ratio * inverse, None
+    is_small = ratio < LEAST_RATIO
+    of_student = torch.where(is_small, 1 / student_total, 0.0)
+    of_teacher = torch.where(is_small, -1 / total, -ratio * inverse)
+    return torch.where(is_small, 0.0, inverse), of_teacher, of_student
+
+
+def has_small_student(ratio: Tensor) -> bool:
+    """True where the sum Zs of a row cancels in Zt + (Zs - Zt). ratio: Zs / Zt - 1, is read."""
+    return ratio.numel() > 0 and ratio.amin().item() < LEAST_RATIO
+
+
 class _Correlation:
     def __init__(self, unit: Rows, temperature: float):
         like = unit.student.inv_norm
@@ -188,9 +221,26 @@ class _Correlation:
         self.without_shift = self.of_teacher.largest is None
         self.scale: Tensor | float = 0.0  # of D in the gradient
         self.vectors: tuple[Tensor, ...] = ()
+        # Few batches need the sums of exp(a); a GPU would have to synchronize to know.
+        self.has_student_sums = self.without_shift and not is_readable(like)
+        self.of_student_alone: Tensor | None = None  # the factor of exp(a) in D
+
+    def lacks_student_sums(self) -> bool:
+        """True where `add` has not taken the sums of exp(a), and a row needs its own."""
+        if not self.without_shift or self.has_student_sums:
+            return False
+        total, _, difference = self.of_teacher.totals
+        self.has_student_sums = has_small_student(difference / total)
+        return self.has_student_sums
+
+    def add_student(self, chunk: _Chunk) -> None:
+        """Sums of exp(a)."""
+        _both_ways(self.of_student.totals[0], chunk, chunk.exponentials(chunk.student, self.temperature))
 
     def add(self, chunk: _Chunk) -> None:
         """Sums of exp(b), exp(b) delta and exp(b) expm1(delta) = exp(a) - exp(b)."""
+        if self.has_student_sums:
+            self.add_student(chunk)
         if self.without_shift:
             e = chunk.exponentials(chunk.teacher, self.temperature)
             delta = (chunk.student - chunk.teacher).div_(self.temperature)
@@ -217,12 +267,15 @@ class _Correlation:
         mean = torch.where(alone, 0.0, moment / total)
         self.scale = weight / (self.n * self.temperature)
         if self.without_shift:
-            divergence = torch.where(alone, 0.0, (difference / total).log1p_()) - mean
-            student_total = total + difference
-            inverse = torch.where(alone, 0.0, 1 / student_total)
-            inverse_teacher = torch.where(alone, 0.0, 1 / total)
-            gap = -difference * inverse * inverse_teacher  # 1 / Zs - 1 / Zt
-            self.vectors = inverse, gap, inverse_teacher, mean
+            # Without another row all sums are 0; so are the exponentials that the factors are for.
+            total = torch.where(alone, 1.0, total)
+            student_total = None
+            if self.has_student_sums:
+                student_total = torch.where(alone, 1.0, self.of_student.totals[0])
+            sums = total, difference / total, student_total
+            divergence = log_ratio(*sums) - mean
+            inverse, gap, self.of_student_alone = student_factors(*sums)
+            self.vectors = inverse, gap, 1 / total, mean
         else:
             lse = self.of_student.lse(), self.of_teacher.lse()
             divergence = torch.where(alone, 0.0, lse[0] - lse[1]) - mean
@@ -239,10 +292,14 @@ class _Correlation:
             if side == 0:
                 w = delta.expm1_().mul_(of_student[rows, None] + of_student[columns])
                 w += gap[rows, None] + gap[columns]
-            else:
-                w = delta.neg_().mul_(of_teacher[rows, None] + of_teacher[columns])
-                weighted = mean * of_teacher
-                w += weighted[rows, None] + weighted[columns]
+                w.mul_(e)
+                if (alone := self.of_student_alone) is not None:
+                    e = chunk.exponentials(chunk.student, self.temperature)
+                    w.addcmul_(e, alone[rows, None] + alone[columns])
+                return w.mul_(self.scale)
+            w = delta.neg_().mul_(of_teacher[rows, None] + of_teacher[columns])
+            weighted = mean * of_teacher
+            w += weighted[rows, None] + weighted[columns]
             return w.mul_(e).mul_(self.scale)
 
         def softmax(cosines: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,9 +6,10 @@ With P, Q, delta and the sums of `mlkd_correlation` over all B rows, and gap_i =
     dL/ds_i = sum_j (D_ij + D_ji) s_j / (t B),    P_ji = exp(b_ij - log Zt_j),
 
 so that the coefficients of a pair follow from its two cosines and from vectors (B,): log Zt, gap and mean. Where one
-pair dominates, mean_i - delta_ij cancels: log Zt is kept as the largest b_ij and the rest, which round less. Of the
-supervised term it is the log-sum-exp of each of its anchors. Each rank computes those of its own rows; one gather gives
-the unit rows of both sides to all, one the labels, and one, for the gradient, the vectors. Alignment is local.
+pair dominates, mean_i - delta_ij cancels: log Zt is kept as the largest b_ij and the rest, which round less. Where Zs
+is small beside Zt, this form of gap cancels, and the logarithms are subtracted. Of the supervised term it is the
+log-sum-exp of each of its anchors. Each rank computes those of its own rows; one gather gives the unit rows of both
+sides to all, one the labels, and one, for the gradient, the vectors. Alignment is local.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from ..distributed import Ranks
 from ..family_options import MLKDOptions
 from ..gram import add_mm
 from ..kernels import KernelSet, LossInputs, LossOutputs, UnitRows, has_fixed_shift
-from ..options import grad_dtype
+from ..options import grad_dtype, is_readable
 from ..over_ranks.own_rows import Chunk, Chunks, finite, through_normalization
-from .mlkd_correlation import Positives
+from .mlkd_correlation import LEAST_RATIO, Positives, has_small_student
 from .mlkd_parts import align, find_positives
 
 
@@ -91,7 +92,8 @@ class _Pairs:
             kernels.tuning.chunk_bytes,
             4 + 2 * len(self.pairs),
         )
-        self.is_fixed = has_fixed_shift(operand, options.correlation_temperature)
+        # |delta_ij - gap_i| <= 4 / t: then its exponential is a number, and so is P_ij beside it.
+        self.is_fixed = has_fixed_shift(operand, options.correlation_temperature / 2)
         # Vectors of own rows: of the correlation the two parts of log Zt, gap and mean, then a log-sum-exp for each
         # supervised view.
         count = 4 * self.correlation + options.views * self.supervised
@@ -122,10 +124,13 @@ class _Pairs:
                 rest = finite(b.logsumexp(1))
                 p, delta = b.sub_(rest[:, None]).exp_(), self._delta(chunk)
                 mean = (p * delta).sum(1)
-                if self.is_fixed:
-                    gap = p.mul_(delta.expm1_()).sum(1).log1p()
+                ratio = p.mul_(delta.expm1_()).sum(1) if self.is_fixed else None
+                if ratio is not None and is_readable(ratio) and not has_small_student(ratio):
+                    gap = ratio.log1p()
                 else:
                     gap = finite(chunk.without_self(self._of(chunk, 0, 0), temperature).logsumexp(1)) - (largest + rest)
+                    if ratio is not None:
+                        gap = torch.where(ratio < LEAST_RATIO, gap, ratio.log1p())
                 divergence[rows] = gap - mean
                 self.own[rows, :4] = torch.stack((largest, rest, gap, mean), 1)
             for view in range(options.views * self.supervised):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..family_options import MLKDOptions
 from ..kernels import KernelSet, LossInputs, LossOutputs, has_fixed_shift
+from .mlkd_correlation import has_small_student, log_ratio, student_factors
 
 _LARGEST_SIZE = 2048  # rows of a side: exponentials of similarities need no shift in fp32
 
@@ -99,13 +100,19 @@ def _correlation(
     mean = (e * delta).sum(1).div_(total)
     delta.expm1_()
     ratio = (e * delta).sum(1).div_(total)  # (Zs - Zt) / Zt
-    term = ratio.log1p().sub_(mean).mean()
+    of_student = None
+    if has_small_student(ratio):
+        of_student = student.exp()
+        of_student.diagonal().zero_()
+    sums = total, ratio, None if of_student is None else of_student.sum(1)
+    term = log_ratio(*sums).sub_(mean).mean()
     if not with_grad:
         return term, None
-    inverse = (total * (1 + ratio)).reciprocal_()
-    gap = -ratio * inverse  # 1 / Zs - 1 / Zt
-    w = delta.mul_(inverse[:, None] + inverse).add_(gap[:, None] + gap)
-    return term, w.mul_(e).mul_(weight / (n * temperature))
+    inverse, gap, alone = student_factors(*sums)
+    w = delta.mul_(inverse[:, None] + inverse).add_(gap[:, None] + gap).mul_(e)
+    if of_student is not None and alone is not None:
+        w.addcmul_(of_student, alone[:, None] + alone)
+    return term, w.mul_(weight / (n * temperature))
 
 
 def _supervised(

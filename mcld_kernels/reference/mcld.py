@@ -195,7 +195,7 @@ def evaluate(
         if s.shape[0] > 0:
             others, rows = None, t
             if candidates is not None:
-                rows = torch.cat((t, candidates.to(teacher.dtype).to(acc)))  # (B + q, C)
+                rows = torch.cat((t, candidates.to(dtype).to(acc)))  # (B + q, C)
                 others = candidate_target
                 if others is None:
                     others = torch.full(candidates.shape[:1], options.ignore_index, device=candidates.device)
