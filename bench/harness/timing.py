@@ -140,6 +140,17 @@ class CudaClock:
         return take
 
 
+def context_is_lost(device: torch.device) -> bool:
+    """True where a kernel's fault, as an illegal address, has ended the CUDA context: every later call raises."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
 def capture(step: Callable[[], object], device: torch.device) -> Callable[[], None]:
     """The step as a CUDA graph: one launch a replay. Raises the errors of the capture."""
     stream = torch.cuda.Stream(device)
