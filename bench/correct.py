@@ -234,7 +234,12 @@ def main(arguments: list[str] | None = None) -> int:
         if options.output:
             with options.output.open("a") as file:
                 print(json.dumps({"begun": f"{provider}: {check}"}), file=file)
-        row = run_check(provider, check, device)
+        try:
+            with memory.released(device):  # others measure on the device at the same time
+                row = run_check(provider, check, device)
+        except RuntimeError as fault:  # of the reference: no memory, say. It costs its own check.
+            row = {"provider": provider, "check": str(check), **vars(check), "status": "error"}
+            row["reason"] = f"the reference: {type(fault).__name__}: {str(fault)[:400]}"
         rows.append(row)
         if options.output:
             with options.output.open("a") as file:

@@ -82,8 +82,8 @@ class Attempt:
     @property
     def turn(self) -> str | None:
         """The provider whose turn it was."""
-        what, _, provider = str(self.stage.get("stage", "")).partition(" ")
-        return provider if what in TURNS else None
+        what, *provider = str(self.stage.get("stage", "")).split(" ")  # behind it a kernel's name, of one alone
+        return provider[0] if what in TURNS and provider else None
 
     @property
     def results(self) -> dict[str, Any]:

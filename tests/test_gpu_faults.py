@@ -11,10 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # bench is not installed
 
-from bench import gpu_report, isolated
+from bench import correct, gpu_report, isolated
 from bench.harness import commands, live, phases
 from bench.harness.commands import Machine
 from bench.harness.phases import Phase
@@ -237,6 +238,23 @@ class TestLost:
         path = tmp_path / "errors.jsonl"
         path.write_text('{"begun": "cuda: a"}\n{"context_lost": "cuda: a"}\n')
         assert commands.read_errors(path)["context_lost"] == "cuda: a"
+
+    def test_a_reference_without_memory_costs_its_own_check(self, tmp_path, monkeypatch):
+        few, exact = list(correct.checks("cpu"))[:2], correct.in_eager
+
+        def in_eager(check, *rest):
+            if check == few[0]:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return exact(check, *rest)
+
+        monkeypatch.setattr(correct, "checks", lambda device_type: iter(few))
+        monkeypatch.setattr(correct, "in_eager", in_eager)
+        path = tmp_path / "errors.jsonl"
+        options = ["--device", "cpu", "--providers", "torch", "--output", str(path)]
+        assert correct.main(options) == Exit.FAILED
+        record = commands.read_errors(path)
+        assert record["counts"]["ok"] == 1 and not record["unfinished"] and record["context_lost"] is None
+        assert "CUDA out of memory" in record["failed"][str(few[0])]
 
     def test_a_provider_can_be_left_out_of_every_phase(self):
         here = Machine(capability=(9, 0), workers=4, without=frozenset({"hopper"}))

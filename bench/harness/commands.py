@@ -288,10 +288,11 @@ def pytest_phase(
     if importlib.util.find_spec("xdist"):
         # One worker also: a test that hangs or takes the process with it costs itself alone.
         workers = 1 if name in ("layouts", "hopper") else machine.workers
-        command += ["-n", str(workers), "--max-worker-restart", "20"]
+        command += ["-n", str(workers), "--max-worker-restart", "2" if name == "hopper" else "20"]
     if importlib.util.find_spec("pytest_timeout"):
-        # Inductor compiles for the better part of a minute where every core is busy.
-        command += ["--timeout", "100" if name == "boundary" else "60", "--timeout-method", "thread"]
+        # Inductor compiles for most of a minute where every core is busy; a Hopper kernel ends at once or never.
+        limit = {"boundary": 100, "hopper": 25}.get(name, 60)
+        command += ["--timeout", str(limit), "--timeout-method", "thread"]
     return Phase(
         name=name,
         command=[*command, *arguments],
