@@ -295,3 +295,31 @@ def test_a_traceback_is_kept_where_pytest_is_killed(tmp_path):
     subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=100, env=environment)
     assert "raise ValueError('told')" in file.read_text() and "test_it.py:2: ValueError" in file.read_text()
     assert [name.rpartition("::")[2] for name in live.read(file)["unfinished"]] == ["test_dies"]
+
+
+def test_a_worker_without_its_context_costs_one_test(tmp_path):
+    """A fake of torch.cuda whose context is lost by one test: those that follow run in another worker."""
+    pytest.importorskip("xdist", reason="pytest-xdist is not installed")
+    (tmp_path / "conftest.py").write_text(
+        "import sys, types\nlost = []\n"
+        "def synchronize():\n    if lost: raise RuntimeError('CUDA error: an illegal memory access was encountered')\n"
+        "yes = lambda: True\n"
+        "cuda = types.SimpleNamespace(is_available=yes, is_initialized=yes, synchronize=synchronize)\n"
+        "sys.modules['torch'] = types.SimpleNamespace(cuda=cuda)\n"
+    )
+    (tmp_path / "test_it.py").write_text(
+        "import pytest, torch\nfrom conftest import lost\n"
+        "@pytest.mark.parametrize('i', range(6))\ndef test_it(i):\n"
+        "    if i == 2: lost.append(i)\n    torch.cuda.synchronize()\n"
+    )
+    file = tmp_path / "live.jsonl"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "bench.harness.live", "test_it.py"]
+    environment = os.environ | {"MCLD_LIVE": str(file), "PYTHONPATH": str(ROOT)}
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    command += ["-n", "1", "--max-worker-restart", "2"]
+    subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=100, env=environment)
+    record = live.read(file)
+    assert record["counts"]["passed"] == 5 and record["counts"]["failed"] == 1 and len(record["crashed"]) == 1
+    (message,) = record["failed"].values()
+    assert "illegal memory access" in message and "illegal memory access" in file.read_text()
+    assert commands.lost({"hopper": {"status": "failed", "exit_code": 1, **record}}) == {"hopper"}
