@@ -8,6 +8,7 @@ what was lost and why in its field "lost".
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -24,7 +25,7 @@ if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))
 
 from bench.harness import report  # noqa: E402
-from bench.harness.programs import Exit  # noqa: E402
+from bench.harness.programs import EXIT_CODES, Exit  # noqa: E402
 
 RUN = [sys.executable, str(ROOT / "bench" / "run.py")]
 STALL_S = 45.0  # no stage of a case takes as long, but the compiler's
@@ -102,14 +103,13 @@ class Attempt:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run bench/run.py until it is through; returns one of its exit codes."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    output = Path(given[given.index("--output") + 1])
-    del given[given.index("--output") : given.index("--output") + 2]
-    without = []
-    if "--without" in given:
-        at = given.index("--without")
-        without = given[at + 1].split(",")
-        del given[at : at + 2]
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--output", type=Path, metavar="DIR", required=True, help="of the run")
+    parser.add_argument("--without", type=lambda text: text.split(","), default=[], metavar="P,P", help="leave out")
+    options, given = parser.parse_known_args(arguments)
+    output, without = options.output, options.without
     # An interrupt goes to the whole process group: the process under way has it as well, and inherits no handler.
     interrupted = threading.Event()
     before = signal.signal(signal.SIGINT, lambda number, frame: interrupted.set())

@@ -1,4 +1,4 @@
-"""What a report of a GPU machine keeps when something dies, hangs, is signalled, or finds a full disk."""
+"""The report of a GPU machine where something dies, hangs, is signalled, or finds a full disk."""
 
 import json
 import os
@@ -267,7 +267,7 @@ class TestLost:
 
 
 def test_a_hang_waits_for_no_more_than_the_phases_own_time(tmp_path, monkeypatch):
-    """What is left over is not for a phase that would only wait."""
+    """Left-over time is not for a phase that would only wait."""
     monkeypatch.setattr(phases, "GRACE_S", 0.3)
     hung = code("import signal, time\nsignal.signal(2, signal.SIG_IGN)\ntime.sleep(60)", budget_s=1, most_s=2)
     outcomes = {}

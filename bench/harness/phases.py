@@ -125,7 +125,10 @@ class Running:
 
     def _finish(self, code: int | None) -> None:
         self._signal(signal.SIGKILL)  # children that outlive it
-        output = self.log.read_text(errors="replace")
+        try:
+            output = self.log.read_text(errors="replace")
+        except OSError as fault:
+            output = f"no output: {fault}"
         status = "failed" if self._status == "ok" and code != 0 else self._status
         record: Record = {
             "status": status,

@@ -112,7 +112,7 @@ class CudaClock:
         properties = torch.cuda.get_device_properties(device)
         size = 4 * getattr(properties, "L2_cache_size", 64 << 20)
         self._flush = torch.empty(size // 4, dtype=torch.int32, device=device) if cold else None
-        self._cycles_per_second = 1e3 * getattr(properties, "clock_rate", 1_800_000)
+        self._cycles_per_second = 1e3 * (getattr(properties, "clock_rate", 0) or 1_800_000)
 
     def sample(self, step: Callable[[], object], backlog: bool = False) -> SampleFn:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
