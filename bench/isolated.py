@@ -42,6 +42,7 @@ class Attempt:
 
     def __init__(self, arguments: Sequence[str], folder: Path):
         self.folder, self._stage_file = folder, folder.with_name(f"{folder.name}.stage")
+        folder.parent.mkdir(parents=True, exist_ok=True)
         self._stage_file.unlink(missing_ok=True)
         environment = os.environ | {"MCLD_STAGE": str(self._stage_file)}
         self.process = subprocess.Popen([*RUN, *arguments, "--output", str(folder)], env=environment)

@@ -212,10 +212,10 @@ class TestIsolation:
     def test_without_a_fault_it_is_the_program(self, tmp_path):
         program = [sys.executable, "bench/isolated.py", "--device", "cpu", "--batch", "16", "--classes", "8"]
         program += ["--providers", "reference,torch", "--repeats", "3", "--without", "torch"]
-        program += ["--output", str(tmp_path / "bench")]
+        program += ["--output", str(tmp_path / "new" / "bench")]
         done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=100)
         assert done.returncode == Exit.OK, done.stderr
-        made = json.loads((tmp_path / "bench" / "results.json").read_text())
+        made = json.loads((tmp_path / "new" / "bench" / "results.json").read_text())
         assert made["complete"] and {row["provider"] for row in made["rows"]} == {"reference"}
 
 

@@ -113,7 +113,8 @@ def _claim(requested: Path | None, default: Path, marker: str) -> Path:
 def tell_stage(case: int, text: str) -> None:
     """Write where a benchmark is, for bench/isolated.py, to the file that MCLD_STAGE names."""
     if path := os.environ.get("MCLD_STAGE"):
-        Path(path).write_text(json.dumps({"case": case, "stage": text}))
+        with contextlib.suppress(OSError):  # a full disk: what is measured counts for more
+            Path(path).write_text(json.dumps({"case": case, "stage": text}))
 
 
 _REPLACEMENTS = {"µ": "u", "±": "+-", "×": "x", "…": "...", "–": "-", "−": "-"}
