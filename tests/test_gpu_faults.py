@@ -234,6 +234,13 @@ class TestLost:
         assert commands.lost({"hopper": record | {"status": "ok", "unfinished": []}}) <= {"hopper"}
         assert commands.lost({"errors-cuda": {"status": "failed", "exit_code": 1, "unfinished": []}}) == set()
 
+    @pytest.mark.parametrize(("exit_code", "gone"), [(-2, set()), (2, set()), (-9, {"triton"}), (None, {"triton"})])
+    def test_one_that_is_slow_is_not_lost(self, exit_code, gone):
+        """Where the time is up, one that ends when it is interrupted does not hang; one that must be killed does."""
+        record = {"status": "timed out", "exit_code": exit_code, "unfinished": ["triton: 65536 x 1000"]}
+        assert commands.lost({"errors-triton": record}) == gone
+        assert commands.lost({"hopper": record}) == {"hopper"}, "pytest ends where its worker hangs"
+
     def test_a_lost_context_is_recorded(self, tmp_path):
         path = tmp_path / "errors.jsonl"
         path.write_text('{"begun": "cuda: a"}\n{"context_lost": "cuda: a"}\n')

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ PYTHON = sys.executable
 MINUTES = 8.6  # of each command; its own deadline
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 OURS = ("triton", "cuda", "hopper")
+RESULTS = range(6)  # exit codes that tell a result, of the programs here and of pytest; of no process that died
 COMPARED = ("reference", "compile", "library", "torch", *OURS, "sdpa", "cudnn", "inf-cl")
 # Where toolkits put nvcc, compute-sanitizer and ncu when the PATH does not name them.
 TOOLKITS = ("/usr/local/cuda/bin", "/opt/nvidia/nsight-compute/*", "/usr/local/cuda/nsight-compute*")
@@ -263,9 +265,13 @@ def lost(outcomes: Outcomes) -> set[str]:
     for provider in OURS:
         for phase in (f"errors-{provider}", *(("hopper",) if provider == "hopper" else ())):
             record = outcomes.get(phase, {})
-            ended = record.get("status") in ("failed", "timed out")
-            died = ended and (record.get("exit_code") or 0) not in (0, 1, 2, 3, 4, 5)
-            if died or (ended and record.get("unfinished")) or record.get("context_lost") or record.get("crashed"):
+            status, code = record.get("status"), record.get("exit_code")
+            # One that ends when it is asked to is slow, and does not hang; pytest ends also where its worker hangs.
+            is_slow = phase != "hopper" and status == "timed out" and code in (*RESULTS, 130, -signal.SIGINT)
+            ended = status in ("failed", "timed out") and not is_slow
+            if ended and (code not in RESULTS or record.get("unfinished")):
+                gone.add(provider)
+            if record.get("context_lost") or record.get("crashed"):
                 gone.add(provider)
     return gone
 
