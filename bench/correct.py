@@ -31,6 +31,7 @@ from bench.harness import cases, gate, mcld_chunks, memory, programs  # noqa: E4
 from bench.harness.losses import Result  # noqa: E402
 from bench.harness.programs import Exit  # noqa: E402
 from bench.harness.providers import backend_unsupported_reason  # noqa: E402
+from bench.harness.timing import context_is_lost  # noqa: E402
 from mcld_kernels.calibrate import floor_dtype  # noqa: E402
 
 BACKENDS = {"torch": "torch", "triton": "triton", "cuda": "cuda", "hopper": "cuda"}
@@ -233,27 +234,27 @@ def main(arguments: list[str] | None = None) -> int:
         if options.output:
             with options.output.open("a") as file:
                 print(json.dumps({"begun": f"{provider}: {check}"}), file=file)
-        row = run_check(provider, check, device)
+        try:
+            with memory.released(device):  # others measure on the device at the same time
+                row = run_check(provider, check, device)
+        except RuntimeError as fault:  # of the reference: no memory, say. It costs its own check.
+            row = {"provider": provider, "check": str(check), **vars(check), "status": "error"}
+            row["reason"] = f"the reference: {type(fault).__name__}: {str(fault)[:400]}"
         rows.append(row)
         if options.output:
             with options.output.open("a") as file:
                 print(json.dumps(row), file=file)
-        if row["status"] == "error" and device.type == "cuda" and _context_is_lost(device):
+        if row["status"] == "error" and context_is_lost(device):
             print(f"the CUDA context is lost after {provider}: {check}", file=sys.stderr)
+            if options.output:
+                with options.output.open("a") as file:
+                    print(json.dumps({"context_lost": f"{provider}: {check}"}), file=file)
             break
     print(summary(rows))
     ran = len(rows) // max(1, len(options.providers))
     print(f"{ran} of {len(chosen)} checks")
     failed = any(row["status"] in ("FAILED", "error") for row in rows)
     return Exit.FAILED if failed or not any(row["status"] == "ok" for row in rows) else Exit.OK
-
-
-def _context_is_lost(device: torch.device) -> bool:
-    try:
-        torch.cuda.synchronize(device)
-    except RuntimeError:
-        return True
-    return False
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def no_memory(device: torch.device) -> None:
 
 def hang(device: torch.device) -> None:
     print("a kernel that does not end is launched", flush=True)
-    rate = 1000 * getattr(torch.cuda.get_device_properties(device), "clock_rate", 1_800_000)
+    rate = 1000 * (getattr(torch.cuda.get_device_properties(device), "clock_rate", 0) or 1_800_000)
     for _ in range(HUNG_S):
         torch.cuda._sleep(int(rate))
     torch.cuda.synchronize(device)

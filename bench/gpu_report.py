@@ -13,6 +13,8 @@ Phases run in processes of their own, each within its budget and all within
 ``--minutes``. After every phase one archive, ``gpu-<command>.tar.gz``, is
 rewritten with everything: logs, JSON, CSV and plots. It goes to ``--output``,
 else to the folder that the environment variable OUT names, else to bench/out.
+SIGINT and SIGTERM end the phases and leave an archive of what there is.
+``--without hopper`` leaves out a provider that an earlier command has lost.
 ``--dry-run`` prints the plan; ``--rehearse`` runs it on a CPU at a toy size.
 ``bench/publish.py`` turns an archive into recorded results.
 """
@@ -26,7 +28,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,7 @@ class Report:
             **machine.commit(),
         }
         self._lock = threading.Lock()
+        self.fault: OSError | None = None  # that the last writing of the archive met
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -64,11 +67,26 @@ class Report:
         return [row for phase in self.content["phases"].values() for row in phase.get("rows", [])]
 
     def write(self) -> None:
+        """Write what can be written: a fault here is told, and must not cost the phases that follow."""
         with self._lock:
-            self.content["goals"] = goals.judge(self.rows)
-            reports.write_json(self.folder / "report.json", self.content)
-            (self.folder / "summary.txt").write_text(summary(self.content) + "\n")
-            self.content["left_out"] = phases.archive(self.path, self.folder)
+            try:
+                self.content["goals"] = goals.judge(self.rows)
+                text = summary(self.content)
+            except Exception as fault:  # of rows as nobody expected them
+                text = f"no summary: {type(fault).__name__}: {fault}"
+                self.content["no_summary"] = text
+            before, self.fault = self.fault, None
+            for step in (
+                lambda: reports.write_json(self.folder / "report.json", self.content),
+                lambda: (self.folder / "summary.txt").write_text(text + "\n"),
+                lambda: self.content.update(left_out=phases.archive(self.path, self.folder)),
+            ):
+                try:
+                    step()
+                except OSError as fault:
+                    self.fault = fault
+            if self.fault is not None and str(before) != str(self.fault):
+                print(f"gpu_report: not written, to be tried again: {self.fault}", file=sys.stderr, flush=True)
 
 
 def summary(content: dict[str, Any]) -> str:
@@ -94,6 +112,9 @@ def summary(content: dict[str, Any]) -> str:
                   for test, message in list(failed_names.items())[:12]]  # fmt: skip
         lines += [f"  ... and {len(failed_names) - 12} more"] if len(failed_names) > 12 else []
         lines += [f"  did not end: {test}" for test in phase.get("unfinished", [])[:5]]
+        lines += [f"  lost: {what}: {fault}"[:200] for what, fault in (phase.get("lost") or {}).items()]
+        if phase.get("context_lost"):
+            lines.append(f"  the CUDA context was lost: {phase['context_lost']}")
     for goal in content.get("goals", []):
         value = "not measured" if goal["value"] is None else f"{goal['value']:.3g}"
         verdict = {True: "reached", False: "MISSED", None: ""}[goal["reached"]]
@@ -109,26 +130,30 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--output", type=Path, metavar="DIR", help="for the archive")
     made.add_argument("--only", nargs="+", metavar="PHASE", help="these phases alone")
     made.add_argument("--skip", nargs="+", default=[], metavar="PHASE", help="phases to leave out")
+    made.add_argument(
+        "--without", nargs="+", default=[], choices=commands.OURS, metavar="PROVIDER",
+        help=f"leave out of every phase: {', '.join(commands.OURS)}",
+    )  # fmt: skip
     made.add_argument("--minutes", type=float, default=commands.MINUTES, help=f"in all (default: {commands.MINUTES})")
     made.add_argument("--dry-run", action="store_true", help="print the phases, commands and budgets, and stop")
     made.add_argument("--rehearse", action="store_true", help="without a GPU: what a CPU can do, small")
     return made
 
 
-def this_machine() -> commands.Machine:
+def this_machine(without: Sequence[str] = ()) -> commands.Machine:
     import torch
 
     # The GPU's name and capability open no context; kernels run in the phases' processes.
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
-    return commands.Machine(capability=capability, workers=max(2, min(6, (os.cpu_count() or 2) // 4)))
+    workers = max(2, min(6, (os.cpu_count() or 2) // 4))
+    return commands.Machine(capability=capability, workers=workers, without=frozenset(without))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the phases of a command; returns one of the exit codes of ``--help``."""
     options = parser().parse_args(arguments)
     make_output_printable()
-    phases.be_interruptible()
-    here = this_machine()
+    here = this_machine(options.without)
     made = commands.COMMANDS[options.command]
     names = [phase.name for phase in made(Path("."), here, options.rehearse)]
     unknown = (set(options.skip) | set(options.only or ())) - set(names)
@@ -157,7 +182,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     default = ROOT / "bench" / "out" / time.strftime("gpu-%Y%m%d-%H%M%S")
     try:
         with claimed(requested, default, name) as target:
-            return run_all(plan, options, target.resolve() / name)
+            with phases.noted_signals() as signals:
+                return run_all(plan, options, target.resolve() / name, signals)
     except FolderInUse as fault:
         print(f"gpu_report: {fault}", file=sys.stderr)
         return Exit.USAGE
@@ -177,8 +203,8 @@ def show(planned: Sequence[Phase]) -> None:
     print(f"{phases.planned_seconds(planned):.0f} s in all; phases with one name in brackets run side by side")
 
 
-def run_all(plan: Any, options: argparse.Namespace, archive: Path) -> int:
-    """Run the phases; 0, 1 where one failed or was cut short, 130 where it was interrupted."""
+def run_all(plan: Any, options: argparse.Namespace, archive: Path, signals: Callable[[], int]) -> int:
+    """Run the phases; 0, 1 where one failed or was cut short, 4 without an archive, 130 where a signal ended it."""
     deadline = time.monotonic() + 60 * options.minutes
     folder = Path(tempfile.mkdtemp(prefix="gpu-report-"))
     report = Report(options.command, folder, archive, options.rehearse)
@@ -194,21 +220,25 @@ def run_all(plan: Any, options: argparse.Namespace, archive: Path) -> int:
     watchdog.start()
     try:
         phases.run(
-            plan(folder), folder, deadline, report.content["phases"], report.write, lambda text: print(text, flush=True)
-        )
-    except KeyboardInterrupt:  # between two phases
-        report.content["interrupted"] = True
+            plan(folder), folder, deadline, report.content["phases"], report.write,
+            lambda text: print(text, flush=True), signals,
+        )  # fmt: skip
     finally:
         watchdog.cancel()
+        if signals():
+            report.content["interrupted"] = True
         report.write()
-    print(summary(report.content))
+    print(summary(report.content) if "no_summary" not in report.content else report.content["no_summary"])
+    if report.fault is not None:
+        print(f"gpu_report: the archive cannot be written; {folder} is kept: {report.fault}", file=sys.stderr)
+        return Exit.OUTPUT
     print(f"written to {phases.without_paths(str(archive))}")
     if report.content["left_out"]:
         print(f"left out, since the archive would be too large: {', '.join(report.content['left_out'])}")
     shutil.rmtree(folder, ignore_errors=True)
-    statuses = {phase["status"] for phase in report.content["phases"].values()}
-    if "interrupted" in statuses or report.content.get("interrupted"):
+    if report.content.get("interrupted"):
         return Exit.INTERRUPTED
+    statuses = {phase["status"] for phase in report.content["phases"].values()}
     return Exit.OK if statuses <= {"ok", "not run"} else Exit.FAILED
 
 

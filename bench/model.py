@@ -1,4 +1,6 @@
-"""Predicted times of the CUDA backend on a GPU, beside measured ones: ``python bench/model.py [results.json ...]``.
+"""Predicted times of the CUDA backend on a GPU, beside measured ones: ``python bench/model.py [RESULTS ...]``.
+
+RESULTS: the results.json of a run, or an archive of bench/gpu_report.py.
 
 Each kernel of a call takes the longest of what its parts need: tensor cores, EX2, instruction issue, device memory;
 then what lies between two launches. The counts are the algorithm's and the compiler's; the rates are assumptions or,
@@ -266,6 +268,22 @@ def machine_of(run: dict[str, Any]) -> Machine:
     return replace(made, gemm_flop_per_s=gemm, copy_bytes_per_s=ceilings["copy_bytes_per_s"])
 
 
+def results_of(path: Path) -> dict[str, Any]:
+    """The results of bench/run.py in a file, or in an archive of gpu_report.py. ValueError where there are none."""
+    if not path.name.endswith(".tar.gz"):
+        run: dict[str, Any] = json.loads(path.read_text())
+        return run
+    from bench import publish
+
+    try:
+        of_archive = publish.load(path).run
+    except publish.Unpublishable as fault:
+        raise ValueError(str(fault)) from None
+    if of_archive is None:
+        raise ValueError("no benchmark of the archive has results")
+    return of_archive
+
+
 def measured(case: Case, graph: bool, rows: Sequence[dict[str, Any]]) -> tuple[str, float] | None:
     """The fastest of this package's CUDA kernels at a case by their own time, or by a graph's replay; None of none."""
     best: tuple[str, float] | None = None
@@ -306,7 +324,9 @@ def table(machine: Machine, rows: Sequence[dict[str, Any]] = ()) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; returns one of the exit codes of ``--help``."""
     parser = argparse.ArgumentParser(description="Predicted times beside measured ones.", epilog=programs.EXIT_CODES)
-    parser.add_argument("results", type=Path, nargs="*", help="results.json of bench/run.py on a GPU")
+    parser.add_argument(
+        "results", type=Path, nargs="*", help="results.json of bench/run.py on a GPU, or an archive of gpu_report.py"
+    )
     parser.add_argument("--assumptions", action="store_true", help="list what the model assumes, with the sources")
     parser.add_argument("--steps", action="store_true", help="each kernel of each regime, with what its parts need")
     options = parser.parse_args(arguments)
@@ -314,11 +334,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     machine, rows = Machine(), []
     for path in options.results:
         try:
-            run = json.loads(path.read_text())
+            run = results_of(path)
             machine = machine_of(run)
             rows += run["rows"]
         except (OSError, ValueError, KeyError, TypeError) as fault:
-            print(f"model: {path} is no results.json of a GPU: {type(fault).__name__}: {fault}", file=sys.stderr)
+            print(f"model: {path} holds no results of a GPU: {type(fault).__name__}: {fault}", file=sys.stderr)
             return Exit.USAGE
     if options.assumptions:
         for name, text in ASSUMPTIONS:

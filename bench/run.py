@@ -88,6 +88,11 @@ def parser() -> argparse.ArgumentParser:
         "--global", action="store_true", dest="over_ranks",
         help="under torchrun, the loss over ranks: time, exposed communication and memory of each rank",
     )  # fmt: skip
+    grid.add_argument(
+        "--without", type=lambda text: text.split(","), default=[], metavar="P,P",
+        help="providers to leave out, with their forms",
+    )  # fmt: skip
+    grid.add_argument("--first", type=int, default=0, metavar="N", help="begin with case N, counted from 0")
     how = made.add_argument_group("the measurement")
     how.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     how.add_argument(
@@ -244,21 +249,23 @@ class Run:
     ):
         self.options, self.providers, self.screen, self.folder = options, providers, screen, folder
         self.plan = measure.Plan(device, options.repeats or self._default_rounds(device), options.seconds, options.cold)
-        self.cases = grid(options, device)
+        self.cases = grid(options, device)[options.first :]
         self.head = header(options, device)
         self.rows: list[measure.Row] = []
         self.compiled_s = 0.0
+        self.at = 0  # the number of the case under way
         self.kernel_records: list[dict[str, object]] = []
         self.report = report.Report(screen, device.type)
 
     def _providers(self, case: cases.Case) -> list[Provider]:
         """The providers of a case; torch.compile only while it has time left."""
+        providers, without = self.providers, set(self.options.without)
         if self.options.forms:
             by_case = forms.FORMS if self.plan.device.type == "cuda" else forms.SMALL_FORMS
-            return choose(",".join(by_case[case]))
-        if self.compiled_s < self.options.compile_seconds:
-            return self.providers
-        return [provider for provider in self.providers if provider.name != "compile"]
+            providers = choose(",".join(by_case[case]))
+        elif self.compiled_s >= self.options.compile_seconds:
+            without.add("compile")
+        return [one for one in providers if not {one.name, one.name.partition(":")[0]} & without]
 
     def _default_rounds(self, device: torch.device) -> int:
         if self.options.smoke:
@@ -276,7 +283,8 @@ class Run:
             if total >= 60:
                 self.screen.print(f"{len(self.cases)} cases, about {duration(total)}")
             with stages(self.screen, len(self.cases)) as progress:
-                for case in self.cases:
+                for number, case in enumerate(self.cases, self.options.first):
+                    self.at = number
                     progress.begin(str(case), estimate.seconds(case))
                     begun = time.monotonic()
                     self._measure(case, progress, ceilings)
@@ -296,8 +304,12 @@ class Run:
         return Exit.FAILED if any(status in failed for status in statuses) else Exit.OK
 
     def _measure(self, case: cases.Case, progress: Stages, ceilings: dict[str, float]) -> None:
+        def stage(text: str) -> None:
+            programs.tell_stage(self.at, text)
+            progress.stage(text)
+
         def profiled(provider: str, step: Any) -> None:
-            progress.stage(f"profile {provider}")
+            stage(f"profile {provider}")
             name = f"{provider}_B{case.batch}_C{case.classes}_{case.dtype}_{'+'.join(case.terms)}_{case.mode}"
             name = re.sub(r"[^A-Za-z0-9+_.-]+", "-", name)
             table = profiling.profile_step(step, self.plan.device, self.folder, name)
@@ -306,13 +318,13 @@ class Run:
 
         inspect = profiled if self.options.profile else None
         providers = self._providers(case)
-        rows = measure.CaseRun(case, providers, self.plan, progress.stage, inspect).run()
+        rows = measure.CaseRun(case, providers, self.plan, stage, inspect).run()
         self.compiled_s += sum(row.first_call_s or 0 for row in rows if row.provider == "compile")
         self.rows += rows
         kernel_rows: list[kernels.KernelRow] = []
         if self.options.kernels and case.loss == "mcld":
             names = [provider.name for provider in providers]
-            kernel_rows = kernels.KernelRun(case, names, self.plan, ceilings, progress.stage).run()
+            kernel_rows = kernels.KernelRun(case, names, self.plan, ceilings, stage).run()
             self.kernel_records += [row.record(case) for row in kernel_rows]
         self.report.show(rows, kernel_rows)
 

@@ -11,6 +11,7 @@ of a run of the repository's bench/run.py.
 from __future__ import annotations
 
 import argparse
+import contextvars
 import json
 import math
 import multiprocessing
@@ -175,11 +176,10 @@ def _step(form: str, student: Tensor, teacher: Tensor, target: Tensor) -> Callab
     candidate, fields = forms.parse(form)
     backend: Any = timings.CANDIDATES.get(candidate, candidate)
 
-    def step() -> Result:
-        with backends.tuned(hopper=candidate == "hopper", **fields):
-            return _loss_and_gradient(backend, student, teacher, target)
-
-    return step
+    # One tuning for all calls, so that they are replayed as a user's are: a replay is of one `tuned` alone.
+    with backends.tuned(hopper=candidate == "hopper", **fields):
+        context = contextvars.copy_context()
+    return lambda: context.run(_loss_and_gradient, backend, student, teacher, target)
 
 
 def _unsupported_reason(candidate: str, student: Tensor, teacher: Tensor) -> str | None:

@@ -10,7 +10,7 @@ import pytest
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # bench is not installed
 
 from bench import model
-from bench.harness import goals
+from bench.harness import goals, phases
 from bench.harness.cases import Case
 from bench.harness.programs import Exit
 
@@ -81,6 +81,18 @@ def test_measurements_stand_beside_predictions(tmp_path, capsys):
     predicted = model.predict(model.REGIMES[0][0], model.machine_of(run)).seconds
     assert "200 µs" in line and f"{2e-4 / predicted:.2f}" in line and line.endswith("hopper")
     assert "A GPU: GEMM 500 Tflop/s, copy 2.0 TB/s (its own ceilings)" in shown and "product 1" in shown
+    # The same from an archive of the report, in which the long grid counts and not the short one.
+    folder, archive = tmp_path / "work", tmp_path / "gpu-speed.tar.gz"
+    for name, content in (("grid", run), ("bench", run | {"rows": []})):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "results.json").write_text(json.dumps(content))
+    report = {"command": "speed", "rehearsal": False, "phases": {}}
+    (folder / "report.json").write_text(json.dumps(report))
+    phases.archive(archive, folder)
+    assert model.main([str(archive), "--steps"]) == Exit.OK and capsys.readouterr().out == shown
+    (folder / "report.json").write_text(json.dumps(report | {"rehearsal": True}))
+    phases.archive(archive, folder)
+    assert model.main([str(archive)]) == Exit.USAGE and "of a rehearsal" in capsys.readouterr().err
 
 
 def test_without_results_nothing_is_measured(capsys, tmp_path):

@@ -4,6 +4,7 @@
 # ruff: noqa: F401, F811
 
 import os
+import sys
 import types
 from pathlib import Path
 
@@ -24,8 +25,12 @@ from replays import (
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # bench is not installed
+
 import mcld_kernels
-from mcld_kernels import backends, options, plain_call, replay
+from bench.harness import providers
+from bench.harness.cases import Case
+from mcld_kernels import backends, calibrate, options, plain_call, replay
 from mcld_kernels.backends import timings
 from mcld_kernels.backends.cuda import extension
 from mcld_kernels.backends.environment import raw_values
@@ -53,6 +58,22 @@ def test_a_replay_is_the_call(form, dtype, is_module, checked):
             want = [value_and_gradient(loss, *inputs(seed, dtype)) for seed in (2, 3)]
     for (a, b), (c, d) in zip(got, want):
         assert torch.equal(a, c) and torch.equal(b, d) and b.dtype is dtype and a.dtype is c.dtype
+
+
+def test_a_benchmark_and_the_calibration_time_replays(checked):
+    """Their calls are those of a user, who comes back to a kind of call: not four times the host's cost."""
+    student, *rest = inputs()
+    tensors, case = (student.detach(), *rest), Case(BATCH, CLASSES)
+    for step in (
+        providers.choose("cuda")[0].make(case, *tensors),
+        providers.tuned_backend("cuda:low_latency_limit=0").make(case, *tensors),
+        calibrate._step("cuda", *tensors),
+    ):
+        first, _ = step(), step()
+        count = len(checked)
+        again, _ = step(), step()
+        assert len(checked) == count, "the call was checked again"
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 def test_a_replay_without_a_gradient(checked):

@@ -87,7 +87,12 @@ def versions() -> dict[str, str | None]:
 
 
 def commit() -> dict[str, object]:
-    """The commit of the working tree and whether files differ from it; None where there is no git history."""
+    """The commit of the working tree and whether files differ from it; None where there is no git history.
+
+    A copy without one is told by MCLD_COMMIT.
+    """
+    if told := os.environ.get("MCLD_COMMIT"):
+        return {"commit": told, "dirty": None}
     revision = _run("git", "-C", str(ROOT), "rev-parse", "HEAD")
     if not revision:
         return {"commit": None, "dirty": None}

@@ -141,9 +141,19 @@ class CaseRun:
             self._memory()
             self._ratios()
             for name, step in self.steps.items() if self.inspect else ():
-                self.inspect(name, step)
+                self._inspect(name, step)
             self.steps.clear()
         return self.rows
+
+    def _inspect(self, name: str, step: Step) -> None:
+        assert self.inspect is not None
+        try:
+            self.inspect(name, step)
+        except RuntimeError as fault:  # of a profiler that this machine does not let at the device
+            if timing.context_is_lost(self.plan.device):
+                raise
+            (row,) = (row for row in self.rows if row.provider == name)
+            row.note = "; ".join(filter(None, [row.note, f"no profile: {_fault(fault)}"]))
 
     def _gate(self, *tensors: Tensor) -> None:
         case, device = self.case, self.plan.device
@@ -164,6 +174,8 @@ class CaseRun:
                     measured = gate.error(result, exact)
                     del result
             except Exception as fault:  # a foreign kernel may raise anything; the row shows it and the run goes on
+                if timing.context_is_lost(device):
+                    raise  # nothing more runs in this process; bench/isolated.py starts another
                 row.status, row.reason = ERROR, _fault(fault)
                 continue
             if allowed is None:

@@ -2,12 +2,16 @@
 
 Phases of one group run side by side. A phase that is out of time is interrupted, so that it writes its results, and
 then killed with its children; one that cannot be killed is left behind. The archive is rewritten in one step after
-every group and, while a group runs, every `REWRITE_S`.
+every group and, while a group runs, every `REWRITE_S`. A signal to the report ends the phases in the same way; a
+second one kills them. Nothing that a report has started outlives it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import math
 import os
 import re
 import signal
@@ -40,6 +44,7 @@ class Phase:
     name: str
     command: list[str] | Callable[[Outcomes], list[str]]  # from the outcomes of the phases before
     budget_s: float
+    most_s: float = math.inf  # however much time is left
     group: str | None = None  # phases of one group run side by side
     read: Callable[[str], Record] = lambda output: {}  # its output -> values for the report
     environment: dict[str, str] = field(default_factory=dict)
@@ -105,6 +110,13 @@ class Running:
             self._asked, self._status = now, status
             self._signal(signal.SIGINT)
 
+    def kill(self, now: float) -> None:
+        """Kill the phase with its children, without a grace."""
+        if self.record is None and not self._killed:
+            self._asked = self._asked or now
+            self._killed = now
+            self._signal(signal.SIGKILL)
+
     def _signal(self, number: int) -> None:
         try:
             os.killpg(self.process.pid, number)
@@ -113,7 +125,10 @@ class Running:
 
     def _finish(self, code: int | None) -> None:
         self._signal(signal.SIGKILL)  # children that outlive it
-        output = self.log.read_text(errors="replace")
+        try:
+            output = self.log.read_text(errors="replace")
+        except OSError as fault:
+            output = f"no output: {fault}"
         status = "failed" if self._status == "ok" and code != 0 else self._status
         record: Record = {
             "status": status,
@@ -141,40 +156,55 @@ def run(
     outcomes: Outcomes,
     rewrite: Callable[[], None],
     say: Callable[[str], None],
+    signals: Callable[[], int] = lambda: 0,
 ) -> None:
     """Run the groups in order, into ``outcomes``; ``deadline`` by time.monotonic().
 
     A group may take the budget of its phases and all time that is not the budget of a later group; one that must fail
-    takes its budget alone.
+    takes its budget alone. ``signals``: the signals to end that have come so far (`noted_signals`).
     """
     groups = list(grouped(phases))
     for number, group in enumerate(groups):
+        if signals():
+            return
         later = sum(max(phase.planned_s for phase in following) for following in groups[number + 1 :])
         begin = time.monotonic()
         most = deadline - begin - GRACE_S
         budget = max(phase.planned_s for phase in group)
         limit = min(most, budget if any(phase.fault for phase in group) else max(budget, most - later))
-        say(f"{', '.join(phase.name for phase in group)} (at most {max(0, limit):.0f} s) ...")
-        runs = [Running(phase, folder, outcomes, limit) for phase in group]
-        interrupted = False
-        written = begin
-        while sum(running.poll(time.monotonic()) for running in runs) < len(runs):
-            try:
-                time.sleep(POLL_S)
-                if time.monotonic() >= written + REWRITE_S:
-                    written = time.monotonic()
-                    rewrite()
-            except KeyboardInterrupt:
-                interrupted = True
-                for running in runs:
-                    running.stop("interrupted", time.monotonic())
+        limits = [min(limit, phase.most_s) for phase in group]
+        say(f"{', '.join(phase.name for phase in group)} (at most {max(0, *limits):.0f} s) ...")
+        runs: list[Running] = []
+        try:
+            runs += [Running(phase, folder, outcomes, most_s) for phase, most_s in zip(group, limits, strict=True)]
+            _wait(runs, rewrite, signals)
+        finally:  # whatever is raised here
+            for running in runs:
+                running.kill(time.monotonic())
         for running in runs:
             assert running.record is not None
             outcomes[running.phase.name] = running.record
             say(f"  {running.phase.name}: {running.record['status']}")
         rewrite()
-        if interrupted:
-            return
+
+
+def _wait(runs: Sequence[Running], rewrite: Callable[[], None], signals: Callable[[], int]) -> None:
+    """Until all have ended."""
+    written, heard = time.monotonic(), 0
+    while sum(running.poll(time.monotonic()) for running in runs) < len(runs):
+        time.sleep(POLL_S)
+        if signals() > heard:
+            heard = signals()
+            if heard == 1:
+                rewrite()  # before the phases have their grace: whoever signals may kill next
+            for running in runs:
+                if heard == 1:
+                    running.stop("interrupted", time.monotonic())
+                else:
+                    running.kill(time.monotonic())
+        elif time.monotonic() >= written + REWRITE_S:
+            written = time.monotonic()
+            rewrite()
 
 
 def grouped(phases: Sequence[Phase]) -> Iterator[list[Phase]]:
@@ -188,9 +218,27 @@ def planned_seconds(phases: Sequence[Phase]) -> float:
     return sum(max(phase.planned_s for phase in group) for group in grouped(phases))
 
 
-def be_interruptible() -> None:
-    """A shell starts background jobs with SIGINT ignored, and children inherit that; a handler they do not inherit."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+@contextlib.contextmanager
+def noted_signals() -> Iterator[Callable[[], int]]:
+    """Gives the number of signals to end that have come: they are noted here, and not raised.
+
+    A shell starts background jobs with SIGINT ignored, and children inherit that; a handler they do not inherit.
+    """
+    count = 0
+
+    def note(number: int, frame: Any) -> None:
+        nonlocal count
+        count += 1
+
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield lambda: count
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def without_paths(text: str) -> str:
@@ -203,21 +251,36 @@ def without_paths(text: str) -> str:
 
 def archive(path: Path, folder: Path) -> list[str]:
     """Write everything in the folder to a tar.gz in one step; returns the files left out of one too large."""
-    files = sorted((file for file in folder.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+    files = sorted((file for file in folder.rglob("*") if file.is_file()), key=_size)
     left_out: list[str] = []
     partial = path.with_name(f".{path.name}.partial")
-    while True:
-        with tarfile.open(partial, "w:gz", compresslevel=6) as tar:
-            for file in files:
-                try:
-                    tar.add(file, arcname=f"{path.name.partition('.')[0]}/{file.relative_to(folder)}")
-                except OSError:  # a file of a phase under way that is gone, or that grew while it was read
-                    continue
-        if partial.stat().st_size <= LARGEST or len(files) <= 1:
-            break
-        left_out.append(str(files.pop().relative_to(folder)))
-    partial.replace(path)
+    try:
+        while True:
+            with tarfile.open(partial, "w:gz", compresslevel=6) as tar:
+                for file in files:
+                    try:
+                        content, modified = file.read_bytes(), file.stat().st_mtime
+                    except OSError:  # of a phase under way, and gone
+                        continue
+                    # Read as a whole: a file that is cut short while tarfile copies it would break the archive.
+                    member = tarfile.TarInfo(f"{path.name.partition('.')[0]}/{file.relative_to(folder)}")
+                    member.size, member.mtime = len(content), int(modified)
+                    tar.addfile(member, io.BytesIO(content))
+            if partial.stat().st_size <= LARGEST or len(files) <= 1:
+                break
+            left_out.append(str(files.pop().relative_to(folder)))
+        partial.replace(path)
+    except OSError:  # a full disk: what was written last stays
+        partial.unlink(missing_ok=True)
+        raise
     return left_out
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:
+        return 0
 
 
 def last_json(output: str) -> Record:

@@ -6,6 +6,7 @@ import argparse
 import codecs
 import contextlib
 import itertools
+import json
 import os
 import shutil
 import sys
@@ -26,6 +27,7 @@ __all__ = [
     "complain",
     "make_output_printable",
     "positive",
+    "tell_stage",
     "threads",
     "wrapped",
 ]
@@ -106,6 +108,13 @@ def _claim(requested: Path | None, default: Path, marker: str) -> Path:
             if requested is not None:
                 raise FolderInUse(f"{folder} holds {marker} of another run: choose another --output") from None
     raise AssertionError("unreachable")
+
+
+def tell_stage(case: int, text: str) -> None:
+    """Write where a benchmark is, for bench/isolated.py, to the file that MCLD_STAGE names."""
+    if path := os.environ.get("MCLD_STAGE"):
+        with contextlib.suppress(OSError):  # a full disk: what is measured counts for more
+            Path(path).write_text(json.dumps({"case": case, "stage": text}))
 
 
 _REPLACEMENTS = {"µ": "u", "±": "+-", "×": "x", "…": "...", "–": "-", "−": "-"}

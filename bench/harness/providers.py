@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import importlib
 import importlib.util
@@ -88,14 +89,13 @@ def _backend(name: str, title: str, hopper: bool = False, shown: str | None = No
 
     def make(case: Case, *tensors: Tensor) -> Step:
         loss, options = LOSSES[case.loss], LOSSES[case.loss].options(case)
-
-        def loss_fn(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
-            if name == "torch" and not fields:  # as a user calls it: a tuning keeps a small call off its shortest way
-                return loss.function(s, t, y, backend=name, **options)
-            with backends.tuned(hopper=hopper, **fields):
-                return loss.function(s, t, y, backend=name, **options)
-
-        return autograd_step(loss_fn, case, *tensors)
+        function = functools.partial(loss.function, backend=name, **options)
+        if name == "torch" and not fields:  # as a user calls it: a tuning keeps a small call off its shortest way
+            return autograd_step(function, case, *tensors)
+        # One tuning for all calls, so that they are replayed as a user's are: a replay is of one `tuned` alone.
+        with backends.tuned(hopper=hopper, **fields):
+            context = contextvars.copy_context()
+        return autograd_step(functools.partial(context.run, function), case, *tensors)
 
     def unsupported_reason(case: Case, student: Tensor, teacher: Tensor) -> str | None:
         return backend_unsupported_reason(name, hopper, student, teacher)

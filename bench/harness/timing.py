@@ -112,7 +112,7 @@ class CudaClock:
         properties = torch.cuda.get_device_properties(device)
         size = 4 * getattr(properties, "L2_cache_size", 64 << 20)
         self._flush = torch.empty(size // 4, dtype=torch.int32, device=device) if cold else None
-        self._cycles_per_second = 1e3 * getattr(properties, "clock_rate", 1_800_000)
+        self._cycles_per_second = 1e3 * (getattr(properties, "clock_rate", 0) or 1_800_000)
 
     def sample(self, step: Callable[[], object], backlog: bool = False) -> SampleFn:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -138,6 +138,17 @@ class CudaClock:
             return start.elapsed_time(end) * 1e-3
 
         return take
+
+
+def context_is_lost(device: torch.device) -> bool:
+    """True where a kernel's fault, as an illegal address, has ended the CUDA context: every later call raises."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
 
 
 def capture(step: Callable[[], object], device: torch.device) -> Callable[[], None]:
