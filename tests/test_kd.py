@@ -302,6 +302,7 @@ class TestEdges:
             ({"temperature": 0.0}, ValueError, "temperature must be positive and finite; got 0.0"),
             ({"temperature": math.nan}, ValueError, "temperature must be positive and finite; got nan"),
             ({"temperature": "4"}, TypeError, "temperature must be a number; got '4'"),
+            ({"temperature": torch.tensor(4.0)}, TypeError, r"got tensor\(4.\): pass a number, as of temperature.item"),
             ({"backend": "numpy"}, ValueError, "backend must be one of"),
             ({"backend": "cuda"}, backends.BackendUnavailable, "no kernels for this loss; use 'torch'"),
         ],
