@@ -312,6 +312,11 @@ class TestEdges:
         with pytest.raises(error, match=words):
             mcld_kernels.kd_loss(student, teacher, **change)
 
+    def test_labels_are_accepted_as_by_the_other_losses(self):
+        student, teacher = logits("random", 4, 3)
+        for function in (mcld_kernels.kd_loss, reference.kd_loss):
+            assert torch.equal(function(student, teacher, labels(4, 3)), function(student, teacher))
+
     def test_shapes_must_agree(self):
         with pytest.raises(ValueError, match=r"same shape .* got \(4, 3\) and \(4, 2\)"):
             mcld_kernels.kd_loss(torch.zeros(4, 3), torch.zeros(4, 2))
