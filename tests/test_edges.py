@@ -37,7 +37,7 @@ def soft(batch, classes):
 
 
 S, T, Y = torch.randn(4, 3), torch.randn(4, 3), torch.tensor([0, 2, 1, 0])
-COMPLEX, META = torch.complex(S, T), torch.empty(4, 3, device="meta")
+COMPLEX, META, ONE_HOT = torch.complex(S, T), torch.empty(4, 3, device="meta"), torch.eye(4, 3)
 
 # tensors, options, error, and words of its message: what came and what is wanted
 BAD = {
@@ -71,8 +71,8 @@ BAD = {
     "labels of int32": ((S, T, Y.int()), {}, TypeError, ["target", "int64", "torch.int32: pass target.long()"]),
     "labels of float": ((S, T, Y.float()), {}, TypeError, ["target", "int64", "torch.float32: pass target.long()"]),
     "labels of bool": ((S, T, Y > 0), {}, TypeError, ["target", "int64", "torch.bool: pass target.long()"]),
-    "one-hot of int64": ((S, T, torch.eye(4, 3).long()), {}, ValueError, ["(4, 3): of one-hot rows pass target.long()"]),
-    "one-hot of bool": ((S, T, torch.eye(4, 3) > 0), {}, TypeError, ["bool: of one-hot rows pass target.long().argmax"]),
+    "one-hot int64": ((S, T, ONE_HOT.long()), {}, ValueError, ["(4, 3): of one-hot rows pass target.long().a"]),
+    "one-hot bool": ((S, T, ONE_HOT > 0), {}, TypeError, ["bool: of one-hot rows pass target.long().argmax"]),
     "too few labels": ((S, T, Y[:3]), {}, ValueError, ["target", "(4,)", "(3,)"]),
     "labels of rank 2": ((S, T, Y[:, None]), {}, ValueError, ["target", "(4,)", "(4, 1): pass target.squeeze(1)"]),
     "list of labels": ((S, T, Y.tolist()), {}, TypeError, ["target", "int64", "list: pass torch.as_tensor(target)"]),

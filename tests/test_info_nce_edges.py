@@ -145,7 +145,11 @@ class TestEdges:
             ValueError,
             "anchor_target holds -1",
         ),
-        "label type": ({"anchor_target": torch.zeros(4)}, TypeError, r"int64, or soft labels .* anchor_target.long\(\)"),
+        "label type": (
+            {"anchor_target": torch.zeros(4)},
+            TypeError,
+            r"int64, or soft labels .* anchor_target.long\(\)",
+        ),
         "label list": ({"anchor_target": [0] * 4}, TypeError, r"got list: pass torch.as_tensor\(anchor_target\)"),
         "few labels": ({"anchor_target": torch.zeros(3).long()}, ValueError, r"shape \(4,\)"),
         "one-hot labels": (
