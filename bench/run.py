@@ -336,9 +336,10 @@ class Run:
 
     def _announce(self) -> None:
         where, commit, versions = self.head["machine"], self.head["commit"], self.head["versions"]
+        threads = f"{where['threads']} CPU thread{'' if where['threads'] == 1 else 's'}"
         say(
             self.screen,
-            f"{where.get('gpu', where['cpu'])}, {where['threads']} CPU threads, torch {versions['torch']}, "
+            f"{where.get('gpu', where['cpu'])}, {threads}, torch {versions['torch']}, "
             f"float32 products at {where['float32_matmul_precision']!r}, "
             f"commit {commit[:10] + (' with changes' if self.head['dirty'] else '') if commit else 'unknown'}",
         )
