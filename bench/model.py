@@ -332,9 +332,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\n{case}")
         steps = predict(case, machine, graph).steps
         for step in dict.fromkeys(steps):
-            parts = [f"{part} {seconds(value)}" for part, value in vars(step).items() if part != "name" and value]
+            needs = {part: value for part, value in vars(step).items() if part != "name" and value}
+            first = sorted(needs, key=lambda part: part != step.binds)  # that which binds
+            parts = [f"{part} {seconds(needs[part])}" for part in first]
             times = f"{steps.count(step)} x " if steps.count(step) > 1 else ""
-            print(f"  {times + step.name:<17}{seconds(step.seconds):>8} {step.binds:<8}({', '.join(parts)})")
+            print(f" {times + step.name:<17}{seconds(step.seconds):>8}  {', '.join(parts)}")
     return Exit.OK
 
 
