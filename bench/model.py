@@ -336,7 +336,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             first = sorted(needs, key=lambda part: part != step.binds)  # that which binds
             parts = [f"{part} {seconds(needs[part])}" for part in first]
             times = f"{steps.count(step)} x " if steps.count(step) > 1 else ""
-            print(f" {times + step.name:<17}{seconds(step.seconds):>8}  {', '.join(parts)}")
+            line = f"  {times + step.name:<17}{seconds(step.seconds):>8}  {', '.join(parts)}"
+            print(programs.to_terminal(line))
     return Exit.OK
 
 
