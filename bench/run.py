@@ -332,6 +332,9 @@ class Run:
             written.append("kernels.csv")
         if plots.plot(records, self.folder / "results.png", machine.caption(self.head)):
             written.append("results.png")
+        traces = len(list(self.folder.glob("trace_*.json.gz")))
+        if traces:
+            written.append(f"trace_*.json.gz and kernels_*.txt ({traces} of each)")
         return written
 
     def _announce(self) -> None:

@@ -150,6 +150,7 @@ def test_a_run_leaves_json_csv_and_plot(tmp_path, capsys, monkeypatch):
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= screen.PIPE_WIDTH == 80
     assert shown.count("not run: cuda") == 1 and "Gflop/s" in shown and "case 2 of 2" in shown
+    assert "trace_*.json.gz and kernels_*.txt (4 of each)" in " ".join(shown.split())
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["complete"] and len(results["rows"]) == 6
     assert results["schema"] == report.SCHEMA and results["machine"]["load_1min_end"] is not None
