@@ -246,7 +246,8 @@ def plot_settings(path: Path, results: Results, caption: str, method: str = "mcl
     seeds = results["plan"]["tuning_seeds"]
     _finish(
         figure, axes[0], path, results, caption,
-        f"{BY_NAME[method].title}: accuracy on the validation images, %, mean of {seeds} seeds; *: the best.",
+        f"{BY_NAME[method].title}: accuracy on the validation images, %, mean of {seeds} seed{'s' * (seeds != 1)}; *: "
+        "the best.",
     )  # fmt: skip
     return True
 
