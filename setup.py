@@ -306,8 +306,8 @@ def commit() -> str | None:
     return head + ("-dirty" if changes.strip() else "")
 
 
-def write_record(package: Path, without_cpu: str | None) -> None:
-    record = {"commit": commit(), "without_cpu_kernels": without_cpu}
+def write_record(package: Path, without_cpu: str | None, origin: str | None) -> None:
+    record = {"commit": origin, "without_cpu_kernels": without_cpu}
     (package / BUILD_RECORD).write_text(json.dumps(record) + "\n")
 
 
@@ -337,13 +337,14 @@ class FreshBuild(build_py):
         reason = without_cpu_kernels()
         if reason:
             report_without_cpu(reason)
-        write_record(package, reason)
+        write_record(package, reason, commit())
 
 
 class RecordedSource(sdist):
     def make_release_tree(self, base_dir, files) -> None:
+        origin = commit()  # the release's own folder, in this tree until it is packed, is no change of it
         super().make_release_tree(base_dir, files)
-        write_record(Path(base_dir) / "mcld_kernels", "this is a source distribution, not an install")
+        write_record(Path(base_dir) / "mcld_kernels", "this is a source distribution, not an install", origin)
 
 
 class TaggedWheel(bdist_wheel):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -12,7 +13,7 @@ if str(ROOT) not in sys.path:
 
 import torch  # noqa: E402
 
-from bench.harness import machine, measure  # noqa: E402
+from bench.harness import machine, measure, programs  # noqa: E402
 
 # name -> dtype and float32 matmul precision of the product
 _GEMMS = {
@@ -36,7 +37,16 @@ def measure_all(device: torch.device) -> dict[str, float]:
     return ceilings
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the JSON; returns one of the exit codes of ``--help``."""
+    programs.Parser(
+        description="Measure this machine's speed of GEMM and of copying; JSON on stdout.", epilog=programs.EXIT_CODES
+    ).parse_args(arguments)
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     values = measure_all(where)
     print(json.dumps({"machine": machine.describe(where), "ceilings": values}))
+    return programs.Exit.OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -39,7 +40,15 @@ if str(ROOT) not in sys.path:
 from bench.harness import commands, goals, machine, phases  # noqa: E402
 from bench.harness import report as reports  # noqa: E402
 from bench.harness.phases import Phase  # noqa: E402
-from bench.harness.programs import EXIT_CODES, Exit, FolderInUse, claimed, make_output_printable, wrapped  # noqa: E402
+from bench.harness.programs import (  # noqa: E402
+    EXIT_CODES,
+    Exit,
+    FolderInUse,
+    claimed,
+    complain,
+    make_output_printable,
+    wrapped,
+)
 
 LAST_S = 20  # after the deadline a thread ends the program, whatever it waits for
 DOC = __doc__ or "Tests and measurements on a GPU machine."  # python -OO has no docstrings
@@ -171,10 +180,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         show(plan(Path("<folder>")))
         return Exit.OK
     if here.capability is None and not options.rehearse:
-        print(
+        complain(
             "gpu_report: this machine, or this build of torch, has no CUDA device, and everything here needs one.\n"
-            "--dry-run prints the plan; --rehearse runs the plumbing on the CPU; bench/run.py measures the CPU.",
-            file=sys.stderr,
+            "--dry-run prints the plan; --rehearse runs its phases on the CPU at a toy size; bench/run.py measures the "
+            "CPU."
         )
         return Exit.NO_DEVICE
     name = f"gpu-{options.command}.tar.gz"
@@ -185,10 +194,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with phases.noted_signals() as signals:
                 return run_all(plan, options, target.resolve() / name, signals)
     except FolderInUse as fault:
-        print(f"gpu_report: {fault}", file=sys.stderr)
+        complain(f"gpu_report: {fault}")
         return Exit.USAGE
     except OSError as fault:
-        print(f"gpu_report: the output cannot be written: {fault}", file=sys.stderr)
+        complain(f"gpu_report: the output cannot be written: {fault}")
         return Exit.OUTPUT
 
 
@@ -196,10 +205,10 @@ def show(planned: Sequence[Phase]) -> None:
     for phase in planned:
         reason = phase.skip_reason({})
         setting = " ".join(f"{key}={value}" for key, value in phase.environment.items() if key != "PATH")
-        command = phases.without_paths(" ".join(filter(None, [setting, *phase.command_line({})])))
+        command = phases.without_paths(" ".join(filter(None, [setting, shlex.join(phase.command_line({}))])))
         side_by_side = f" [{phase.group}]" if phase.group else ""
-        print(f"{phase.name + side_by_side:<32}{phase.budget_s:>4.0f} s  {command}"
-              + (f"   (not run: {reason})" if reason else ""))  # fmt: skip
+        print(f"{phase.name + side_by_side:<32}{phase.budget_s:>4.0f} s" + (f"  not run: {reason}" if reason else ""))
+        print(f"    {command}")  # in one line, to be copied
     print(f"{phases.planned_seconds(planned):.0f} s in all; phases with one name in brackets run side by side")
 
 

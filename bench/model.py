@@ -302,22 +302,25 @@ def measured(case: Case, graph: bool, rows: Sequence[dict[str, Any]]) -> tuple[s
 
 def table(machine: Machine, rows: Sequence[dict[str, Any]] = ()) -> str:
     """A line for each regime: the prediction, what binds, and the measurement where there is one."""
-    lines = [
-        f"{'case':<46}{'predicted':>10}{'of GEMM':>9}  {'binds':<10}{'launches':>8}{'measured':>11}{'m / p':>7}  by"
-    ]
+    title = f"{'case, bfloat16':<34}{'predicted':>10}{'of GEMM':>9}"
+    title += f"{'measured':>11}{'m / p':>7}  by" if rows else f"  {'binds':<10}{'launches':>8}"
+    lines = [title]
     for case, graph in REGIMES:
         predicted = predict(case, machine, graph)
         measurement = measured(case, graph, rows)
-        line = f"{str(case).removesuffix(', forward-backward'):<46}{seconds(predicted.seconds):>10}"
-        line += f"{predicted.fraction(machine):>9.0%}  {predicted.binds:<10}{len(predicted.steps):>8}"
-        if measurement is not None:
+        name = str(case).removesuffix(", forward-backward").replace(" bfloat16,", ",")
+        line = f"{name:<34}{seconds(predicted.seconds):>10}{predicted.fraction(machine):>9.0%}"
+        if not rows:
+            line += f"  {predicted.binds:<10}{len(predicted.steps):>8}"
+        elif measurement is not None:
             line += f"{seconds(measurement[1]):>11}{measurement[1] / predicted.seconds:>7.2f}  {measurement[0]}"
         lines.append(line)
     source = "its own ceilings" if rows else "assumed"
     lines.append(
         f"{machine.name}: GEMM {machine.gemm_flop_per_s / 1e12:.0f} Tflop/s, "
-        f"copy {machine.copy_bytes_per_s / 1e12:.1f} TB/s ({source}); a model, not a measurement"
+        f"copy {machine.copy_bytes_per_s / 1e12:.1f} TB/s ({source})"
     )
+    lines.append("a model, not a measurement")
     return "\n".join(lines)
 
 
@@ -342,18 +345,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return Exit.USAGE
     if options.assumptions:
         for name, text in ASSUMPTIONS:
-            print(f"{name}: {text}")
+            print(programs.to_terminal(f"{name}: {text}"))
         return Exit.OK
     print(table(machine, rows))
     for case, graph in REGIMES if options.steps else ():
         print(f"\n{case}")
         steps = predict(case, machine, graph).steps
         for step in dict.fromkeys(steps):
-            parts = [f"{part} {seconds(value)}" for part, value in vars(step).items() if part != "name" and value]
+            needs = {part: value for part, value in vars(step).items() if part != "name" and value}
+            first = sorted(needs, key=lambda part: part != step.binds)  # that which binds
+            parts = [f"{part} {seconds(needs[part])}" for part in first]
             times = f"{steps.count(step)} x " if steps.count(step) > 1 else ""
-            print(f"  {times + step.name:<18}{seconds(step.seconds):>9}  {step.binds:<8}({', '.join(parts)})")
+            line = f"  {times + step.name:<17}{seconds(step.seconds):>8}  {', '.join(parts)}"
+            print(programs.to_terminal(line))
     return Exit.OK
 
 
 if __name__ == "__main__":
+    programs.end_with_pipe()
     sys.exit(main())

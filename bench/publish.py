@@ -248,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"publish: the output cannot be written: {fault}", file=sys.stderr)
         return Exit.OUTPUT
     print("written: " + ", ".join(written))
-    print("By hand: the sentence that no GPU has run this, in README.md and mcld_kernels/info.py.")
+    print("By hand: the sentence that no GPU has run this, in README.md and mcld_kernels/info.py (GPU_STATE).")
     return Exit.OK
 
 

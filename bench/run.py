@@ -344,13 +344,17 @@ class Run:
             written.append("kernels.csv")
         if plots.plot(records, self.folder / "results.png", machine.caption(self.head)):
             written.append("results.png")
+        traces = len(list(self.folder.glob("trace_*.json.gz")))
+        if traces:
+            written.append(f"trace_*.json.gz and kernels_*.txt ({traces} of each)")
         return written
 
     def _announce(self) -> None:
         where, commit, versions = self.head["machine"], self.head["commit"], self.head["versions"]
+        threads = f"{where['threads']} CPU thread{'' if where['threads'] == 1 else 's'}"
         say(
             self.screen,
-            f"{where.get('gpu', where['cpu'])}, {where['threads']} CPU threads, torch {versions['torch']}, "
+            f"{where.get('gpu', where['cpu'])}, {threads}, torch {versions['torch']}, "
             f"float32 products at {where['float32_matmul_precision']!r}, "
             f"commit {commit[:10] + (' with changes' if self.head['dirty'] else '') if commit else 'unknown'}",
         )

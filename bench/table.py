@@ -72,4 +72,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    programs.end_with_pipe()
     sys.exit(main())

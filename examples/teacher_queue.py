@@ -1,4 +1,4 @@
-"""A small batch against many teacher rows: those of earlier steps wait in a queue."""
+"""A small batch against many teacher rows: a queue keeps those of earlier steps. The loss grows with their number."""
 
 import torch
 import torch.nn.functional as F

@@ -21,4 +21,5 @@ for epoch in range(epochs):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    print(f"epoch {epoch}: loss {loss.item():.3f}, which rises while the term comes in")
+    weight = criterion.effective_weight[2].item()
+    print(f"epoch {epoch}: loss {loss.item():.3f}, the category-wise term at weight {weight:.1f}")

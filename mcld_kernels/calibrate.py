@@ -33,6 +33,7 @@ from torch import Tensor
 from . import backends, calibrate_forms
 from .backends import forms, timings
 from .calibrate_plan import Plan
+from .console import to_terminal
 from .losses.mcld import mcld_loss
 from .options import Backend
 from .version import __version__
@@ -458,7 +459,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _say(text: str) -> None:
-    print(f"calibrate: {text}", file=sys.stderr)
+    print(to_terminal(f"calibrate: {text}"), file=sys.stderr)
 
 
 if __name__ == "__main__":

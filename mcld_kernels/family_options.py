@@ -223,7 +223,7 @@ def check_mlkd_target(target: Tensor | None, student: Tensor, options: MLKDOptio
         )
     if not is_supervised:
         return None
-    check_target(target, student, options.ignore_index, read_values=False)
+    check_target(target, student, options.ignore_index, read_values=False, takes_soft=False)
     if not is_readable(target) or target.numel() == 0:
         return None
     # Labels are compared with one another alone, so they may exceed the width of an embedding.

@@ -19,6 +19,7 @@ from . import __version__, backends, installation
 from .backends import timings, torch_low_latency
 from .backends.cuda import extension
 from .backends.triton import configs
+from .console import to_terminal
 from .options import float32_precision
 
 SCHEMA = 1
@@ -30,6 +31,7 @@ VARIABLES = {
     "TRITON_INTERPRET": "1: run Triton kernels on CPU tensors, slowly, to test them",
 }
 TRITON_DISTRIBUTIONS = ("triton", "triton-rocm", "pytorch-triton-rocm")  # the last two beside a torch for AMD's GPUs
+GPU_STATE = "no GPU has run the kernels of triton and cuda yet; a CPU tests them, and they are compiled for GPUs"
 # No such GPU has run them.
 AMD_STATE = f"Triton's kernels are compiled for {' and '.join(configs.AMD)}, never run"
 AUTO_SHAPE = (1024, 1000)  # the logits for which a device's "auto" is shown
@@ -48,6 +50,7 @@ def describe() -> dict[str, Any]:
         "driver": _driver(),
         "devices": _devices(),
         "backends": {name: backends.unavailable_reason(name) for name in backends.NAMES},
+        "state": {"GPU kernels": GPU_STATE},
         "measured tables": _tables(),
         "environment": {name: os.environ.get(name) for name in VARIABLES},
     }
@@ -204,7 +207,8 @@ def main() -> None:
     arguments = parser.parse_args()
     description = describe()
     try:
-        print(json.dumps(description, indent=2) if arguments.json else "\n".join(lines(description)), flush=True)
+        shown = json.dumps(description, indent=2) if arguments.json else to_terminal("\n".join(lines(description)))
+        print(shown, flush=True)
     except BrokenPipeError:  # `| head`: nobody reads the rest, and the interpreter must not flush it again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, SupportsIndex
 import torch
 from torch import Tensor
 
+from . import remedies
 from .kernels import Positives
 from .options import (
     MCLDOptions,
@@ -164,7 +165,10 @@ def check_info_nce_inputs(
     if anchors.shape[1] == 0:
         raise ValueError(f"embeddings need at least one column; got anchors of shape {tuple(anchors.shape)}")
     if anchors.device != candidates.device:
-        raise ValueError(f"anchors and candidates must be on one device; got {anchors.device} and {candidates.device}")
+        raise ValueError(
+            f"anchors and candidates must be on one device; got {anchors.device} and {candidates.device}: "
+            "pass candidates.to(anchors.device)"
+        )
     if temperature is not None and temperature.device != anchors.device:
         raise ValueError(
             f"temperature must be on the embeddings' device {anchors.device}; got {temperature.device}: move it there"
@@ -204,16 +208,24 @@ def _check_labels(name: str, target: Tensor, rows: Tensor, ignore_index: int, re
     if not isinstance(target, Tensor):
         raise TypeError(
             f"{name} must be a tensor of labels ({n},), int64, or ({n}, classes); got {type(target).__name__}"
+            f"{remedies.of_no_tensor(name, target)}"
         )
     if target.device != rows.device:
-        raise ValueError(f"{name} must be on the embeddings' device {rows.device}; got {target.device}")
+        raise ValueError(
+            f"{name} must be on the embeddings' device {rows.device}; got {target.device}: "
+            f"pass {name}.to({str(rows.device)!r})"
+        )
     if target.ndim == 2 and target.is_floating_point():
         check_soft_labels(name, target, n, read_values=read_values)
         return False
     if target.dtype != torch.int64:
-        raise TypeError(f"{name} must be of dtype int64, or soft labels ({n}, classes) floating; got {target.dtype}")
+        raise TypeError(
+            f"{name} must be of dtype int64, or soft labels ({n}, classes) floating; got {target.dtype}"
+            f"{remedies.of_label_dtype(name, target)}"
+        )
     if target.shape != (n,):
-        raise ValueError(f"{name} must have shape ({n},), a label for each row; got {tuple(target.shape)}")
+        remedy = remedies.of_label_shape(name, target, n)
+        raise ValueError(f"{name} must have shape ({n},), a label for each row; got {tuple(target.shape)}{remedy}")
     if not read_values or not is_readable(target):
         return False
     if n:

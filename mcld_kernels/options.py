@@ -13,6 +13,8 @@ from typing import Any, Literal, NamedTuple, SupportsIndex
 import torch
 from torch import Tensor, nn
 
+from . import remedies
+
 Direction = Literal["student", "teacher", "symmetric"]
 Backend = Literal["auto", "reference", "torch", "triton", "cuda"]
 
@@ -230,11 +232,14 @@ def check_logits(student: Tensor, teacher: Tensor) -> None:
             check_matrix(name, logits, "logits", "(batch, classes)")
     if student.shape != teacher.shape:
         raise ValueError(
-            "student and teacher must have the same shape (batch, classes); "
-            f"got {tuple(student.shape)} and {tuple(teacher.shape)}"
+            f"student and teacher must have the same shape (batch, classes); got {tuple(student.shape)} and "
+            f"{tuple(teacher.shape)}{remedies.of_shapes(student, teacher)}"
         )
     if student.device != teacher.device:
-        raise ValueError(f"student and teacher must be on one device; got {student.device} and {teacher.device}")
+        raise ValueError(
+            f"student and teacher must be on one device; got {student.device} and {teacher.device}: "
+            "pass teacher.to(student.device)"
+        )
     if student.shape[1] == 0:
         raise ValueError(f"student and teacher need at least one class; got shape {tuple(student.shape)}")
 
@@ -242,14 +247,15 @@ def check_logits(student: Tensor, teacher: Tensor) -> None:
 def check_matrix(name: str, x: Tensor, content: str, shape: str) -> None:
     """A dense floating tensor of two dimensions, which the messages call ``content`` of ``shape``."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor of {content} {shape}; got {type(x).__name__}")
+        remedy = remedies.of_no_tensor(name, x)
+        raise TypeError(f"{name} must be a tensor of {content} {shape}; got {type(x).__name__}{remedy}")
     if type(x) is not Tensor or x.layout is not torch.strided or x.is_nested:
         _check_dense(name, x)
     if x.dtype not in DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise TypeError(f"{name} must be of a floating dtype ({names}); got {x.dtype}")
+        raise TypeError(f"{name} must be of a floating dtype ({names}); got {x.dtype}{remedies.of_dtype(name, x)}")
     if x.ndim != 2:
-        raise ValueError(f"{name} must have shape {shape}; got {tuple(x.shape)}")
+        raise ValueError(f"{name} must have shape {shape}; got {tuple(x.shape)}{remedies.of_rank(name, x)}")
 
 
 def _check_dense(name: str, tensor: Tensor) -> None:
@@ -280,7 +286,8 @@ def check_temperatures(value: Any) -> tuple[float, float, float]:
     """One temperature or three; each is positive and finite."""
     values = (value,) * 3 if is_number(value) else tuple(value) if isinstance(value, Sequence) else None
     if values is None or len(values) != 3 or not all(map(is_number, values)):
-        raise TypeError(f"temperature must be one number or three (instance, sample, category); got {value!r}")
+        remedy = ": pass numbers, as of temperature.tolist()" if isinstance(value, Tensor) else ""
+        raise TypeError(f"temperature must be one number or three (instance, sample, category); got {value!r}{remedy}")
     for v in values:
         if not 0 < v < math.inf:
             raise ValueError(f"temperature must be positive and finite; got {value!r}")
@@ -290,7 +297,8 @@ def check_temperatures(value: Any) -> tuple[float, float, float]:
 def check_positive(name: str, value: Any) -> float:
     """One positive, finite number."""
     if not is_number(value):
-        raise TypeError(f"{name} must be a number; got {value!r}")
+        remedy = f": pass a number, as of {name}.item()" if isinstance(value, Tensor) else ""
+        raise TypeError(f"{name} must be a number; got {value!r}{remedy}")
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite; got {value!r}")
     return float(value)
@@ -402,28 +410,34 @@ def check_target(
     read_values: bool,
     name: str = "target",
     shape: str = "batch",
+    takes_soft: bool = True,
 ) -> bool | None:
     """Labels (batch,), int64, or soft labels (batch, classes); their values where ``read_values`` and readable.
 
     Returns as `check_mcld_inputs`.
     """
     if not isinstance(target, Tensor):
-        raise TypeError(f"{name} must be a tensor of labels ({shape},), int64; got {type(target).__name__}")
+        remedy = remedies.of_no_tensor(name, target)
+        raise TypeError(f"{name} must be a tensor of labels ({shape},), int64; got {type(target).__name__}{remedy}")
     if type(target) is not Tensor or target.layout is not torch.strided or target.is_nested:
         _check_dense(name, target)
     batch, classes = student.shape
     if target.device != student.device:
-        raise ValueError(f"{name} must be on the logits' device {student.device}; got {target.device}")
+        raise ValueError(
+            f"{name} must be on the logits' device {student.device}; got {target.device}: "
+            f"pass {name}.to({str(student.device)!r})"
+        )
     # Reading labels on a GPU would synchronize it; there a bad label makes the terms that use it NaN instead.
-    if target.ndim == 2 and target.is_floating_point():
+    if takes_soft and target.ndim == 2 and target.is_floating_point():
         check_soft_labels(name, target, batch, num_classes=classes, read_values=read_values)
         return False
     if target.dtype != torch.int64:
-        raise TypeError(
-            f"{name} must be of dtype int64, or soft labels ({shape}, classes) of a floating dtype; got {target.dtype}"
-        )
+        soft = f", or soft labels ({shape}, classes) of a floating dtype" if takes_soft else ""
+        remedy = remedies.of_label_dtype(name, target)
+        raise TypeError(f"{name} must be of dtype int64{soft}; got {target.dtype}{remedy}")
     if target.shape != (batch,):
-        raise ValueError(f"{name} must have shape ({shape},) = ({batch},); got {tuple(target.shape)}")
+        remedy = remedies.of_label_shape(name, target, batch)
+        raise ValueError(f"{name} must have shape ({shape},) = ({batch},); got {tuple(target.shape)}{remedy}")
     if read_values and batch > 0 and is_readable(target):
         bounds = label_bounds(name, target, ignore_index, most=classes - 1, allowed=f"in [0, {classes})")
         return are_classes(bounds, classes, ignore_index)

@@ -92,7 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(1)
         if options.draw is not None:
             results = json.loads(options.draw.read_text())
-            return _report(results, options.output or options.draw.parent, screen)
+            folder = options.output or options.draw.parent
+            folder.mkdir(parents=True, exist_ok=True)
+            return _report(results, folder, screen)
         folder = options.output or ROOT / "runs" / ("evidence-quick" if options.quick else "evidence")
         study = Study(plan(options), folder)
         return _run(study, options.methods or tuple(contenders.BY_NAME), screen)
@@ -161,10 +163,10 @@ def _report(results: dict[str, Any], folder: Path, screen: Console) -> int:
         caption += "; not in this version: " + ", ".join(results["absent"])
     evidence_report.write_csv(folder / "results.csv", results)
     evidence_report.plot(folder / "results.png", results, caption)
-    written = ["results.json", "results.csv", "results.png"]
+    written = [name for name in ("results.json", "results.csv", "results.png") if (folder / name).exists()]
     if evidence_report.plot_settings(folder / "settings.png", results, caption):
         written.append("settings.png")
-    for table in evidence_report.tables(results):
+    for table in evidence_report.tables(results, screen.width):
         screen.print(table)
     say(screen, evidence_report.NOTE, "dim")
     say(screen, f"written to {folder}: {', '.join(written)}")

@@ -1,6 +1,6 @@
 """Distil a student from a teacher: ``python python/train.py`` on digits, ``--config FILE`` on data of your own.
 
-Without --config (or --resume) it is the experiment of `distillation.experiment`, which takes two minutes on two cores.
+Without --config (or --resume) it is the experiment of `distillation.experiment`, which takes about a minute.
 With it, the trainer (package `trainer`), alone or under torchrun: docs/training.md.
 """
 

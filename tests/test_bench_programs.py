@@ -150,6 +150,7 @@ def test_a_run_leaves_json_csv_and_plot(tmp_path, capsys, monkeypatch):
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= screen.PIPE_WIDTH == 80
     assert shown.count("not run: cuda") == 1 and "Gflop/s" in shown and "case 2 of 2" in shown
+    assert "trace_*.json.gz and kernels_*.txt (4 of each)" in " ".join(shown.split())
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["complete"] and len(results["rows"]) == 6
     assert results["schema"] == report.SCHEMA and results["machine"]["load_1min_end"] is not None
@@ -303,10 +304,42 @@ class TestPlots:
             == "A CPU, 2 threads; load 0.5 to 1.25; mcld_kernels 0.1; torch 2.0; commit abc with changes; 2020-01-01"
         )
 
-    def test_recorded_runs_are_drawn_into_one_figure(self, tmp_path):
-        recorded = sorted((ROOT / "bench" / "results").glob("*/results.json"))
+    def test_recorded_runs_of_one_machine_are_drawn_into_one_figure(self, tmp_path):
+        recorded = sorted((ROOT / "bench" / "results").glob("cpu-2026-11-21-*/results.json"))
+        assert len(recorded) == 2
         assert plots.main([*map(str, recorded), "--output", str(tmp_path / "a.png")]) == 0
         assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_runs_that_make_no_line_are_refused(self, tmp_path, capsys):
+        head = {"machine": {"cpu": "A CPU", "threads": 2}}
+        run = {**head, "rows": [self.record("torch", 64)]}
+        other = {**head, "rows": [self.record("torch", 256)]}
+        assert len(plots.joined({"a": run, "b": other})) == 2
+        with pytest.raises(ValueError, match="torch at B = 64, .* stands in both a and b: leave one out"):
+            plots.joined({"a": run, "b": run})
+        with pytest.raises(ValueError, match=r"different machines.*: A CPU, 2 threads \(a\), A CPU, 1 thread \(b\)"):
+            plots.joined({"a": run, "b": {**other, "machine": {"cpu": "A CPU", "threads": 1}}})
+        recorded = sorted((ROOT / "bench" / "results").glob("*/results.json"))
+        assert plots.main([*map(str, recorded), "--output", str(tmp_path / "a.png")]) == 2
+        assert "different machines" in capsys.readouterr().err
+        assert plots.main([str(tmp_path / "none.json")]) == 2
+        assert not (tmp_path / "a.png").exists()
+
+    def test_no_line_passes_through_a_label(self, figure, tmp_path):
+        missing = {"time": None, "status": "not run", "reason": f"{memory.SHORTAGE} 100 GiB, 5 GiB may be used"}
+        seconds = {"reference": 40.0, "compile": 12.0, "library": 9.0}
+        records = [self.record(name, 1024, value) for name, value in seconds.items()]
+        records += [self.record(name, 256, value / 20) for name, value in seconds.items()]
+        records += [self.record(name, 4096, **missing) for name in seconds]
+        records += [self.record("torch", batch, value) for batch, value in ((256, 0.4), (1024, 9.0), (4096, 200.0))]
+        plots.plot(records, tmp_path / "a.png", "")
+        axis = figure[0].axes[0]
+        renderer = figure[0].canvas.get_renderer()
+        line = next(line for line in axis.lines if line.get_color() == plots.STYLE["torch"][0])
+        path = line.get_transform().transform_path(line.get_path())
+        for text in axis.texts:
+            if not text.get_text().startswith("torch"):
+                assert not path.intersects_bbox(text.get_window_extent(renderer), filled=False), text.get_text()
 
 
 SMALL = ["--batch", "16", "--classes", "5", "--providers", "reference,torch", "--repeats", "3", "--device", "cpu"]

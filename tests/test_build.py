@@ -410,6 +410,14 @@ def test_a_source_distribution_and_its_wheel_carry_the_commit(tree):
     assert done.returncode == 0, done.stderr
     with zipfile.ZipFile(next((source / "dist").glob("*.whl"))) as wheel:
         assert json.loads(wheel.read("mcld_kernels/_build.json"))["commit"] == f"{head}-dirty"
+    # The folder that is packed is in the tree while it is: no change of a tree that has none.
+    (tree / ".gitignore").write_text("*.egg-info/\ndist/\nunpacked/\n__pycache__/\n")
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "-qm", "y"], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    assert run(tree, "-c", "import setuptools.build_meta as b; print(b.build_sdist('dist'))").returncode == 0
+    shutil.unpack_archive(sdist, tree / "unpacked", filter="data")
+    assert json.loads((source / "mcld_kernels" / "_build.json").read_text())["commit"] == head
 
 
 def test_the_command_that_adds_cuda_is_not_answered_from_pips_cache(tree):

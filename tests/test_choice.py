@@ -79,6 +79,7 @@ class TestChoice:
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith("refused: backend 'triton' cannot run: ")
+        assert done.stdout.endswith("; backend='auto' takes one that can\n")
 
 
 class TestAutoWithoutFusedKernels:

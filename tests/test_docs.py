@@ -51,8 +51,14 @@ def sections(page: str) -> list[tuple[str, tuple[str, ...], str]]:
     return [section for section in found if section[2]]
 
 
+def same(ours: torch.Tensor, theirs: torch.Tensor, *leaves: torch.Tensor) -> None:
+    """Both losses have one value, and one gradient by each leaf."""
+    results = [[x.detach(), *torch.autograd.grad(x, leaves, retain_graph=True)] for x in (ours, theirs)]
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-7)
+
+
 def names() -> dict[str, object]:
-    """The names that the pages' code uses: two models, a loader, logits and labels."""
+    """The names that the pages' code uses: two models, a loader, logits and labels, and a comparison of losses."""
     torch.manual_seed(0)
     student_model, teacher_model = (nn.Sequential(nn.Flatten(), nn.Linear(48, 10)) for _ in range(2))
     dataset = torch.utils.data.TensorDataset(torch.randn(32, 3, 4, 4), torch.randint(10, (32,)))
@@ -61,6 +67,7 @@ def names() -> dict[str, object]:
         "nn": nn,
         "F": F,
         "Path": Path,
+        "same": same,
         "mcld_kernels": mcld_kernels,
         "MCLDLoss": mcld_kernels.MCLDLoss,
         "mcld_loss": mcld_kernels.mcld_loss,

@@ -1,6 +1,7 @@
 """The edges of a call: bad input and its message, empty and tiny batches, layouts and modes."""
 
 import math
+import types
 
 import pytest
 import torch
@@ -36,34 +37,46 @@ def soft(batch, classes):
 
 
 S, T, Y = torch.randn(4, 3), torch.randn(4, 3), torch.tensor([0, 2, 1, 0])
-COMPLEX, META = torch.complex(S, T), torch.empty(4, 3, device="meta")
+COMPLEX, META, ONE_HOT = torch.complex(S, T), torch.empty(4, 3, device="meta"), torch.eye(4, 3)
 
 # tensors, options, error, and words of its message: what came and what is wanted
 BAD = {
-    "shapes": ((S, T[:3], Y), {}, ValueError, ["same shape", "(4, 3)", "(3, 3)"]),
-    "classes": ((S, torch.randn(4, 5), Y), {}, ValueError, ["same shape", "(4, 3)", "(4, 5)"]),
-    "rank 1": ((S[0], T[0], Y), {}, ValueError, ["student", "(batch, classes)", "(3,)"]),
-    "rank 3": ((S[None], T[None], Y), {}, ValueError, ["student", "(batch, classes)", "(1, 4, 3)"]),
+    "shapes": ((S, T[:3], Y), {}, ValueError, ["same shape", "(4, 3)", "(3, 3): pass the rows of the same samples"]),
+    "classes": ((S, torch.randn(4, 5), Y), {}, ValueError, ["same shape", "(4, 3)", "(4, 5): pass the columns"]),
+    "transposed": ((S, T.T, Y), {}, ValueError, ["same shape", "(3, 4): one of them is transposed, pass teacher.T"]),
+    "rank 1": ((S[0], T[0], Y), {}, ValueError, ["student", "(batch, classes)", "(3,): pass student[None]"]),
+    "rank 3": (
+        (S[None], T[None], Y), {}, ValueError, ["student", "(batch, classes)", "(1, 4, 3): pass student.flatten(0, 1)"],
+    ),
     "teacher of rank 3": ((S, T[None], Y), {}, ValueError, ["teacher", "(batch, classes)", "(1, 4, 3)"]),
-    "integer student": ((S.long(), T, Y), {}, TypeError, ["student", "floating", "torch.int64"]),
+    "integer student": ((S.long(), T, Y), {}, TypeError, ["student", "floating", "torch.int64: pass student.float()"]),
     "integer teacher": ((S, T.int(), Y), {}, TypeError, ["teacher", "floating", "torch.int32"]),
+    "labels second": ((S, Y, T), {}, TypeError, ["teacher", "torch.int64: labels come third"]),
     "bool": ((S, T > 0, Y), {}, TypeError, ["teacher", "floating", "torch.bool"]),
     "complex": ((COMPLEX, T, Y), {}, TypeError, ["student", "floating", "torch.complex64"]),
     "float8": ((S.to(torch.float8_e4m3fn), T, Y), {}, TypeError, ["student", "float16", "torch.float8_e4m3fn"]),
-    "list": ((S.tolist(), T, Y), {}, TypeError, ["student", "tensor", "list"]),
-    "array": ((S, T.numpy(), Y), {}, TypeError, ["teacher", "tensor", "ndarray"]),
+    "list": ((S.tolist(), T, Y), {}, TypeError, ["student", "tensor", "list: pass torch.as_tensor(student)"]),
+    "array": ((S, T.numpy(), Y), {}, TypeError, ["teacher", "tensor", "ndarray: pass torch.as_tensor(teacher)"]),
+    "output of a model": (
+        (types.SimpleNamespace(logits=S), T, Y), {}, TypeError, ["SimpleNamespace: pass student.logits"],
+    ),
+    "mapping": ((S, {"logits": T}, Y), {}, TypeError, ['got dict: pass teacher["logits"]']),
+    "other mapping": ((S, {}, Y), {}, TypeError, ["teacher must be a tensor of logits (batch, classes); got dict"]),
+    "several tensors": (((S, S), T, Y), {}, TypeError, ["got tuple: pass one tensor of them"]),
     "no classes": ((S[:, :0], T[:, :0], Y), {}, ValueError, ["at least one class", "(4, 0)"]),
-    "devices": ((S, META, Y), {}, ValueError, ["one device", "cpu", "meta"]),
+    "devices": ((S, META, Y), {}, ValueError, ["one device", "cpu and meta: pass teacher.to(student.device)"]),
     "label too high": ((S, T, torch.tensor([0, 3, 1, 0])), {}, ValueError, ["target", "3", "[0, 3)", "-100"]),
     "label negative": ((S, T, torch.tensor([0, -1, 1, 0])), {}, ValueError, ["target", "-1", "[0, 3)"]),
     "-100 is a label": ((S, T, torch.tensor([0, -100, 1, 0])), {"ignore_index": 5}, ValueError, ["-100", "=5"]),
-    "labels of int32": ((S, T, Y.int()), {}, TypeError, ["target", "int64", "torch.int32"]),
-    "labels of float": ((S, T, Y.float()), {}, TypeError, ["target", "int64", "torch.float32"]),
-    "labels of bool": ((S, T, Y > 0), {}, TypeError, ["target", "int64", "torch.bool"]),
+    "labels of int32": ((S, T, Y.int()), {}, TypeError, ["target", "int64", "torch.int32: pass target.long()"]),
+    "labels of float": ((S, T, Y.float()), {}, TypeError, ["target", "int64", "torch.float32: pass target.long()"]),
+    "labels of bool": ((S, T, Y > 0), {}, TypeError, ["target", "int64", "torch.bool: pass target.long()"]),
+    "one-hot int64": ((S, T, ONE_HOT.long()), {}, ValueError, ["(4, 3): of one-hot rows pass target.long().a"]),
+    "one-hot bool": ((S, T, ONE_HOT > 0), {}, TypeError, ["bool: of one-hot rows pass target.long().argmax"]),
     "too few labels": ((S, T, Y[:3]), {}, ValueError, ["target", "(4,)", "(3,)"]),
-    "labels of rank 2": ((S, T, Y[:, None]), {}, ValueError, ["target", "(4,)", "(4, 1)"]),
-    "list of labels": ((S, T, Y.tolist()), {}, TypeError, ["target", "int64", "list"]),
-    "labels elsewhere": ((S, T, Y.to("meta")), {}, ValueError, ["target", "cpu", "meta"]),
+    "labels of rank 2": ((S, T, Y[:, None]), {}, ValueError, ["target", "(4,)", "(4, 1): pass target.squeeze(1)"]),
+    "list of labels": ((S, T, Y.tolist()), {}, TypeError, ["target", "int64", "list: pass torch.as_tensor(target)"]),
+    "labels elsewhere": ((S, T, Y.to("meta")), {}, ValueError, ["target", "cpu", "meta: pass target.to('cpu')"]),
     "soft labels of 2 classes": ((S, T, soft(4, 2)), {}, ValueError, ["soft labels", "(4, 3)", "(4, 2)"]),
     "soft labels of sum 2": ((S, T, 2 * soft(4, 3)), {}, ValueError, ["soft labels", "sum of 1", "row 0", "2"]),
     "negative soft labels": ((S, T, soft(4, 3) * torch.tensor([-1, 2, 2])), {}, ValueError, [">= 0", "minimum of -"]),
@@ -94,6 +107,9 @@ BAD = {
     "temperature inf": ((S, T, Y), {"temperature": math.inf}, ValueError, ["temperature", "finite", "inf"]),
     "two temperatures": ((S, T, Y), {"temperature": (0.1, 0.1)}, TypeError, ["temperature", "three", "(0.1, 0.1)"]),
     "temperature text": ((S, T, Y), {"temperature": "0.1"}, TypeError, ["temperature", "number", "'0.1'"]),
+    "temperature of tensors": (
+        (S, T, Y), {"temperature": torch.ones(3)}, TypeError, ["three", "tensor([1., 1., 1.]): pass numbers"],
+    ),
     "temperature None": ((S, T, Y), {"temperature": None}, TypeError, ["temperature", "number", "None"]),
     "weight < 0": ((S, T, Y), {"weight": (1, -1, 1)}, ValueError, ["weight", ">= 0", "-1"]),
     "weight nan": ((S, T, Y), {"weight": (1, 1, math.nan)}, ValueError, ["weight", "finite", "nan"]),

@@ -183,8 +183,15 @@ class TestProgram:
             assert (whole / name).read_bytes().startswith(b"\x89PNG")
         assert str(whole) not in json.dumps(results)
 
-    def test_the_report_comes_from_the_json_alone(self, whole, tmp_path):
+    def test_the_report_comes_from_the_json_alone(self, whole, tmp_path, monkeypatch, capsys):
+        monkeypatch.setenv("COLUMNS", "80")
+        tmp_path = tmp_path / "new"
         assert evidence.main(["--draw", str(whole / "results.json"), "--output", str(tmp_path)]) == 0
+        shown = capsys.readouterr().out
+        assert "left out at 80 columns, see the CSV: setting" in shown and max(map(len, shown.splitlines())) <= 80
+        monkeypatch.setenv("COLUMNS", "150")
+        assert evidence.main(["--draw", str(whole / "results.json"), "--output", str(tmp_path)]) == 0
+        assert "left out" not in (shown := capsys.readouterr().out) and "temperature" in shown
         assert (tmp_path / "results.csv").read_text() == (whole / "results.csv").read_text()
 
     def test_an_interrupted_run_goes_on_and_ends_as_an_undisturbed_one(self, whole, tmp_path, monkeypatch, capsys):

@@ -25,9 +25,11 @@ def run(*arguments: str) -> str:
 
 
 def test_prints_what_a_bug_report_needs():
-    text = run()
+    shown = run()
+    assert max(map(len, shown.splitlines())) <= 80
+    text = " ".join(shown.split())  # a long line is wrapped
     for word in (
-        "versions", "build", "driver", "devices", "backends", "environment",
+        "versions", "build", "driver", "devices", "backends", "state", info.GPU_STATE, "environment",
         mcld_kernels.__version__, torch.__version__, "cpu", "MCLD_CHUNK_MB", *backends.NAMES,
     ):  # fmt: skip
         assert word in text

@@ -110,7 +110,7 @@ class TestEdges:
         "rank": ({"anchors": torch.zeros(4)}, ValueError, r"anchors must have shape \(rows, d\); got \(4,\)"),
         "integers": ({"candidates": torch.zeros(4, 3).long()}, TypeError, "candidates must be of a floating dtype"),
         "list": ({"anchors": [[1.0]]}, TypeError, "anchors must be a tensor of embeddings .* got list"),
-        "device": ({"candidates": torch.zeros(4, 3, device="meta")}, ValueError, "one device; got cpu and meta"),
+        "device": ({"candidates": torch.zeros(4, 3, device="meta")}, ValueError, "one device; .* candidates.to"),
         "no width": (
             {"anchors": torch.zeros(4, 0), "candidates": torch.zeros(4, 0)},
             ValueError,
@@ -145,8 +145,23 @@ class TestEdges:
             ValueError,
             "anchor_target holds -1",
         ),
-        "label type": ({"anchor_target": torch.zeros(4)}, TypeError, "dtype int64, or soft labels"),
+        "label type": (
+            {"anchor_target": torch.zeros(4)},
+            TypeError,
+            r"int64, or soft labels .* anchor_target.long\(\)",
+        ),
+        "label list": ({"anchor_target": [0] * 4}, TypeError, r"got list: pass torch.as_tensor\(anchor_target\)"),
         "few labels": ({"anchor_target": torch.zeros(3).long()}, ValueError, r"shape \(4,\)"),
+        "one-hot labels": (
+            {"anchor_target": torch.eye(4, 2).long()},
+            ValueError,
+            r"got \(4, 2\): of one-hot rows pass anchor_target.long\(\).argmax\(dim=1\)",
+        ),
+        "labels elsewhere": (
+            {"anchor_target": torch.zeros(4, device="meta").long()},
+            ValueError,
+            r"got meta: pass anchor_target.to\('cpu'\)",
+        ),
         "few soft labels": ({"anchor_target": torch.ones(3, 1)}, ValueError, r"\(4, classes\); got \(3, 1\)"),
         "classes": (
             {"anchor_target": torch.ones(4, 1), "candidate_target": torch.ones(4, 2) / 2},

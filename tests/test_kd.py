@@ -302,6 +302,7 @@ class TestEdges:
             ({"temperature": 0.0}, ValueError, "temperature must be positive and finite; got 0.0"),
             ({"temperature": math.nan}, ValueError, "temperature must be positive and finite; got nan"),
             ({"temperature": "4"}, TypeError, "temperature must be a number; got '4'"),
+            ({"temperature": torch.tensor(4.0)}, TypeError, r"got tensor\(4.\): pass a number, as of temperature.item"),
             ({"backend": "numpy"}, ValueError, "backend must be one of"),
             ({"backend": "cuda"}, backends.BackendUnavailable, "no kernels for this loss; use 'torch'"),
         ],
@@ -310,6 +311,11 @@ class TestEdges:
         student, teacher = logits("random", 4, 3, torch.float32)
         with pytest.raises(error, match=words):
             mcld_kernels.kd_loss(student, teacher, **change)
+
+    def test_labels_are_accepted_as_by_the_other_losses(self):
+        student, teacher = logits("random", 4, 3)
+        for function in (mcld_kernels.kd_loss, reference.kd_loss):
+            assert torch.equal(function(student, teacher, labels(4, 3)), function(student, teacher))
 
     def test_shapes_must_agree(self):
         with pytest.raises(ValueError, match=r"same shape .* got \(4, 3\) and \(4, 2\)"):

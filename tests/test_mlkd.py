@@ -228,7 +228,7 @@ class TestLabels:
             (torch.tensor([0, -7, 1]), ValueError, "target holds -7; labels must be >= 0 or equal ignore_index=-100"),
             (torch.zeros(3, 4), ValueError, r"got soft labels \(3, 4\).* target.argmax"),
             (torch.zeros(2, dtype=torch.int64), ValueError, r"target must have shape \(batch,\) = \(3,\)"),
-            (torch.zeros(3, dtype=torch.int32), TypeError, "target must be of dtype int64"),
+            (torch.zeros(3, dtype=torch.int32), TypeError, r"of dtype int64; got torch.int32: pass target.long\(\)"),
         ):
             with pytest.raises(error, match=words):
                 mcld_kernels.mlkd_loss(student, teacher, target, backend=backend)

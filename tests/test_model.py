@@ -95,11 +95,15 @@ def test_measurements_stand_beside_predictions(tmp_path, capsys):
     assert model.main([str(archive)]) == Exit.USAGE and "of a rehearsal" in capsys.readouterr().err
 
 
-def test_without_results_nothing_is_measured(capsys, tmp_path):
+def test_without_results_nothing_is_measured(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     assert model.main([]) == Exit.OK
     shown = capsys.readouterr().out
-    assert shown.count("\n") == len(model.REGIMES) + 2 and "a model, not a measurement" in shown
-    assert model.main(["--assumptions"]) == Exit.OK and "white paper" in capsys.readouterr().out
+    assert shown.count("\n") == len(model.REGIMES) + 3 and "a model, not a measurement" in shown
+    assert model.main(["--steps"]) == Exit.OK
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+    assert model.main(["--assumptions"]) == Exit.OK
+    assert "white paper" in (shown := capsys.readouterr().out) and max(map(len, shown.splitlines())) <= 80
     (tmp_path / "cpu.json").write_text(json.dumps({"machine": {}, "ceilings": {}, "rows": []}))
     assert model.main([str(tmp_path / "cpu.json")]) == Exit.USAGE
     assert "not of a GPU" in capsys.readouterr().err

@@ -7,7 +7,6 @@ several in one figure.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections import defaultdict
@@ -23,7 +22,8 @@ from matplotlib import patheffects
 from matplotlib import pyplot as plt
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
-from bench.harness import machine, memory
+from bench.harness import machine, memory, programs
+from bench.harness.programs import Exit
 
 # Fixed, so that a provider looks the same in every plot; told apart without red against green.
 STYLE = {
@@ -44,9 +44,12 @@ STYLE = {
     "info-nce-queue": ("#7fb2d9", "8"),
 }
 _LABEL_POINTS = 11.0  # the least vertical distance of two labels
+_LABEL_AWAY = 9.0  # points from the end of a line to its label
+_LETTER_POINTS = 4.5  # about the width of a letter of a label
 _HALO = [patheffects.withStroke(linewidth=2.5, foreground="white")]
 
 Record = dict[str, Any]
+Piece = tuple[tuple[float, float], tuple[float, float]]  # of a line, from one point to the next
 Lines = dict[str, dict[int, Record]]  # provider -> batch -> record with a time
 
 
@@ -60,6 +63,7 @@ class Label:
     y: float
     text: str
     above: bool
+    passing: tuple[Piece, ...] = ()  # pieces of lines that go on to the right
 
 
 def plot(records: Iterable[Record], path: Path, caption: str) -> Path | None:
@@ -94,7 +98,7 @@ def plot(records: Iterable[Record], path: Path, caption: str) -> Path | None:
     figure.supxlabel(caption, fontsize=8, color="#555555")
     figure.canvas.draw()
     _place(labels)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, bbox_inches="tight", pad_inches=0.08)  # labels at the right edge are not cut
     plt.close(figure)
     return path
 
@@ -161,8 +165,15 @@ def _draw_lines(axis: Any, lines: Lines, values: Any, stopped: set[str]) -> list
             text += ", memory ends"
         others = [value[0] for line in lines.values() if batch[-1] in line and (value := values(line[batch[-1]]))]
         above = batch[-1] != last and median[-1] == max(others)
-        labels.append(Label(axis, provider, batch[-1], median[-1], text, above))
+        passing = tuple(piece for line in lines.values() if (piece := _piece(line, batch[-1], values)) is not None)
+        labels.append(Label(axis, provider, batch[-1], median[-1], text, above, passing))
     return labels
+
+
+def _piece(points: dict[int, Record], batch: int, values: Any) -> Piece | None:
+    """The piece of a line that begins at a batch size and goes on to the right."""
+    drawn = [(at, value[0]) for at, record in sorted(points.items()) if at >= batch and (value := values(record))]
+    return (drawn[0], drawn[1]) if len(drawn) > 1 and drawn[0][0] == batch else None
 
 
 def _bars(axis: Any, lines: Lines, batch: int, values: Any, unit: str) -> None:
@@ -180,6 +191,7 @@ def _bars(axis: Any, lines: Lines, batch: int, values: Any, unit: str) -> None:
         axis.annotate(text, (max(median, high), position), (6, 0), textcoords="offset points", va="center", fontsize=8)
     axis.set_yticks(range(len(names)), list(reversed(names)))
     axis.set_xlabel(f"{unit}, B = {batch:,}")
+    axis.xaxis.set_major_formatter(_plain())
     axis.margins(x=0.2)
     axis.grid(True, axis="x", alpha=0.35, linewidth=0.7)
     for side in ("top", "right"):
@@ -201,8 +213,21 @@ def _place(labels: Sequence[Label]) -> None:
         for points, _ in entries:
             placed.append(max(points, placed[-1] + _LABEL_POINTS) if placed else points)
         shift = sum(points - at for (points, _), at in zip(entries, placed)) / len(placed)  # centred on the line ends
+        boxes = [(label, at + shift) for (_, label), at in zip(entries, placed)]
+        if any(_crosses(piece, label, at) for label, at in boxes for piece in label.passing):
+            shift = entries[0][0] - _LABEL_POINTS - placed[-1]  # below all ends: what goes on to the right rises
         for (points, label), at in zip(entries, placed):
-            _annotate(label, (9, at + shift - points), "left")
+            _annotate(label, (_LABEL_AWAY, at + shift - points), "left")
+
+
+def _crosses(piece: Piece, label: Label, height: float) -> bool:
+    """True where a piece of a line passes through the label, whose middle is at a height in points."""
+    scale = 72 / label.axis.figure.dpi
+    (x0, y0), (x1, y1) = (label.axis.transData.transform(end) * scale for end in piece)
+    begin = label.axis.transData.transform((label.x, label.y))[0] * scale + _LABEL_AWAY
+    end = begin + _LETTER_POINTS * len(label.text)
+    at = [y0 + (y1 - y0) * (min(max(x, x0), x1) - x0) / (x1 - x0) for x in (begin, end)]
+    return min(at) < height + _LABEL_POINTS / 2 and max(at) > height - _LABEL_POINTS / 2
 
 
 def _annotate(label: Label, offset: tuple[float, float], align: str) -> None:
@@ -219,17 +244,11 @@ def _dress(axis: Any, batches: list[int], unit: str) -> None:
     axis.set_xticks(batches, [f"{batch:,}" for batch in batches])
     axis.xaxis.set_minor_locator(NullLocator())
     axis.set_xlim(batches[0] / 1.25, batches[-1] * 1.25)
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     low, high = axis.get_ylim()
     widen = max(1.0, (8 / (high / low)) ** 0.5)  # less than a factor of eight would show differences that are noise
     low, high = low / widen, high * widen
     axis.set_ylim(low, high)
-    if high / low < 100:  # the ticks of decades alone would leave the axis with one number
-        axis.yaxis.set_minor_formatter(
-            FuncFormatter(lambda value, _: f"{value:,g}" if f"{value:.0e}"[0] in "25" else "")
-        )
-    else:
-        axis.yaxis.set_minor_formatter(NullFormatter())
+    number_ticks(axis)
     axis.set_xlabel("batch size B")
     axis.set_ylabel(unit)
     axis.grid(True, which="major", alpha=0.35, linewidth=0.7)
@@ -237,15 +256,69 @@ def _dress(axis: Any, batches: list[int], unit: str) -> None:
         axis.spines[side].set_visible(False)
 
 
+def joined(runs: dict[str, dict[str, Any]]) -> list[Record]:
+    """The rows of recorded runs, by their names. ValueError where a figure of them would show two runs as one line."""
+    machines = {machine.name(run["machine"]): name for name, run in runs.items()}
+    if len(machines) > 1:
+        shown = ", ".join(f"{text} ({name})" for text, name in machines.items())
+        raise ValueError(f"the runs are of different machines, so their points make no line: {shown}")
+    taken: dict[tuple[Any, ...], str] = {}
+    for name, run in runs.items():
+        for row in run["rows"]:
+            key = (*_group(row), row["provider"], row["batch"])
+            if row.get("time") and taken.setdefault(key, name) != name:
+                what = f"{row['provider']} at B = {row['batch']:,}, {_title(_group(row))}"
+                raise ValueError(f"{what} stands in both {taken[key]} and {name}: leave one out")
+    return [row for run in runs.values() for row in run["rows"]]
+
+
+def _plain() -> FuncFormatter:
+    """Numbers as 10,000, neither 10000 nor 10^4."""
+    return FuncFormatter(lambda value, _: f"{value:,g}")
+
+
+def number_ticks(axis: Any) -> None:
+    """Plain numbers on a logarithmic y axis."""
+    axis.yaxis.set_major_formatter(_plain())
+    low, high = axis.get_ylim()
+    if high / low < 100:  # the ticks of decades alone would leave the axis with one number
+        axis.yaxis.set_minor_formatter(
+            FuncFormatter(lambda value, _: f"{value:,g}" if f"{value:.0e}"[0] in "25" else "")
+        )
+    else:
+        axis.yaxis.set_minor_formatter(NullFormatter())
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Draw recorded runs into one figure, captioned by the last of them."""
-    parser = argparse.ArgumentParser(description="Draw recorded runs, several in one figure.")
+    """Draw recorded runs of one machine into one figure; returns one of the exit codes of ``--help``."""
+    parser = programs.Parser(
+        prog="python -m bench.harness.plots",
+        description="Draw recorded runs of one machine, several in one figure.",
+        epilog=programs.EXIT_CODES,
+    )
     parser.add_argument("results", type=Path, nargs="+", help="results.json of bench/run.py")
     parser.add_argument("--output", type=Path, default=Path("results.png"))
     options = parser.parse_args(arguments)
-    runs = [json.loads(path.read_text()) for path in options.results]
-    plot([row for run in runs for row in run["rows"]], options.output, machine.caption(runs[-1]))
-    return 0
+    runs = {}
+    for path in options.results:
+        try:
+            runs[str(path)] = run = json.loads(path.read_text())
+            joined({str(path): run})
+        except (OSError, ValueError, KeyError, TypeError) as fault:
+            programs.complain(f"plots: {path} is no results.json of bench/run.py: {type(fault).__name__}: {fault}")
+            return Exit.USAGE
+    try:
+        records = joined(runs)
+    except ValueError as fault:
+        programs.complain(f"plots: {fault}")
+        return Exit.USAGE
+    captions = dict.fromkeys(map(machine.caption, runs.values()))
+    try:
+        plot(records, options.output, "\n".join(captions))
+    except OSError as fault:
+        programs.complain(f"plots: the output cannot be written: {fault}")
+        return Exit.OUTPUT
+    return Exit.OK
 
 
 if __name__ == "__main__":

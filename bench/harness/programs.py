@@ -8,14 +8,14 @@ import contextlib
 import itertools
 import json
 import os
-import shutil
+import signal
 import sys
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
 from mcld_kernels.calibrate import EXIT_CODES, Exit
+from mcld_kernels.console import to_terminal, wrapped
 
 __all__ = [
     "EXIT_CODES",
@@ -25,10 +25,12 @@ __all__ = [
     "Parser",
     "claimed",
     "complain",
+    "end_with_pipe",
     "make_output_printable",
     "positive",
     "tell_stage",
     "threads",
+    "to_terminal",
     "wrapped",
 ]
 
@@ -39,20 +41,9 @@ class FolderInUse(Exception):
     """The folder given by --output holds the results of another run."""
 
 
-def wrapped(text: str, width: int) -> str:
-    """The lines of the text, none longer than the width; what a line goes on with is indented."""
-    lines = []
-    for line in text.splitlines():
-        indent = line[: len(line) - len(line.lstrip())]
-        lines += textwrap.wrap(
-            line, width, subsequent_indent=f"{indent}    ", break_on_hyphens=False, drop_whitespace=True
-        ) or [""]
-    return "\n".join(lines)
-
-
 def complain(text: str) -> None:
     """Print a message on stderr, as wide as the terminal (COLUMNS, else 80)."""
-    print(wrapped(text, shutil.get_terminal_size().columns), file=sys.stderr, flush=True)
+    print(to_terminal(text), file=sys.stderr, flush=True)
 
 
 class Parser(argparse.ArgumentParser):
@@ -125,6 +116,12 @@ def _replace(error: UnicodeError) -> tuple[str, int]:
         raise error
     text = error.object[error.start : error.end]
     return "".join(_REPLACEMENTS.get(character, "?") for character in text), error.end
+
+
+def end_with_pipe() -> None:
+    """End quietly where nobody reads stdout any more, as in ``| head``: of programs that only print."""
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
 
 def make_output_printable() -> None:

@@ -197,11 +197,12 @@ def plot(path: Path, records: Sequence[dict[str, Any]], caption: str) -> bool:
         axes[0][column].set_ylim(0, 100)
         axes[0][column].set_ylabel("part of the step that the loss takes, %")
         axes[1][column].set_yscale("log")
+        plots.number_ticks(axes[1][column])
         axes[1][column].set_ylabel("one training step, ms (median)")
         for axis in axes[:, column]:
             axis.set_xscale("log", base=2)
             axis.set_xticks(batches, [f"{batch:,}" for batch in batches])
-            axis.set_xlim(batches[0] / 1.25, batches[-1] * 1.5)
+            axis.set_xlim(batches[0] / (1.25 if len(batches) > 1 else 1.5), batches[-1] * 1.5)
             axis.set_xlabel("batch size B")
             axis.grid(True, alpha=0.35, linewidth=0.7)
             axis.legend(frameon=False, fontsize=8, loc="upper left")

@@ -100,7 +100,7 @@ def choose(name: str, student: Tensor, teacher: Tensor, teacher_grad: bool, supp
         )
     reason = unsupported_reason(name, student, teacher, teacher_grad)
     if reason is not None:
-        raise BackendUnavailable(f"backend {name!r} cannot run: {reason}")
+        raise BackendUnavailable(f"backend {name!r} cannot run: {reason}; backend='auto' takes one that can")
     return name
 
 

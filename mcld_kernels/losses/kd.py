@@ -22,7 +22,14 @@ from ..options import Backend, check_backend, check_logits, check_positive, grad
 from ..plain_call import plain_call
 
 
-def kd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 4.0, backend: Backend = "auto") -> Tensor:
+def kd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None = None,
+    *,
+    temperature: float = 4.0,
+    backend: Backend = "auto",
+) -> Tensor:
     r"""Knowledge distillation: temperature^2 KL(softmax(teacher / temperature) || softmax(student / temperature)).
 
     In eager PyTorch::
@@ -39,6 +46,7 @@ def kd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 4.0, backe
     Args:
         student: logits, (batch, classes), float16, bfloat16, float32 or float64, any strides.
         teacher: logits of the same shape and device. It gets its gradient if it requires grad.
+        target: labels, accepted and not used, so that losses can be exchanged for one another.
         temperature: > 0.
         backend: "auto", "torch" or "reference"; the other backends have no kernels for this loss.
 
@@ -83,8 +91,7 @@ class KDLoss(nn.Module):
         self._temperature = check_positive("temperature", value)
 
     def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
-        """``target`` is accepted, and not used, so that losses can be exchanged for one another."""
-        return kd_loss(student, teacher, temperature=self.temperature, backend=self.backend)
+        return kd_loss(student, teacher, target, temperature=self.temperature, backend=self.backend)
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature:g}, backend={self.backend!r}"

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import remedies
 from ..options import DTYPES, check_eps, check_ignore_index, check_matrix
 from .module_options import Fixed
 
@@ -150,13 +151,15 @@ class TeacherQueue(nn.Module):
         if target is None:
             return torch.full((n,), self.ignore_index, dtype=torch.int64, device=self.rows.device)
         if not isinstance(target, Tensor):
-            raise TypeError(f"target must be a tensor of labels ({n},), int64; got {type(target).__name__}")
+            remedy = remedies.of_no_tensor("target", target)
+            raise TypeError(f"target must be a tensor of labels ({n},), int64; got {type(target).__name__}{remedy}")
         if target.device != self.rows.device:
             raise ValueError(f"target must be on the queue's device {self.rows.device}; got {target.device}")
         if target.is_floating_point() and target.ndim == 2 and target.shape[0] == n and target.shape[1] > 0:
             return torch.where(target.sum(1) == 0, self.ignore_index, target.argmax(1))
         if target.dtype != torch.int64:
-            raise TypeError(f"target must be of dtype int64, or soft labels ({n}, classes); got {target.dtype}")
+            remedy = remedies.of_label_dtype("target", target)
+            raise TypeError(f"target must be of dtype int64, or soft labels ({n}, classes); got {target.dtype}{remedy}")
         if target.shape != (n,):
             raise ValueError(f"target must have shape ({n},), a label for each row; got {tuple(target.shape)}")
         return target

@@ -22,7 +22,7 @@ def evaluate(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         return divergence * (temperature**2 / max(student.shape[0], 1))
 
 
-def kd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 4.0) -> Tensor:
+def kd_loss(student: Tensor, teacher: Tensor, target: Tensor | None = None, *, temperature: float = 4.0) -> Tensor:
     """The KD loss, shape (). Arguments and errors as :func:`mcld_kernels.kd_loss`."""
     temperature = check_positive("temperature", temperature)
     check_logits(student, teacher)

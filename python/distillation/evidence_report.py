@@ -14,6 +14,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from rich import box
 from rich.table import Table
 from scipy import stats
 
@@ -21,6 +22,7 @@ from distillation.contenders import BY_NAME, METHODS
 from distillation.study import chosen
 
 SCHEMA = 1
+_WIDE = 110  # columns of a screen that has room for the settings
 COLOURS = {"alone": "#7f7f7f", "kd": "#c9a400", "dkd": "#b0722a", "mcld": "#1f6fb4", "other": "#8e6bbf"}
 Results = dict[str, Any]
 
@@ -131,20 +133,25 @@ def _edges(setting: dict[str, float], grid: Sequence[dict[str, float]]) -> tuple
     return tuple(name for name, value in setting.items() if value in (min(values[name]), max(values[name])))
 
 
-def tables(results: Results) -> list[Table]:
-    """A table for each batch size; accuracies in percent."""
+def tables(results: Results, width: int) -> list[Table]:
+    """A table for each batch size; accuracies in percent. The settings are left out where the screen is narrow."""
     made = []
     all_rows = rows(results)
     for batch in sorted({row.batch for row in all_rows}):
         seeds = max(row.seeds for row in all_rows if row.batch == batch)
-        table = Table(title=f"batch {batch}: accuracy on the test images, %, {seeds} seeds", header_style="bold")
-        for name in ("method", "mean", "against alone", "against KD", "setting"):
-            table.add_column(name, justify="left" if name in ("method", "setting") else "right")
+        title = f"batch {batch}: accuracy on the test images, %, {seeds} seeds"
+        table = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD)
+        for name in ("method", "mean", "against alone", "against KD"):
+            table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
+        if width >= _WIDE:
+            table.add_column("setting")
+        else:
+            table.caption, table.caption_justify = f"left out at {width} columns, see the CSV: setting", "left"
         for row in (row for row in all_rows if row.batch == batch):
             edges = "".join(f" ({name} at the grid's end)" for name in row.at_edge if name in ("weight", "rate"))
             setting = " ".join(f"{name} {value:g}" for name, value in row.setting.items())
-            cells = [signed(row.against_alone), signed(row.against_kd), setting + edges]
-            table.add_row(BY_NAME[row.method].title, str(row.accuracy), *cells)
+            cells = [str(row.accuracy), signed(row.against_alone), signed(row.against_kd)]
+            table.add_row(BY_NAME[row.method].title, *cells, *([setting + edges] if width >= _WIDE else []))
         made.append(table)
     return made
 
@@ -239,7 +246,8 @@ def plot_settings(path: Path, results: Results, caption: str, method: str = "mcl
     seeds = results["plan"]["tuning_seeds"]
     _finish(
         figure, axes[0], path, results, caption,
-        f"{BY_NAME[method].title}: accuracy on the validation images, %, mean of {seeds} seeds; *: the best.",
+        f"{BY_NAME[method].title}: accuracy on the validation images, %, mean of {seeds} seed{'s' * (seeds != 1)}; *: "
+        "the best.",
     )  # fmt: skip
     return True
 

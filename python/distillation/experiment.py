@@ -249,7 +249,7 @@ def _train(experiment: Experiment, folder: Path, console: Console) -> int:
     say(
         console,
         f"students: {options.images} training images, {results['wrong_labels']} of them wrongly labelled; "
-        f"the {options.split} images train nobody",
+        f"no network is trained on the {options.split} images",
     )
     console.print(report.table(results))
     say(console, f"written to {folder}: results.json, curves.png, teacher.pt")

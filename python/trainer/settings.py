@@ -224,7 +224,11 @@ def _check_together(config: Config, where: str) -> None:
             refuse(f"augment.{name} must be two numbers, 0 < low <= high; got {low_high}")
     for name in ("mean", "std"):
         if len(getattr(augment, name)) not in (1, data.channels):
-            refuse(f"augment.{name} must have one number, or {data.channels} for data.channels={data.channels}")
+            or_each = f", or {data.channels}" if data.channels > 1 else ""
+            refuse(
+                f"augment.{name} must have one number{or_each} for data.channels={data.channels}; "
+                f"got {len(getattr(augment, name))}"
+            )
     if not all(value > 0 for value in augment.std):
         refuse(f"augment.std must be more than 0; got {augment.std}")
     if teacher.cache:
