@@ -31,7 +31,7 @@ VARIABLES = {
     "TRITON_INTERPRET": "1: run Triton kernels on CPU tensors, slowly, to test them",
 }
 TRITON_DISTRIBUTIONS = ("triton", "triton-rocm", "pytorch-triton-rocm")  # the last two beside a torch for AMD's GPUs
-GPU_STATE = "no GPU has run the kernels of triton and cuda yet; a CPU tests them, and they are compiled for GPUs"
+GPU_STATE = "no GPU has run the kernels of triton and cuda yet; a CPU tests them, as source and as PTX"
 # No such GPU has run them.
 AMD_STATE = f"Triton's kernels are compiled for {' and '.join(configs.AMD)}, never run"
 AUTO_SHAPE = (1024, 1000)  # the logits for which a device's "auto" is shown
