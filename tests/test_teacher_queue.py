@@ -69,6 +69,13 @@ def test_dtype_and_labels():
     assert "size=4, classes=3, dtype=bfloat16, filled=4" in repr(queue)
 
 
+def test_rows_are_normalised_in_the_wider_dtype():
+    rows = torch.randn(3, 5)
+    queue = TeacherQueue(3, 5, dtype=torch.float64)
+    queue.enqueue(rows)
+    torch.testing.assert_close(queue.candidates, F.normalize(rows.double()), rtol=1e-14, atol=0)
+
+
 def test_inputs_stay_and_get_no_graph():
     queue, rows = TeacherQueue(4, 3), torch.randn(2, 3, requires_grad=True)
     before = rows.detach().clone()

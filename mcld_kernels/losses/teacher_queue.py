@@ -137,7 +137,7 @@ class TeacherQueue(nn.Module):
         if n > self.size:
             self.pointer.add_(n - self.size)
             rows, labels, n = rows[-self.size :], labels[-self.size :], self.size
-        acc = torch.promote_types(rows.dtype, torch.float32)
+        acc = torch.promote_types(torch.promote_types(rows.dtype, self.rows.dtype), torch.float32)
         norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=acc)
         unit = rows.to(acc) * torch.where(norm <= self.eps, 0.0, 1 / norm)
         place = (self.pointer + torch.arange(n, device=rows.device)) % self.size
