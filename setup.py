@@ -398,7 +398,7 @@ class CMakeBuild(build_ext):
         report_without_cpu(reason)
         if self.inplace:
             remove_stale_modules(self.distribution)
-        write_record((ROOT if self.inplace else Path(self.build_lib)) / "mcld_kernels", reason)
+        write_record((ROOT if self.inplace else Path(self.build_lib)) / "mcld_kernels", reason, commit())
 
     def build_modules(self, cuda: bool) -> None:
         if not find_cxx():

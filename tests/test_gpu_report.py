@@ -50,8 +50,8 @@ class TestPhases:
             "import time\nprint('begun')\n"
             "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('{\"kept\": true}')"
         )
-        record = run(tmp_path, code(text, read=phases.last_json), seconds=5.0 + phases.GRACE_S)["try"]
-        assert record["status"] == "timed out" and record["kept"] is True and record["seconds"] < 20
+        record = run(tmp_path, code(text, read=phases.last_json), seconds=8.0 + phases.GRACE_S)["try"]
+        assert record["status"] == "timed out" and record.get("kept") is True and record["seconds"] < 20, record
 
     def test_a_phase_that_ignores_the_interrupt_is_killed_with_its_children(self, tmp_path, monkeypatch):
         monkeypatch.setattr(phases, "GRACE_S", 0.5)
