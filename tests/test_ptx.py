@@ -31,7 +31,7 @@ OPTIONS = {
 _SPLIT = {"min_split_depth": 64, "max_large_tile_splits": 5, "max_small_tile_splits": 5}
 _CATEGORY = {"weight": (0.0, 0.0, 1.0), "direction": "symmetric"}
 FORMS = {
-    "large tiles": ((260, 130), {"direction": "teacher"}, {"min_large_tiles": 0, "chunk_bytes": 1}),
+    "large tiles": ((140, 130), {"direction": "teacher"}, {"min_large_tiles": 0, "chunk_bytes": 1}),
     "large tiles, cold": ((130, 130), {"temperature": 0.02}, {"min_large_tiles": 0, "chunk_bytes": 1}),
     "large tiles, split": ((350, 20), _CATEGORY, {**_SPLIT, "min_large_tiles": 0}),
     "split, cold": ((350, 20), {**_CATEGORY, "temperature": 0.02}, _SPLIT),
