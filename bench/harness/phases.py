@@ -63,6 +63,11 @@ class Phase:
         return self.command(outcomes) if callable(self.command) else self.command
 
 
+def _hear_interrupts() -> None:
+    """In a child: a shell makes what it starts in the background ignore SIGINT, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Running:
     """A phase under way; `record` is None until it has ended."""
 
@@ -83,6 +88,7 @@ class Running:
                 self.process = subprocess.Popen(
                     phase.command_line(outcomes), stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
                     cwd=ROOT, env=environment, start_new_session=True,
+                    preexec_fn=_hear_interrupts if signal.getsignal(signal.SIGINT) is signal.SIG_IGN else None,
                 )  # fmt: skip
         except OSError as fault:
             self.record = {"status": "failed", "reason": f"cannot start: {fault.strerror}"}
