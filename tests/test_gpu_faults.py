@@ -290,16 +290,22 @@ def test_every_file_with_gpu_tests_is_in_a_phase():
     assert marked and marked <= set(re.findall(r"tests/(\w+\.py)", given))
 
 
+def run_live(folder, *options):
+    """Run the tests of test_it.py there as a phase does; returns the file of their live results."""
+    file = folder / "live.jsonl"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "bench.harness.live", "test_it.py"]
+    environment = os.environ | {"MCLD_LIVE": str(file), "PYTHONPATH": str(ROOT)}
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    subprocess.run([*command, *options], cwd=folder, capture_output=True, timeout=100, env=environment)
+    return file
+
+
 def test_a_traceback_is_kept_where_pytest_is_killed(tmp_path):
     (tmp_path / "test_it.py").write_text(
         "import os\ndef helper(): raise ValueError('told')\n"
         "def test_bad(): helper()\ndef test_dies(): os.kill(os.getpid(), 9)\n"
     )
-    file = tmp_path / "live.jsonl"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "bench.harness.live", "test_it.py"]
-    environment = os.environ | {"MCLD_LIVE": str(file), "PYTHONPATH": str(ROOT)}
-    environment.pop("PYTEST_XDIST_WORKER", None)
-    subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=100, env=environment)
+    file = run_live(tmp_path)
     assert "raise ValueError('told')" in file.read_text() and "test_it.py:2: ValueError" in file.read_text()
     assert [name.rpartition("::")[2] for name in live.read(file)["unfinished"]] == ["test_dies"]
 
@@ -319,12 +325,7 @@ def test_a_worker_without_its_context_costs_one_test(tmp_path):
         "@pytest.mark.parametrize('i', range(6))\ndef test_it(i):\n"
         "    if i == 2: lost.append(i)\n    torch.cuda.synchronize()\n"
     )
-    file = tmp_path / "live.jsonl"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "bench.harness.live", "test_it.py"]
-    environment = os.environ | {"MCLD_LIVE": str(file), "PYTHONPATH": str(ROOT)}
-    environment.pop("PYTEST_XDIST_WORKER", None)
-    command += ["-n", "1", "--max-worker-restart", "2"]
-    subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=100, env=environment)
+    file = run_live(tmp_path, "-n", "1", "--max-worker-restart", "2")
     record = live.read(file)
     assert record["counts"]["passed"] == 5 and record["counts"]["failed"] == 1 and len(record["crashed"]) == 1
     (message,) = record["failed"].values()

@@ -15,8 +15,6 @@ element.
 from __future__ import annotations
 
 import ctypes
-import os
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -53,7 +51,7 @@ def probes(request, tmp_path_factory):
         if csrc_host.compiler() is None:
             pytest.skip("needs a C++ compiler")
         return Probes(csrc_host.build(), "cpu")
-    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc")
+    nvcc = csrc_host.nvcc()
     if nvcc is None:
         pytest.skip("needs nvcc: set CUDACXX")
     return Probes(compile_for_gpu(nvcc, torch.cuda.get_device_capability(), tmp_path_factory.mktemp("probes")), "cuda")
@@ -74,7 +72,7 @@ def compile_for_gpu(nvcc: str, capability: tuple[int, int], folder: Path) -> Pat
 
 def test_the_probes_compile_for_a_gpu(tmp_path):
     """Without one they would otherwise be found broken only where they are needed."""
-    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc")
+    nvcc = csrc_host.nvcc()
     if nvcc is None:
         pytest.skip("needs nvcc: set CUDACXX")
     compile_for_gpu(nvcc, (9, 0), tmp_path)

@@ -48,7 +48,7 @@ def module():
 @pytest.fixture(scope="module")
 def kernels(module):
     ptx = pytest.importorskip("ptx")
-    if ptx.nvcc() is None:
+    if csrc_host.nvcc() is None:
         pytest.skip("needs nvcc: set CUDACXX")
     return ptx.Kernels(module)
 

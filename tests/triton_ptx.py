@@ -75,7 +75,7 @@ class Runner:
 
     def __init__(self, architecture: int) -> None:
         self.architecture = architecture
-        self.programs: dict[str, machine.Program] = {}
+        self.programs: dict[str, tuple[machine.Program, Any]] = {}  # with what Triton says of each
         self.launched: collections.Counter[str] = collections.Counter()
 
     def launch(self, kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -87,13 +87,11 @@ class Runner:
             target = GPUTarget("cuda", self.architecture, 32)
             compiled = triton.compile(bound.source(kernel), target=target, options=compiler_options)
             code = program.kernels(compiled.asm["ptx"])[kernel.__name__]
-            self.programs[key] = machine.Program(code, shared_base=SHARED_BASE)
-            self.programs[key].metadata = compiled.metadata  # type: ignore[attr-defined]
-        runner = self.programs[key]
+            self.programs[key] = machine.Program(code, shared_base=SHARED_BASE), compiled.metadata
+        runner, metadata = self.programs[key]
         self.launched[kernel.__name__] += 1
         x, y, z = (*(grid(bound.values) if callable(grid) else grid), 1, 1)[:3]
         assert z == 1
-        metadata = runner.metadata  # type: ignore[attr-defined]
         runner.run((x, y), 32 * metadata.num_warps, metadata.shared, pack(runner.kernel, bound))
 
 

@@ -52,6 +52,18 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "g++"))
 
 
+def nvcc() -> str | None:
+    """The CUDA compiler, or None."""
+    return os.environ.get("CUDACXX") or shutil.which("nvcc")
+
+
+def cache_folder() -> Path:
+    """The folder of what the tests compile, kept from run to run."""
+    cache = Path(os.environ.get("MCLD_TEST_CACHE") or Path(tempfile.gettempdir()) / f"mcld_kernels-tests-{os.getuid()}")
+    cache.mkdir(parents=True, exist_ok=True)
+    return cache
+
+
 def checks_memory() -> bool:
     """True in a process that runs the kernels under the memory check."""
     return os.environ.get("MCLD_TEST_CHECK") == "memory"
@@ -137,8 +149,7 @@ def _build(name: str, sources: list[tuple[Path, list[str]]], of_linker: list[str
     """A module of sources with their flags; headers are in csrc/ and ``folders``. Only what changed is compiled."""
     import pybind11
 
-    cache = Path(os.environ.get("MCLD_TEST_CACHE") or Path(tempfile.gettempdir()) / f"mcld_kernels-tests-{os.getuid()}")
-    cache.mkdir(parents=True, exist_ok=True)
+    cache = cache_folder()
     includes = [f"-I{path}" for path in (*folders, CSRC, sysconfig.get_path("include"), pybind11.get_include())]
     headers = sorted(path for folder in (CSRC, *folders) for path in folder.glob("*.*h"))
     common = b"".join(path.read_bytes() for path in headers) + repr((includes, compiler(), sys.version)).encode()

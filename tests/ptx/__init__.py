@@ -12,11 +12,8 @@ import contextlib
 import ctypes
 import fcntl
 import hashlib
-import os
 import re
-import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -31,16 +28,9 @@ _INT, _POINTER = ctypes.c_int, ctypes.c_void_p
 _LAUNCHER = ctypes.CFUNCTYPE(_INT, _POINTER, ctypes.c_uint, ctypes.c_uint, _INT, _INT, _POINTER, ctypes.c_int64)
 
 
-def nvcc() -> str | None:
-    """The compiler, or None."""
-    return os.environ.get("CUDACXX") or shutil.which("nvcc")
-
-
 def compile_source(source: Path) -> str:
     """The PTX of one file of csrc/, for the oldest architecture that it is for; kept in the tests' cache folder."""
-    cache = Path(os.environ.get("MCLD_TEST_CACHE") or Path(tempfile.gettempdir()) / f"mcld_kernels-tests-{os.getuid()}")
-    cache.mkdir(parents=True, exist_ok=True)
-    compiler = nvcc()
+    cache, compiler = csrc_host.cache_folder(), csrc_host.nvcc()
     headers = sorted(path for folder in (csrc_host.CSRC, *ARCHS) for path in folder.glob("*.*h"))
     key = hashlib.sha256(b"".join(path.read_bytes() for path in (*headers, source)) + str(compiler).encode())
     target = cache / f"{source.parent.name}-{source.stem}-{key.hexdigest()[:20]}.ptx"
