@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from cases import DTYPES, labels, logits, short
 from family import Loss, check, on_the_cpu, run, spread
+from torch.profiler import ProfilerActivity, profile
 
 import mcld_kernels
 from mcld_kernels import MLKDLoss, backends, reference
@@ -177,6 +178,13 @@ class TestTorch:
                 )
             torch.testing.assert_close(tuple(got), tuple(want))
             assert [bool(term) for term in got.terms] == [bool(w) for w in weight]
+
+    def test_one_view_multiplies_the_students_rows_alone(self):
+        student, teacher = logits("random", 40, 16, torch.float32)
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
+            run(mcld_kernels.mlkd_terms, student, teacher, labels(40, 5), backend="torch", weight=SUPERVISED, views=1)
+        products = [event.input_shapes for event in profiled.events() if event.name in ("aten::mm", "aten::addmm")]
+        assert products and all(80 not in size for shapes in products for size in shapes)
 
 
 @pytest.mark.usefixtures("poison")

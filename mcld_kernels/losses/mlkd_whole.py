@@ -1,8 +1,8 @@
 """MLKD on a CPU where the matrix of both sides' rows fits a chunk: whole matrices, in closed form.
 
 Here the number of operations is the cost. One GEMM gives the cosines of z = [s; t] (2 n, 2 n), whose blocks serve both
-terms, and one the gradient by the student's unit rows, W z, W (n, 2 n). The formulas are those of `mlkd_correlation`;
-positives are pairs of equal labels, by their mask.
+terms, and one the gradient by the student's unit rows, W z, W (n, 2 n). Where the student's rows are enough, z = s. The
+formulas are those of `mlkd_correlation`; positives are pairs of equal labels, by their mask.
 """
 
 from __future__ import annotations
@@ -51,11 +51,13 @@ def compute(inputs: LossInputs) -> LossOutputs:
         factors = inputs.weight.tolist()
         weights = (weights[0] * factors[0], weights[1] * factors[1], weights[2] * factors[2])
     correlation, alignment, supervised = (w != 0 for w in options.term_weight)
-    logits = torch.stack((inputs.student, inputs.teacher))  # (2, n, C)
+    # The supervised term of one view needs no teacher.
+    sides = (inputs.student, inputs.teacher) if correlation or alignment or options.views == 2 else (inputs.student,)
+    logits = torch.stack(sides)  # (2, n, C), or (1, n, C)
     norm = torch.linalg.vector_norm(logits, dim=2, keepdim=True)
     norm.nan_to_num_(nan=torch.nan, posinf=torch.nan)  # an overflow must show, not read as a zero direction
     inv_norm = torch.threshold_(norm, options.eps, torch.inf).reciprocal_()
-    z = logits.mul_(inv_norm).view(2 * n, -1)
+    z = logits.mul_(inv_norm).flatten(0, 1)
     student = z[:n]
     terms: list[Tensor | None] = [None, None, None]
     coefficients = None  # (n, columns) of the first rows of z in the gradient by the student's
