@@ -213,7 +213,9 @@ def test_the_peers_memory_is_predicted(peer):
     assert 0.8 <= known.extra_bytes(case) / memory.peak_extra(step, CPU)["allocator"] <= 3
 
 
-@pytest.mark.parametrize("loss, candidates", [("info_nce", 0), ("info_nce", 23), ("moco", 23)])
+@pytest.mark.parametrize(
+    "loss, candidates", [("info_nce", 0), ("info_nce", 23), ("moco", 23), ("simclr", 0), ("supcon", 0)]
+)
 def test_peers_and_lines_of_embedding_losses_agree(loss, candidates):
     """Each provider of a loss of embeddings that is no backend, and the reasons of the others."""
     case = Case(6, 5, "float64", loss=loss, candidates=candidates)
