@@ -61,7 +61,7 @@ class LossOperator:
         options_type: a NamedTuple of plain values; its fields become arguments of the operator.
         num_terms: terms of the loss.
         compute: the loss from a kernel set and its inputs.
-        flops: floating-point operations of a call, by batch, classes, options and the number of sides that get a gradient.
+        flops: floating-point operations of a call, by batch, classes, options, and how many sides get a gradient.
         supported: the backends whose kernel sets ``compute`` can use.
         tensors: what the operator's schema calls student, teacher, target and weight.
         extra: names of further optional tensors, which get no gradient: the last arguments of the operator, and
