@@ -226,6 +226,7 @@ def test_peers_and_lines_of_embedding_losses_agree(loss, candidates):
     reasons = {name: known[name].unsupported_reason(case, *tensors[:2]) for name in names}
     of_loss = {"library", *(peer.name for peer in peers.EMBEDDING_PEERS if loss in peer.losses)}
     assert {name for name in names if reasons[name] is None} == of_loss, reasons
+    assert all(known[name].extra_bytes(case) > 0 for name in names), "it is asked of every provider"
     for name in of_loss:
         got = known[name].make(case, *tensors)()
         torch.testing.assert_close(got, (expected, gradient), rtol=1e-6, atol=1e-9)

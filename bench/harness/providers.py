@@ -164,7 +164,7 @@ def _embedding_peer(peer: peers.EmbeddingPeer) -> Provider:
         return _import_reason(peer.module, peer.prepare)
 
     def extra_bytes(case: Case) -> int:
-        _, matrices = peer.losses[case.loss]
+        matrices = peer.losses[case.loss][1] if case.loss in peer.losses else 0
         return int(4 * (matrices * case.batch * case.columns + 4 * (case.batch + case.columns) * case.classes))
 
     return Provider(peer.name, peer.title, make, unsupported_reason, extra_bytes)
