@@ -122,7 +122,7 @@ def _supervised(
 ) -> tuple[Tensor, Tensor | None]:
     """The term over N rows, and the coefficients (n, N) of all rows for the student's; None without a gradient.
 
-    similarities: (2 n, 2 n), at ``temperature``, which need not be this term's.
+    similarities: (2 n, 2 n), at ``temperature``, which need not be this term's; loses its diagonal.
     """
     options, target = inputs.options, inputs.target
     assert target is not None
@@ -137,9 +137,8 @@ def _supervised(
     if views == 1 or not inputs.labels_are_classes:
         counted = others > 0
         others.clamp_(min=1)
-    in_views = similarities.view(views, n, views, n)
-    positive = (in_views * pairs[:, None]).sum((2, 3)).sub_(similarities.diagonal().view(views, n))
-    positive.div_(others)
+    similarities.diagonal().zero_()  # no row is its own positive
+    positive = (similarities.view(views, n, views, n) * pairs[:, None]).sum((2, 3)).div_(others)
     if temperature == own:
         e = similarities.exp()
     else:
@@ -147,7 +146,8 @@ def _supervised(
         e = (similarities * (temperature / own)).exp_()
     e.diagonal().zero_()
     total = e.sum(1)
-    value = total.log().view(views, n).sub_(positive)
+    # The logarithm of a sum that is all but its positive is small only as one of a ratio.
+    value = total.view(views, n).mul(positive.neg_().exp_()).log_()
     if counted is None:
         share = total.new_full((1,), 1 / (views * n))
         term = value.mean()
@@ -161,6 +161,6 @@ def _supervised(
     share = share.mul_(weight / own)
     factor = share.div(total.view(views, n)).view(-1)
     w = e[:n].mul_(factor[:n, None] + factor)
-    # The row's own part goes with the projection.
     w.view(n, views, n).addcmul_(pairs[:, None], share.div(others)[:, None, None], value=-2)
+    w.diagonal().zero_()  # the projection would drop a row's own part, but not its rounding
     return term, w
