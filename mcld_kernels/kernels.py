@@ -355,6 +355,10 @@ class KernelSet:
         """The same for `clkd_loss`."""
         return None
 
+    def mlkd_low_latency(self, inputs: LossInputs) -> Callable[[LossInputs], LossOutputs] | None:
+        """The same for `mlkd_loss`."""
+        return None
+
     def l2_normalize(self, x: Tensor, operand_dtype: torch.dtype, eps: float) -> UnitRows:
         """Divide the rows of a view x (n, d) of any strides by their L2 norm."""
         acc = torch.promote_types(torch.promote_types(x.dtype, operand_dtype), torch.float32)

@@ -109,7 +109,14 @@ def test_the_presets_are_the_terms_of_torchs_own_functions(preset):
     torch.testing.assert_close(got.loss, (got.terms * torch.tensor(w)).sum(), rtol=1e-12, atol=0)
 
 
-@pytest.mark.usefixtures("poison")
+@pytest.fixture
+def operations():
+    """The paths in torch operations; test_cpu_mlkd.py has the compiled one."""
+    with backends.tuned(compiled=False):
+        yield
+
+
+@pytest.mark.usefixtures("poison", "operations")
 class TestTorch:
     @pytest.mark.parametrize("rows", [0, 1, 5])
     @pytest.mark.parametrize("options", CASES.values(), ids=CASES)

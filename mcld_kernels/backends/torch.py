@@ -30,7 +30,7 @@ from ..kernels import (
     slices,
 )
 from ..options import MCLDOptions, float32_precision
-from . import torch_ckd, torch_clkd, torch_contrast, torch_info_nce, torch_kd, torch_low_latency
+from . import torch_ckd, torch_clkd, torch_contrast, torch_info_nce, torch_kd, torch_low_latency, torch_mlkd
 from .chunks import chunk_bytes
 from .gemm import keeps_sums
 from .torch_low_latency import LowLatencyTuning
@@ -96,6 +96,9 @@ class TorchKernels(RowKernels):
 
     def clkd_low_latency(self, inputs: LossInputs) -> Callable[[LossInputs], LossOutputs] | None:
         return self._low_latency(torch_clkd.clkd, inputs)
+
+    def mlkd_low_latency(self, inputs: LossInputs) -> Callable[[LossInputs], LossOutputs] | None:
+        return self._low_latency(torch_mlkd.mlkd, inputs)
 
     def _low_latency(self, path: _LowLatencyPath, inputs: LossInputs) -> Callable[[LossInputs], LossOutputs] | None:
         if not self.tuning.low_latency or self.operand_dtype(inputs.dtype) != inputs.student.dtype:

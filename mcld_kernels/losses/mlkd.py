@@ -276,6 +276,8 @@ class MLKDLoss(ModuleOverRanks):
 
 def compute(kernels: KernelSet, inputs: LossInputs) -> LossOutputs:
     """Loss, terms and gradients of a call."""
+    if (low_latency := kernels.mlkd_low_latency(inputs)) is not None:
+        return low_latency(inputs)
     if mlkd_whole.applies(kernels, inputs):
         return mlkd_whole.compute(inputs)
     options: MLKDOptions = inputs.options

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..family_options import MLKDOptions
 from ..kernels import KernelSet, LossInputs, LossOutputs, has_fixed_shift
+from ..labels import has_bad_label
 from .mlkd_correlation import has_small_student, log_ratio, student_factors
 
 _LARGEST_SIZE = 2048  # rows of a side: exponentials of similarities need no shift in fp32
@@ -32,14 +33,9 @@ def applies(kernels: KernelSet, inputs: LossInputs) -> bool:
         and (
             inputs.target is None
             or inputs.labels_are_classes
-            or not _has_bad_label(inputs.target, options.ignore_index)
+            or not has_bad_label(inputs.target, options.ignore_index)
         )
     )
-
-
-def _has_bad_label(target: Tensor, ignore_index: int) -> bool:
-    # Traced calls come here unchecked; the path by chunks makes their term NaN.
-    return bool(target.amin() < 0) and bool(((target < 0) & (target != ignore_index)).any())
 
 
 def compute(inputs: LossInputs) -> LossOutputs:
