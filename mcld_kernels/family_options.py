@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from .cache_keys import fixed_index, fixed_sequence
 from .distributed import RanksOptions
 from .options import (
     MCLDOptions,
@@ -18,6 +19,7 @@ from .options import (
     check_eps,
     check_ignore_index,
     check_logits,
+    check_one_element,
     check_positive,
     check_target,
     check_weight_values,
@@ -151,6 +153,11 @@ def mlkd_options(
 ) -> tuple[MLKDOptions, Tensor | None]:
     """The options, and the weight tensor (3,) if one came."""
     numbers, tensor = _split_weight(weight, MLKD_TERMS)
+    if not torch.compiler.is_compiling():  # a key of the cache must not change
+        if type(views) is not int:
+            views = fixed_index("views", views)
+        if type(ignore_index) is not int:
+            ignore_index = fixed_index("ignore_index", ignore_index)
     values = (correlation_temperature, supervised_temperature, numbers, views, ignore_index, eps)
     return _cached(_cached_mlkd_options, _mlkd_options, *values), tensor
 
@@ -172,15 +179,16 @@ def _mlkd_options(
 _cached_ckd_options = lru_cache(maxsize=256, typed=True)(_ckd_options)
 _cached_clkd_options = lru_cache(maxsize=256, typed=True)(_clkd_options)
 _cached_mlkd_options = lru_cache(maxsize=256, typed=True)(_mlkd_options)
+_FIXED = frozenset((float, int, str, tuple))
 Options = TypeVar("Options")
 
 
 def _cached(cached: Callable[..., Options], plain: Callable[..., Options], *values: Any) -> Options:
-    # A compiler cannot trace the cache, and a list cannot be its key.
+    # A compiler cannot trace the cache, and a list, or another sequence that can change, cannot be its key.
     if torch.compiler.is_compiling():
         return plain(*values)
     try:
-        return cached(*(tuple(x) if isinstance(x, list) else x for x in values))
+        return cached(*(x if type(x) in _FIXED else fixed_sequence(x) for x in values))
     except TypeError:  # unhashable, or of the wrong type: the checks say which
         return plain(*values)
 
@@ -235,18 +243,22 @@ def check_mlkd_target(target: Tensor | None, student: Tensor, options: MLKDOptio
 def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
     if isinstance(value, bool) or value not in choices:
         raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}; got {value!r}")
-    return value
+    return choices[choices.index(value)]
 
 
 def _split_weight(value: Any, names: tuple[str, ...]) -> tuple[Any, Tensor | None]:
-    """Weights that are numbers, yet to be checked, and a tensor (terms,), checked, if one came: the numbers are 1."""
+    """Weights that are numbers, yet to be checked, and a tensor (terms,), checked, if one came: the numbers are 1.
+
+    The tensor of one term may have shape () as well.
+    """
     if not isinstance(value, Tensor):
         return value, None
     count = len(names)
-    shape = (count,) if count > 1 else ()
-    if value.shape != shape:
+    if count == 1:
+        check_one_element("weight", value)
+    elif value.shape != (count,):
         listed = ", ".join(names)
-        raise ValueError(f"weight as a tensor must have shape {shape} ({listed}); got {tuple(value.shape)}")
+        raise ValueError(f"weight as a tensor must have shape {(count,)} ({listed}); got {tuple(value.shape)}")
     if not value.is_floating_point():
         raise TypeError(f"weight as a tensor must be of a floating dtype; got {value.dtype}")
     if is_readable(value):
@@ -256,7 +268,7 @@ def _split_weight(value: Any, names: tuple[str, ...]) -> tuple[Any, Tensor | Non
 
 def _check_weights(value: Any, names: tuple[str, ...]) -> tuple[float, ...]:
     count = len(names)
-    kind = "a number or a tensor of shape ()" if count == 1 else f"{count} numbers ({', '.join(names)}) or a tensor"
+    kind = "a number or a tensor of shape () or (1,)" if count == 1 else f"{count} numbers ({', '.join(names)}) or a tensor"
     values = (value,) if count == 1 else value
     if isinstance(values, str) or not isinstance(values, Sequence) or len(values) != count:
         raise TypeError(f"weight must be {kind}; got {value!r}")

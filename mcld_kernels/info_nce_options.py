@@ -10,14 +10,17 @@ import torch
 from torch import Tensor
 
 from . import remedies
+from .cache_keys import fixed_index
 from .kernels import Positives
 from .options import (
     MCLDOptions,
     check_backend,
+    check_dense,
     check_eps,
     check_flag,
     check_ignore_index,
     check_matrix,
+    check_one_element,
     check_positive,
     check_soft_labels,
     instance_term,
@@ -76,14 +79,21 @@ def info_nce_options(
     ignore_index: int,
     eps: float,
 ) -> tuple[InfoNCEOptions, Tensor | None]:
-    """Check everything that does not depend on the embeddings. Returns the options and the temperature as a tensor."""
+    """Check everything that does not depend on the embeddings. Returns the options, and a temperature tensor as ()."""
     tensor = None
     if isinstance(temperature, Tensor):
-        tensor, temperature = temperature, 1.0
-        check_temperature_tensor(tensor)
-    values = (temperature, positives, offset, mask_same_class, normalize, reduction, ignore_index, eps)
+        tensor, temperature = temperature_tensor(temperature), 1.0
     if torch.compiler.is_compiling():
-        return _info_nce_options(*values), tensor
+        options = _info_nce_options(
+            temperature, positives, offset, mask_same_class, normalize, reduction, ignore_index, eps
+        )
+        return options, tensor
+    # A key of the cache must not change.
+    if type(offset) is not int:
+        offset = fixed_index("offset", offset)
+    if type(ignore_index) is not int:
+        ignore_index = fixed_index("ignore_index", ignore_index)
+    values = (temperature, positives, offset, mask_same_class, normalize, reduction, ignore_index, eps)
     try:
         return _cached_info_nce_options(*values), tensor
     except TypeError:  # unhashable, or of the wrong type: the checks say which
@@ -130,14 +140,19 @@ def _info_nce_options(
 _cached_info_nce_options = lru_cache(maxsize=256, typed=True)(_info_nce_options)
 
 
-def check_temperature_tensor(value: Tensor) -> None:
-    """A tensor of temperature: (), floating. Its value is read where it can be read without a synchronization."""
+def temperature_tensor(value: Tensor) -> Tensor:
+    """A tensor of temperature, () or (1,), floating, as one of shape ().
+
+    Its value is read where it can be read without a synchronization.
+    """
     if value.shape != ():
-        raise ValueError(f"temperature as a tensor must have shape (); got {tuple(value.shape)}")
+        check_one_element("temperature", value)
+        value = value.reshape(())
     if not value.is_floating_point():
         raise TypeError(f"temperature as a tensor must be of a floating dtype; got {value.dtype}")
     if is_readable(value):
         check_positive("temperature", float(value.detach()))
+    return value
 
 
 def check_info_nce_inputs(
@@ -186,9 +201,13 @@ def check_info_nce_inputs(
             raise ValueError("candidate_target without anchor_target: pass both, or neither")
         return False
     read_values = needs_labels(options)
-    were_read = _check_labels("anchor_target", anchor_target, anchors, options.ignore_index, read_values)
+    # Hard labels beside soft ones are classes of theirs.
+    bounds = _bounds(candidate_target, "candidate_target"), _bounds(anchor_target, "anchor_target")
+    were_read = _check_labels("anchor_target", anchor_target, anchors, options.ignore_index, read_values, *bounds[0])
     if candidate_target is not None:
-        were_read &= _check_labels("candidate_target", candidate_target, candidates, options.ignore_index, read_values)
+        were_read &= _check_labels(
+            "candidate_target", candidate_target, candidates, options.ignore_index, read_values, *bounds[1]
+        )
         if anchor_target.ndim == candidate_target.ndim == 2 and anchor_target.shape[1] != candidate_target.shape[1]:
             raise ValueError(
                 "anchor_target and candidate_target must have the same number of classes; got "
@@ -202,14 +221,25 @@ def check_info_nce_inputs(
     return were_read
 
 
-def _check_labels(name: str, target: Tensor, rows: Tensor, ignore_index: int, read_values: bool) -> bool:
-    """Returns True where the values were read."""
+def _bounds(target: Any, name: str) -> tuple[int, str]:
+    """The largest hard label beside ``target``, and the words for what is allowed."""
+    if isinstance(target, Tensor) and target.ndim == 2 and target.is_floating_point():
+        return target.shape[1] - 1, f"in [0, {target.shape[1]}), the classes of {name}"
+    return MAX_LABEL, f"in [0, {MAX_LABEL}]"
+
+
+def _check_labels(
+    name: str, target: Tensor, rows: Tensor, ignore_index: int, read_values: bool, most: int, allowed: str
+) -> bool:
+    """Returns True where the values were read. most, allowed: as for `label_bounds`, of hard labels."""
     n = rows.shape[0]
     if not isinstance(target, Tensor):
         raise TypeError(
             f"{name} must be a tensor of labels ({n},), int64, or ({n}, classes); got {type(target).__name__}"
             f"{remedies.of_no_tensor(name, target)}"
         )
+    if type(target) is not Tensor or target.layout is not torch.strided or target.is_nested:
+        check_dense(name, target)
     if target.device != rows.device:
         raise ValueError(
             f"{name} must be on the embeddings' device {rows.device}; got {target.device}: "
@@ -229,5 +259,5 @@ def _check_labels(name: str, target: Tensor, rows: Tensor, ignore_index: int, re
     if not read_values or not is_readable(target):
         return False
     if n:
-        label_bounds(name, target, ignore_index, most=MAX_LABEL, allowed=f"in [0, {MAX_LABEL}]")
+        label_bounds(name, target, ignore_index, most=most, allowed=allowed)
     return True

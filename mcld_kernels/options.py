@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import remedies
+from .cache_keys import fixed_index, fixed_sequence
 
 Direction = Literal["student", "teacher", "symmetric"]
 Backend = Literal["auto", "reference", "torch", "triton", "cuda"]
@@ -125,14 +126,17 @@ def mcld_options(
     if isinstance(weight, Tensor):
         check_weight_tensor(weight)
         weight_tensor, weight = weight, 1.0
-    # A list cannot be a key of the cache.
-    if isinstance(temperature, list):
-        temperature = tuple(temperature)
-    if isinstance(weight, list):
-        weight = tuple(weight)
-    values = (temperature, weight, direction, mask_same_class, present_only, ignore_index, eps)
     if torch.compiler.is_compiling():
-        return _mcld_options(*values), weight_tensor
+        options = _mcld_options(temperature, weight, direction, mask_same_class, present_only, ignore_index, eps)
+        return options, weight_tensor
+    # A key of the cache must neither change nor lack a hash.
+    if type(temperature) is not float:
+        temperature = fixed_sequence(temperature)
+    if type(weight) is not tuple:
+        weight = fixed_sequence(weight)
+    if type(ignore_index) is not int:
+        ignore_index = fixed_index("ignore_index", ignore_index)
+    values = (temperature, weight, direction, mask_same_class, present_only, ignore_index, eps)
     try:
         return _cached_mcld_options(*values), weight_tensor
     except TypeError:  # unhashable, or of the wrong type: the checks say which
@@ -250,7 +254,7 @@ def check_matrix(name: str, x: Tensor, content: str, shape: str) -> None:
         remedy = remedies.of_no_tensor(name, x)
         raise TypeError(f"{name} must be a tensor of {content} {shape}; got {type(x).__name__}{remedy}")
     if type(x) is not Tensor or x.layout is not torch.strided or x.is_nested:
-        _check_dense(name, x)
+        check_dense(name, x)
     if x.dtype not in DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise TypeError(f"{name} must be of a floating dtype ({names}); got {x.dtype}{remedies.of_dtype(name, x)}")
@@ -258,7 +262,7 @@ def check_matrix(name: str, x: Tensor, content: str, shape: str) -> None:
         raise ValueError(f"{name} must have shape {shape}; got {tuple(x.shape)}{remedies.of_rank(name, x)}")
 
 
-def _check_dense(name: str, tensor: Tensor) -> None:
+def check_dense(name: str, tensor: Tensor) -> None:
     kind = type(tensor)
     if kind is Tensor or kind is nn.Parameter:
         if tensor.layout == torch.strided and not tensor.is_nested:
@@ -313,6 +317,13 @@ def _three_weights(value: Any) -> tuple[float, float, float]:
         raise TypeError(f"weight must be three numbers (instance, sample, category); got {value!r}")
     check_weight_values(values)
     return float(values[0]), float(values[1]), float(values[2])
+
+
+def check_one_element(name: str, value: Tensor) -> None:
+    """A tensor of shape () or (1,), as a parameter that FSDP shards must have."""
+    if value.shape not in ((), (1,)):
+        remedy = f": pass {name}.reshape(())" if value.numel() == 1 else ""
+        raise ValueError(f"{name} as a tensor must have shape () or (1,); got {tuple(value.shape)}{remedy}")
 
 
 def check_weight_tensor(value: Tensor, *, read_values: bool = True) -> None:
@@ -420,7 +431,7 @@ def check_target(
         remedy = remedies.of_no_tensor(name, target)
         raise TypeError(f"{name} must be a tensor of labels ({shape},), int64; got {type(target).__name__}{remedy}")
     if type(target) is not Tensor or target.layout is not torch.strided or target.is_nested:
-        _check_dense(name, target)
+        check_dense(name, target)
     batch, classes = student.shape
     if target.device != student.device:
         raise ValueError(

@@ -216,7 +216,7 @@ def test_the_module_is_the_function():
         ({"weight": -1.0}, ValueError, "weight must be finite and >= 0; got -1.0"),
         ({"weight": "1"}, TypeError, "weight must be a number or a tensor of shape"),
         ({"weight": (1.0, 1.0)}, TypeError, "weight must be a number or a tensor of shape"),
-        ({"weight": torch.ones(3)}, ValueError, r"weight as a tensor must have shape \(\) \(contrast\); got \(3,\)"),
+        ({"weight": torch.ones(3)}, ValueError, r"weight as a tensor must have shape \(\) or \(1,\); got \(3,\)"),
         ({"weight": torch.tensor(1)}, TypeError, "weight as a tensor must be of a floating dtype; got torch.int64"),
         ({"weight": torch.tensor(-1.0)}, ValueError, "weight must be finite and >= 0"),
     ],

@@ -124,7 +124,7 @@ class TestEdges:
         "reduction": ({"reduction": "max"}, ValueError, "one of 'mean', 'sum', 'none'; got 'max'"),
         "temperature": ({"temperature": 0.0}, ValueError, "temperature must be positive and finite; got 0.0"),
         "temperature 0": ({"temperature": torch.tensor(0.0)}, ValueError, "positive and finite; got 0.0"),
-        "two": ({"temperature": torch.ones(2)}, ValueError, r"must have shape \(\); got \(2,\)"),
+        "two": ({"temperature": torch.ones(2)}, ValueError, r"must have shape \(\) or \(1,\); got \(2,\)"),
         "int": ({"temperature": torch.tensor(1)}, TypeError, "floating dtype; got torch.int64"),
         "elsewhere": ({"temperature": torch.ones((), device="meta")}, ValueError, "device cpu; got meta: move it"),
         "no labels": ({"positives": "label"}, ValueError, "anchor_target is None, but positives='label' needs"),

@@ -244,7 +244,7 @@ def test_a_compiled_module_takes_a_new_option():
     torch.testing.assert_close(loss_of(compiled), loss_of(wanted))
 
 
-def test_a_parameter_that_fsdp_has_sharded_is_set_in_place():
+def test_parameters_that_fsdp_has_sharded_are_set_in_place():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         model = nn.Sequential(MCLDLoss(weight=nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))))
@@ -253,6 +253,24 @@ def test_a_parameter_that_fsdp_has_sharded_is_set_in_place():
         held = criterion.weight
         criterion.weight = (3.0, 2.0, 1.0)
         assert criterion.weight is held and held.full_tensor().tolist() == [3.0, 2.0, 1.0]
+        with torch.no_grad():
+            held.fill_(77)
+        criterion.reset_parameters()
+        assert held.full_tensor().tolist() == [3.0, 2.0, 1.0] and repr(model)
+        model = nn.Sequential(InfoNCELoss(temperature=torch.tensor([0.3]), learnable=True))
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        (criterion,) = model
+        held = criterion.log_temperature
+        criterion.temperature = 0.5
+        assert criterion.log_temperature is held and held.full_tensor().exp().tolist() == pytest.approx([0.5])
+        with torch.no_grad():
+            held.fill_(77)
+        criterion.reset_parameters()
+        assert held.full_tensor().exp().tolist() == pytest.approx([0.5]) and repr(model)
+        # The root is what is called: its hook gathers the parameters.
+        model = InfoNCELoss(temperature=torch.tensor([0.5]), learnable=True)
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        torch.testing.assert_close(loss_of(model), loss_of(InfoNCELoss(temperature=0.5)))
     finally:
         dist.destroy_process_group()
         time.sleep(0.5)  # a thread of gloo ends (tests of docs/distributed.md say why)
@@ -266,3 +284,82 @@ def test_ranks_are_checked_where_they_are_assigned():
         with pytest.raises((TypeError, ValueError), match=name):
             setattr(module, name, value)
     assert mcld_kernels.CLKDLoss().gather == "all"
+
+
+class TestOnMeta:
+    """A model is printed, moved to "meta", given memory again by to_empty, and has its values by reset_parameters."""
+
+    WEIGHT = torch.tensor((2.0, 1.0, 0.5))
+    MADE = {
+        **{kind.__name__: kind for kind in CHANGES},
+        "learnable": lambda: InfoNCELoss(learnable=True, temperature=0.3),
+        "learnable, one element": lambda: InfoNCELoss(learnable=True, temperature=torch.tensor([0.3])),
+        "temperature, buffer": lambda: InfoNCELoss(temperature=torch.tensor(0.3)),
+        "temperature, parameter": lambda: InfoNCELoss(temperature=nn.Parameter(torch.tensor([0.3]))),
+        "MCLD, buffer": lambda: MCLDLoss(weight=TestOnMeta.WEIGHT.clone(), warmup_steps=3),
+        "MCLD, learned": lambda: MCLDLoss(weight=(2.0, 1.0, 0.5), uncertainty_weighting=True),
+        "CKD, buffer": lambda: CKDLoss(weight=torch.tensor(2.0)),
+        "CKD, parameter": lambda: CKDLoss(weight=nn.Parameter(torch.tensor([2.0]))),
+        "CLKD, buffer": lambda: CLKDLoss(weight=TestOnMeta.WEIGHT.clone()),
+        "MLKD, parameter": lambda: MLKDLoss(weight=nn.Parameter(TestOnMeta.WEIGHT.clone())),
+    }
+
+    @staticmethod
+    def held(module):
+        return {name: x.detach().clone() for name, x in (*module.named_parameters(), *module.named_buffers())}
+
+    def spoiled(self, module):
+        """As after to_empty, whose memory holds anything."""
+        module = module.to_empty(device="cpu")
+        with torch.no_grad():
+            for x in (*module.parameters(), *module.buffers()):
+                x.fill_(77)
+        return module
+
+    @pytest.mark.parametrize("name", MADE)
+    def test_moved_there_and_back(self, name):
+        module = self.MADE[name]()
+        before, wanted, text = self.held(module), loss_of(module), repr(module)
+        module = module.to("meta")
+        assert type(module).__name__ in repr(nn.Sequential(module)) and f"{module}"
+        module = self.spoiled(module)
+        if before:
+            module.reset_parameters()
+        for key, x in self.held(module).items():
+            assert torch.equal(x, before[key]) and x.dtype is before[key].dtype, key
+        assert torch.equal(loss_of(module), wanted) and repr(module) == text
+
+    @pytest.mark.parametrize("name", ["learnable", "MCLD, learned", "MCLDLoss"])
+    def test_made_there_of_numbers(self, name):
+        wanted = self.held(self.MADE[name]())
+        with torch.device("meta"):
+            module = self.MADE[name]()
+        assert repr(module)
+        module = self.spoiled(module)
+        module.reset_parameters()
+        for key, x in self.held(module).items():
+            assert torch.equal(x, wanted[key]), key
+
+    def test_assigned_values_count_as_given(self):
+        cases = (
+            (InfoNCELoss(learnable=True), "temperature", 0.5), (InfoNCELoss(), "temperature", torch.tensor(0.5)),
+            (InfoNCELoss(temperature=nn.Parameter(torch.tensor(0.1))), "temperature", 0.5),
+            (CKDLoss(), "weight", torch.tensor(3.0)), (CKDLoss(weight=nn.Parameter(torch.tensor(1.0))), "weight", 3),
+            (MCLDLoss(uncertainty_weighting=True), "weight", (2, 0, 1)), (MLKDLoss(), "weight", self.WEIGHT.clone()),
+        )  # fmt: skip
+        for module, name, value in cases:
+            setattr(module, name, value)
+            wanted = self.held(module)
+            module = self.spoiled(module.to("meta"))
+            module.reset_parameters()
+            for key, x in self.held(module).items():
+                assert torch.equal(x, wanted[key]), (module, key)
+
+    def test_a_tensor_that_gave_way_to_numbers_is_forgotten(self):
+        for module, name in (
+            (InfoNCELoss(temperature=torch.tensor(0.5)), "temperature"),
+            (CKDLoss(weight=torch.tensor(3.0)), "weight"),
+        ):
+            setattr(module, name, 0.2)
+            module.reset_parameters()
+            assert not list(module.buffers()) and repr(module)

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import reference
 from ..distributed import Gather, RanksOptions, ranks_options, report
@@ -99,8 +99,8 @@ def ckd_loss(
         target: accepted and not used, so that losses can be exchanged for one another: no term reads labels, and a row
             without a class takes part as any other.
         temperature: > 0.
-        weight: >= 0, the factor of the loss. 0 removes the term and its cost. A tensor of shape () on the logits'
-            device can change without recompiling and gets its gradient.
+        weight: >= 0, the factor of the loss. 0 removes the term and its cost. A tensor of shape () or (1,) on the
+            logits' device can change without recompiling and gets its gradient.
         negatives: "teacher" as the released code has it (teacher rows as anchors, student rows as candidates), or
             "student" as the paper's summary states it (the other student rows are the negatives).
         eps: a row with L2 norm <= eps has no direction: it is normalised to zeros and gets no gradient.
@@ -247,10 +247,7 @@ class CKDLoss(ModuleOverRanks):
         self.backend = backend
         self.options, _ = ckd_options(temperature=temperature, weight=weight, negatives=negatives, eps=eps)
         self._check_ranks(self.ranks, self.options)
-        if isinstance(weight, nn.Parameter):
-            self.weight = weight
-        else:
-            self.register_buffer("weight", weight if isinstance(weight, Tensor) else None)
+        self._hold_weight(weight)
 
     def _check_ranks(self, ranks: RanksOptions | None, options: Any) -> None:
         check_ring(ranks, options)

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import reference
 from ..distributed import Gather, Ranks, RanksOptions, ranks_options, report
@@ -197,10 +197,7 @@ class CLKDLoss(ModuleOverRanks):
         self.backend = backend
         self.options, _ = clkd_options(weight=weight, reduction=reduction, eps=eps)
         self._check_ranks(self.ranks, self.options)
-        if isinstance(weight, nn.Parameter):
-            self.weight = weight
-        else:
-            self.register_buffer("weight", weight if isinstance(weight, Tensor) else None)
+        self._hold_weight(weight)
 
     def _check_ranks(self, ranks: RanksOptions | None, options: Any) -> None:
         check_gather(ranks, "CLKD")

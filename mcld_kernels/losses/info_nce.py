@@ -20,10 +20,10 @@ from ..info_nce_options import (
     InfoNCEOptions,
     Reduction,
     check_info_nce_inputs,
-    check_temperature_tensor,
     info_nce_as_mcld,
     info_nce_options,
     needs_labels,
+    temperature_tensor,
 )
 from ..infonce import Anchors, GradBuffer, Side, contrast
 from ..kernels import KernelSet, LossInputs, LossOutputs, Positives, TermWeight, UnitRows
@@ -32,7 +32,7 @@ from ..ops import LossOperator, needs_grad
 from ..options import Backend, check_backend, check_flag, check_positive
 from ..plain_call import plain_call
 from ..reference.info_nce import evaluate as evaluate_reference
-from .module_options import Fixed, LossModule, Option
+from .module_options import Fixed, LossModule, Option, set_values
 
 
 def info_nce(
@@ -72,14 +72,17 @@ def info_nce(
         anchors: embeddings, (n, d), float16, bfloat16, float32 or float64, any strides.
         candidates: embeddings, (m, d), on the same device: a locked tower, a teacher, the keys of a queue. Constants
             give loss and gradient in one pass; candidates that require grad get theirs.
-        temperature: > 0. A tensor of shape () on the embeddings' device can change without recompiling, gets its
-            gradient, and is not read on a GPU: 0 or less makes the loss NaN there.
+        temperature: > 0. A tensor of shape () or (1,) on the embeddings' device can change without recompiling,
+            gets its gradient, and is not read on a GPU: 0 or less makes the loss NaN there.
         positives: "diagonal" (candidate i + offset) or "label" (all candidates with the anchor's label, averaged).
         offset: the candidate that is the positive of anchor 0, as where anchors are a part of a batch.
         anchor_target: labels, (n,), int64, in [0, 2^31 - 2] or ``ignore_index``; or soft labels, (n, classes),
             floating, with rows >= 0 of sum 1, for which candidate j is a positive of anchor i by ``w = Y @ Y.T``,
-            divided by its sum over j. A row of zeros has no class.
-        candidate_target: the same for the candidates; None: ``anchor_target``, where n == m.
+            divided by its sum over j. A row of zeros has no class. Read by ``positives="label"`` and
+            ``mask_same_class`` alone: with ``positives="diagonal"`` and no mask labels change nothing, and SupCon's
+            loss needs ``positives="label"`` beside them.
+        candidate_target: the same for the candidates; None: ``anchor_target``, where n == m. Hard labels beside soft
+            ones are in [0, classes).
         mask_same_class: with diagonal positives, drop candidates with the anchor's label (other than its positive) from
             the denominator; of soft labels the class with the largest weight counts.
         normalize: divide the rows by their L2 norm; False: dot products of the rows as they are.
@@ -148,7 +151,8 @@ class InfoNCELoss(LossModule):
             :func:`mcld_kernels.info_nce`. A temperature that is a parameter is kept as one, another tensor as a buffer.
             Every option can be assigned later, for a schedule.
         learnable: make the temperature a parameter, as CLIP does: ``log_temperature``, its logarithm, so that it stays
-            positive.
+            positive. It has the shape of ``temperature``: () for a number, (1,) for a tensor of one element, which FSDP
+            can shard.
 
     Shapes:
         anchors: (n, d); candidates: (m, d); anchor_target: (n,) or (n, classes), candidate_target likewise; output: ()
@@ -190,7 +194,7 @@ class InfoNCELoss(LossModule):
     ):
         super().__init__()
         check_backend(backend)
-        self.options, tensor = info_nce_options(
+        self.options, _ = info_nce_options(
             temperature=temperature,
             positives=positives,
             offset=offset,
@@ -201,13 +205,19 @@ class InfoNCELoss(LossModule):
             eps=eps,
         )
         self.backend, self.learnable = backend, check_flag("learnable", learnable)
+        given = temperature if isinstance(temperature, Tensor) else None
         if learnable:
-            start = torch.tensor(self.options.temperature) if tensor is None else tensor.detach().clone()
+            start = torch.tensor(self.options.temperature) if given is None else given.detach().clone()
             self.log_temperature = nn.Parameter(start.log())
-        elif isinstance(tensor, nn.Parameter):
-            self.temperature_tensor = tensor
+            # A number is known even where the parameter is made on "meta".
+            known = start if given is not None else torch.tensor(temperature, dtype=start.dtype, device="cpu")
+            self._keep_given("log_temperature", known.log())
         else:
-            self.register_buffer("temperature_tensor", tensor)
+            if isinstance(given, nn.Parameter):
+                self.temperature_tensor = given
+            else:
+                self.register_buffer("temperature_tensor", given)
+            self._keep_given("temperature_tensor", given)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "temperature":  # nn.Module would register a parameter under the name
@@ -225,14 +235,17 @@ class InfoNCELoss(LossModule):
     @temperature.setter
     def temperature(self, value: float | Tensor) -> None:
         options, tensor = self._checked(temperature=value)
-        start = torch.tensor(options.temperature) if tensor is None else tensor.detach()
-        with torch.no_grad():
-            if self.learnable:
-                self.log_temperature.copy_(start.log())
-            elif isinstance(self.temperature_tensor, nn.Parameter) and not isinstance(value, nn.Parameter):
-                self.temperature_tensor.copy_(start)
-            else:
-                self.options, self.temperature_tensor = options, tensor
+        held = self.log_temperature if self.learnable else self.temperature_tensor
+        if self.learnable or (isinstance(held, nn.Parameter) and not isinstance(value, nn.Parameter)):
+            assert held is not None
+            start = torch.tensor(options.temperature, device="cpu") if tensor is None else tensor.detach()
+            values = (start.log() if self.learnable else start).reshape(held.shape)
+            set_values(held, values)
+            self._keep_given("log_temperature" if self.learnable else "temperature_tensor", values)
+        else:
+            self.options, self.temperature_tensor = options, value if isinstance(value, Tensor) else None
+            if tensor is not None or self._given:
+                self._keep_given("temperature_tensor", self.temperature_tensor)
 
     def forward(
         self,
@@ -243,14 +256,16 @@ class InfoNCELoss(LossModule):
     ) -> Tensor:
         tensor = self.log_temperature.exp() if self.learnable else self.temperature_tensor
         if tensor is not None:
-            check_temperature_tensor(tensor)
+            tensor = temperature_tensor(tensor)
         return evaluate(anchors, candidates, anchor_target, candidate_target, tensor, self.options, self.backend)
 
     def extra_repr(self) -> str:
         shown = self.options._asdict()
         del shown["temperature_grad"]
         if self.learnable:
-            shown["temperature"] = float(self.log_temperature.detach().exp())
+            temperature = self.log_temperature.detach().exp()
+            is_plain = type(temperature) is Tensor and not temperature.is_meta  # as a part of it on a rank is not
+            shown["temperature"] = float(temperature) if is_plain else temperature
         elif self.temperature_tensor is not None:
             shown["temperature"] = self.temperature_tensor.detach()
         parts = [f"{name}={value!r}" for name, value in shown.items()]

@@ -27,7 +27,6 @@ from ..options import (
     check_mcld_inputs,
     check_weight_tensor,
     is_number,
-    is_readable,
     mcld_options,
 )
 from ..plain_call import replayed_call
@@ -99,7 +98,7 @@ def mcld_loss(
             sample-wise term, ``mask_same_class`` and ``present_only``.
         candidates: further teacher rows, (rows, classes), for the row terms of student anchors: those of earlier steps
             in a :class:`mcld_kernels.TeacherQueue`. Constants, normalised like the teacher's rows, in the wider
-            dtype of student and teacher.
+            dtype of student and teacher. Where both row terms have weight 0, they change nothing.
         candidate_target: their labels, as ``target``; None: they are of the same class as no row.
         temperature: > 0; one for all terms, or three (instance, sample, category).
         weight: >= 0; one for all terms, or three (instance, sample, category). A weight of 0 removes the term and its
@@ -320,15 +319,15 @@ class MCLDLoss(ModuleOverRanks):
         if uncertainty_weighting and tensor is None:
             # The gradient by a tensor of weights does not know of weights beside it.
             tensor = torch.tensor(self.options.term_weight)
+            self._hold_weight(tensor)
+            self._keep_given("weight", torch.tensor(self.options.term_weight, device="cpu"))
             self.options = self.options._replace(term_weight=_ones_where(self.options.active))
-        self.backend = backend
-        if isinstance(tensor, nn.Parameter):
-            self.weight = tensor
         else:
-            self.register_buffer("weight", tensor)
-        self._weight_values = tuple(tensor.tolist()) if tensor is not None and is_readable(tensor) else None
+            self._hold_weight(tensor)
+        self.backend = backend
         if uncertainty_weighting:
             self.log_variance = nn.Parameter(torch.zeros(3))
+            self._keep_given("log_variance", torch.zeros(3, device="cpu"))
         # What forward reads does not change with every epoch: a compiled program is guarded by it.
         self._epoch, self._has_epoch, self._has_warned = 0.0, False, False
         # Tensors, so that a new epoch changes data and not the compiled program; integers, since half() rounds floats.
@@ -371,9 +370,8 @@ class MCLDLoss(ModuleOverRanks):
         super()._assign_weight(value)
         if self.uncertainty_weighting and self.weight is None:
             self.__dict__["_buffers"]["weight"] = torch.tensor(self.options.term_weight, device=self.steps.device)
+            self._keep_given("weight", torch.tensor(self.options.term_weight, device="cpu"))
             self.options = self.options._replace(term_weight=_ones_where(self.options.active))
-        held = self.weight
-        self._weight_values = tuple(held.tolist()) if held is not None and is_readable(held) else None
 
     @property
     def effective_weight(self) -> Tensor:
@@ -396,16 +394,13 @@ class MCLDLoss(ModuleOverRanks):
         self._has_epoch = True
 
     def reset_parameters(self) -> None:
-        """Set buffers and parameters to their initial values, as after ``to_empty`` of a module made on "meta"."""
+        """As for every loss's module; the count of steps is 0 again, and the epoch that of `set_epoch`."""
+        super().reset_parameters()
         with torch.no_grad():
             self.steps.zero_()
             self.epoch_ramp.zero_()
             if self._has_epoch:
                 self.set_epoch(self._epoch)
-            if self.weight is not None and self._weight_values is not None:
-                self.weight.copy_(torch.tensor(self._weight_values))
-            if self.uncertainty_weighting:
-                self.log_variance.zero_()
 
     def forward(
         self,

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import backends, reference
 from ..distributed import Gather, RanksOptions, ranks_options, report
@@ -251,10 +251,7 @@ class MLKDLoss(ModuleOverRanks):
             eps=eps,
         )
         self._check_ranks(self.ranks, self.options)
-        if isinstance(weight, nn.Parameter):
-            self.weight = weight
-        else:
-            self.register_buffer("weight", weight if isinstance(weight, Tensor) else None)
+        self._hold_weight(weight)
 
     def _check_ranks(self, ranks: RanksOptions | None, options: Any) -> None:
         check_gather(ranks, "MLKD")

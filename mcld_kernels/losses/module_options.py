@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
+from ..options import is_readable
+
 Value = TypeVar("Value")
 
 
@@ -53,7 +55,10 @@ class Fixed(Generic[Value]):
 
 
 class LossModule(nn.Module):
-    """Keeps ``options``, a NamedTuple, and ``weight``, a tensor of weights or None where the options have them."""
+    """Keeps ``options``, a NamedTuple, and ``weight``, a tensor of weights or None where the options have them.
+
+    It remembers the values that its tensors were given, so that `reset_parameters` can restore them.
+    """
 
     options: Any
     if TYPE_CHECKING:  # a buffer or a parameter
@@ -66,6 +71,35 @@ class LossModule(nn.Module):
         def weight(self, value: float | Sequence[float] | Tensor | None) -> None: ...
 
     _check_options: Callable[..., tuple[Any, Tensor | None]]  # the checks of a call, by keyword
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._given: dict[str, Any] = {}  # by the name of a parameter or a buffer: numbers, nested as the tensor is
+
+    def _keep_given(self, name: str, values: Tensor | None) -> None:
+        """Remember ``values`` of the tensor of that name; nothing where they cannot be read, on "meta" or a GPU."""
+        self._given.pop(name, None)
+        if values is not None and is_readable(values):
+            self._given[name] = values.detach().to(torch.float64).tolist()
+
+    def reset_parameters(self) -> None:
+        """Set buffers and parameters to their initial values, as after ``to_empty`` of a module made on "meta".
+
+        Values that were assigned since count as initial. Those of a tensor that was given on "meta" or on a GPU are not
+        known, and it is left as it is.
+        """
+        for name, values in self._given.items():
+            held = getattr(self, name)
+            if isinstance(held, Tensor):
+                set_values(held, torch.tensor(values, dtype=held.dtype, device="cpu"))
+
+    def _hold_weight(self, weight: Any) -> None:
+        """Register ``weight``, checked: a parameter, another tensor as a buffer, or numbers, which the options have."""
+        if isinstance(weight, nn.Parameter):
+            self.weight = weight
+        else:
+            self.register_buffer("weight", weight if isinstance(weight, Tensor) else None)
+        self._keep_given("weight", self._held_weight())
 
     def __setattr__(self, name: str, value: Any) -> None:
         # nn.Module refuses numbers for a name that is a buffer or a parameter. A tensor in place of a tensor is left to
@@ -84,13 +118,9 @@ class LossModule(nn.Module):
         options, tensor = self._checked(weight=value)
         held = self._held_weight()
         if isinstance(held, nn.Parameter):
-            values = torch.tensor(options.term_weight).reshape(held.shape)
-            if isinstance(placements := getattr(held, "placements", None), tuple):  # of FSDP: every rank assigns
-                from torch.distributed.tensor import distribute_tensor  # half a second
-
-                values = distribute_tensor(values, held.device_mesh, placements)  # type: ignore[attr-defined]
-            with torch.no_grad():
-                held.copy_(values)
+            values = torch.tensor(options.term_weight, device="cpu").reshape(held.shape)
+            set_values(held, values)
+            self._keep_given("weight", values)
             return
         self._check_changed(options)
         self.options = options
@@ -98,6 +128,7 @@ class LossModule(nn.Module):
             nn.Module.__setattr__(self, "weight", value)
         else:
             self.__dict__["_buffers"]["weight"] = None if tensor is None else value
+        self._keep_given("weight", self._held_weight())
 
     def _checked(self, **changes: Any) -> tuple[Any, Tensor | None]:
         """Options with the changes, and the weight tensor if one came."""
@@ -113,3 +144,14 @@ class LossModule(nn.Module):
         options, _ = self._checked(**changes)
         self._check_changed(options)
         self.options = options
+
+
+def set_values(held: Tensor, values: Tensor) -> None:
+    """Set a parameter or a buffer in place, to as many values."""
+    values = values.detach().reshape(held.shape)
+    if isinstance(placements := getattr(held, "placements", None), tuple):  # of FSDP: every rank assigns
+        from torch.distributed.tensor import distribute_tensor  # half a second
+
+        values = distribute_tensor(values, held.device_mesh, placements)  # type: ignore[attr-defined]
+    with torch.no_grad():
+        held.copy_(values)

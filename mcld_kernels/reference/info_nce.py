@@ -56,6 +56,8 @@ def evaluate(
             (hard, valid, poison), (other_hard, other_valid, other_poison) = (
                 classes(target, options.ignore_index, acc) for target in (anchor_target, theirs)
             )
+            for target in (anchor_target, theirs):
+                poison = poison * poison_of_classes(target, (anchor_target, theirs), options.ignore_index, acc)
             same = (hard[:, None] == other_hard) & valid[:, None] & other_valid
             same.diagonal(options.offset)[:n].fill_(False)
             positive = positive * (poison * other_poison)
@@ -88,12 +90,19 @@ def positive_weights(ours: Tensor, theirs: Tensor, ignore_index: int, acc: torch
         ]
         shared = spread[0] @ spread[1].T
         for target in (ours, theirs):
-            if not target.is_floating_point():
-                bad = (target >= num_classes) & (target != ignore_index)
-                poison = poison.masked_fill(bad.any(), torch.nan)
+            poison = poison * poison_of_classes(target, (ours, theirs), ignore_index, acc)
     else:
         shared = (hard[:, None] == other_hard).to(acc)
     return shared * valid[:, None] * other_valid * poison * other_poison
+
+
+def poison_of_classes(target: Tensor, targets: tuple[Tensor, Tensor], ignore_index: int, acc: torch.dtype) -> Tensor:
+    """1, or NaN if hard labels beside soft ones are none of their classes."""
+    poison = torch.ones((), dtype=acc, device=target.device)
+    num_classes = next((side.shape[1] for side in targets if side.is_floating_point()), None)
+    if num_classes is None or target.is_floating_point():
+        return poison
+    return poison.masked_fill(((target >= num_classes) & (target != ignore_index)).any(), torch.nan)
 
 
 def _range(count: int, like: Tensor) -> Tensor:
