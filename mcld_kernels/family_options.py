@@ -268,7 +268,9 @@ def _split_weight(value: Any, names: tuple[str, ...]) -> tuple[Any, Tensor | Non
 
 def _check_weights(value: Any, names: tuple[str, ...]) -> tuple[float, ...]:
     count = len(names)
-    kind = "a number or a tensor of shape () or (1,)" if count == 1 else f"{count} numbers ({', '.join(names)}) or a tensor"
+    kind = f"{count} numbers ({', '.join(names)}) or a tensor"
+    if count == 1:
+        kind = "a number or a tensor of shape () or (1,)"
     values = (value,) if count == 1 else value
     if isinstance(values, str) or not isinstance(values, Sequence) or len(values) != count:
         raise TypeError(f"weight must be {kind}; got {value!r}")
