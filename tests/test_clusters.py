@@ -1,6 +1,6 @@
 """Late in training with label positives: classes lie far apart, and a gradient is the small rest of two means.
 
-The mean that the softmax takes of the candidates all but agrees with the mean of the label, so that a rounding of either
+The mean that the softmax takes of the candidates all but agrees with the mean of the label, so a rounding of either
 shows. Gradients of bf16 rows are held to twice eager's error on every backend and path.
 """
 

@@ -122,7 +122,7 @@ class _TorchContrast:
         self.reverse_product: Tensor | None = None
         self.reverse_grad = args.reverse and args.candidate_grad
         self.reverse_sum = anchors.inv_norm.new_zeros(candidates.n) if args.reverse else None
-        # A CPU's GEMM of 16-bit operands rounds its sums; of those in the accumulator dtype it keeps them, at half the speed.
+        # A CPU's GEMM of 16-bit operands rounds its sums, one of the accumulator dtype does not, at half the speed.
         in_acc = args.keeps_sums and anchors.rows.is_cpu
         self.product_dtype = self.acc_dtype if in_acc else anchors.rows.dtype
         self.exponentials = anchors.rows.new_empty(0)  # (rows of the chunk, m) product dtype
