@@ -224,6 +224,11 @@ def index_labels_over_ranks(
     return parts[0], parts[1], None if further is None else parts[2]
 
 
+def has_bad_label(target: Tensor, ignore_index: int) -> bool:
+    """True if a label (n,) of the CPU is negative and not ignored."""
+    return bool(target.amin() < 0) and bool(((target < 0) & (target != ignore_index)).any())
+
+
 def part_of_labels(labels: Labels, rows: slice) -> Labels:
     """The labels of some of the rows, without the tables."""
     return replace(

@@ -61,7 +61,7 @@ class LossOperator:
         options_type: a NamedTuple of plain values; its fields become arguments of the operator.
         num_terms: terms of the loss.
         compute: the loss from a kernel set and its inputs.
-        flops: floating-point operations of a call, by batch, classes, options and whether a gradient is computed.
+        flops: floating-point operations of a call, by batch, classes, options, and how many sides get a gradient.
         supported: the backends whose kernel sets ``compute`` can use.
         tensors: what the operator's schema calls student, teacher, target and weight.
         extra: names of further optional tensors, which get no gradient: the last arguments of the operator, and
@@ -278,7 +278,7 @@ class LossOperator:
         """The formula, as torch's flop counters call it: with tensors or with their shapes."""
         call = self._call(student, teacher, target, weight, *rest)
         batch, classes = getattr(student, "shape", student)
-        arguments = batch, classes, call.options, bool(call.student_grad or call.teacher_grad)
+        arguments = batch, classes, call.options, call.student_grad + call.teacher_grad
         if not self._extra:
             return self._flops(*arguments)
         further = dict(zip(self._extra, call.extra, strict=True)).get("candidates")
@@ -291,7 +291,7 @@ class LossOperator:
         assert call.ranks is not None
         count = distributed.resolve(call.ranks.group).size()
         batch, classes = getattr(student, "shape", student)
-        arguments = batch * count, classes, call.options, bool(call.student_grad or call.teacher_grad)
+        arguments = batch * count, classes, call.options, call.student_grad + call.teacher_grad
         return self._flops(*arguments, *([batch * count] if self._extra else [])) // count
 
     def _fake(self, *args: Any) -> Outputs:

@@ -213,7 +213,9 @@ def test_the_peers_memory_is_predicted(peer):
     assert 0.8 <= known.extra_bytes(case) / memory.peak_extra(step, CPU)["allocator"] <= 3
 
 
-@pytest.mark.parametrize("loss, candidates", [("info_nce", 0), ("info_nce", 23), ("moco", 23)])
+@pytest.mark.parametrize(
+    "loss, candidates", [("info_nce", 0), ("info_nce", 23), ("moco", 23), ("simclr", 0), ("supcon", 0)]
+)
 def test_peers_and_lines_of_embedding_losses_agree(loss, candidates):
     """Each provider of a loss of embeddings that is no backend, and the reasons of the others."""
     case = Case(6, 5, "float64", loss=loss, candidates=candidates)
@@ -224,6 +226,7 @@ def test_peers_and_lines_of_embedding_losses_agree(loss, candidates):
     reasons = {name: known[name].unsupported_reason(case, *tensors[:2]) for name in names}
     of_loss = {"library", *(peer.name for peer in peers.EMBEDDING_PEERS if loss in peer.losses)}
     assert {name for name in names if reasons[name] is None} == of_loss, reasons
+    assert all(known[name].extra_bytes(case) > 0 for name in names), "it is asked of every provider"
     for name in of_loss:
         got = known[name].make(case, *tensors)()
         torch.testing.assert_close(got, (expected, gradient), rtol=1e-6, atol=1e-9)

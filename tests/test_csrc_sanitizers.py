@@ -162,7 +162,14 @@ def test_memory_of_the_cpu_kernels(under_check):
     library = str(csrc_host.build_cpu())
     done = under_check(
         *("-m", "pytest", *options),
-        *("test_low_latency.py", "test_plain_call.py", "test_cpu_rows.py", "test_cpu_contrast.py", "test_kd.py"),
+        *(
+            "test_low_latency.py",
+            "test_plain_call.py",
+            "test_cpu_rows.py",
+            "test_cpu_contrast.py",
+            "test_cpu_mlkd.py",
+            "test_kd.py",
+        ),
         MCLD_TEST_CPU_MODULE=library,
     )
     assert done.returncode == 0, report_of(done)

@@ -146,11 +146,12 @@ def test_strides_do_not_matter_and_inputs_are_not_written(call, chunk):
 def test_the_flop_formula_is_counted(call):
     student, teacher = logits("random", 9, 7, torch.float32)
     counts = []
-    for leaf in (student, student.clone().requires_grad_()):
+    for student_grad, teacher_grad in ((False, False), (True, False), (True, True)):
+        leaves = student.clone().requires_grad_(student_grad), teacher.clone().requires_grad_(teacher_grad)
         with FlopCounterMode(display=False) as counter:
-            call.loss(leaf, teacher, labels(9, 7), backend="torch")
+            call.loss(*leaves, labels(9, 7), backend="torch")
         counts.append(counter.get_total_flops())
-    assert 0 < counts[0] < counts[1]
+    assert 0 < counts[0] < counts[1] <= counts[2]
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])

@@ -304,6 +304,9 @@ class TestOperator:
         with FlopCounterMode(display=False) as counter:
             info_nce(anchors.requires_grad_(), candidates, backend="torch").backward()
         assert counter.get_total_flops() == 4 * 9 * 14 * 6
+        with FlopCounterMode(display=False) as counter:
+            info_nce(anchors, candidates.requires_grad_(), backend="torch").backward()
+        assert counter.get_total_flops() == 6 * 9 * 14 * 6
 
     def test_compiles_whole_for_any_batch(self):
         counter = CompileCounterWithBackend("aot_eager")

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from cases import DTYPES, labels, logits, short
 from family import Loss, check, on_the_cpu, run, spread
+from torch.profiler import ProfilerActivity, profile
 
 import mcld_kernels
 from mcld_kernels import MLKDLoss, backends, reference
@@ -108,7 +109,14 @@ def test_the_presets_are_the_terms_of_torchs_own_functions(preset):
     torch.testing.assert_close(got.loss, (got.terms * torch.tensor(w)).sum(), rtol=1e-12, atol=0)
 
 
-@pytest.mark.usefixtures("poison")
+@pytest.fixture
+def operations():
+    """The paths in torch operations; test_cpu_mlkd.py has the compiled one."""
+    with backends.tuned(compiled=False):
+        yield
+
+
+@pytest.mark.usefixtures("poison", "operations")
 class TestTorch:
     @pytest.mark.parametrize("rows", [0, 1, 5])
     @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
@@ -177,6 +185,13 @@ class TestTorch:
                 )
             torch.testing.assert_close(tuple(got), tuple(want))
             assert [bool(term) for term in got.terms] == [bool(w) for w in weight]
+
+    def test_one_view_multiplies_the_students_rows_alone(self):
+        student, teacher = logits("random", 40, 16, torch.float32)
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
+            run(mcld_kernels.mlkd_terms, student, teacher, labels(40, 5), backend="torch", weight=SUPERVISED, views=1)
+        products = [event.input_shapes for event in profiled.events() if event.name in ("aten::mm", "aten::addmm")]
+        assert products and all(80 not in size for shapes in products for size in shapes)
 
 
 @pytest.mark.usefixtures("poison")

@@ -192,6 +192,30 @@ def _info_nce(title: str, **changed: Any) -> Loss:
     return Loss(**(fields | changed))
 
 
+def _contrast_with_own(title: str, views: int) -> Loss:
+    """MLKD's supervised term alone: the rows of all views with one another, not with themselves."""
+    return Loss(
+        title=title,
+        function=lambda s, t, y, **options: mcld_kernels.mlkd_loss(s, t, _labels(y, views), **options),
+        reference=lambda s, t, y, **options: reference.mlkd_loss(s, t, _labels(y, views), **options),
+        options=lambda case: {"supervised_temperature": case.temperature, "views": views, "weight": (0, 0, 1)},
+        # Similarities are half of a matrix of all rows; the gradient by the first view's is a product with all.
+        flop=lambda case: (views**2 + (2 * views if case.backward else 0)) * case.batch**2 * case.classes,
+        eager_bytes=lambda case: int(
+            (8 if case.dtype == "float64" else 4)
+            * ((7 if case.backward else 6) * (views * case.batch) ** 2 + 6 * views * case.batch * case.classes)
+        ),
+        magnitude=lambda case, student: (1 / case.temperature, 4 / case.temperature * _unit_row_gradient(student)),
+        terms=("supervised",),
+        temperature=0.1,
+    )
+
+
+def _labels(target: Tensor, views: int) -> Tensor:
+    """Of two views of one image each (SimCLR) the image's number; of one view the classes (SupCon)."""
+    return target if views == 1 else torch.arange(len(target), device=target.device)
+
+
 LOSSES = {
     "mcld": Loss(
         title="MCLD",
@@ -261,4 +285,6 @@ LOSSES = {
         terms=("correlation", "alignment", "supervised"),
         temperature=0.07,
     ),
+    "simclr": _contrast_with_own("SimCLR's NT-Xent, the second view frozen", views=2),
+    "supcon": _contrast_with_own("SupCon of one view", views=1),
 }

@@ -1,7 +1,7 @@
 """Public implementations to compare with, where they are installed.
 
 `PEERS` compute the instance-wise term of MCLD alone (InfoNCE with diagonal positives), `EMBEDDING_PEERS` the losses of
-embeddings "info_nce" and "moco" for any number of candidates.
+embeddings: "info_nce" and "moco" for any number of candidates, "simclr" and "supcon".
 """
 
 from __future__ import annotations
@@ -77,23 +77,27 @@ PEERS = (
 )
 
 
+EmbeddingLoss = Callable[[Tensor, Tensor, Tensor], Tensor]  # rows, candidates, target (B,) -> ()
+
+
+Build = Callable[[float, int], EmbeddingLoss]  # temperature, batch -> loss
+
+
 @dataclass(frozen=True)
 class EmbeddingPeer:
     name: str
     module: str
     title: str
-    losses: tuple[str, ...]
-    build: Callable[[float, int], Callable[[Tensor, Tensor], Tensor]]  # temperature, batch -> loss(rows, candidates)
-    matrices: float  # (batch, candidates) ones in fp32 at the peak, from above
+    losses: dict[str, tuple[Build, float]]  # and the (batch, candidates) matrices in fp32 at its peak, from above
     prepare: Callable[[], object] | None = None  # before the module is imported; raises ImportError
 
 
-def _supcon(temperature: float, batch: int) -> Callable[[Tensor, Tensor], Tensor]:
+def _pairs_by_supcon(temperature: float, batch: int) -> EmbeddingLoss:
     from pytorch_metric_learning.losses import SupConLoss
 
     loss = SupConLoss(temperature=temperature)
 
-    def apply(rows: Tensor, candidates: Tensor) -> Tensor:
+    def apply(rows: Tensor, candidates: Tensor, target: Tensor) -> Tensor:
         # A label for each pair: SupCon's mean over the positives is then the one positive.
         labels = torch.arange(candidates.shape[0], device=rows.device)
         return loss(rows, labels[:batch], ref_emb=candidates, ref_labels=labels)
@@ -108,12 +112,12 @@ def _import_torchvision() -> object:
     return import_torchvision()
 
 
-def _lightly(temperature: float, batch: int) -> Callable[[Tensor, Tensor], Tensor]:
+def _lightly(temperature: float, batch: int) -> EmbeddingLoss:
     from lightly.loss import NTXentLoss
 
     made: list[NTXentLoss] = []
 
-    def apply(rows: Tensor, candidates: Tensor) -> Tensor:
+    def apply(rows: Tensor, candidates: Tensor, target: Tensor) -> Tensor:
         keys, further = candidates[:batch], candidates[batch:]
         if not made:
             loss = NTXentLoss(temperature=temperature, memory_bank_size=tuple(further.shape)).to(rows.device)
@@ -125,31 +129,46 @@ def _lightly(temperature: float, batch: int) -> Callable[[Tensor, Tensor], Tenso
     return apply
 
 
-def _info_nce_with_negatives(temperature: float, batch: int) -> Callable[[Tensor, Tensor], Tensor]:
+def _info_nce_with_negatives(temperature: float, batch: int) -> EmbeddingLoss:
     from info_nce import info_nce
 
-    return lambda rows, candidates: info_nce(rows, candidates[:batch], candidates[batch:], temperature=temperature)
+    return lambda rows, candidates, target: info_nce(
+        rows, candidates[:batch], candidates[batch:], temperature=temperature
+    )
+
+
+def _supcon(temperature: float, batch: int) -> EmbeddingLoss:
+    from pytorch_metric_learning.losses import SupConLoss
+
+    loss = SupConLoss(temperature=temperature)
+    return lambda rows, candidates, target: loss(rows, target)
+
+
+def _simclr(temperature: float, batch: int) -> EmbeddingLoss:
+    from lightly.loss import NTXentLoss
+
+    loss = NTXentLoss(temperature=temperature)
+    return lambda rows, candidates, target: loss(rows, candidates)
 
 
 EMBEDDING_PEERS = (
     EmbeddingPeer(
         "pml-supcon",
         "pytorch_metric_learning",
-        "SupConLoss of pytorch-metric-learning, a label for each pair",
-        ("info_nce",),
-        _supcon,
-        12,
+        "SupConLoss of pytorch-metric-learning",
+        {"info_nce": (_pairs_by_supcon, 12), "supcon": (_supcon, 12)},
     ),
     EmbeddingPeer(
         "lightly",
         "lightly.loss",
-        "NTXentLoss of lightly with its memory bank",
-        ("moco",),
-        _lightly,
-        8,
+        "NTXentLoss of lightly, with its memory bank for moco",
+        {"moco": (_lightly, 8), "simclr": (_simclr, 24)},
         _import_torchvision,
     ),
     EmbeddingPeer(
-        "info-nce-queue", "info_nce", "info-nce-pytorch with explicit negatives", ("moco",), _info_nce_with_negatives, 8
+        "info-nce-queue",
+        "info_nce",
+        "info-nce-pytorch with explicit negatives",
+        {"moco": (_info_nce_with_negatives, 8)},
     ),
 )

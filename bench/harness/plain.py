@@ -77,21 +77,44 @@ def _clkd(case: Case) -> LossFn:
     return loss
 
 
-def _mlkd(case: Case) -> LossFn:
-    def others(matrix: Tensor) -> Tensor:
-        n = len(matrix)
-        return matrix[~torch.eye(n, dtype=torch.bool, device=matrix.device)].view(n, -1)
+def _others(matrix: Tensor) -> Tensor:
+    n = len(matrix)
+    return matrix[~torch.eye(n, dtype=torch.bool, device=matrix.device)].view(n, -1)
 
+
+def _mlkd(case: Case) -> LossFn:
     def loss(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
         s, t = F.normalize(student), F.normalize(teacher)
-        log_p, log_q = (others(x @ x.T / 0.5).log_softmax(1) for x in (t, s))
+        log_p, log_q = (_others(x @ x.T / 0.5).log_softmax(1) for x in (t, s))
         correlation = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
         alignment = (2 - 2 * (s * t).sum(1)).mean()
         z, y = torch.cat((s, t)), torch.cat((target, target))
-        log_share = others(z @ z.T / case.temperature).log_softmax(1)
-        same = others(y[:, None] == y)
+        log_share = _others(z @ z.T / case.temperature).log_softmax(1)
+        same = _others(y[:, None] == y)
         supervised = -((log_share * same).sum(1) / same.sum(1)).mean()
         return 50 * correlation + 20 * alignment + supervised
+
+    return loss
+
+
+def _simclr(case: Case) -> LossFn:
+    def loss(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+        z, n = F.normalize(torch.cat((student, teacher))), len(student)
+        similarities = z @ z.T / case.temperature
+        similarities.fill_diagonal_(-torch.inf)
+        other_view = torch.arange(2 * n, device=z.device).roll(n)
+        return F.cross_entropy(similarities, other_view)
+
+    return loss
+
+
+def _supcon(case: Case) -> LossFn:
+    def loss(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+        s = F.normalize(student)
+        log_share = _others(s @ s.T / case.temperature).log_softmax(1)
+        same = _others(target[:, None] == target)
+        count = same.sum(1)
+        return -((log_share * same).sum(1) / count.clamp(min=1)).sum() / (count > 0).sum().clamp(min=1)
 
     return loss
 
@@ -104,4 +127,6 @@ LINES: dict[str, Callable[[Case], LossFn]] = {
     "kd": _kd,
     "clkd": _clkd,
     "mlkd": _mlkd,
+    "simclr": _simclr,
+    "supcon": _supcon,
 }

@@ -155,8 +155,8 @@ def _peer(peer: peers.Peer) -> Provider:
 
 def _embedding_peer(peer: peers.EmbeddingPeer) -> Provider:
     def make(case: Case, student: Tensor, teacher: Tensor, target: Tensor) -> Step:
-        loss_fn = peer.build(case.temperature, case.batch)
-        return autograd_step(lambda s, t, y: loss_fn(s, t), case, student, teacher, target)
+        build, _ = peer.losses[case.loss]
+        return autograd_step(build(case.temperature, case.batch), case, student, teacher, target)
 
     def unsupported_reason(case: Case, student: Tensor, teacher: Tensor) -> str | None:
         if case.loss not in peer.losses:
@@ -164,7 +164,8 @@ def _embedding_peer(peer: peers.EmbeddingPeer) -> Provider:
         return _import_reason(peer.module, peer.prepare)
 
     def extra_bytes(case: Case) -> int:
-        return int(4 * (peer.matrices * case.batch * case.columns + 4 * (case.batch + case.columns) * case.classes))
+        matrices = peer.losses[case.loss][1] if case.loss in peer.losses else 0
+        return int(4 * (matrices * case.batch * case.columns + 4 * (case.batch + case.columns) * case.classes))
 
     return Provider(peer.name, peer.title, make, unsupported_reason, extra_bytes)
 

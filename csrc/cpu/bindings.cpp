@@ -7,6 +7,7 @@
 #include "cpu/clkd.h"
 #include "cpu/contrast.h"
 #include "cpu/low_latency.h"
+#include "cpu/mlkd.h"
 #include "cpu/rows.h"
 #include "cpu/softmax_kl.h"
 
@@ -109,6 +110,42 @@ void run_clkd(int isa, int threads, uintptr_t student, int64_t student_row, int6
   clkd(call, isa);
 }
 
+void run_mlkd(int steps, int isa, int threads, uintptr_t student, int64_t student_row, int64_t student_column,
+              uintptr_t teacher, int64_t teacher_row, int64_t teacher_column, uintptr_t target, int64_t target_stride, int64_t n,
+              int64_t num_classes, uintptr_t work, uintptr_t gradient, uintptr_t loss, uintptr_t terms,
+              float correlation_weight, float alignment_weight, float supervised_weight, bool correlation, bool alignment,
+              bool supervised, int views, int64_t ignore_index, float correlation_temperature, float supervised_temperature,
+              float eps) {
+  check_isa(isa);
+  if (views != 1 && views != 2) throw py::value_error("one or two views");
+  Mlkd call;
+  call.student = pointer<const float>(student), call.student_row = student_row, call.student_column = student_column;
+  call.teacher = pointer<const float>(teacher), call.teacher_row = teacher_row, call.teacher_column = teacher_column;
+  call.target = pointer<const int64_t>(target), call.target_stride = target_stride, call.ignore_index = ignore_index;
+  call.n = n, call.num_classes = num_classes;
+  call.work = pointer<float>(work), call.gradient = pointer<float>(gradient);
+  call.loss = pointer<float>(loss), call.terms = pointer<float>(terms);
+  call.weight[0] = correlation_weight, call.weight[1] = alignment_weight, call.weight[2] = supervised_weight;
+  call.correlation = correlation, call.alignment = alignment, call.supervised = supervised, call.views = views;
+  call.correlation_temperature = correlation_temperature, call.supervised_temperature = supervised_temperature;
+  call.eps = eps, call.threads = threads;
+  py::gil_scoped_release release;
+  mlkd(call, steps, isa);
+}
+
+py::dict mlkd_layout(int64_t n, int64_t num_classes, int sides) {
+  const MlkdLayout at(n, num_classes, sides);
+  py::dict result;
+  result["size"] = at.size;
+  result["pitch"] = at.pitch;
+  result["matrix_pitch"] = at.matrix_pitch;
+  result["rows"] = at.rows;
+  result["cosines"] = at.cosines;
+  result["weights"] = at.weights;
+  result["product"] = at.product;
+  return result;
+}
+
 int64_t clkd_size(int64_t n, int64_t num_classes) { return ClkdLayout(n, num_classes).size; }
 
 void run_contrast(int isa, int threads, uintptr_t anchors, int64_t anchors_row, int64_t anchors_column, uintptr_t candidates,
@@ -193,12 +230,18 @@ PYBIND11_MODULE(_cpu, module) {
   module.attr("COLUMN_SUMS") = int(kColumnSums);
   module.attr("FINISH") = int(kFinish);
   module.attr("ALL_STEPS") = int(kAllSteps);
+  module.attr("MLKD_NORMALIZE") = int(kMlkdNormalize);
+  module.attr("MLKD_SUMS") = int(kMlkdSums);
+  module.attr("MLKD_FINISH") = int(kMlkdFinish);
+  module.attr("MLKD_ALL_STEPS") = int(kMlkdAllSteps);
   module.def("isas", &isas, "Names of the instruction sets that this machine runs, the fastest last.");
   module.def("layout", &layout, "Size, pitches and offsets of the workspace for n x C logits, in floats.");
   module.def("clkd_size", &clkd_size, "Size of the workspace of `clkd` for n x C logits, in floats.");
   module.def("clkd", &run_clkd, "A call of CLKD; see csrc/cpu/clkd.h for the arguments.");
   module.def("contrast_size", &contrast_size, "Size of the workspace of `contrast`, in floats.");
   module.def("contrast", &run_contrast, "A contrast of rows; see csrc/cpu/contrast.h for the arguments.");
+  module.def("mlkd_layout", &mlkd_layout, "Size, pitches and offsets of the workspace of `mlkd`, in floats.");
+  module.def("mlkd", &run_mlkd, "Steps of a call of MLKD; see csrc/cpu/mlkd.h for the arguments.");
   module.def("low_latency", &run, "Steps of a call; see csrc/cpu/low_latency.h for the arguments.");
   module.def("normalize", &run_normalize, "Unit rows; see csrc/cpu/rows.h for the arguments.");
   module.def("grad_epilogue", &run_grad_epilogue, "The gradient by rows of logits; see csrc/cpu/rows.h for the arguments.");

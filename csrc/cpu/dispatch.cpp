@@ -6,6 +6,7 @@
 #include "cpu/clkd.h"
 #include "cpu/contrast.h"
 #include "cpu/low_latency.h"
+#include "cpu/mlkd.h"
 #include "cpu/rows.h"
 #include "cpu/softmax_kl.h"
 
@@ -20,10 +21,12 @@ struct Isa {
   void (*softmax_kl)(const SoftmaxKl&);
   void (*clkd)(const Clkd&);
   void (*contrast)(const Contrast&);
+  void (*mlkd)(const Mlkd&, int);
 };
 
-#define MCLD_ISA(name) \
-  {#name, name::low_latency, name::normalize, name::grad_epilogue, name::softmax_kl, name::clkd, name::contrast}
+#define MCLD_ISA(name)                                                                                             \
+  {#name, name::low_latency, name::normalize, name::grad_epilogue, name::softmax_kl, name::clkd, name::contrast, \
+   name::mlkd}
 constexpr Isa kIsas[] = {
     MCLD_ISA(baseline),
 #if MCLD_CPU_X86
@@ -88,6 +91,8 @@ void softmax_kl(const SoftmaxKl& call, int isa) { kIsas[isa].softmax_kl(call); }
 void clkd(const Clkd& call, int isa) { kIsas[isa].clkd(call); }
 
 void contrast(const Contrast& call, int isa) { kIsas[isa].contrast(call); }
+
+void mlkd(const Mlkd& call, int steps, int isa) { kIsas[isa].mlkd(call, steps); }
 
 void parallel(int threads, int64_t blocks, void (*task)(void*, int64_t), void* data) {
   Tasks tasks{task, data, blocks};

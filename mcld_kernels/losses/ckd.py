@@ -351,14 +351,14 @@ def _contrast_students(
         grad.is_written = True
 
 
-def _flops(batch: int, classes: int, options: CKDOptions, with_grad: bool) -> int:
-    """2 n n d for the similarities and as many for the gradient; half of both passes' similarities by symmetry."""
+def _flops(batch: int, classes: int, options: CKDOptions, grads: int) -> int:
+    """2 n n d for the similarities and as many for each gradient; half of both passes' similarities by symmetry."""
     if options.term_weight == 0:
         return 0
     product = 2 * batch * batch * classes
     if options.negatives == "teacher":
-        return (2 if with_grad else 1) * product
-    return 2 * product if with_grad else product // 2
+        return (1 + grads) * product
+    return 2 * product if grads else product // 2
 
 
 _OPERATOR = LossOperator(

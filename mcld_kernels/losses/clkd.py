@@ -402,15 +402,15 @@ def _inverse(norm: Tensor, eps: float) -> Tensor:
     return torch.threshold_(norm, eps, torch.inf).reciprocal_()
 
 
-def _flops(batch: int, classes: int, options: CLKDOptions, with_grad: bool) -> int:
+def _flops(batch: int, classes: int, options: CLKDOptions, grads: int) -> int:
     """Some ten operations an element for either normalization; of the correlation the products alone."""
     instance, category, correlation = (w != 0 for w in options.term_weight)
-    total = (instance + category) * (20 if with_grad else 10) * batch * classes
+    total = (instance + category) * 10 * (1 + grads) * batch * classes
     if not correlation:
         return total
     if is_by_rows(batch, classes, False):
-        return total + (10 if with_grad else 6) * batch**2 * classes
-    return total + (4 if with_grad else 2) * batch * classes**2
+        return total + (6 + 4 * grads) * batch**2 * classes
+    return total + 2 * (1 + grads) * batch * classes**2
 
 
 _OPERATOR = LossOperator(

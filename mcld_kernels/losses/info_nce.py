@@ -361,9 +361,9 @@ def _has_positive(anchors: Side, labels: Labels, candidates: Side, theirs: Label
     return anchors.soft.share(candidates.soft.totals) > 0
 
 
-def _flops(n: int, d: int, options: InfoNCEOptions, with_grad: bool, m: int) -> int:
-    """2 n m d for the similarities, and as many again for their product with the candidates."""
-    return (4 if with_grad else 2) * n * m * d
+def _flops(n: int, d: int, options: InfoNCEOptions, grads: int, m: int) -> int:
+    """2 n m d for the similarities, and as many again for the gradient of each side."""
+    return 2 * (1 + grads) * n * m * d
 
 
 _OPERATOR = LossOperator(

@@ -154,9 +154,9 @@ def _as_kernel(options: KDOptions) -> KDOptions:
     return options
 
 
-def _flops(batch: int, classes: int, options: KDOptions, with_grad: bool) -> int:
-    """Some ten operations an element in either pass."""
-    return (20 if with_grad else 10) * batch * classes
+def _flops(batch: int, classes: int, options: KDOptions, grads: int) -> int:
+    """Some ten operations an element for the loss, and for each gradient."""
+    return 10 * (1 + grads) * batch * classes
 
 
 _OPERATOR = LossOperator("kd", KDOptions, num_terms=1, compute=compute, flops=_flops, supported=("torch",))

@@ -201,9 +201,12 @@ class _Composition:
         return Anchors(side=side, weights=weights, per_anchor=self.per_anchor[first : len(self.terms)])
 
 
-def count_flops(batch: int, classes: int, options: MCLDOptions, with_grad: bool, candidates: int) -> int:
-    """2 n m d for the similarities of a contrast, and as many again for its product with the candidates."""
-    passes = 2 if with_grad else 1
-    directions = 1.5 if options.direction == "symmetric" and with_grad else 1
-    rows = int(2 * passes * directions * batch * candidates * classes) * len(row_groups(options))
+def count_flops(batch: int, classes: int, options: MCLDOptions, grads: int, candidates: int) -> int:
+    """2 n m d for the similarities of a contrast, and as many again for the gradient of each side.
+
+    Gradients of both directions are two passes over the similarities, and a product of each pass for each side.
+    """
+    passes = 1 + grads
+    of_rows = {0: 1, 1: 3, 2: 6}[grads] if options.direction == "symmetric" else passes
+    rows = 2 * of_rows * batch * candidates * classes * len(row_groups(options))
     return rows + (2 * passes * classes * classes * batch if options.active[CATEGORY] else 0)

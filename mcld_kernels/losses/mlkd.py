@@ -276,6 +276,8 @@ class MLKDLoss(ModuleOverRanks):
 
 def compute(kernels: KernelSet, inputs: LossInputs) -> LossOutputs:
     """Loss, terms and gradients of a call."""
+    if (low_latency := kernels.mlkd_low_latency(inputs)) is not None:
+        return low_latency(inputs)
     if mlkd_whole.applies(kernels, inputs):
         return mlkd_whole.compute(inputs)
     options: MLKDOptions = inputs.options
@@ -367,7 +369,7 @@ def _contrast(
     return per_anchor.sum() * positives.factor
 
 
-def _flops(batch: int, classes: int, options: MLKDOptions, with_grad: bool) -> int:
+def _flops(batch: int, classes: int, options: MLKDOptions, grads: int) -> int:
     """Products alone, half of a symmetric matrix's: see `mlkd_correlation`, and `KernelSet.self_contrast`."""
     correlation, alignment, supervised = (w != 0 for w in options.term_weight)
     square = batch**2 * classes
@@ -375,10 +377,10 @@ def _flops(batch: int, classes: int, options: MLKDOptions, with_grad: bool) -> i
     if not correlation:
         if not supervised:
             return total
-        return total + (4 if with_grad else 1) * options.views**2 * square
+        return total + (4 if grads else 1) * options.views**2 * square
     cross = 2 if supervised and options.views == 2 else 0  # similarities of student and teacher rows
     similarities = 2 + cross
-    return total + (similarities if not with_grad else 2 * similarities + 2 + cross) * square
+    return total + (2 * similarities + grads * (2 + cross) if grads else similarities) * square
 
 
 _OPERATOR = LossOperator(

@@ -1,8 +1,8 @@
 """MLKD on a CPU where the matrix of both sides' rows fits a chunk: whole matrices, in closed form.
 
 Here the number of operations is the cost. One GEMM gives the cosines of z = [s; t] (2 n, 2 n), whose blocks serve both
-terms, and one the gradient by the student's unit rows, W z, W (n, 2 n). The formulas are those of `mlkd_correlation`;
-positives are pairs of equal labels, by their mask.
+terms, and one the gradient by the student's unit rows, W z, W (n, 2 n). Where the student's rows are enough, z = s. The
+formulas are those of `mlkd_correlation`; positives are pairs of equal labels, by their mask.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..family_options import MLKDOptions
 from ..kernels import KernelSet, LossInputs, LossOutputs, has_fixed_shift
+from ..labels import has_bad_label
 from .mlkd_correlation import has_small_student, log_ratio, student_factors
 
 _LARGEST_SIZE = 2048  # rows of a side: exponentials of similarities need no shift in fp32
@@ -30,16 +31,9 @@ def applies(kernels: KernelSet, inputs: LossInputs) -> bool:
         and any(options.term_weight)
         and has_fixed_shift(dtype, min(options.correlation_temperature, options.supervised_temperature))
         and (
-            inputs.target is None
-            or inputs.labels_are_classes
-            or not _has_bad_label(inputs.target, options.ignore_index)
+            inputs.target is None or inputs.labels_are_classes or not has_bad_label(inputs.target, options.ignore_index)
         )
     )
-
-
-def _has_bad_label(target: Tensor, ignore_index: int) -> bool:
-    # Traced calls come here unchecked; the path by chunks makes their term NaN.
-    return bool(target.amin() < 0) and bool(((target < 0) & (target != ignore_index)).any())
 
 
 def compute(inputs: LossInputs) -> LossOutputs:
@@ -51,11 +45,13 @@ def compute(inputs: LossInputs) -> LossOutputs:
         factors = inputs.weight.tolist()
         weights = (weights[0] * factors[0], weights[1] * factors[1], weights[2] * factors[2])
     correlation, alignment, supervised = (w != 0 for w in options.term_weight)
-    logits = torch.stack((inputs.student, inputs.teacher))  # (2, n, C)
+    # The supervised term of one view needs no teacher.
+    sides = (inputs.student, inputs.teacher) if correlation or alignment or options.views == 2 else (inputs.student,)
+    logits = torch.stack(sides)  # (2, n, C), or (1, n, C)
     norm = torch.linalg.vector_norm(logits, dim=2, keepdim=True)
     norm.nan_to_num_(nan=torch.nan, posinf=torch.nan)  # an overflow must show, not read as a zero direction
     inv_norm = torch.threshold_(norm, options.eps, torch.inf).reciprocal_()
-    z = logits.mul_(inv_norm).view(2 * n, -1)
+    z = logits.mul_(inv_norm).flatten(0, 1)
     student = z[:n]
     terms: list[Tensor | None] = [None, None, None]
     coefficients = None  # (n, columns) of the first rows of z in the gradient by the student's
@@ -120,7 +116,7 @@ def _supervised(
 ) -> tuple[Tensor, Tensor | None]:
     """The term over N rows, and the coefficients (n, N) of all rows for the student's; None without a gradient.
 
-    similarities: (2 n, 2 n), at ``temperature``, which need not be this term's.
+    similarities: (2 n, 2 n), at ``temperature``, which need not be this term's; loses its diagonal.
     """
     options, target = inputs.options, inputs.target
     assert target is not None
@@ -135,9 +131,8 @@ def _supervised(
     if views == 1 or not inputs.labels_are_classes:
         counted = others > 0
         others.clamp_(min=1)
-    in_views = similarities.view(views, n, views, n)
-    positive = (in_views * pairs[:, None]).sum((2, 3)).sub_(similarities.diagonal().view(views, n))
-    positive.div_(others)
+    similarities.diagonal().zero_()  # no row is its own positive
+    positive = (similarities.view(views, n, views, n) * pairs[:, None]).sum((2, 3)).div_(others)
     if temperature == own:
         e = similarities.exp()
     else:
@@ -145,7 +140,8 @@ def _supervised(
         e = (similarities * (temperature / own)).exp_()
     e.diagonal().zero_()
     total = e.sum(1)
-    value = total.log().view(views, n).sub_(positive)
+    # The logarithm of a sum that is all but its positive is small only as one of a ratio.
+    value = total.view(views, n).mul(positive.neg_().exp_()).log_()
     if counted is None:
         share = total.new_full((1,), 1 / (views * n))
         term = value.mean()
@@ -159,6 +155,6 @@ def _supervised(
     share = share.mul_(weight / own)
     factor = share.div(total.view(views, n)).view(-1)
     w = e[:n].mul_(factor[:n, None] + factor)
-    # The row's own part goes with the projection.
     w.view(n, views, n).addcmul_(pairs[:, None], share.div(others)[:, None, None], value=-2)
+    w.diagonal().zero_()  # the projection would drop a row's own part, but not its rounding
     return term, w
