@@ -209,7 +209,9 @@ class TeacherQueue(nn.Module):
         self.pointer.zero_()
         self._length = 0
 
-    reset_parameters = reset
+    def reset_parameters(self) -> None:
+        """As `reset`: what FSDP2's recipe calls on every module after ``to_empty``."""
+        self.reset()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TeacherQueue:
         was_meta = self.pointer.is_meta
