@@ -250,7 +250,7 @@ def check_matrix(name: str, x: Tensor, content: str, shape: str) -> None:
         remedy = remedies.of_no_tensor(name, x)
         raise TypeError(f"{name} must be a tensor of {content} {shape}; got {type(x).__name__}{remedy}")
     if type(x) is not Tensor or x.layout is not torch.strided or x.is_nested:
-        _check_dense(name, x)
+        check_dense(name, x)
     if x.dtype not in DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise TypeError(f"{name} must be of a floating dtype ({names}); got {x.dtype}{remedies.of_dtype(name, x)}")
@@ -258,7 +258,8 @@ def check_matrix(name: str, x: Tensor, content: str, shape: str) -> None:
         raise ValueError(f"{name} must have shape {shape}; got {tuple(x.shape)}{remedies.of_rank(name, x)}")
 
 
-def _check_dense(name: str, tensor: Tensor) -> None:
+def check_dense(name: str, tensor: Tensor) -> None:
+    """A dense tensor: neither sparse, nested, masked nor distributed."""
     kind = type(tensor)
     if kind is Tensor or kind is nn.Parameter:
         if tensor.layout == torch.strided and not tensor.is_nested:
@@ -420,7 +421,7 @@ def check_target(
         remedy = remedies.of_no_tensor(name, target)
         raise TypeError(f"{name} must be a tensor of labels ({shape},), int64; got {type(target).__name__}{remedy}")
     if type(target) is not Tensor or target.layout is not torch.strided or target.is_nested:
-        _check_dense(name, target)
+        check_dense(name, target)
     batch, classes = student.shape
     if target.device != student.device:
         raise ValueError(
