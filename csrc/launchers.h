@@ -223,7 +223,8 @@ struct GradEpilogue {
   const float *inv_norm, *product;                              // (rows,), (rows, product_pitch)
   const float *product_coef, *partner_coef, *class_mean_coef;  // (rows,); class_mean_coef may be null
   const int64_t* class_index;  // (rows,)
-  float* projection;           // (rows,) workspace, for a gradient whose columns are contiguous
+  float* projection;           // (rows,) workspace, for a gradient whose columns are contiguous; all other rows are then
+                               // aligned to 16 bytes, as those of the operands always are
   int64_t rows, d, pitch, product_pitch;
   int64_t offset, partner_rows;  // P of the chunk's row r is row r + offset of partner, if there is one
   bool accumulate;

@@ -18,6 +18,7 @@ _LEAST_ROWS = 128  # of a chunk, where the budget allows it: a GEMM of fewer row
 # of wider ones the library adds in blocks.
 _FEW_COLUMNS = 64
 _ROWS_OF_SUM = 256
+_ROWS_OF_COPY = 4096  # of 16-bit rows in the accumulator dtype
 
 
 def trapezoids(n: int, budget_rows: int) -> list[tuple[slice, slice]]:
@@ -35,8 +36,16 @@ def mm(a: Tensor, b: Tensor, acc_dtype: torch.dtype) -> Tensor:
     return torch.mm(a, b).to(acc_dtype)
 
 
-def add_mm(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b for a matrix ``a`` in the dtype of ``total`` and operands ``b``, whose dtype the product takes."""
+def add_mm(total: Tensor, a: Tensor, b: Tensor, *, keeps_sums: bool = False) -> None:
+    """total += a @ b for a matrix ``a`` in the dtype of ``total`` and operands ``b``, whose dtype the product takes.
+
+    keeps_sums: the rounding of its sums would show. A CPU's GEMM of 16-bit operands rounds them; of those in the dtype
+    of ``total`` it does not, at half the speed.
+    """
+    if keeps_sums and total.is_cpu and b.dtype != total.dtype:
+        for part in slices(b.shape[0], _ROWS_OF_COPY):
+            total.addmm_(a[:, part], b[part].to(total.dtype))
+        return
     if b.dtype == total.dtype:
         if total.is_cpu and b.shape[1] <= _FEW_COLUMNS and b.shape[0] > _ROWS_OF_SUM:
             for part in slices(b.shape[0], _ROWS_OF_SUM):

@@ -118,6 +118,7 @@ def contrast(
     if mask_same_class:
         assert side.labels is not None and candidates.labels is not None
         mask = side.labels.key, candidates.labels.key
+    has_label_positives = any(weight.positives == "label" for weight in anchors.weights)
     args = ContrastArgs(
         anchors=side.unit,
         candidates=candidates.unit,
@@ -128,9 +129,10 @@ def contrast(
         candidate_grad=candidates.grad.needed,
         reverse=reverse is not None,
         is_bounded=is_bounded,
+        keeps_sums=has_label_positives,
     )
     means = class_index = None
-    if any(weight.positives == "label" for weight in anchors.weights):
+    if has_label_positives:
         means, class_index = _class_means(kernels, anchors, candidates)
     if kernels.has_anchor_pass and _anchor_pass(kernels, args, anchors, means, class_index):
         return

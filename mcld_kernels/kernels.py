@@ -101,6 +101,7 @@ class ContrastArgs:
     candidate_grad: bool = False
     reverse: bool = False  # also the sums with both sides exchanged; only where `KernelSet.can_reverse` allows it
     is_bounded: bool = True  # |A_i . K_j| <= 1; otherwise every row needs its own maximum
+    keeps_sums: bool = False  # the products are sums whose rounding shows: means of rows are subtracted from them
 
     def has_fixed_shift(self) -> bool:
         """True if one shift of the exponent serves all rows."""

@@ -263,6 +263,7 @@ def check_matrix(name: str, x: Tensor, content: str, shape: str) -> None:
 
 
 def check_dense(name: str, tensor: Tensor) -> None:
+    """A dense tensor: neither sparse, nested, masked nor distributed."""
     kind = type(tensor)
     if kind is Tensor or kind is nn.Parameter:
         if tensor.layout == torch.strided and not tensor.is_nested:

@@ -180,14 +180,36 @@ BAR = Bar(0.5, 1.0)
 BAR64 = Bar(1000.0, 100.0)
 
 
-def check(backend, device, kind, batch, classes, dtype, *, draws=3, ignored=0.0, teacher_grad=False, **options):
-    """Hold ``backend`` to the error bar over several draws of logits, labels and upstream gradients."""
+def check(
+    backend,
+    device,
+    kind,
+    batch,
+    classes,
+    dtype,
+    *,
+    draws=3,
+    ignored=0.0,
+    teacher_grad=False,
+    teacher_dtype=None,
+    **options,
+):
+    """Hold ``backend`` to the error bar over several draws of logits, labels and upstream gradients.
+
+    teacher_dtype: that of the teacher's logits, where it is not ``dtype``.
+    """
+    teacher_dtype = teacher_dtype or dtype
+    # A gradient is rounded to the dtype of its logits, all else to that of the operands.
+    rounded = {"student gradient": dtype, "teacher gradient": teacher_dtype}
+    operand_dtype = torch.promote_types(dtype, teacher_dtype)
     bar = BAR64 if dtype == torch.float64 else BAR
     stat = torch.float64 if dtype == torch.float64 else torch.float32
     totals: dict[str, list[float]] = {}
     options.setdefault("weight", WEIGHT)
     for seed in range(draws):
         student, teacher = logits(kind, batch, classes, dtype, seed, device)
+        if teacher_dtype != dtype:
+            _, teacher = logits(kind, batch, classes, teacher_dtype, seed, device)
         target = labels(batch, classes, seed, ignored, device)
         upstream = float(torch.randn((), generator=torch.Generator().manual_seed(seed)))
         # As a GradScaler would: eager's gradient by the cosines, upstream / (batch temperature), must stay inside fp16.
@@ -200,7 +222,8 @@ def check(backend, device, kind, batch, classes, dtype, *, draws=3, ignored=0.0,
         ours = errors(got, want, student, teacher, both)
         eager = errors(run("reference", student, teacher, target, **both), want, student, teacher, both)
         for name, error in ours.items():
-            floor = bar.ulps * torch.finfo(dtype).eps * error.size + bar.natural * torch.finfo(stat).eps * error.natural
+            ulp = torch.finfo(rounded.get(name, operand_dtype)).eps
+            floor = bar.ulps * ulp * error.size + bar.natural * torch.finfo(stat).eps * error.natural
             total = totals.setdefault(name, [0.0, 0.0, 0.0])
             for i, square in enumerate((error.square, eager[name].square, floor**2)):
                 total[i] += square

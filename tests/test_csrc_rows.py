@@ -6,6 +6,8 @@ which path ran: 16 or 8 bytes or single elements, a row held in registers or rea
 
 from __future__ import annotations
 
+import re
+
 import cases
 import csrc_host
 import pytest
@@ -270,22 +272,44 @@ def test_a_misaligned_vector_access_is_an_error(module):
             )  # fmt: skip
 
 
+def arguments_of(launcher) -> dict[str, float]:
+    """Zeros for all arguments."""
+    names = re.search(r"Keyword arguments: (.*)", launcher.__doc__)
+    return dict.fromkeys(names[1].split(", "), 0)
+
+
 def test_pairs_of_types_that_no_kernel_is_for(module):
-    fields = dict.fromkeys(
-        (
-            "x",
-            "row_stride",
-            "column_stride",
-            "out",
-            "inv_norm",
-            "square_sums",
-            "n",
-            "d",
-            "padded_rows",
-            "pitch",
-            "splits",
-        ),
-        0,
-    )
-    with pytest.raises(ValueError, match="fp16"):
-        module.normalize_rows(**fields, eps=0.0, type=TYPE[BF16], precision=PRECISION[FP16], device=0, stream=0)
+    fields = {**arguments_of(module.normalize_rows), "type": TYPE[BF16], "precision": PRECISION[FP16]}
+    with pytest.raises(ValueError, match="operands of fp16 are made of logits of fp16"):
+        module.normalize_rows(**fields)
+    fields = {**arguments_of(module.grad_epilogue), "precision": PRECISION[FP16]}
+    for dtype in (BF16, FP16):
+        with pytest.raises(ValueError, match="a gradient of fp16 logits is held in fp32"):
+            module.grad_epilogue(**fields | {"type": TYPE[dtype]})
+
+
+def test_a_gradient_by_columns_takes_padded_operands_alone(module):
+    fields = {**arguments_of(module.grad_epilogue), "projection": torch.empty(1).data_ptr(), "rows": 1, "d": 5}
+    for pitches in ({"pitch": 64, "product_pitch": 5}, {"pitch": 5, "product_pitch": 64}):
+        with pytest.raises(ValueError, match="aligned to 16 bytes"):
+            module.grad_epilogue(**fields | pitches)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"precision": PRECISION[FP16]}, "teacher anchors have no range in fp16"),
+        ({"gradient_type": TYPE[BF16]}, "held in bf16 for bf16 logits, else in fp32"),
+        ({"type": TYPE[BF16]}, "held in bf16 for bf16 logits, else in fp32"),
+    ],
+    ids=["fp16 teacher anchors", "gradient", "logits"],
+)
+def test_low_latency_calls_that_no_kernel_is_for(module, changes, message):
+    class Changed:
+        def __getattr__(self, name):
+            launcher = getattr(module, name)
+            return (lambda **fields: launcher(**fields | changes)) if name == "low_latency" else launcher
+
+    student, teacher = cases.logits("random", 7, 5, FP32)
+    with extension.use(Changed()), pytest.raises(ValueError, match=message):
+        cases.run("cuda", student, teacher, cases.labels(7, 5), direction="teacher")

@@ -5,6 +5,11 @@ exponentials and logarithms of CUDA's library, the layout of parameters, descrip
 covered: ptxas, the order of memory accesses, speed.
 """
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import cases
 import csrc_host
 import pytest
@@ -78,21 +83,60 @@ def test_tiles_and_splits(compiled, form, dtype, poison):
         cases.check("cuda", "cpu", "random", *shape, dtype, draws=1, **options)
 
 
-@pytest.mark.parametrize("precision", ["high", "medium"])
-@pytest.mark.parametrize("path", ["flash", "two products"])
-def test_float32_matmul_precision(compiled, path, precision, matmul_precision, monkeypatch):
-    matmul_precision(precision)
-    rounding = round_tf32 if precision == "high" else lambda x: x.bfloat16().float()
+@pytest.fixture
+def rounds_products(matmul_precision, monkeypatch):
+    """A setter of the float32 matmul precision, by which the reference rounds the operands of its products too."""
     plain = reference.similarities
 
-    def similarities(anchors, candidates, dtype, temperature):
-        if dtype != torch.float32:
-            return plain(anchors, candidates, dtype, temperature)
-        return Rounded.apply(anchors, candidates, rounding) / temperature
+    def set_precision(precision):
+        matmul_precision(precision)
+        rounding = round_tf32 if precision == "high" else lambda x: x.bfloat16().float()
 
-    monkeypatch.setattr(reference, "similarities", similarities)
+        def similarities(anchors, candidates, dtype, temperature):
+            if dtype != torch.float32:
+                return plain(anchors, candidates, dtype, temperature)
+            return Rounded.apply(anchors, candidates, rounding) / temperature
+
+        if precision != "highest":
+            monkeypatch.setattr(reference, "similarities", similarities)
+
+    return set_precision
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+@pytest.mark.parametrize("path", ["flash", "two products"])
+def test_float32_matmul_precision(compiled, path, precision, rounds_products):
+    rounds_products(precision)
     with backends.tuned(**PATHS[path], min_large_tiles=0):
         cases.check("cuda", "cpu", "random", 67, 130, torch.float32, draws=1, direction="symmetric")
+
+
+# By float32 matmul precision: path, shape, options, tuning. Flash with pitches of 64 and 128, with the fixed shift and
+# the online maximum; contractions in parts; rows by vectors from fp32 to bf16.
+PRECISIONS = {
+    "high, flash": ("flash", (100, 60), {"temperature": (0.1, 0.02, 0.02)}, {}),
+    "high, split": ("two products", (140, 20), _CATEGORY, _SPLIT),
+    "high, large tiles, split": ("two products", (140, 20), _CATEGORY, {**_SPLIT, "min_large_tiles": 0}),
+    "medium, low latency": ("low latency", (24, 40), {}, {}),
+}
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_kernels_of_one_precision(compiled, name, rounds_products, poison):
+    path, shape, options, tuning = PRECISIONS[name]
+    rounds_products(name.split(",")[0])
+    with backends.tuned(**PATHS[path], **tuning):
+        cases.check("cuda", "cpu", "random", *shape, torch.float32, draws=1, **options)
+
+
+@pytest.mark.parametrize(
+    ("student", "precision"),
+    [(torch.bfloat16, "highest"), (torch.float16, "highest"), (torch.float16, "medium")],
+    ids=["bfloat16-highest", "float16-highest", "float16-medium"],
+)
+def test_half_logits_with_float32_of_the_teacher(compiled, student, precision, rounds_products, poison):
+    rounds_products(precision)
+    cases.check("cuda", "cpu", "random", 37, 20, student, teacher_dtype=torch.float32, draws=1, ignored=0.2)
 
 
 @pytest.mark.parametrize(("classes", "dtype"), [(250, torch.bfloat16), (250, torch.float16), (120, torch.float32)])
@@ -113,6 +157,35 @@ def test_hopper_similarity(kernels, module, shape, dtype):
 def test_hopper_flash(kernels, module, shape, dtype):
     with kernels.take_launches():
         check_flash(module, shape, dtype)
+
+
+# The tests that launch kernels, in emulation or compiled, and hold their values to a bar. Of the views of
+# test_csrc_rows.py these two reach every instance.
+LAUNCHING = ("test_csrc_host.py", "test_csrc_rows.py", "test_csrc_steps.py", "test_hopper.py", Path(__file__).name)
+SELECTED = "(contiguous or transposed or not test_csrc_rows) and not test_every_compiled_kernel"
+
+
+def test_every_compiled_kernel_is_launched_by_a_test(kernels, tmp_path):
+    """Every instance; a kernel that no call reaches is not to be compiled.
+
+    The tests run again in a process of their own, without the kernels, so that no order of tests and no worker matters.
+    """
+    listed = tmp_path / "launches"
+    # Not a worker of pytest-xdist, whatever this process is.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    options = ["-p", "ptx.recorder", "-p", "no:cacheprovider", "-q", "--tb=no", "-m", "not gpu", "-k", SELECTED]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *LAUNCHING],
+        env={**inherited, "MCLD_TEST_LAUNCHES": str(listed), "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    # 1: there are failures, of what the kernels have not written.
+    assert done.returncode in (0, 1) and listed.exists(), done.stdout[-3000:] + done.stderr[-3000:]
+    launched, compiled = set(listed.read_text().splitlines()), kernels.compiled()
+    assert sorted(compiled - launched) == [], "compiled, and launched by no test"
+    assert sorted(launched - compiled) == [], "launched, and not compiled"
 
 
 def run_text(body: str, out: torch.Tensor, threads: int = 64, source: torch.Tensor | None = None) -> torch.Tensor:

@@ -19,7 +19,7 @@ template <class T, class Out> void by_width(const AnchorEpilogue& p, cudaStream_
 
 void anchor_epilogue(const AnchorEpilogue& p, Type type, Precision precision, cudaStream_t stream) {
   with_operand(precision, [&](auto operand) {
-    with_gradient(type, [&](auto gradient) {
+    with_gradient(operand, type, [&](auto gradient) {
       by_width<typename decltype(operand)::type, typename decltype(gradient)::type>(p, stream);
     });
   });

@@ -137,10 +137,10 @@ template <class T, class Out, int kWidth> MCLD_KERNEL(kGradThreads, 2) grad_epil
   }
 }
 
-template <class T, int kWidth> MCLD_KERNEL(kGradThreads) grad_epilogue_projection_kernel(MCLD_PARAMETERS(GradEpilogue) p) {
+template <class T> MCLD_KERNEL(kGradThreads) grad_epilogue_projection_kernel(MCLD_PARAMETERS(GradEpilogue) p) {
   const int64_t index = int64_t(block_index()) * kGradWarps + thread_index() / kWarp;
   if (index >= p.rows) return;
-  const float along = projection<kWidth>(GradRow<T>(p, index), p.d);
+  const float along = projection<kWidest<T>>(GradRow<T>(p, index), p.d);
   if (thread_index() % kWarp == 0) p.projection[index] = along;
 }
 

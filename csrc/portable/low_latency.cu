@@ -68,26 +68,42 @@ dim3 row_grid(const LowLatency& p) {
 
 template <class T> void launch_loss(const LowLatency& p, cudaStream_t stream) {
   const dim3 grid = row_grid(p);
-  if (has_teacher_anchors(p)) {
-    launch_dependent(p.dependent, low_latency_loss_kernel<T, true>, "launch of low_latency_loss", grid, kLowLatencyThreads, 0, stream, p);
-  } else {
-    launch_dependent(p.dependent, low_latency_loss_kernel<T, false>, "launch of low_latency_loss", grid, kLowLatencyThreads, 0, stream, p);
+  if constexpr (!std::is_same_v<T, fp16>) {
+    if (has_teacher_anchors(p)) {
+      return launch_dependent(p.dependent, low_latency_loss_kernel<T, true>, "launch of low_latency_loss", grid, kLowLatencyThreads, 0, stream, p);
+    }
   }
+  launch_dependent(p.dependent, low_latency_loss_kernel<T, false>, "launch of low_latency_loss", grid, kLowLatencyThreads, 0, stream, p);
 }
 
 template <class T> void launch_projection(const LowLatency& p, cudaStream_t stream) {
-  launch_dependent(p.dependent, low_latency_projection_kernel<T>, "launch of low_latency_projection", row_grid(p), kLowLatencyThreads, 0, stream, p);
+  if constexpr (!std::is_same_v<T, fp16>) {
+    launch_dependent(p.dependent, low_latency_projection_kernel<T>, "launch of low_latency_projection", row_grid(p), kLowLatencyThreads, 0, stream, p);
+  }
 }
 
-template <class T, class Out> void launch_outputs(const LowLatency& p, cudaStream_t stream) {
+// A gradient in bf16 is that of logits in bf16, which are the operands.
+template <class T> void launch_outputs(const LowLatency& p, Type gradient, cudaStream_t stream) {
   const int64_t tiles = p.gradient ? tiles_of(p.batch, kGradTile) * tiles_of(p.num_classes, kGradTile) : 0;
-  launch_dependent(p.dependent, low_latency_outputs_kernel<T, Out>, "launch of low_latency_outputs", dim3(unsigned(1 + tiles)), kLowLatencyThreads,
-         kGradTile * (kGradTile + 1) * 4, stream, p);
+  const auto start = [&](auto kernel) {
+    launch_dependent(p.dependent, kernel, "launch of low_latency_outputs", dim3(unsigned(1 + tiles)), kLowLatencyThreads,
+                     kGradTile * (kGradTile + 1) * 4, stream, p);
+  };
+  if constexpr (std::is_same_v<T, bf16>) {
+    if (gradient == Type::bf16) return start(low_latency_outputs_kernel<T, bf16>);
+  }
+  start(low_latency_outputs_kernel<T, float>);
 }
 
 }  // namespace
 
 void low_latency(const LowLatency& p, Type logits, Type gradient, Precision precision, cudaStream_t stream) {
+  if (precision == Precision::fp16 && has_teacher_anchors(p)) {
+    throw std::invalid_argument("low_latency: the coefficients of teacher anchors have no range in fp16");
+  }
+  if (gradient != (logits == Type::bf16 ? Type::bf16 : Type::fp32)) {
+    throw std::invalid_argument("low_latency: the gradient is held in bf16 for bf16 logits, else in fp32");
+  }
   with_logits(logits, precision, [&](auto in, auto operand) {
     using In = typename decltype(in)::type;
     using Out = typename decltype(operand)::type;
@@ -108,7 +124,7 @@ void low_latency(const LowLatency& p, Type logits, Type gradient, Precision prec
       if (p.gradient) launch_product<kPrecision>(p, stream);
       launch_loss<T>(p, stream);
     }
-    with_gradient(gradient, [&](auto out) { launch_outputs<T, typename decltype(out)::type>(p, stream); });
+    launch_outputs<T>(p, gradient, stream);
   });
 }
 

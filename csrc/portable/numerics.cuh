@@ -77,12 +77,13 @@ template <class In, class Out, class Call> void with_pair(TypeTag<In> in, TypeTa
 template <class Call> void with_logits(Type type, Precision precision, const Call& call) {
   with_type(type, [&](auto in) { with_operand(precision, [&](auto out) { with_pair(in, out, call); }); });
 }
-template <class Call> void with_gradient(Type type, const Call& call) {
-  switch (type) {
-    case Type::fp32: return call(TypeTag<float>());
-    case Type::bf16: return call(TypeTag<bf16>());
-    case Type::fp16: throw std::invalid_argument("a gradient of fp16 logits is held in fp32");
+// call(TypeTag<gradient>) for the types there are with operands T: those of fp16 are made of logits of fp16 alone.
+template <class T, class Call> void with_gradient(TypeTag<T>, Type type, const Call& call) {
+  if constexpr (!std::is_same_v<T, fp16>) {
+    if (type == Type::bf16) return call(TypeTag<bf16>());
   }
+  if (type != Type::fp32) throw std::invalid_argument("a gradient of fp16 logits is held in fp32");
+  call(TypeTag<float>());
 }
 
 inline int64_t tiles_of(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }

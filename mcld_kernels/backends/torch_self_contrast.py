@@ -61,9 +61,10 @@ class TorchSelfContrast:
             else:
                 torch.sub(a, largest[columns], out=w).exp_().mul_(factor[columns])
                 w.addcmul_(a.sub_(largest[rows, None]).exp_(), factor[rows, None])
-            add_mm(product[rows], w, rows_of[columns])
+            add_mm(product[rows], w, rows_of[columns], keeps_sums=True)
             if columns.stop > rows.stop:
-                add_mm(product[rows.stop : columns.stop], w[:, rows.stop - rows.start :].T, rows_of[rows])
+                right = w[:, rows.stop - rows.start :]
+                add_mm(product[rows.stop : columns.stop], right.T, rows_of[rows], keeps_sums=True)
         self._product = product
 
     def product(self) -> Tensor:

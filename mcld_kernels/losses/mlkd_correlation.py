@@ -78,6 +78,7 @@ def correlate(
     term = correlation.finish(weight)
     more = term.new_zeros(()) if supervised is None else supervised.finish(supervised_weight)
     needed = [grad is not None for grad in grads]
+    keeps_sums = supervised is not None  # means of rows are subtracted from the products
     if any(needed):
         sums = [
             torch.zeros_like(x.rows, dtype=term.dtype) if need else None for x, need in zip(unit, needed, strict=True)
@@ -90,16 +91,16 @@ def correlate(
                 if supervised is not None and side < options.views:
                     w += supervised.own(chunk, side)
                 rows, columns = chunk.rows, chunk.columns
-                add_mm(total[rows], w, unit[side].rows[columns])
+                add_mm(total[rows], w, unit[side].rows[columns], keeps_sums=keeps_sums)
                 if columns.stop > rows.stop:
                     right = w[:, rows.stop - rows.start :]
-                    add_mm(total[rows.stop : columns.stop], right.T, unit[side].rows[rows])
+                    add_mm(total[rows.stop : columns.stop], right.T, unit[side].rows[rows], keeps_sums=keeps_sums)
             if supervised is not None and chunk.cross is not None:
                 w = supervised.cross(chunk)
                 if sums[0] is not None:
-                    add_mm(sums[0][chunk.rows], w, unit.teacher.rows)
+                    add_mm(sums[0][chunk.rows], w, unit.teacher.rows, keeps_sums=keeps_sums)
                 if sums[1] is not None:
-                    add_mm(sums[1], w.T, unit.student.rows[chunk.rows])
+                    add_mm(sums[1], w.T, unit.student.rows[chunk.rows], keeps_sums=keeps_sums)
         for side, (total, grad) in enumerate(zip(sums, grads, strict=True)):
             if total is not None and grad is not None:
                 _write(unit[side], total, None if supervised is None else supervised.pull(side), grad, budget)

@@ -177,12 +177,17 @@ class _Pairs:
                     own = self._supervised(chunk, side, side, partner)
                     w = own if w is None else w.add_(own)
                     if self.has_cross:
-                        add_mm(g, self._supervised(chunk, side, 1 - side, partner), self.everything[1 - side])
+                        add_mm(
+                            g,
+                            self._supervised(chunk, side, 1 - side, partner),
+                            self.everything[1 - side],
+                            keeps_sums=True,
+                        )
                     places = slice(chunk.first, chunk.first + g.shape[0])
                     class_index = self.positives.class_index.view(self.options.views, -1)[side, places]
                     g.addcmul_(self.positives.means[class_index], pull[side, places, None], value=-1)
                 assert w is not None
-                add_mm(g, w, self.everything[side])
+                add_mm(g, w, self.everything[side], keeps_sums=with_supervised[side])
                 grad[chunk.rows] = through_normalization(g, self.unit[side], chunk.rows)
 
     def _correlation(self, chunk: Chunk, side: int) -> Tensor:

@@ -31,9 +31,7 @@ def applies(kernels: KernelSet, inputs: LossInputs) -> bool:
         and any(options.term_weight)
         and has_fixed_shift(dtype, min(options.correlation_temperature, options.supervised_temperature))
         and (
-            inputs.target is None
-            or inputs.labels_are_classes
-            or not has_bad_label(inputs.target, options.ignore_index)
+            inputs.target is None or inputs.labels_are_classes or not has_bad_label(inputs.target, options.ignore_index)
         )
     )
 

@@ -63,6 +63,7 @@ def contrast_over_ranks(
     contrast.remote_grad = remote_side is not None and remote_side.grad.needed
     terms = [weight for anchors in (local_anchors, remote_anchors) if anchors is not None for weight in anchors.weights]
     if any(weight.positives == "label" for weight in terms):
+        contrast.keeps_sums = True
         is_soft = local.soft is not None
         contrast.labels = SoftMeans(ranks, local, remote) if is_soft else ClassMeans(kernels, ranks, local, remote)
         contrast.labels.begin(local_anchors is not None, remote_anchors is not None, contrast.remote_grad)
@@ -82,7 +83,7 @@ class _RankContrast:
     ):
         self.kernels, self.ranks, self.local, self.remote = kernels, ranks, local, remote
         self.temperature, self.masked = temperature, masked
-        self.remote_grad = self.has_second_pass = False
+        self.remote_grad = self.has_second_pass = self.keeps_sums = False
         unit = local.unit
         self.acc = unit.inv_norm.dtype
         self.like = unit.inv_norm.new_empty(0)
@@ -323,6 +324,7 @@ class _RankContrast:
             anchor_grad=anchor_grad,
             candidate_grad=candidate_grad,
             reverse=reverse,
+            keeps_sums=self.keeps_sums,
         )
 
     def _further_args(self, further: UnitRows) -> ContrastArgs:
@@ -338,6 +340,7 @@ class _RankContrast:
             offset=further.n,
             mask=mask,
             anchor_grad=self.local.grad.needed,
+            keeps_sums=self.keeps_sums,
         )
 
     def _remote_args(self, rows: slice, block: UnitRows, anchor_grad: bool, candidate_grad: bool) -> ContrastArgs:
@@ -351,6 +354,7 @@ class _RankContrast:
             mask=None if mask is None else (mask[1], mask[0]),
             anchor_grad=anchor_grad,
             candidate_grad=candidate_grad,
+            keeps_sums=self.keeps_sums,
         )
 
     def _mask(self, rows: slice) -> tuple[Tensor, Tensor] | None:

@@ -72,6 +72,11 @@ class Kernels:
         self._programs: dict[str, Program] = {}
         self.launched: dict[str, int] = {}  # launches of each kernel
 
+    def compiled(self) -> set[str]:
+        """The signatures of all kernels in what nvcc makes of csrc/."""
+        sources = (source for folder in ARCHS for source in folder.glob("*.cu"))
+        return set(_demangled([name for source in sources for name in program.names(compile_source(source))]))
+
     def _program(self, name: str) -> Program:
         if name not in self._programs:
             (short,) = re.findall(r"\w+_kernel\b", name)

@@ -70,6 +70,11 @@ class Kernel:
     labels: dict[str, int]  # the block that a label begins
 
 
+def names(text: str) -> list[str]:
+    """The mangled names of a file's kernels."""
+    return [match[1] for match in _ENTRY.finditer(text)]
+
+
 def kernels(text: str) -> dict[str, Kernel]:
     """The kernels of a file, by mangled name."""
     text = re.sub(r"//[^\n]*|^\s*\.loc\b[^\n]*", "", text, flags=re.MULTILINE)
