@@ -157,7 +157,7 @@ def test_memory_of_the_cpu_kernels(under_check):
         "-p",
         "no:cacheprovider",
         "-k",
-        "compiled or threads or instruction or plain or cpu_rows or cpu_contrast",
+        "compiled or threads or instruction or plain or cpu_rows or cpu_contrast or cpu_teacher",
     ]
     library = str(csrc_host.build_cpu())
     done = under_check(

@@ -10,6 +10,7 @@
 #include "cpu/mlkd.h"
 #include "cpu/rows.h"
 #include "cpu/softmax_kl.h"
+#include "cpu/teacher_anchors.h"
 
 namespace py = pybind11;
 
@@ -192,6 +193,33 @@ void run_contrast(int isa, int threads, uintptr_t anchors, int64_t anchors_row, 
   }
 }
 
+void run_teacher_anchors(int isa, int threads, uintptr_t student, int64_t student_row, int64_t student_column,
+                         uintptr_t teacher, int64_t teacher_row, int64_t teacher_column, int64_t n, int64_t num_classes,
+                         uintptr_t work, uintptr_t gradient, uintptr_t loss, uintptr_t terms, float weight, float temperature,
+                         float eps, int64_t part) {
+  check_isa(isa);
+  TeacherAnchors call;
+  call.student = pointer<const float>(student), call.student_row = student_row, call.student_column = student_column;
+  call.teacher = pointer<const float>(teacher), call.teacher_row = teacher_row, call.teacher_column = teacher_column;
+  call.n = n, call.num_classes = num_classes;
+  call.work = pointer<float>(work), call.gradient = pointer<float>(gradient);
+  call.loss = pointer<float>(loss), call.terms = pointer<float>(terms);
+  call.weight = weight, call.temperature = temperature, call.eps = eps, call.threads = threads;
+  // In parts of so many multiply-adds of a thread's similarities, as `run_contrast`.
+  const TeacherAnchorsLayout at(n, num_classes);
+  const int64_t of_slice = at.slice * n * num_classes / threads, step = of_slice > part ? 1 : part / (of_slice + 1) + 1;
+  for (call.first_slice = 0; call.first_slice < at.slices; call.first_slice = call.last_slice) {
+    call.last_slice = call.first_slice + step < at.slices ? call.first_slice + step : at.slices;
+    {
+      py::gil_scoped_release release;
+      teacher_anchors(call, isa);
+    }
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+  }
+}
+
+int64_t teacher_anchors_size(int64_t n, int64_t num_classes) { return TeacherAnchorsLayout(n, num_classes).size; }
+
 int64_t contrast_size(int64_t n, int64_t m, int64_t d, bool by_columns, int threads) {
   return ContrastLayout(n, m, d, by_columns, threads).size;
 }
@@ -247,4 +275,6 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("grad_epilogue", &run_grad_epilogue, "The gradient by rows of logits; see csrc/cpu/rows.h for the arguments.");
   module.def("softmax_kl_size", &softmax_kl_size, "Size of the workspace of softmax_kl, in floats.");
   module.def("softmax_kl", &run_softmax_kl, "Knowledge distillation; see csrc/cpu/softmax_kl.h for the arguments.");
+  module.def("teacher_anchors_size", &teacher_anchors_size, "Size of the workspace of `teacher_anchors`, in floats.");
+  module.def("teacher_anchors", &run_teacher_anchors, "Teacher anchors; see csrc/cpu/teacher_anchors.h for the arguments.");
 }

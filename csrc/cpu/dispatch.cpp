@@ -9,6 +9,7 @@
 #include "cpu/mlkd.h"
 #include "cpu/rows.h"
 #include "cpu/softmax_kl.h"
+#include "cpu/teacher_anchors.h"
 
 namespace mcld::cpu {
 namespace {
@@ -22,11 +23,12 @@ struct Isa {
   void (*clkd)(const Clkd&);
   void (*contrast)(const Contrast&);
   void (*mlkd)(const Mlkd&, int);
+  void (*teacher_anchors)(const TeacherAnchors&);
 };
 
 #define MCLD_ISA(name)                                                                                             \
   {#name, name::low_latency, name::normalize, name::grad_epilogue, name::softmax_kl, name::clkd, name::contrast, \
-   name::mlkd}
+   name::mlkd, name::teacher_anchors}
 constexpr Isa kIsas[] = {
     MCLD_ISA(baseline),
 #if MCLD_CPU_X86
@@ -93,6 +95,8 @@ void clkd(const Clkd& call, int isa) { kIsas[isa].clkd(call); }
 void contrast(const Contrast& call, int isa) { kIsas[isa].contrast(call); }
 
 void mlkd(const Mlkd& call, int steps, int isa) { kIsas[isa].mlkd(call, steps); }
+
+void teacher_anchors(const TeacherAnchors& call, int isa) { kIsas[isa].teacher_anchors(call); }
 
 void parallel(int threads, int64_t blocks, void (*task)(void*, int64_t), void* data) {
   Tasks tasks{task, data, blocks};

@@ -30,7 +30,16 @@ from ..kernels import (
     slices,
 )
 from ..options import MCLDOptions, float32_precision
-from . import torch_ckd, torch_clkd, torch_contrast, torch_info_nce, torch_kd, torch_low_latency, torch_mlkd
+from . import (
+    torch_ckd,
+    torch_clkd,
+    torch_contrast,
+    torch_info_nce,
+    torch_kd,
+    torch_low_latency,
+    torch_mlkd,
+    torch_teacher_anchors,
+)
 from .chunks import chunk_bytes
 from .gemm import keeps_sums
 from .torch_low_latency import LowLatencyTuning
@@ -82,7 +91,8 @@ class TorchKernels(RowKernels):
         return TorchSelfContrast(unit, temperature, self.tuning.chunk_bytes)
 
     def mcld_low_latency(self, inputs: LossInputs) -> Callable[[LossInputs], LossOutputs] | None:
-        return self._low_latency(torch_low_latency.mcld, inputs)
+        small = self._low_latency(torch_low_latency.mcld, inputs)
+        return self._low_latency(torch_teacher_anchors.mcld, inputs) if small is None else small
 
     def info_nce_low_latency(self, inputs: LossInputs) -> Callable[[LossInputs], LossOutputs] | None:
         return self._low_latency(torch_info_nce.info_nce, inputs)

@@ -14,28 +14,30 @@ import torch
 
 from ..family_options import CKDOptions, ckd_as_mcld
 from ..kernels import LossInputs, LossOutputs, has_fixed_shift
+from . import torch_teacher_anchors
 from .torch_low_latency import LARGEST_SIZE, LowLatencyTuning, compiled_module, mcld
 
 
 def ckd(inputs: LossInputs, tuning: LowLatencyTuning) -> Callable[[LossInputs], LossOutputs] | None:
     """The function for a frozen teacher; None where this path does not apply."""
     n, dtype = inputs.student.shape[0], inputs.student.dtype
+    is_small = n <= LARGEST_SIZE and 2 * n * n * dtype.itemsize <= tuning.chunk_bytes
     if (
         inputs.student.device.type != "cpu"
         or dtype != inputs.teacher.dtype
         or dtype not in (torch.float32, torch.float64)
         or inputs.teacher_grad
         or not has_fixed_shift(dtype, inputs.options.temperature)
-        or n > LARGEST_SIZE
-        or 2 * n * n * dtype.itemsize > tuning.chunk_bytes
+        or not (is_small or dtype == torch.float32)
     ):
         return None
     if tuning.compiled and dtype == torch.float32 and compiled_module() is not None:
         weight = None if inputs.weight is None else inputs.weight.expand(3)
         as_mcld = dataclasses.replace(inputs, target=None, weight=weight, options=ckd_as_mcld(inputs.options))
-        if (function := mcld(as_mcld, tuning)) is not None:
+        path = mcld if is_small else torch_teacher_anchors.mcld
+        if (function := path(as_mcld, tuning)) is not None:
             return lambda _: _with_one_term(function(as_mcld))
-    return _ckd
+    return _ckd if is_small else None
 
 
 def _with_one_term(outputs: LossOutputs) -> LossOutputs:

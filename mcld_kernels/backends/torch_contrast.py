@@ -22,7 +22,7 @@ from .torch_low_latency import LowLatencyTuning, has_plain_fp32_memory, has_slic
 
 # exp of it is a number of fp32, and the compiled exponential reaches so far.
 _LARGEST_EXPONENT = 87.0
-_PART = 1 << 35  # multiply-adds of a thread's similarities, about a second: then Python hears signals
+PART = 1 << 35  # multiply-adds of a thread's similarities, about a second: then Python hears signals
 _NO_KEY = -(2**63)  # no row has it
 
 
@@ -81,7 +81,7 @@ def _anchor_pass(args: ContrastArgs, module: Any, isa: int, by_columns: bool, wh
         isa, threads, anchors.rows.data_ptr(), *anchors.rows.stride(), candidates.rows.data_ptr(),
         *candidates.rows.stride(), anchors.inv_norm.data_ptr(), *keys, _NO_KEY, *of_means, *shape, args.offset,
         work.data_ptr(), 0, *((0, 0, 0) if out is None else (out.data_ptr(), *out.stride())), whole.accumulate, 0,
-        args.temperature, 0.0, by_columns, _PART, *terms,
+        args.temperature, 0.0, by_columns, PART, *terms,
     )  # fmt: skip
 
 
@@ -129,7 +129,7 @@ def _info_nce(inputs: LossInputs, temperature: float, module: Any, isa: int) -> 
         isa, threads, anchors.data_ptr(), *anchors.stride(), candidates.data_ptr(), *candidates.stride(), 0, *keys,
         options.ignore_index, 0, 0, 0, *shape, options.offset, work.data_ptr(), 0 if loss is None else loss.data_ptr(),
         0 if gradient is None else gradient.data_ptr(), d, 1, False,
-        0 if by_temperature is None else by_temperature.data_ptr(), temperature, options.eps, False, _PART,
+        0 if by_temperature is None else by_temperature.data_ptr(), temperature, options.eps, False, PART,
         (values.data_ptr(), 0, scale, scale, False),
     )  # fmt: skip
     result = values if loss is None else loss

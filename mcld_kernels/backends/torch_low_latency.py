@@ -43,7 +43,7 @@ _LARGEST_COLUMNS = {"above": 1 << 25, "alone": 1 << 27, "beside": 1 << 30}
 _LARGEST_GEMM = {"baseline": 1 << 20, "avx2": 1 << 27, "avx512": 1 << 31}
 _SERIAL_ROWS = 64  # over columns vector_norm adds row after row; `sum` adds in parts, with less rounding error
 # Of the compiled module.
-_FUNCTIONS = "clkd", "contrast", "grad_epilogue", "low_latency", "mlkd", "normalize", "softmax_kl"
+_FUNCTIONS = "clkd", "contrast", "grad_epilogue", "low_latency", "mlkd", "normalize", "softmax_kl", "teacher_anchors"
 _ANCHORS = {"student": 0, "teacher": 1, "self": 2}  # of csrc/cpu/low_latency.h
 
 
