@@ -78,7 +78,10 @@ def test_cpu_kernels_of_other_sources_are_named(monkeypatch):
     """As in an editable checkout that has moved on."""
     module = SimpleNamespace(clkd=1, grad_epilogue=1, low_latency=1, normalize=1)
     monkeypatch.setattr(torch_low_latency.importlib, "import_module", lambda name: module)
-    with pytest.warns(RuntimeWarning, match=r"other sources, without contrast, mlkd, softmax_kl, teacher_anchors\. To compile them: `MCLD_"):
+    with pytest.warns(
+        RuntimeWarning,
+        match=r"other sources, without contrast, mlkd, softmax_kl, teacher_anchors\. To compile them: `MCLD_",
+    ):
         assert torch_low_latency._import_module()[0] is None
 
 

@@ -177,7 +177,7 @@ def test_copied_buffers_are_a_copied_queue(copy_of):
 
 
 def test_where_pointer_cannot_be_read_the_number_is_read_once_when_a_state_is_loaded():
-    """What the documentation tells users of a GPU to do about copied buffers."""
+    """The way that the documentation gives users of a GPU whose buffers were copied."""
     from test_low_latency import _Operations
 
     queue = copied_in_place(fitting(5), TeacherQueue(5, 4))

@@ -120,7 +120,7 @@ class TeacherQueue(nn.Module):
         return self._length
 
     def _filled_places(self) -> int:
-        """What ``pointer`` says. Reads its value."""
+        """The length by ``pointer``, whose value is read."""
         return min(max(int(self.pointer), 0), self.size)
 
     @property
