@@ -52,6 +52,9 @@ TRIAL_S = 180  # at most, for the Hopper kernels alone
 TRIAL_SHARE = 0.4  # of all the time, likewise
 FORMS_SHARE = 0.35  # of all the time, kept for the forms
 
+# What the times of a table are of.
+CLOCKS = {"milliseconds": "a whole call, its launches included", "forms": "the device alone, behind a backlog"}
+
 _RESULTS = ("loss", "gradient")
 Result = tuple[Tensor, Tensor]  # loss () and the student's gradient (batch, classes)
 
@@ -141,10 +144,10 @@ class _Gate:
                 reason = f"wrong: relative error (allowed) of {shown}"
         self.rejected[form] = reason
 
-    def medians(self, names: Sequence[str] | None = None) -> dict[str, float]:
-        """Milliseconds of those that were admitted, or of ``names`` among them."""
+    def medians(self, names: Sequence[str] | None = None, backlog: bool = False) -> dict[str, float]:
+        """Milliseconds of those that were admitted, or of ``names`` among them; ``backlog``: of the device alone."""
         steps = {name: step for name, step in self._steps.items() if names is None or name in names}
-        return _interleaved_medians(steps, self._rounds, self._tensors[0].device)
+        return _interleaved_medians(steps, self._rounds, self._tensors[0].device, backlog)
 
 
 def _inputs(batch: int, classes: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -207,25 +210,43 @@ def _allowed(eager: Sequence[tuple[float, float]], operands: str) -> tuple[float
     return loss, gradient
 
 
-def _interleaved_medians(steps: dict[str, Callable[[], Result]], rounds: int, device: torch.device) -> dict[str, float]:
+def _interleaved_medians(
+    steps: dict[str, Callable[[], Result]], rounds: int, device: torch.device, backlog: bool = False
+) -> dict[str, float]:
     """Median milliseconds of each step. Rounds are interleaved in changing order, because clocks drift."""
     order = list(steps)
     shuffle = random.Random(0).shuffle
     samples: dict[str, list[float]] = {name: [] for name in order}
+    cycles = {name: _cycles_to_enqueue(step, device) if backlog else 0 for name, step in steps.items()}
     for _ in range(rounds):
         shuffle(order)
         for name in order:
-            samples[name].append(_milliseconds(steps[name], device))
+            samples[name].append(_milliseconds(steps[name], device, cycles[name]))
     return {name: statistics.median(values) for name, values in samples.items()}
 
 
-def _milliseconds(step: Callable[[], Result], device: torch.device) -> float:
+def _cycles_to_enqueue(step: Callable[[], Result], device: torch.device) -> int:
+    """The device's cycles within which the host has surely enqueued the call: twice its time, at most 50 ms."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.synchronize(device)
+    begin = time.perf_counter()
+    step()
+    host = time.perf_counter() - begin
+    kilohertz = getattr(torch.cuda.get_device_properties(device), "clock_rate", 0) or 1_800_000
+    return int(min(2 * host + 20e-6, 50e-3) * 1e3 * kilohertz)
+
+
+def _milliseconds(step: Callable[[], Result], device: torch.device, backlog: int = 0) -> float:
+    """Of one call; after ``backlog`` cycles in which the device does nothing and the host can enqueue the call."""
     if device.type != "cuda":
         begin = time.perf_counter()
         step()
         return 1e3 * (time.perf_counter() - begin)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
+    if backlog:
+        torch.cuda._sleep(backlog)
     start.record()
     step()
     end.record()
@@ -371,7 +392,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--from", dest="recorded", type=Path, metavar="JSON", help="a recorded run instead of a new one")
     made.add_argument("--output", type=Path, metavar="FILE", help="default: where mcld_kernels looks for it")
-    made.add_argument("--batch", type=_positive, nargs="+", default=[256, 1024, 4096, 16384])
+    made.add_argument("--batch", type=_positive, nargs="+", default=[256, 1024, 4096, 16384, 65536])
     made.add_argument("--classes", type=_positive, nargs="+", default=[100, 1000])
     made.add_argument(
         "--dtype",
@@ -416,6 +437,7 @@ def _main(options: argparse.Namespace) -> int:
         else:
             made = table(measure_all(options), torch.cuda.get_device_name(), time.strftime("%Y-%m-%d", time.gmtime()))
             made["versions"] = {"torch": torch.__version__}
+            made["clocks"] = CLOCKS
     except _Unreadable as fault:
         _say(str(fault))
         return Exit.USAGE

@@ -26,14 +26,19 @@ class Gate(Protocol):
     def admit(self, form: str) -> None:
         """Compute once by a candidate or a form."""
 
-    def medians(self, names: Sequence[str] | None = None) -> dict[str, float]:
-        """Milliseconds of those that were admitted, or of ``names`` among them, in interleaved rounds."""
+    def medians(self, names: Sequence[str] | None = None, backlog: bool = False) -> dict[str, float]:
+        """Milliseconds of those that were admitted, or of ``names`` among them, in interleaved rounds.
+
+        ``backlog``: of the device alone, which is kept busy while the host enqueues the call.
+        """
 
 
 def measure(plan: Plan, gate_of: Callable[[str, int, int], Gate]) -> Iterator[Row]:
-    """A row a shape, every candidate by its fastest form: ``tuning`` has its fields, ``forms`` the times of all.
+    """A row a shape, every candidate by its fastest form: ``tuning`` has its fields.
 
-    A line ``trying`` comes before the first call of a form.
+    Forms are compared by the device's time, which ``forms`` has: where a call waits for the host, all look alike. The
+    ``milliseconds`` are those of whole calls, by which backends are compared. A line ``trying`` comes before the first
+    call of a form.
     """
     for shape in plan.shapes():
         names = [form for form in forms.of_shape(plan.candidates, shape) if form not in plan.skip_forms]
@@ -44,7 +49,7 @@ def measure(plan: Plan, gate_of: Callable[[str, int, int], Gate]) -> Iterator[Ro
             if forms.parse(form)[0] not in gate.rejected:
                 yield {"trying": form}
                 gate.admit(form)
-        times = gate.medians()
+        times = gate.medians(backlog=True)
         for form in forms.combined(times):
             if form in plan.skip_forms:
                 continue
@@ -52,12 +57,13 @@ def measure(plan: Plan, gate_of: Callable[[str, int, int], Gate]) -> Iterator[Ro
             yield {"trying": form}
             gate.admit(form)
             # Against the best so far, in rounds of their own.
-            times |= gate.medians((candidate, forms.fastest(times)[candidate], form))
+            times |= gate.medians((candidate, forms.fastest(times)[candidate], form), backlog=True)
         chosen = forms.fastest(times)
+        calls = gate.medians(tuple(chosen.values()))
         yield asdict(shape) | {
-            "milliseconds": {candidate: times[form] for candidate, form in chosen.items()},
+            "milliseconds": {candidate: calls[form] for candidate, form in chosen.items()},
             "tuning": {candidate: forms.parse(form)[1] for candidate, form in chosen.items() if ":" in form},
-            "forms": {form: time for form, time in times.items() if ":" in form},
+            "forms": times,
             "rejected": gate.rejected,
         }
 

@@ -45,6 +45,11 @@ class Shape:
         """The exponentials of all rows are more than a chunk."""
         return self.two_products and self.batch >= 8192
 
+    @property
+    def waves(self) -> bool:
+        """A chunk at the usual budget leaves much of a wave of blocks idle; below, both budgets give as many waves."""
+        return self.two_products and self.batch >= 32768
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Form:
@@ -72,7 +77,7 @@ FORMS = (
         values=(32 * MIB, 64 * MIB, 128 * MIB),
         matters=lambda x: x.chunked,
     ),
-    Form(candidates=("hopper",), field="wave_bytes", values=(0,), matters=lambda x: x.chunked),
+    Form(candidates=("hopper",), field="wave_bytes", values=(0,), matters=lambda x: x.waves),
     Form(candidates=("triton",), field="chunk_bytes", values=(64 * MIB,), matters=lambda x: x.chunked),
     Form(candidates=("hopper",), field="one_epilogue", values=(False,), matters=lambda x: not x.low_latency),
     Form(
