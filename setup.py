@@ -41,7 +41,7 @@ from setuptools.command.build_py import build_py
 from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
-DEFAULT_ARCHS = "80-real;90a-real;100;120"
+DEFAULT_ARCHS = "80-real;90a-real;100;110-real;120"
 OLDEST_ARCH = 80  # mma.sync on bf16 and cp.async begin here
 VARIANTS = {90: "90a"}  # the variant that holds wgmma; no kernel has tcgen05 of 100a, whose code 10.3 could not run
 BUILD_TOOLS = ["pybind11>=2.13", "cmake>=3.26", "ninja>=1.11"]

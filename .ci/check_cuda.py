@@ -1,6 +1,7 @@
 """Checks a CUDA build without a GPU: no kernel spills or uses a stack; Hopper kernels hold wgmma, not serialized;
-kernels that move rows store 16 bytes at once; Hopper flash takes every exponential beside a product, and the epilogue
-of Hopper's product 1 has at most 1,000 instructions for a tile without positive and edge.
+kernels that move rows store 16 bytes at once; Hopper flash takes every exponential beside a product, in a loop of known
+products and length, and the epilogue of Hopper's product 1 has at most 1,000 instructions for a tile without positive
+and edge. All of this for every Hopper kernel and architecture that there should be.
 
     python .ci/check_cuda.py build/cmake-cpython-311-cuda
 
@@ -21,6 +22,17 @@ from pathlib import Path
 import sass
 
 MOST_AFTER_PRODUCT_1 = 1000
+ARCHITECTURES = {"sm_80", "sm_90a", "sm_100", "sm_110", "sm_120"}
+PRECISIONS = 2  # fp16, bf16: an instance of each Hopper kernel
+# Hopper flash by the pitch of its operands: the products of a round of its loop (two tiles of 128 candidates up to a
+# pitch of 128, else two of 64), and the most instructions of a round whose tiles have no positive and no edge.
+FLASH = {
+    64: ({"64x128x16": 8, "64x64x16": 16}, 704),
+    104: ({"64x128x16": 14, "64x104x16": 16}, 768),
+    128: ({"64x128x16": 32}, 768),
+    192: ({"64x64x16": 24, "64x192x16": 8}, 640),
+    256: ({"64x64x16": 32, "64x256x16": 8}, 640),
+}
 
 
 def tool(name: str) -> str:
@@ -84,17 +96,29 @@ def sm90_code(module: Path) -> dict[str, list[sass.Instruction]]:
 def hopper_failures(code: dict[str, list[sass.Instruction]]) -> list[str]:
     """The limits that the Hopper kernels' loops and epilogues miss; prints their counts."""
     failures = []
+    found: collections.Counter[int | str] = collections.Counter()
     for name, instructions in code.items():
-        if "hopper_flash" in name:
+        if pitch := re.search(r"hopper_flash_kernelI\w*?Li(\d+)E", name):
+            found[int(pitch[1])] += 1
+            products, most = FLASH.get(int(pitch[1]), ({}, 0))
             beside, total = sass.exponentials_beside_products(instructions)
-            print(f"{beside} of {total} EX2 beside a product: {name}")
+            count, shapes = sass.instructions_of_usual_round(instructions), sass.products(instructions)
+            print(f"{beside} of {total} EX2 beside a product, {count} instructions a round, {shapes}: {name}")
             if beside < total or not total:
                 failures.append(f"{name}: {total - beside} of {total} EX2 wait for the products")
+            if count > most:
+                failures.append(f"{name}: {count} instructions a round, {most} at most")
+            if shapes != products:
+                failures.append(f"{name}: products {shapes}, not {products}")
         elif "hopper_similarity" in name:
+            found["similarity"] += 1
             count = sass.instructions_after_products(instructions)
             print(f"{count} instructions after the products of a tile: {name}")
             if count > MOST_AFTER_PRODUCT_1:
                 failures.append(f"{name}: {count} instructions after the products of a tile")
+    wanted: dict[int | str, int] = dict.fromkeys((*FLASH, "similarity"), PRECISIONS)
+    if found != wanted:
+        failures.append(f"Hopper kernels by pitch of flash and of product 1: {dict(found)}, not {wanted}")
     return failures
 
 
@@ -106,6 +130,8 @@ def main(folder: Path) -> int:
     for source, report in (("ptxas", ptxas_report(log)), ("module", resource_report(module))):
         kernels = collections.Counter(arch for _, arch, _ in report)
         print(f"{source}: kernels by architecture {dict(sorted(kernels.items()))}")
+        if missing := ARCHITECTURES - kernels.keys():
+            failures.append(f"{source}: no code for {', '.join(sorted(missing))}")
         failures += [
             f"{source}: {name} for {arch} has {size} bytes of stack and spills" for name, arch, size in report if size
         ]

@@ -7,6 +7,7 @@ waits until at most n groups run.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -50,9 +51,46 @@ def loops(code: list[Instruction]) -> Iterator[list[Instruction]]:
             yield code[index[target] : i + 1]
 
 
+def _skipped(code: list[Instruction]) -> list[Instruction]:
+    """What the first instruction leaves out, if it is a branch that a warp takes as a whole."""
+    branch, *rest = code
+    target = _target(branch)
+    if target is None or target <= branch.address or not _SKIP.match(branch.text):
+        return []
+    return [x for x in rest if x.address < target]
+
+
+def product_loop(code: list[Instruction]) -> list[Instruction]:
+    """The innermost loop with products."""
+    return min((body for body in loops(code) if any("HGMMA" in x.text for x in body)), key=len)
+
+
+def products(code: list[Instruction]) -> dict[str, int]:
+    """How many products of each shape, as 64x104x16, the innermost loop with products has."""
+    shapes = (re.search(r"HGMMA\.(\d+x\d+x\d+)", x.text) for x in product_loop(code))
+    return dict(Counter(match[1] for match in shapes if match))
+
+
+def instructions_of_usual_round(code: list[Instruction]) -> int:
+    """Instructions of the innermost loop with products on the way of a usual tile.
+
+    Each branch over masks alone, neither products nor exponentials, is taken.
+    """
+    body = product_loop(code)
+    skipped, end = 0, -1
+    for i, instruction in enumerate(body):
+        if instruction.address < end:
+            continue
+        over = _skipped(body[i:])
+        if over and not any(re.search(r"MUFU\.EX2|HGMMA|STG|SYNCS", x.text) for x in over):
+            skipped += len(over)
+            end = over[-1].address + 1
+    return len(body) - skipped
+
+
 def exponentials_beside_products(code: list[Instruction]) -> tuple[int, int]:
     """(EX2 that are issued while a product runs, EX2) of the innermost loop with products, once it is under way."""
-    body = min((body for body in loops(code) if any("HGMMA" in x.text for x in body)), key=len)
+    body = product_loop(code)
     running = beside = total = 0
     for _ in range(2):  # what runs at the end of a round runs at the beginning of the next
         beside = total = 0
@@ -75,11 +113,8 @@ def instructions_after_products(code: list[Instruction]) -> int:
     body = min((body for body in loops(code) if code[first] in body), key=len)
     rest = body[body.index(code[first]) :]
     skipped = 0
-    for i, instruction in enumerate(rest):
-        target = _target(instruction)
-        if target is None or target <= instruction.address or not _SKIP.match(instruction.text):
-            continue
-        over = [x for x in rest[i + 1 :] if x.address < target]
+    for i in range(len(rest)):
+        over = _skipped(rest[i:])
         if not any(re.search(r"MUFU\.EX2|STG", x.text) for x in over):
             skipped = max(skipped, len(over))
     return len(rest) - skipped

@@ -93,7 +93,7 @@ def needs_build_tools():
 @pytest.mark.parametrize(
     ("text", "archs"),
     [
-        ("80-real;90a-real;100;120", ["80-real", "90a-real", "100", "120"]),
+        ("80-real;90a-real;100;110-real;120", ["80-real", "90a-real", "100", "110-real", "120"]),
         ("8.0;9.0a+PTX", ["80-real", "90a"]),
         ("8.0 8.6, 12.0", ["80-real", "86-real", "120-real"]),
         ("10.3f", ["103f-real"]),

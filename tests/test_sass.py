@@ -43,6 +43,15 @@ def test_the_innermost_loop_with_products_is_read():
     assert sass.exponentials_beside_products(code(*lines)) == (0, 1)
 
 
+def test_a_usual_round_leaves_out_masks_and_counts_products_by_shape():
+    wide = "HGMMA.64x104x16.F32 R88, R4, gdesc[UR8], R88, gsb0"
+    lines = [EX2, QK, wide, "@!P1 BRA 6", "FSEL R1, R1, R2, P1", "FSEL R2, R1, R2, P1", EX2, "@!P2 BRA 9", EX2, wide,
+             "@P0 BRA 1", "EXIT"]  # fmt: skip
+    # Of the ten of the loop, the two selections; what holds an exponential is never left out.
+    assert sass.instructions_of_usual_round(code(*lines)) == 8
+    assert sass.products(code(*lines)) == {"64x64x16": 1, "64x104x16": 2}
+
+
 def test_instructions_after_products_skip_the_mask_of_rare_tiles():
     lines = [QK, wait(0), "FADD R1, R1, R1", "@P0 BRA 6", "FSEL R1, R1, R2, P1", "FSEL R2, R1, R2, P1", EX2,
              "STG.E.128 desc[UR4][R2.64], R4", "@P1 BRA 0", "EXIT"]  # fmt: skip
