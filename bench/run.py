@@ -59,7 +59,9 @@ def parser() -> argparse.ArgumentParser:
         description="Compare every backend of a loss that can run on this machine.", epilog=programs.EXIT_CODES
     )
     grid = made.add_argument_group("the cases (default: a grid that suits the machine)")
-    grid.add_argument("--loss", choices=list(LOSSES), default="mcld", help="default: mcld")
+    grid.add_argument(
+        "--loss", choices=list(LOSSES), default="mcld", metavar="LOSS", help=f"of {', '.join(LOSSES)} (default: mcld)"
+    )
     grid.add_argument("--batch", type=programs.positive, nargs="+", metavar="B", help="batch sizes")
     grid.add_argument("--classes", type=programs.positive, nargs="+", metavar="C", help="numbers of classes")
     grid.add_argument(

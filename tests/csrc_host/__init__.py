@@ -134,7 +134,7 @@ def build_cpu() -> Path:
     """The module mcld_kernels._cpu with every access and every sum of integers checked, as `build("memory")` is."""
     text = (CPU / "CMakeLists.txt").read_text()
     isas = re.findall(r"^ *mcld_cpu_library\((\w+) (\d+) ?(.*)\)$", text, re.MULTILINE)
-    (files,) = re.findall(r"OBJECT ([\w. ]+)\)", text)
+    (files,) = re.findall(r"OBJECT ([\w.\s]+)\)", text)
     on_x86 = platform.machine() in ("x86_64", "AMD64")
     flags = ["-std=c++17", "-g1", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
     flags += [*_SANITIZERS, *(["-DMCLD_CPU_X86=1"] if on_x86 else [])]
