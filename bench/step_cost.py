@@ -32,7 +32,9 @@ SCHEMA = 1
 
 def parser() -> argparse.ArgumentParser:
     made = programs.Parser(description="Measure the loss's part of a training step.", epilog=programs.EXIT_CODES)
-    made.add_argument("--loss", choices=list(LOSSES), default="mcld", help="default: mcld")
+    made.add_argument(
+        "--loss", choices=list(LOSSES), default="mcld", metavar="LOSS", help=f"of {', '.join(LOSSES)} (default: mcld)"
+    )
     made.add_argument(
         "--batch", type=programs.positive, nargs="+", metavar="B", default=[256, 1024, 4096, 16384],
         help="default: 256 1024 4096 16384",

@@ -172,7 +172,7 @@ void bind_launchers(py::module_& module) {
   bind<AnchorEpilogue, Type, Precision>(module, "anchor_epilogue", anchor_epilogue, {"type", "precision"});
   bind<LowLatency, Type, Type, Precision>(module, "low_latency", low_latency, {"type", "gradient_type", "precision"});
 #if MCLD_HAS_HOPPER
-  bind<Similarity, Precision, int>(module, "hopper_similarity", hopper::similarity, {"precision", "skew"});
+  bind<Similarity, Precision, int, int>(module, "hopper_similarity", hopper::similarity, {"precision", "skew", "cluster"});
   bind<Flash, Precision>(module, "hopper_flash", hopper::flash, {"precision"});
 #endif
 }

@@ -314,8 +314,8 @@ namespace hopper {
 const char* similarity_unsupported(const Similarity&, Precision);
 const char* flash_unsupported(const Flash&, Precision);
 // skew: slices of the contraction that the second warpgroup of a block begins behind the first, so that each takes its
-// exponentials beside the other's products; 0 for none.
-void similarity(const Similarity&, Precision, int skew, cudaStream_t);
+// exponentials beside the other's products; 0 for none. cluster: blocks that share the candidates they load, 1 or 2.
+void similarity(const Similarity&, Precision, int skew, int cluster, cudaStream_t);
 void flash(const Flash&, Precision, cudaStream_t);
 
 }  // namespace hopper

@@ -450,6 +450,7 @@ def hopper_similarity(
     shift: float,
     precision: int,
     skew: int,
+    cluster: int,
     device: int,
     stream: int,
 ) -> None: ...

@@ -38,6 +38,10 @@ RACES = {
     "load_not_waited_for": "by wgmma .* the write by a TMA load|by a TMA load .* the read by wgmma",
     "stage_loaded_before_it_is_free": "by a TMA load .* is not ordered with the read by wgmma",
     "stage_freed_before_wgmma_is_done": "by a TMA load .* is not ordered with the read by wgmma",
+    # The block that is ahead finds no barrier, or one whose initialisation it does not wait for.
+    "cluster_used_before_its_initialisation": "a barrier that was not initialised|of 8 bytes .* by thread",
+    "stage_of_a_cluster_never_waited_for": "by a TMA load .* is not ordered with the read by wgmma",
+    "stage_freed_by_one_block_alone": "by a TMA load .* is not ordered with the (read by wgmma|write by a TMA load)",
 }
 SYNCHRONIZATION = {
     "barrier_not_all_reach": "deadlock",
@@ -47,6 +51,7 @@ SYNCHRONIZATION = {
     "wgmma_in_flight_at_the_end": "ended with wgmma in flight",
     "mbarrier_never_completed": "deadlock",
     "more_arrivals_than_expected": "more arrivals",
+    "arrival_at_a_block_that_has_ended": "a barrier of a block that has ended",
     "memory_touched_before_the_launch_before_ended": "global memory touched before await_launch_before",
     "launch_before_not_awaited": "did not await the one before",
 }

@@ -76,7 +76,7 @@ def scale_and_shift(dtype: torch.dtype) -> tuple[float, float]:
     return scale, scale - (3 if dtype == torch.float16 else 0)
 
 
-def check_similarity(module, shape, dtype, device="cpu", stream=0, skew=0):
+def check_similarity(module, shape, dtype, device="cpu", stream=0, skew=0, cluster=1):
     torch.manual_seed(0)
     n, m, d, offset = shape
     a, k = operand(n, d, dtype, device), operand(m, d, dtype, device)
@@ -88,7 +88,7 @@ def check_similarity(module, shape, dtype, device="cpu", stream=0, skew=0):
         anchors=a.data_ptr(), candidates=k.data_ptr(), exponentials=e.data_ptr(), row_sums=sums.data_ptr(),
         row_maxima=0, column_sums=0, anchor_keys=0, candidate_keys=0, split_products=0, splits=1, rows=n, m=m,
         pitch=a.shape[1], exp_pitch=columns, padded_rows=rows, offset=offset, scale_log2=scale, shift=shift,
-        precision=PRECISION[dtype], skew=skew, device=0, stream=stream,
+        precision=PRECISION[dtype], skew=skew, cluster=cluster, device=0, stream=stream,
     )  # fmt: skip
     want = torch.zeros(rows, columns, dtype=torch.double, device=device)
     want[:n, :m] = exponentials(a, k, n, m, offset, scale, shift)
@@ -124,8 +124,9 @@ def check_flash(module, shape, dtype, device="cpu", stream=0):
 
 @pytest.mark.parametrize("dtype", PRECISION, ids=str)
 @pytest.mark.parametrize("shape", SIMILARITY_SHAPES, ids=str)
-def test_similarity(emulated, shape, dtype):
-    check_similarity(emulated, shape, dtype)
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_similarity(emulated, cluster, shape, dtype):
+    check_similarity(emulated, shape, dtype, cluster=cluster)
 
 
 @pytest.mark.parametrize("dtype", PRECISION, ids=str)
@@ -135,14 +136,24 @@ def test_flash(emulated, shape, dtype):
 
 
 @pytest.mark.parametrize(("shape", "skew"), [((200, 513, 321, -7), 2), ((129, 600, 70, 3), 4), ((300, 300, 20, 0), 2)])
-def test_similarity_with_a_skew(emulated, shape, skew):
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_similarity_with_a_skew(emulated, cluster, shape, skew):
     """Blocks with several tiles; a skew of half the stages, of more slices than there are, and with one slice."""
-    check_similarity(emulated, shape, torch.bfloat16, skew=skew)
+    check_similarity(emulated, shape, torch.bfloat16, skew=skew, cluster=cluster)
 
 
-def test_similarity_takes_every_tile_once(emulated):
-    """17 rows of tiles: a band of 16 and one of 1. NaN in E or in a sum would be a tile nobody took."""
-    check_similarity(emulated, (2100, 520, 20, 0), torch.bfloat16)
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_similarity_takes_every_tile_once(emulated, cluster):
+    """33 rows of tiles: bands of 16 and one row more, of tiles or of clusters, whose last has one tile.
+
+    NaN in E or in a sum would be a tile nobody took.
+    """
+    check_similarity(emulated, (4160, 260, 20, 0), torch.bfloat16, cluster=cluster)
+
+
+def test_a_cluster_of_another_size_is_refused(emulated):
+    with pytest.raises(ValueError, match="a cluster has 1 or 2 blocks; got 3"):
+        check_similarity(emulated, (5, 3, 7, 1), torch.bfloat16, cluster=3)
 
 
 def test_sums_alone(emulated):
@@ -153,7 +164,7 @@ def test_sums_alone(emulated):
     emulated.hopper_similarity(
         anchors=a.data_ptr(), candidates=k.data_ptr(), exponentials=0, row_sums=sums.data_ptr(), row_maxima=0,
         column_sums=0, anchor_keys=0, candidate_keys=0, rows=130, m=300, pitch=64, exp_pitch=384, padded_rows=256,
-        split_products=0, splits=1, offset=0, scale_log2=scale, shift=shift, precision=0, skew=0,
+        split_products=0, splits=1, offset=0, scale_log2=scale, shift=shift, precision=0, skew=0, cluster=1,
         device=0, stream=0,
     )  # fmt: skip
     total = exponentials(a, k, 130, 300, 0, scale, shift).sum(1)
@@ -164,24 +175,33 @@ def test_sums_alone(emulated):
 TAKEN = [*(("1", dtype) for dtype in PRECISION), ("0", torch.bfloat16), (None, torch.bfloat16)]
 
 
-@pytest.mark.parametrize(("kernel", "classes"), [("hopper_flash", 100), ("hopper_similarity", 300)])
+@pytest.mark.parametrize(
+    ("kernel", "classes", "cluster"),
+    [("hopper_flash", 100, 1), ("hopper_similarity", 300, 1), ("hopper_similarity", 300, 2)],
+)
 @pytest.mark.parametrize(("setting", "dtype"), TAKEN, ids=str)
-def test_the_backend_takes_them_and_stays_right(emulated, monkeypatch, poison, setting, kernel, classes, dtype):
+def test_the_backend_with_them_stays_right(emulated, monkeypatch, poison, setting, kernel, classes, cluster, dtype):
     """The whole loss and gradient, with the kernels taken at the small shapes that an emulation can do."""
     monkeypatch.delenv("MCLD_HOPPER", raising=False)
     if setting is not None:
         monkeypatch.setenv("MCLD_HOPPER", setting)
-    called = set()
+    called, clusters = set(), set()
 
     class Spy:
         def __getattr__(self, name):
             called.add(name)
-            return getattr(emulated, name)
+            return self.on_hopper if name == "hopper_similarity" else getattr(emulated, name)
+
+        def on_hopper(self, **arguments):
+            clusters.add(arguments["cluster"])
+            emulated.hopper_similarity(**arguments)
 
     fields = {"low_latency_limit": 0, "min_hopper_similarity_tiles": 1, "min_hopper_flash_tiles": 1}
+    fields["hopper_cluster"] = cluster
     with extension.use(Spy()), backends.tuned(**fields):
         cases.check("cuda", "cpu", "random", 150, classes, dtype, draws=1, temperature=0.2)
     assert (kernel in called) == (setting == "1")
+    assert clusters <= {cluster} and bool(clusters) == (setting == "1" and kernel == "hopper_similarity")
 
 
 # On hardware each shape is a test of its own: what is wrong shows by the shapes that fail.

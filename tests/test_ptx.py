@@ -147,9 +147,10 @@ def test_the_largest_rows_of_flash(compiled, classes, dtype, poison):
 
 @pytest.mark.parametrize("dtype", PRECISION, ids=cases.short)
 @pytest.mark.parametrize("shape", SIMILARITY_SHAPES, ids=str)
-def test_hopper_similarity(kernels, module, shape, dtype):
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_hopper_similarity(kernels, module, cluster, shape, dtype):
     with kernels.take_launches():
-        check_similarity(module, shape, dtype)
+        check_similarity(module, shape, dtype, cluster=cluster)
 
 
 @pytest.mark.parametrize("dtype", PRECISION, ids=cases.short)

@@ -18,9 +18,14 @@ using TensorMap = CUtensorMap;
 
 // One block a multiprocessor: with that, the registers at entry are known and may be handed from warpgroup to warpgroup.
 #define MCLD_SM90_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
+// Clusters of so many blocks, neighbours in the grid, which run at once and reach each other's shared memory.
+#define MCLD_SM90_CLUSTER_KERNEL(threads, blocks) __global__ void __cluster_dims__(blocks, 1, 1) __launch_bounds__(threads, 1)
 
 MCLD_DEVICE uint32_t shuffle_xor_bits(uint32_t value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 MCLD_DEVICE int grid_blocks() { return gridDim.x; }
+
+// A barrier of all threads of a cluster.
+MCLD_DEVICE void sync_cluster() { asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory"); }
 
 // --- mbarriers: 8 bytes of shared memory; a phase ends when all arrivals and all announced bytes are in.
 
@@ -51,12 +56,36 @@ MCLD_DEVICE void barrier_wait(uint32_t barrier, int parity) {
   } while (!done);
 }
 
+// Arrives at the barrier at this place in block `rank` of the cluster, which may be the thread's own. It says that reads are
+// done, and makes no write visible to the other block: with .release.cluster ptxas puts a fence of the whole GPU (MEMBAR.ALL.GPU)
+// before each arrival. CUTLASS's ClusterBarrier arrives in the same way.
+MCLD_DEVICE void barrier_arrive_at(uint32_t barrier, int rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
+      "}\n" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
+}
+
 // --- TMA: the map's box with its first element at (column, row) goes to shared memory; outside of the matrix it is zeros.
 
 MCLD_DEVICE void tma_load(uint32_t shared, const TensorMap& map, uint32_t barrier, int column, int row) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(shared),
       "l"(reinterpret_cast<uint64_t>(&map)), "r"(barrier), "r"(column), "r"(row)
+      : "memory");
+}
+
+// The same box to this place of the shared memory of each block whose bit is set; each block's barrier at `barrier` counts its
+// bytes.
+MCLD_DEVICE void tma_load_multicast(uint32_t shared, const TensorMap& map, uint32_t barrier, int column, int row, int blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
+      " [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared),
+      "l"(reinterpret_cast<uint64_t>(&map)), "r"(barrier), "r"(column), "r"(row), "h"(uint16_t(blocks))
       : "memory");
 }
 
@@ -135,6 +164,13 @@ template <int kCount> MCLD_DEVICE void pin(uint32_t (&x)[kCount]) {
   MCLD_WGMMA_REGISTERS(precision, type, 128, "256", MCLD_R128, MCLD_D128, "%128, %129, %130, %131", "%132", "%133")
 MCLD_WGMMA(Precision::bf16, "bf16")
 MCLD_WGMMA(Precision::fp16, "f16")
+
+// launch for a kernel in clusters: the compiled kernel knows their size, of which the grid is a multiple.
+template <class Parameters>
+void launch_clusters(int, void (*kernel)(Parameters), const char* name, dim3 grid, int threads, int shared_bytes,
+                     cudaStream_t stream, const Parameters& parameters) {
+  launch(kernel, name, grid, threads, shared_bytes, stream, parameters);
+}
 
 }  // namespace mcld
 

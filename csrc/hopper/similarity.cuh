@@ -4,6 +4,9 @@
 // A persistent block of three warpgroups: one loads (TMA, a ring of stages, running ahead across tiles), two multiply
 // (wgmma, 64 rows by 256 columns each) and take the exponentials from their accumulators. The arguments are those of the
 // portable kernel (launchers.h), within the limits of `similarity_unsupported`.
+//
+// Or a cluster of two blocks takes two tiles with the same candidates, one below the other: each block loads its anchors and
+// half of the candidates, which goes to both (multicast). A stage is free once the warps of both blocks have released it.
 #pragma once
 
 #include "layout.cuh"
@@ -13,15 +16,17 @@
 namespace mcld::hopper {
 
 struct SimilarityParameters {
-  TensorMap anchors, candidates;  // boxes of kPanel columns by kRows, kColumns rows
+  TensorMap anchors, candidates;  // boxes of kPanel columns by kRows, kBoxRows rows
   Similarity p;
   int tile_rows, tile_columns, slices;
+  int cluster_rows;  // rows of clusters: tile_rows over kCluster, rounded up
   int skew;  // slices that the second multiplying warpgroup begins behind the first
 };
 
-template <Precision kPrecision> struct SimilarityBlock {
+template <Precision kPrecision, int kCluster = 1> struct SimilarityBlock {
   using T = Operand<kPrecision>;
   static constexpr int kRows = kSimilarityRows, kColumns = kSimilarityColumns;
+  static constexpr int kBoxRows = kColumns / kCluster;  // candidates that a block of the cluster loads
   static constexpr int kConsumers = 2, kThreads = 128 * (1 + kConsumers);
   static constexpr int kLoaderRegisters = 40, kConsumerRegisters = 232;
   static_assert(registers_fit(kLoaderRegisters, kConsumerRegisters, kConsumers));
@@ -50,12 +55,12 @@ template <Precision kPrecision> struct SimilarityBlock {
     if (thread_index() == 0) {
       for (int s = 0; s < kStages; ++s) {
         barrier_init(ring.full(s), 1);
-        barrier_init(ring.empty(s), 4 * kConsumers);  // one arrival a warp
+        barrier_init(ring.empty(s), 4 * kConsumers * kCluster);  // one arrival a warp
       }
       barrier_init(ring.second(), 4);
       barrier_init_fence();
     }
-    sync_block();
+    sync_blocks();
     const int warpgroup = thread_index() / 128;
     if (warpgroup == 0) {
       fewer_registers<kLoaderRegisters>();
@@ -64,18 +69,46 @@ template <Precision kPrecision> struct SimilarityBlock {
       more_registers<kConsumerRegisters>();
       consume(p, ring, warpgroup - 1);
     }
+    // The other block arrives at this one's barriers until it has released its last stage.
+    if (kCluster > 1) sync_cluster();
   }
 
  private:
+  MCLD_DEVICE static void sync_blocks() {
+    if (kCluster > 1) {
+      sync_cluster();
+    } else {
+      sync_block();
+    }
+  }
+
+  // The tiles that a cluster takes, by index, and of these the running block's.
+  MCLD_DEVICE static int first_tile() { return block_index() / kCluster; }
+  MCLD_DEVICE static int next_tile(int index) { return index + grid_blocks() / kCluster; }
+  MCLD_DEVICE static int tiles(const SimilarityParameters& p) { return p.cluster_rows * p.tile_columns; }
+  MCLD_DEVICE static int rank() { return block_index() % kCluster; }
+  MCLD_DEVICE static void place(const SimilarityParameters& p, int index, int& row, int& column) {
+    tile_in_bands(index, p.cluster_rows, p.tile_columns, row, column);
+    row = row * kCluster + rank();
+  }
+
   MCLD_DEVICE static void load(const SimilarityParameters& p, Ring ring) {
-    for (int index = block_index(); index < p.tile_rows * p.tile_columns; index += grid_blocks()) {
+    for (int index = first_tile(); index < tiles(p); index = next_tile(index)) {
       int row, column;
-      tile_in_bands(index, p.tile_rows, p.tile_columns, row, column);
+      place(p, index, row, column);
       for (int slice = 0; slice < p.slices; ++slice, ring.advance()) {
+        const uint32_t full = ring.full(ring.stage);
         barrier_wait(ring.empty(ring.stage), ring.phase ^ 1);
-        barrier_arrive_expecting(ring.full(ring.stage), kStageBytes);
-        tma_load(ring.a(), p.anchors, ring.full(ring.stage), slice * kPanel, row * kRows);
-        tma_load(ring.k(), p.candidates, ring.full(ring.stage), slice * kPanel, column * kColumns);
+        // The other block's half may come before this: the phase ends with the arrival here, whatever has come.
+        barrier_arrive_expecting(full, kStageBytes);
+        tma_load(ring.a(), p.anchors, full, slice * kPanel, row * kRows);
+        if (kCluster > 1) {
+          const int begin = rank() * kBoxRows;
+          tma_load_multicast(ring.k() + begin * kPanelRowBytes, p.candidates, full, slice * kPanel, column * kColumns + begin,
+                             (1 << kCluster) - 1);
+        } else {
+          tma_load(ring.k(), p.candidates, full, slice * kPanel, column * kColumns);
+        }
       }
     }
   }
@@ -84,11 +117,12 @@ template <Precision kPrecision> struct SimilarityBlock {
     float sums[kColumns / 2];
     if (p.skew > 0 && consumer == 1) barrier_wait(ring.second(), 0);
     bool first = p.skew > 0 && consumer == 0;  // that lets the second warpgroup begin
-    for (int index = block_index(); index < p.tile_rows * p.tile_columns; index += grid_blocks()) {
+    for (int index = first_tile(); index < tiles(p); index = next_tile(index)) {
+      int row, column;
+      place(p, index, row, column);
       multiply(p.slices, ring, consumer, sums, first ? p.skew : 0);
       first = false;
-      int row, column;
-      tile_in_bands(index, p.tile_rows, p.tile_columns, row, column);
+      if (kCluster > 1 && row >= p.tile_rows) continue;  // below the last row of tiles
       epilogue(p.p, sums, row * int64_t(kRows) + consumer * 64, column);
     }
   }
@@ -96,7 +130,7 @@ template <Precision kPrecision> struct SimilarityBlock {
   // sums = A K^T of the warpgroup's 64 rows. A stage goes back to the loader once the products after it are under way. With
   // a skew, the second warpgroup begins once so many slices are under way.
   MCLD_DEVICE static void multiply(int slices, Ring& ring, int consumer, float (&sums)[kColumns / 2], int skew) {
-    const bool signals = thread_index() % 32 == 0;
+    const int lane = thread_index() % 32;
     int previous = 0;
     for (int slice = 0; slice < slices; ++slice, ring.advance()) {
       barrier_wait(ring.full(ring.stage), ring.phase);
@@ -108,15 +142,25 @@ template <Precision kPrecision> struct SimilarityBlock {
         wgmma_shared(PrecisionTag<kPrecision>(), sums, along_rows(a, step), along_rows(ring.k(), step), slice + step > 0);
       }
       wgmma_commit();
-      if (slice + 1 == skew && signals) barrier_arrive(ring.second());
+      if (slice + 1 == skew && lane == 0) barrier_arrive(ring.second());
       wgmma_wait<1>();
       pin(sums);
-      if (slice > 0 && signals) barrier_arrive(ring.empty(previous));
+      if (slice > 0) release(ring.empty(previous), lane);
       previous = ring.stage;
     }
     wgmma_wait<0>();
-    if (signals) barrier_arrive(ring.empty(previous));
+    release(ring.empty(previous), lane);
     pin(sums);
+  }
+
+  // A warp's arrival at a stage's barrier, in each block that loads into the stage.
+  MCLD_DEVICE static void release(uint32_t empty, int lane) {
+    if (lane >= kCluster) return;
+    if (kCluster > 1) {
+      barrier_arrive_at(empty, lane);
+    } else {
+      barrier_arrive(empty);
+    }
   }
 
   // Of the warpgroup's rows, of which row 0 is the chunk's first_row.
@@ -194,6 +238,13 @@ template <Precision kPrecision> struct SimilarityBlock {
 template <Precision kPrecision>
 MCLD_SM90_KERNEL(SimilarityBlock<kPrecision>::kThreads) hopper_similarity_kernel(MCLD_PARAMETERS(SimilarityParameters) p) {
   SimilarityBlock<kPrecision>::run(p);
+}
+
+constexpr int kSimilarityCluster = 2;
+template <Precision kPrecision>
+MCLD_SM90_CLUSTER_KERNEL((SimilarityBlock<kPrecision, kSimilarityCluster>::kThreads), kSimilarityCluster)
+hopper_similarity_cluster_kernel(MCLD_PARAMETERS(SimilarityParameters) p) {
+  SimilarityBlock<kPrecision, kSimilarityCluster>::run(p);
 }
 
 }  // namespace mcld::hopper

@@ -63,6 +63,7 @@ class Form:
 
 FORMS = (
     Form(candidates=("hopper",), field="hopper_skew", values=(1, 2, 3), matters=lambda x: x.two_products),
+    Form(candidates=("hopper",), field="hopper_cluster", values=(2,), matters=lambda x: x.two_products),
     Form(candidates=("hopper",), field="library_product", values=(False,), matters=lambda x: x.two_products),
     Form(candidates=("triton",), field="library_product", values=(False, True), matters=lambda x: x.two_products),
     Form(

@@ -185,6 +185,57 @@ MCLD_SM90_KERNEL(128) load_not_waited_for(MCLD_PARAMETERS(Control) p) { stage64<
 MCLD_SM90_KERNEL(128) stage_loaded_before_it_is_free(MCLD_PARAMETERS(Control) p) { stage64<Slip::empty>(p); }
 MCLD_SM90_KERNEL(128) stage_freed_before_wgmma_is_done(MCLD_PARAMETERS(Control) p) { stage64<Slip::wait>(p); }
 
+// A cluster of two: thread 0 of each block loads a box into a stage of both, twice, and all multiply both boxes.
+struct SharedStage {
+  static constexpr int kBytes = 2 * Stage64::kBytes, kSharedBytes = kBytes + 16 + 1024;
+  uint32_t base = (shared_address(shared_memory()) + 1023) / 1024 * 1024;
+  uint32_t full() const { return base + kBytes; }
+  uint32_t empty() const { return base + kBytes + 8; }
+};
+enum class Mistake { none, init, empty, only_own, end };
+
+template <Mistake kMistake> MCLD_DEVICE void shared_stage(const Control& p) {
+  const Mistake mistake = p.broken ? kMistake : Mistake::none;
+  const SharedStage stage;
+  const int rank = block_index(), lane = thread_index() % kWarp;
+  float d[32];
+  if (mistake == Mistake::init && rank == 1) sync_block();  // the other block is ahead
+  if (thread_index() == 0) {
+    barrier_init(stage.full(), 1);
+    barrier_init(stage.empty(), mistake == Mistake::only_own ? 4 : 8);
+    barrier_init_fence();
+  }
+  if (mistake == Mistake::init) {
+    sync_block();
+  } else {
+    sync_cluster();
+  }
+  for (int i = 0; i < 2; ++i) {
+    if (thread_index() == 0) {
+      if (mistake != Mistake::empty) barrier_wait(stage.empty(), i ^ 1);
+      barrier_arrive_expecting(stage.full(), SharedStage::kBytes);
+      tma_load_multicast(stage.base + rank * Stage64::kBytes, p.map, stage.full(), 0, 64 * i, 3);
+    }
+    barrier_wait(stage.full(), i);
+    wgmma_fence();
+    for (int box = 0; box < 2; ++box) {
+      const uint64_t at = hopper::along_rows(stage.base + box * Stage64::kBytes, 0);
+      wgmma_shared(PrecisionTag<Precision::bf16>(), d, at, at, i + box > 0);
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
+    if (mistake == Mistake::end && i == 1 && rank == 1) {
+      for (int turn = 0; turn < 8; ++turn) sync_block();  // the other block ends first
+    }
+    if (lane < 2 && (mistake != Mistake::only_own || lane == rank)) barrier_arrive_at(stage.empty(), lane);
+  }
+  if (mistake != Mistake::end) sync_cluster();
+}
+MCLD_SM90_CLUSTER_KERNEL(128, 2) cluster_used_before_its_initialisation(MCLD_PARAMETERS(Control) p) { shared_stage<Mistake::init>(p); }
+MCLD_SM90_CLUSTER_KERNEL(128, 2) stage_of_a_cluster_never_waited_for(MCLD_PARAMETERS(Control) p) { shared_stage<Mistake::empty>(p); }
+MCLD_SM90_CLUSTER_KERNEL(128, 2) stage_freed_by_one_block_alone(MCLD_PARAMETERS(Control) p) { shared_stage<Mistake::only_own>(p); }
+MCLD_SM90_CLUSTER_KERNEL(128, 2) arrival_at_a_block_that_has_ended(MCLD_PARAMETERS(Control) p) { shared_stage<Mistake::end>(p); }
+
 // --- synchronisation
 
 MCLD_KERNEL(kThreads) barrier_not_all_reach(MCLD_PARAMETERS(Control) p) {
@@ -302,11 +353,13 @@ struct Entry {
   void (*kernel)(Control);
   int blocks, threads, shared_bytes;
   bool dependent = false;
+  int cluster = 1;
 };
 #define MCLD_ENTRY(kernel) {#kernel, kernel, 1, kThreads, kSharedBytes}
 #define MCLD_ENTRY_OF_TWO_BLOCKS(kernel) {#kernel, kernel, 2, kThreads, kSharedBytes}
 #define MCLD_ENTRY_DEPENDENT(kernel) {#kernel, kernel, 1, kThreads, kSharedBytes, true}
 #define MCLD_ENTRY90(kernel) {#kernel, kernel, 1, 128, Stage64::kSharedBytes}
+#define MCLD_ENTRY_CLUSTER(kernel) {#kernel, kernel, 2, 128, SharedStage::kSharedBytes, false, 2}
 const Entry kEntries[] = {
     MCLD_ENTRY(missing_barrier), MCLD_ENTRY(shuffle_as_barrier), MCLD_ENTRY(missing_second_barrier),
     MCLD_ENTRY(two_threads_write), MCLD_ENTRY_OF_TWO_BLOCKS(two_blocks_write), MCLD_ENTRY_OF_TWO_BLOCKS(a_block_reads_what_another_writes),
@@ -314,6 +367,8 @@ const Entry kEntries[] = {
     MCLD_ENTRY(copies_of_others), MCLD_ENTRY(source_overwritten), MCLD_ENTRY(ldmatrix_before_barrier),
     MCLD_ENTRY90(barrier_used_before_its_initialisation), MCLD_ENTRY90(load_not_waited_for),
     MCLD_ENTRY90(stage_loaded_before_it_is_free), MCLD_ENTRY90(stage_freed_before_wgmma_is_done),
+    MCLD_ENTRY_CLUSTER(cluster_used_before_its_initialisation), MCLD_ENTRY_CLUSTER(stage_of_a_cluster_never_waited_for),
+    MCLD_ENTRY_CLUSTER(stage_freed_by_one_block_alone), MCLD_ENTRY_CLUSTER(arrival_at_a_block_that_has_ended),
     MCLD_ENTRY(barrier_not_all_reach), MCLD_ENTRY(lanes_missing_from_a_shuffle),
     MCLD_ENTRY(lanes_in_different_operations), MCLD_ENTRY(copies_in_flight_at_the_end),
     MCLD_ENTRY90(wgmma_in_flight_at_the_end), MCLD_ENTRY90(mbarrier_never_completed), MCLD_ENTRY90(more_arrivals_than_expected),
@@ -335,7 +390,7 @@ extern "C" __attribute__((visibility("default"))) const char* run_control(const 
     try {
       const Control p{data, n, broken, hopper::tensor_map(data, Precision::bf16, n / 32, 64, 64)};
       const char* const called = entry.threads == kThreads ? "control" : "control of hopper";
-      launch_dependent(entry.dependent, entry.kernel, called, dim3(entry.blocks), entry.threads, entry.shared_bytes, nullptr, p);
+      emulation::start(entry.dependent, entry.cluster, entry.kernel, called, dim3(entry.blocks), entry.threads, entry.shared_bytes, p);
       return nullptr;
     } catch (const std::exception& error) {
       return (failure = error.what()).c_str();

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <csetjmp>
 #include <cstdlib>
+#include <deque>
 #include <dlfcn.h>
 #include <memory>
 #include <mutex>
@@ -28,9 +29,11 @@ int driver_version() { return 0; }
 
 namespace mcld::emulation {
 
-MCLD_EMULATOR_STATE int thread, block_x, block_y, grid_x;
+MCLD_EMULATOR_STATE int thread, fiber, block_x, block_y, grid_x;
 MCLD_EMULATOR_STATE char* shared;
 MCLD_EMULATOR_STATE int shared_size;
+char* first_shared;
+int all_shared;
 
 namespace {
 
@@ -65,7 +68,13 @@ char* stacks;
 Warp warps[kMaxThreads / kWarp];
 jmp_buf scheduler;
 ucontext_t scheduler_entry;
-int threads_of_block, arrived, generation;
+// Threads that have reached a barrier, and the times that all have.
+struct Meeting {
+  int arrived = 0, generation = 0;
+};
+constexpr int kMostBlocks = 8;  // of a cluster
+Meeting meetings[kMostBlocks], meeting_of_cluster;
+int threads_of_block, cluster_blocks, fiber_count, shared_stride;
 std::vector<char> memory;
 void (*body)(const void*);
 const void* argument;
@@ -84,32 +93,36 @@ uint32_t order_state = 1;
 }
 
 void leave() {
-  if (!_setjmp(fibers[thread].here)) jump(scheduler);
+  if (!_setjmp(fibers[fiber].here)) jump(scheduler);
 }
 
 void enter_fiber() {
   for (;;) {
     body(argument);
-    Fiber& fiber = fibers[thread];
-    if (!fiber.groups.empty() || !fiber.open.empty()) failure = "a thread ended with asynchronous copies in flight";
+    Fiber& own = fibers[fiber];
+    if (!own.groups.empty() || !own.open.empty()) failure = "a thread ended with asynchronous copies in flight";
     if (wgmma_in_flight()) failure = "a thread ended with wgmma in flight";
-    fiber.finished = true;
+    own.finished = true;
     leave();
   }
 }
 
 void resume(int index) {
-  thread = index;
-  Fiber& fiber = fibers[index];
+  fiber = index;
+  thread = index % threads_of_block;
+  const int rank = index / threads_of_block;
+  block_x = block_x / cluster_blocks * cluster_blocks + rank;
+  shared = shared_of(rank);
+  Fiber& next = fibers[index];
   if (_setjmp(scheduler)) return;
-  if (fiber.entered) jump(fiber.here);
-  fiber.entered = true;
-  getcontext(&fiber.entry);
-  fiber.entry.uc_stack.ss_sp = stacks + index * kStackBytes;
-  fiber.entry.uc_stack.ss_size = kStackBytes;
-  fiber.entry.uc_link = nullptr;
-  makecontext(&fiber.entry, enter_fiber, 0);
-  swapcontext(&scheduler_entry, &fiber.entry);
+  if (next.entered) jump(next.here);
+  next.entered = true;
+  getcontext(&next.entry);
+  next.entry.uc_stack.ss_sp = stacks + index * kStackBytes;
+  next.entry.uc_stack.ss_size = kStackBytes;
+  next.entry.uc_link = nullptr;
+  makecontext(&next.entry, enter_fiber, 0);
+  swapcontext(&scheduler_entry, &next.entry);
 }
 
 [[noreturn]] void fail(const std::string& what) {
@@ -120,30 +133,32 @@ void resume(int index) {
 uint32_t next_random() { return order_state = order_state * 1664525u + 1013904223u; }
 
 bool dependent_launch;
-std::vector<bool> awaited;  // by thread
+std::vector<bool> awaited;  // by fiber
 
-void run_block() {
-  awaited.assign(threads_of_block, !dependent_launch);
-  for (int i = 0; i < threads_of_block; ++i) {
+// The blocks of one cluster, most often one.
+void run_blocks() {
+  awaited.assign(fiber_count, !dependent_launch);
+  for (int i = 0; i < fiber_count; ++i) {
     fibers[i].finished = false;
     fibers[i].waiting = nullptr;
   }
-  for (int w = 0; w < threads_of_block / kWarp; ++w) warps[w].arrived = 0;
-  arrived = 0;
-  begin_block_sm90();
-  races::begin_block(threads_of_block);
-  for (int running = threads_of_block; running > 0;) {
+  for (int w = 0; w < fiber_count / kWarp; ++w) warps[w].arrived = 0;
+  for (Meeting& meeting : meetings) meeting.arrived = 0;
+  meeting_of_cluster.arrived = 0;
+  begin_blocks_sm90();
+  races::begin_blocks(fiber_count);
+  for (int running = fiber_count; running > 0;) {
     bool progress = false;
     const uint32_t random = next_random() >> 8;
-    const int first = random % threads_of_block, step = random & 0x8000 ? 1 : threads_of_block - 1;
-    for (int i = 0, index = first; i < threads_of_block; ++i, index = (index + step) % threads_of_block) {
-      Fiber& fiber = fibers[index];
-      if (fiber.finished || (fiber.waiting && *fiber.waiting == fiber.seen)) continue;
-      fiber.waiting = nullptr;
+    const int first = random % fiber_count, step = random & 0x8000 ? 1 : fiber_count - 1;
+    for (int i = 0, index = first; i < fiber_count; ++i, index = (index + step) % fiber_count) {
+      Fiber& next = fibers[index];
+      if (next.finished || (next.waiting && *next.waiting == next.seen)) continue;
+      next.waiting = nullptr;
       progress = true;
       resume(index);
       if (!failure.empty()) fail(failure);
-      running -= fiber.finished;
+      running -= next.finished;
     }
     if (!progress) fail("deadlock: a barrier or warp operation that not all threads reached");
   }
@@ -151,8 +166,10 @@ void run_block() {
   // A launch that ends before the one before has ended would let the one after begin too early.
   if (std::find(awaited.begin(), awaited.end(), false) != awaited.end()) fail("a thread of a dependent launch that did not await the one before");
 #ifndef MCLD_CHECK_MEMORY  // there nobody may touch it
-  for (int i = 0; i < kCanaryBytes; ++i) {
-    if (shared[shared_size + i] != char(0xA5)) fail("a write past the end of shared memory");
+  for (int rank = 0; rank < cluster_blocks; ++rank) {
+    for (int i = 0; i < kCanaryBytes; ++i) {
+      if (shared_of(rank)[shared_size + i] != char(0xA5)) fail("a write past the end of shared memory");
+    }
   }
 #endif
 }
@@ -163,12 +180,30 @@ void check_shared(const void* pointer, int alignment) {
   if ((p - shared) % alignment) stop("a misaligned address in shared memory");
 }
 
+void meet(Meeting& meeting, int first, int count) {
+  if (++meeting.arrived == count) {
+    meeting.arrived = 0;
+    races::sync(first, count);
+    ++meeting.generation;
+  } else {
+    wait_for(meeting.generation);
+  }
+}
+
 }  // namespace
 
+int rank_of_fiber() { return fiber / threads_of_block; }
+char* shared_of(int rank) { return first_shared + rank * shared_stride; }
+int blocks_of_cluster() { return cluster_blocks; }
+bool block_has_ended(int rank) {
+  const Fiber* const first = fibers + rank * threads_of_block;
+  return std::all_of(first, first + threads_of_block, [](const Fiber& of) { return of.finished; });
+}
+
 void wait_for(const int& counter) {
-  Fiber& fiber = fibers[thread];
-  fiber.waiting = &counter;
-  fiber.seen = counter;
+  Fiber& own = fibers[fiber];
+  own.waiting = &counter;
+  own.seen = counter;
   leave();
 }
 
@@ -179,17 +214,14 @@ void stop(const std::string& what) {
 }
 
 void sync_block() {
-  if (++arrived == threads_of_block) {
-    arrived = 0;
-    races::sync_block();
-    ++generation;
-  } else {
-    wait_for(generation);
-  }
+  const int rank = rank_of_fiber();
+  meet(meetings[rank], rank * threads_of_block, threads_of_block);
 }
 
+void sync_cluster() { meet(meeting_of_cluster, 0, fiber_count); }
+
 void collective(const void* in, int in_bytes, void* out, int out_bytes, void (*combine)(Lane*)) {
-  Warp& warp = warps[thread / kWarp];
+  Warp& warp = warps[fiber / kWarp];
   Lane& lane = warp.lanes[thread % kWarp];
   if (warp.arrived && warp.combine != combine) stop("lanes of a warp meet in different operations");
   warp.combine = combine;
@@ -210,7 +242,7 @@ void copy_async(void* target, const void* global) {
   memory_check::read(global, 16);
   races::copy(target, global, 16, __builtin_return_address(0));
   std::memset(target, 0xFF, 16);
-  fibers[thread].open.push_back({static_cast<char*>(target), static_cast<const char*>(global)});
+  fibers[fiber].open.push_back({static_cast<char*>(target), static_cast<const char*>(global)});
 }
 
 int64_t vector_accesses[17];
@@ -221,20 +253,20 @@ void check_vector(const void* p, int bytes) {
 }
 
 void commit_async() {
-  Fiber& fiber = fibers[thread];
-  fiber.groups.push_back(std::move(fiber.open));
-  fiber.open.clear();
+  Fiber& own = fibers[fiber];
+  own.groups.push_back(std::move(own.open));
+  own.open.clear();
   races::copy_commit();
 }
 
 void wait_async(int pending) {
-  Fiber& fiber = fibers[thread];
-  const int done = int(fiber.groups.size()) - pending;
+  Fiber& own = fibers[fiber];
+  const int done = int(own.groups.size()) - pending;
   for (int i = 0; i < done; ++i) {
-    for (const Copy& copy : fiber.groups[i]) std::memcpy(copy.target, copy.source, 16);
+    for (const Copy& copy : own.groups[i]) std::memcpy(copy.target, copy.source, 16);
   }
   if (done <= 0) return;
-  fiber.groups.erase(fiber.groups.begin(), fiber.groups.begin() + done);
+  own.groups.erase(own.groups.begin(), own.groups.begin() + done);
   races::copy_wait(done);
 }
 
@@ -333,10 +365,10 @@ void combine_mma_tf32(Lane* lanes) {
   multiply<8>(lanes, [](uint32_t word, int) { return as_float(word & ~0x1fffu); });
 }
 
-void await_launch_before() { awaited[thread] = true; }
+void await_launch_before() { awaited[fiber] = true; }
 
 void check_awaited() {
-  if (!awaited[thread]) stop("global memory touched before await_launch_before");
+  if (!awaited[fiber]) stop("global memory touched before await_launch_before");
 }
 
 namespace {
@@ -351,7 +383,7 @@ bool launch_elsewhere(const void* kernel, dim3 grid, int threads, int shared_byt
 }
 
 void run(dim3 grid, int threads, int shared_bytes, const char* name, void (*kernel)(const void*), const void* parameters,
-         bool dependent) {
+         bool dependent, int cluster) {
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   if (stubbed) {
@@ -360,6 +392,8 @@ void run(dim3 grid, int threads, int shared_bytes, const char* name, void (*kern
   }
   kernel_name = name;
   if (threads % kWarp || threads > kMaxThreads) fail("a block must be whole warps, at most 1024 threads");
+  if (cluster > kMostBlocks || threads * cluster > kMaxThreads) fail("a cluster larger than is emulated");
+  if (grid.x % cluster) fail("a grid that is not whole clusters");
   const bool sm90 = std::string(name).find("hopper") != std::string::npos;
   if (shared_bytes > (sm90 ? 227 : 99) << 10) fail("more shared memory than the GPUs it is for have: " + std::to_string(shared_bytes));
   if (grid.y > 65535) fail("grid.y past 65535");
@@ -367,6 +401,8 @@ void run(dim3 grid, int threads, int shared_bytes, const char* name, void (*kern
   argument = parameters;
   dependent_launch = dependent;
   threads_of_block = threads;
+  cluster_blocks = cluster;
+  fiber_count = threads * cluster;
   grid_x = int(grid.x);
   shared_size = shared_bytes;
   failure.clear();
@@ -375,24 +411,30 @@ void run(dim3 grid, int threads, int shared_bytes, const char* name, void (*kern
     if (made == MAP_FAILED) fail("no memory for the fibers' stacks");
     stacks = static_cast<char*>(made);
   }
-  memory.resize(shared_bytes + kCanaryBytes + 128);
-  shared = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.data()) + 127) / 128 * 128);
+  shared_stride = (shared_bytes + kCanaryBytes + 127) / 128 * 128;
+  all_shared = shared_stride * cluster;
+  memory.resize(all_shared + 128);
+  first_shared = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.data()) + 127) / 128 * 128);
   races::begin_launch(stacks, kMaxThreads * kStackBytes, __builtin_frame_address(0));
   for (unsigned y = 0; y < grid.y; ++y) {
-    for (unsigned x = 0; x < grid.x; ++x) {
+    for (unsigned x = 0; x < grid.x; x += unsigned(cluster)) {
       block_x = int(x);
       block_y = int(y);
-      std::memset(shared, 0xFF, shared_bytes);
-      std::memset(shared + shared_bytes, 0xA5, kCanaryBytes);
-      const memory_check::Forbidden past_the_end(shared + shared_bytes, kCanaryBytes);
+      std::deque<memory_check::Forbidden> past_the_end;
+      for (int rank = 0; rank < cluster; ++rank) {
+        char* const of_block = shared_of(rank);
+        std::memset(of_block, 0xFF, shared_bytes);
+        std::memset(of_block + shared_bytes, 0xA5, kCanaryBytes);
+        past_the_end.emplace_back(of_block + shared_bytes, kCanaryBytes);
+      }
       try {
-        run_block();
+        run_blocks();
       } catch (...) {
         // The fibers are in the middle of a kernel: their stacks are left, not unwound.
-        for (Fiber& fiber : fibers) {
-          fiber.entered = false;
-          fiber.groups.clear();
-          fiber.open.clear();
+        for (Fiber& of : fibers) {
+          of.entered = false;
+          of.groups.clear();
+          of.open.clear();
         }
         throw;
       }

@@ -1,5 +1,6 @@
 // The host emulation of csrc/portable/platform.cuh: a block's threads are fibers on one CPU thread, run in an order that
-// changes from turn to turn, so that a missing barrier is likelier to show. Blocks run one after another.
+// changes from turn to turn, so that a missing barrier is likelier to show. Blocks run one after another, those of a cluster
+// together.
 //
 // Stricter than a GPU where that finds mistakes: shared memory begins as NaN; an asynchronous copy fills its target with NaN
 // when it is issued and delivers only when it is waited for; ldmatrix and copies check alignment and bounds; a barrier that
@@ -71,11 +72,22 @@ namespace emulation {
 
 // What the running fiber sees.
 extern int thread, block_x, block_y, grid_x;
-extern char* shared;
+extern char* shared;  // of its block
 extern int shared_size;
 
-// Of emulation_sm90.h: forgets barriers and wgmma; whether loads of the block, or wgmma of the running thread, were not waited for.
-void begin_block_sm90();
+// The shared memories of the cluster's blocks, one after another.
+extern char* first_shared;
+extern int all_shared;
+// The number of the running fiber: its thread, counted through the blocks of the cluster.
+extern int fiber;
+// The block of the running fiber in its cluster, and the shared memory of any.
+int rank_of_fiber();
+char* shared_of(int rank);
+bool block_has_ended(int rank);
+int blocks_of_cluster();
+
+// Of emulation_sm90.h: forgets barriers and wgmma; whether loads of the blocks, or wgmma of the running thread, were not waited for.
+void begin_blocks_sm90();
 bool loads_in_flight();
 bool wgmma_in_flight();
 
@@ -90,6 +102,7 @@ void wait_for(const int& counter);
 void stop(const std::string& what);
 
 void sync_block();
+void sync_cluster();
 // Deposits `bytes` at `in`; when all lanes of the warp have, `combine` runs once; then lane results are copied to `out`.
 struct Lane { alignas(16) char in[64]; alignas(16) char out[16]; };
 void collective(const void* in, int in_bytes, void* out, int out_bytes, void (*combine)(Lane*));
@@ -131,7 +144,7 @@ using Launcher = int(const void* kernel, unsigned grid_x, unsigned grid_y, int t
 // Hands a launch to the function that `set_launcher` was given; false where it does not take it.
 bool launch_elsewhere(const void* kernel, dim3 grid, int threads, int shared_bytes, const void* parameters, int64_t bytes);
 void run(dim3 grid, int threads, int shared_bytes, const char* name, void (*body)(const void*), const void* argument,
-         bool dependent = false);
+         bool dependent = false, int cluster = 1);
 
 }  // namespace emulation
 
@@ -224,17 +237,25 @@ inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
 inline void await_launch_before() { emulation::await_launch_before(); }
 inline void let_launch_after_begin() {}
 
+namespace emulation {
+template <class Parameters>
+void start(bool dependent, int cluster, void (*kernel)(Parameters), const char* name, dim3 grid, int threads, int shared_bytes,
+           const Parameters& parameters) {
+  const void* const address = reinterpret_cast<const void*>(kernel);
+  if (launch_elsewhere(address, grid, threads, shared_bytes, &parameters, sizeof parameters)) return;
+  struct Call { void (*kernel)(Parameters); const Parameters* parameters; } call{kernel, &parameters};
+  run(grid, threads, shared_bytes, name, [](const void* argument) {
+    const Call& call = *static_cast<const Call*>(argument);
+    call.kernel(*call.parameters);
+  }, &call, dependent, cluster);
+}
+}  // namespace emulation
+
 // dependent: threads must call await_launch_before, and before that touch no global memory (builds that check races).
 template <class Parameters>
 void launch_dependent(bool dependent, void (*kernel)(Parameters), const char* name, dim3 grid, int threads, int shared_bytes,
                       cudaStream_t, const Parameters& parameters) {
-  const void* const address = reinterpret_cast<const void*>(kernel);
-  if (emulation::launch_elsewhere(address, grid, threads, shared_bytes, &parameters, sizeof parameters)) return;
-  struct Call { void (*kernel)(Parameters); const Parameters* parameters; } call{kernel, &parameters};
-  emulation::run(grid, threads, shared_bytes, name, [](const void* argument) {
-    const Call& call = *static_cast<const Call*>(argument);
-    call.kernel(*call.parameters);
-  }, &call, dependent);
+  emulation::start(dependent, 1, kernel, name, grid, threads, shared_bytes, parameters);
 }
 template <class Parameters>
 void launch(void (*kernel)(Parameters), const char* name, dim3 grid, int threads, int shared_bytes, cudaStream_t stream,

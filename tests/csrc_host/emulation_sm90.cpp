@@ -12,6 +12,7 @@ namespace mcld::emulation {
 namespace {
 
 struct Load {
+  int rank;  // of the block whose shared memory it is for
   uint32_t shared;
   TensorMap map;
   int column, row;
@@ -34,22 +35,27 @@ struct Queue {
 constexpr uint32_t kWindow = 1024 + 384;
 constexpr int kBoxColumns = 64, kRowBytes = 128, kThreads = 1024;
 
-std::map<uint32_t, Barrier> barriers;  // of the running block
+std::map<std::pair<int, uint32_t>, Barrier> barriers;  // of the running blocks, by rank and address
 Queue queues[kThreads];
 
-char* at(uint32_t address, int bytes) {
+char* at(int rank, uint32_t address, int bytes) {
   if (address < kWindow || address + bytes > kWindow + uint32_t(shared_size)) stop("an address outside shared memory");
-  return shared + (address - kWindow);
+  return shared_of(rank) + (address - kWindow);
 }
+char* at(uint32_t address, int bytes) { return at(rank_of_fiber(), address, bytes); }
 
 // Arrivals and waits are atomic, so for the race check they read; only the initialisation writes.
-Barrier& barrier_at(uint32_t address, const void* pc) {
-  races::read(at(address, 8), 8, pc);
+Barrier& barrier_at(int rank, uint32_t address, const void* pc) {
+  if (rank < 0 || rank >= blocks_of_cluster()) stop("a barrier of a block that the cluster does not have");
+  if (rank != rank_of_fiber() && block_has_ended(rank)) stop("a barrier of a block that has ended");
+  races::read(at(rank, address, 8), 8, pc);
   if (address % 8) stop("a misaligned barrier");
-  if (!barriers.count(address)) stop("a barrier that was not initialised");
-  if (!barriers[address].visible) stop("a barrier without barrier_init_fence");
-  return barriers[address];
+  const auto found = barriers.find({rank, address});
+  if (found == barriers.end()) stop("a barrier that was not initialised");
+  if (!found->second.visible) stop("a barrier without barrier_init_fence");
+  return found->second;
 }
+Barrier& barrier_at(uint32_t address, const void* pc) { return barrier_at(rank_of_fiber(), address, pc); }
 
 // Swizzle of 128 bytes: bits 4 to 6 of an address are changed by bits 7 to 9.
 uint32_t swizzled(uint32_t address) { return address ^ ((address >> 7 & 7) << 4); }
@@ -57,7 +63,7 @@ uint32_t swizzled(uint32_t address) { return address ^ ((address >> 7 & 7) << 4)
 // All that a load reads and writes, for the checks.
 void announce(const Load& load, const races::Phases& phases, const void* pc) {
   for (int r = 0; r < load.map.box_rows; ++r) {
-    phases.tma_write(at(load.shared + r * kRowBytes, kRowBytes), kRowBytes, pc);
+    phases.tma_write(at(load.rank, load.shared + r * kRowBytes, kRowBytes), kRowBytes, pc);
     const int64_t row = load.row + r, columns = std::min<int64_t>(load.map.pitch - load.column, kBoxColumns);
     if (row >= load.map.rows || columns <= 0) continue;
     const char* const source = load.map.matrix + (row * load.map.pitch + load.column) * 2;
@@ -74,7 +80,7 @@ void deliver(const Load& load) {
       if (row < load.map.rows && column < load.map.pitch) {
         std::memcpy(&value, load.map.matrix + (row * load.map.pitch + column) * 2, 2);
       }
-      std::memcpy(at(swizzled(load.shared + r * kRowBytes + c * 2), 2), &value, 2);
+      std::memcpy(at(load.rank, swizzled(load.shared + r * kRowBytes + c * 2), 2), &value, 2);
     }
   }
 }
@@ -171,7 +177,7 @@ void combine_wgmma(Lane* lanes) {
 
 }  // namespace
 
-void begin_block_sm90() {
+void begin_blocks_sm90() {
   barriers.clear();
   for (Queue& queue : queues) {
     queue.fenced = false;
@@ -184,28 +190,33 @@ bool loads_in_flight() {
   return std::any_of(barriers.begin(), barriers.end(), [](const auto& entry) { return !entry.second.loads.empty(); });
 }
 
-bool wgmma_in_flight() { return !queues[thread].groups.empty() || !queues[thread].open.empty(); }
+bool wgmma_in_flight() { return !queues[fiber].groups.empty() || !queues[fiber].open.empty(); }
 
 uint32_t shared_offset(const void* pointer) { return kWindow + uint32_t(static_cast<const char*>(pointer) - shared); }
 
 void barrier_init(uint32_t address, int arrivals) {
   races::write(at(address, 8), 8, __builtin_return_address(0));
-  Barrier& barrier = barriers[address] = Barrier();
+  Barrier& barrier = barriers[{rank_of_fiber(), address}] = Barrier();
   barrier.expected = arrivals;
   barrier.phases.init();
 }
 
 void barrier_init_fence() {
-  for (auto& [address, barrier] : barriers) barrier.visible = true;
+  for (auto& [place, barrier] : barriers) barrier.visible |= place.first == rank_of_fiber();
 }
 
-void barrier_arrive(uint32_t address, int bytes) {
-  Barrier& barrier = barrier_at(address, __builtin_return_address(0));
+static void arrive(Barrier& barrier, int bytes) {
   if (barrier.arrived == barrier.expected) stop("more arrivals than the barrier expects");
   ++barrier.arrived;
   barrier.bytes += bytes;
   barrier.phases.arrive();
   complete(barrier);
+}
+
+void barrier_arrive(uint32_t address, int bytes) { arrive(barrier_at(address, __builtin_return_address(0)), bytes); }
+
+void barrier_arrive_at(uint32_t address, int rank) {
+  arrive(barrier_at(rank, address, __builtin_return_address(0)), 0);
 }
 
 void barrier_wait(uint32_t address, int parity) {
@@ -217,33 +228,37 @@ void barrier_wait(uint32_t address, int parity) {
   barrier.phases.wait();
 }
 
-void tma_load(uint32_t address, const TensorMap& map, uint32_t barrier, int column, int row) {
+void tma_load(uint32_t address, const TensorMap& map, uint32_t barrier, int column, int row, int blocks) {
   if (address % 1024) stop("a TMA box that does not begin at a period of the swizzle");
   if (map.box_rows > 256) stop("a TMA box of more than 256 rows");
-  Barrier& target = barrier_at(barrier, __builtin_return_address(0));
-  const Load load{address, map, column, row};
-  announce(load, target.phases, __builtin_return_address(0));
-  std::memset(at(address, map.box_rows * kRowBytes), 0xFF, map.box_rows * kRowBytes);
-  target.loads.push_back(load);
-  if (target.waiting) flush(target);
+  if (blocks <= 0 || blocks >> blocks_of_cluster()) stop("a TMA load for blocks that the cluster does not have");
+  for (int rank = 0; blocks >> rank; ++rank) {
+    if (!(blocks >> rank & 1)) continue;
+    Barrier& target = barrier_at(rank, barrier, __builtin_return_address(0));
+    const Load load{rank, address, map, column, row};
+    announce(load, target.phases, __builtin_return_address(0));
+    std::memset(at(rank, address, map.box_rows * kRowBytes), 0xFF, map.box_rows * kRowBytes);
+    target.loads.push_back(load);
+    if (target.waiting) flush(target);
+  }
 }
 
-void wgmma_fence() { queues[thread].fenced = true; }
+void wgmma_fence() { queues[fiber].fenced = true; }
 
 void wgmma_issue(const Wgmma& op) {
-  if (!queues[thread].fenced) stop("a wgmma without wgmma_fence since the last wait");
+  if (!queues[fiber].fenced) stop("a wgmma without wgmma_fence since the last wait");
   if (thread % 32 == 0) announce(op, __builtin_return_address(0));
-  queues[thread].open.push_back(op);
+  queues[fiber].open.push_back(op);
 }
 
 void wgmma_commit() {
-  queues[thread].groups.push_back(std::move(queues[thread].open));
-  queues[thread].open.clear();
+  queues[fiber].groups.push_back(std::move(queues[fiber].open));
+  queues[fiber].open.clear();
   races::wgmma_commit();
 }
 
 void wgmma_wait(int pending) {
-  Queue& queue = queues[thread];
+  Queue& queue = queues[fiber];
   if (!queue.open.empty()) stop("a wait for wgmma that were not committed");
   while (int(queue.groups.size()) > pending) {
     for (const Wgmma& op : queue.groups.front()) collective(&op, sizeof op, nullptr, 0, combine_wgmma);

@@ -5,7 +5,7 @@
 // stage released or a register overwritten too early shows. Swizzles act on address bits, as in the hardware, and a
 // descriptor is read field by field, so tile and descriptor are checked against each other. What a GPU would leave undefined
 // is an error: a barrier used before its fence, a wgmma without one since the last wait, lanes whose descriptors differ, a
-// block that ends with loads or wgmma in flight.
+// block that ends with loads or wgmma in flight, an arrival or a load at a block of the cluster that has ended.
 #pragma once
 
 #include <cmath>
@@ -22,13 +22,15 @@ struct alignas(128) TensorMap {
 static_assert(sizeof(TensorMap) == 128);
 
 #define MCLD_SM90_KERNEL(threads) inline void
+#define MCLD_SM90_CLUSTER_KERNEL(threads, blocks) inline void
 
 namespace emulation {
 void barrier_init(uint32_t barrier, int arrivals);
 void barrier_init_fence();
 void barrier_arrive(uint32_t barrier, int bytes);
+void barrier_arrive_at(uint32_t barrier, int rank);
 void barrier_wait(uint32_t barrier, int parity);
-void tma_load(uint32_t shared, const TensorMap& map, uint32_t barrier, int column, int row);
+void tma_load(uint32_t shared, const TensorMap& map, uint32_t barrier, int column, int row, int blocks);
 
 struct Wgmma {
   float* d;
@@ -54,7 +56,18 @@ inline void barrier_arrive(uint32_t barrier) { emulation::barrier_arrive(barrier
 inline void barrier_arrive_expecting(uint32_t barrier, int bytes) { emulation::barrier_arrive(barrier, bytes); }
 inline void barrier_wait(uint32_t barrier, int parity) { emulation::barrier_wait(barrier, parity); }
 inline void tma_load(uint32_t shared, const TensorMap& map, uint32_t barrier, int column, int row) {
-  emulation::tma_load(shared, map, barrier, column, row);
+  emulation::tma_load(shared, map, barrier, column, row, 1 << emulation::rank_of_fiber());
+}
+
+inline void sync_cluster() { emulation::sync_cluster(); }
+inline void barrier_arrive_at(uint32_t barrier, int rank) { emulation::barrier_arrive_at(barrier, rank); }
+inline void tma_load_multicast(uint32_t shared, const TensorMap& map, uint32_t barrier, int column, int row, int blocks) {
+  emulation::tma_load(shared, map, barrier, column, row, blocks);
+}
+template <class Parameters>
+void launch_clusters(int cluster, void (*kernel)(Parameters), const char* name, dim3 grid, int threads, int shared_bytes,
+                     cudaStream_t, const Parameters& parameters) {
+  emulation::start(false, cluster, kernel, name, grid, threads, shared_bytes, parameters);
 }
 
 template <int kRegisters> void fewer_registers() {}

@@ -73,7 +73,7 @@ void join(Clock& into, const Clock& from) {
 
 int copies_of(int thread) { return count + thread; }
 int wgmmas_of(int thread) { return 2 * count + thread / kWarp; }
-Clock& clock() { return threads[thread].clock; }
+Clock& clock() { return threads[fiber].clock; }
 Access access(int agent, uint32_t time) { return Access(block) << kBlockShift | Access(agent) << kAgentShift | time; }
 int agent_of(Access a) { return int(a >> kAgentShift & 0xfff); }
 int64_t block_of(Access a) { return int64_t(a >> kBlockShift); }
@@ -129,10 +129,10 @@ struct Place {
 
 void report(const Place& now, Access by, bool write, Access before, bool before_write, uint32_t before_at) {
   const char* address = static_cast<const char*>(now.address);
-  const bool in_shared = address >= shared && address < shared + shared_size;
+  const bool in_shared = address >= first_shared && address < first_shared + all_shared;
   char where[64];
   if (in_shared) {
-    std::snprintf(where, sizeof where, "byte %d of shared memory", int(address - shared));
+    std::snprintf(where, sizeof where, "byte %d of shared memory", int(address - first_shared));
   } else {
     std::snprintf(where, sizeof where, "global memory %p", now.address);
   }
@@ -143,7 +143,7 @@ void report(const Place& now, Access by, bool write, Access before, bool before_
 
 Page& page_at(const char* p, bool in_shared) {
   if (in_shared) {
-    Page& page = of_shared[(p - shared) / kPageBytes];
+    Page& page = of_shared[(p - first_shared) / kPageBytes];
     if (page.launch != launch) page.clear(launch);
     return page;
   }
@@ -162,11 +162,11 @@ Page& page_at(const char* p, bool in_shared) {
 void check(const Clock& view, Access by, const void* address, int bytes, bool write, const void* pc) {
   const Place now{address, bytes, uint32_t(static_cast<const char*>(pc) - module_base())};
   const char* p = static_cast<const char*>(address);
-  const bool in_shared = p >= shared && p < shared + shared_size;
+  const bool in_shared = p >= first_shared && p < first_shared + all_shared;
   if (!in_shared) check_awaited();
-  const auto gone = [&](Access a) { return !a || (in_shared && block_of(a) != block); };  // shared memory is a block's
+  const auto gone = [&](Access a) { return !a || (in_shared && block_of(a) != block); };  // shared memory is a cluster's
   const auto ordered = [&](Access a) { return block_of(a) == block && view[agent_of(a)] >= uint32_t(a); };
-  const uintptr_t first = in_shared ? p - shared : reinterpret_cast<uintptr_t>(p);
+  const uintptr_t first = in_shared ? p - first_shared : reinterpret_cast<uintptr_t>(p);
   // The largest power of two that divides both.
   const int granule = std::min<int>((first | bytes) & -(first | bytes), kLargestGranule);
   Page* page = nullptr;
@@ -210,7 +210,7 @@ void check(const Clock& view, Access by, const void* address, int bytes, bool wr
 void plain(const void* p, int bytes, bool write, const void* pc) {
   if (!stacks.has(__builtin_frame_address(0)) || stacks.has(p) || launcher_stack.has(p)) return;
   if (Range{&__start_emulator_state, &__stop_emulator_state}.has(p)) return;
-  check(clock(), access(thread, clock()[thread]), p, bytes, write, pc);
+  check(clock(), access(fiber, clock()[fiber]), p, bytes, write, pc);
 }
 
 }  // namespace
@@ -220,7 +220,7 @@ void begin_launch(const void* fibers, int64_t fiber_bytes, const void* launcher)
   launcher_stack = {static_cast<const char*>(launcher), static_cast<const char*>(launcher) + (1 << 20)};
   ++launch;
   block = count = 0;
-  of_shared.resize(shared_size / kPageBytes + 1);
+  of_shared.resize(all_shared / kPageBytes + 1);
   // Addresses of tensors long gone.
   if (pages.size() > 1024) {
     pages.clear();
@@ -228,10 +228,10 @@ void begin_launch(const void* fibers, int64_t fiber_bytes, const void* launcher)
   }
 }
 
-void begin_block(int threads_of_block) {
+void begin_blocks(int threads_of_blocks) {
   if (++block >> (64 - kBlockShift)) stop("more blocks than the race check can tell apart");
   if (!count) {
-    count = threads_of_block;
+    count = threads_of_blocks;
     agents = 2 * count + count / kWarp + kMostBarriers;
     for (int i = 0; i < count; ++i) {
       threads[i] = {std::move(threads[i].clock), 0, 0, 0, 0};
@@ -246,41 +246,41 @@ void begin_block(int threads_of_block) {
   barriers = 0;
 }
 
-void sync_block() {
-  Clock all = threads[0].clock;
-  for (int i = 1; i < count; ++i) join(all, threads[i].clock);
-  for (int i = 0; i < count; ++i) {
+void sync(int first, int of) {
+  Clock all = threads[first].clock;
+  for (int i = first; i < first + of; ++i) join(all, threads[i].clock);
+  for (int i = first; i < first + of; ++i) {
     threads[i].clock = all;
     ++threads[i].clock[i];
   }
 }
 
 void read(const void* address, int bytes, const void* pc) {
-  check(clock(), access(thread, clock()[thread]), address, bytes, false, pc);
+  check(clock(), access(fiber, clock()[fiber]), address, bytes, false, pc);
 }
 
 void write(const void* address, int bytes, const void* pc) {
-  check(clock(), access(thread, clock()[thread]), address, bytes, true, pc);
+  check(clock(), access(fiber, clock()[fiber]), address, bytes, true, pc);
 }
 
 void copy(const void* target, const void* source, int bytes, const void* pc) {
-  const Access by = access(copies_of(thread), threads[thread].copies + 1);
+  const Access by = access(copies_of(fiber), threads[fiber].copies + 1);
   check(clock(), by, source, bytes, false, pc);
   check(clock(), by, target, bytes, true, pc);
 }
-void copy_commit() { ++threads[thread].copies; }
+void copy_commit() { ++threads[fiber].copies; }
 void copy_wait(int groups) {
-  Thread& own = threads[thread];
-  own.clock[copies_of(thread)] = own.copies_done += groups;
+  Thread& own = threads[fiber];
+  own.clock[copies_of(fiber)] = own.copies_done += groups;
 }
 
 void wgmma_read(const void* address, int bytes, const void* pc) {
-  check(clock(), access(wgmmas_of(thread), threads[thread].wgmmas + 1), address, bytes, false, pc);
+  check(clock(), access(wgmmas_of(fiber), threads[fiber].wgmmas + 1), address, bytes, false, pc);
 }
-void wgmma_commit() { ++threads[thread].wgmmas; }
+void wgmma_commit() { ++threads[fiber].wgmmas; }
 void wgmma_wait(int groups) {
-  Thread& own = threads[thread];
-  own.clock[wgmmas_of(thread)] = own.wgmmas_done += groups;
+  Thread& own = threads[fiber];
+  own.clock[wgmmas_of(fiber)] = own.wgmmas_done += groups;
 }
 
 void Phases::init() {
@@ -292,7 +292,7 @@ void Phases::init() {
 }
 void Phases::arrive() {
   join(arriving_, clock());
-  ++clock()[thread];
+  ++clock()[fiber];
 }
 void Phases::tma_write(const void* target, int bytes, const void* pc) const {
   check(clock(), access(agent_, phase_), target, bytes, true, pc);

@@ -7,11 +7,11 @@
 // Accesses are made by agents: a thread; its asynchronous copies; the wgmma of its warp; the copy engine on behalf of an
 // mbarrier. Two accesses to an address, one of them a write, are a race unless one happens before the other, by way of:
 //  - the order of a thread's own statements;
-//  - a block barrier, from all before it to all after it;
+//  - a barrier of a block or a cluster, from all before it to all after it;
 //  - the issue of a copy or wgmma, and its completion, as seen by a thread that waited for it. In between it may touch memory
 //    at any moment, so its accesses count as made at once;
 //  - an mbarrier, from arrivals and loads of a phase to whoever waited for the phase;
-//  - the end of a launch. Blocks of a launch are not ordered at all.
+//  - the end of a launch. Blocks of a launch are not ordered at all, but for those of a cluster by its barriers.
 // Shuffles, ldmatrix and mma order nothing: lanes of a warp execute them together, but they are no fences for memory.
 #pragma once
 
@@ -30,9 +30,9 @@ using Clock = std::vector<uint32_t>;  // by agent
 
 // Memory that is a thread's own: the fibers' stacks, and the launcher's, which holds the kernel's parameters.
 void begin_launch(const void* stacks, int64_t stack_bytes, const void* launcher);
-void begin_block(int threads);
-// The last thread has arrived.
-void sync_block();
+void begin_blocks(int threads);  // of a cluster, most often one block
+// A barrier of so many threads: the last has arrived.
+void sync(int first, int count);
 
 // By the running thread, at `pc`.
 void read(const void* address, int bytes, const void* pc);
@@ -68,8 +68,8 @@ class Phases {  // of an mbarrier
 namespace mcld::emulation::races {
 
 inline void begin_launch(const void*, int64_t, const void*) {}
-inline void begin_block(int) {}
-inline void sync_block() {}
+inline void begin_blocks(int) {}
+inline void sync(int, int) {}
 inline void read(const void*, int, const void*) {}
 inline void write(const void*, int, const void*) {}
 inline void copy(const void*, const void*, int, const void*) {}

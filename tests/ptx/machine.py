@@ -1,5 +1,7 @@
 """A block of threads that runs a kernel's PTX: its scheduler, its memory, its copies and barriers.
 
+The blocks of a cluster take turns, each until all of its threads wait.
+
 All threads at the same place run together, and the place that comes first in the text goes first, so that threads that
 have gone different ways meet again. As late as a GPU may be: an asynchronous copy fills its target with NaN when it is
 issued and delivers when it is waited for, and wgmma reads and writes when its group is waited for.
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 import ctypes
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +32,7 @@ _MEMORY = {size: _memory.view(f"u{size}") for size in (1, 2, 4, 8)}
 # A kernel of csrc/ asks for dynamic shared memory that is aligned to 128 bytes, and here it gets no more.
 _SHARED_BASE = 1024 + 384
 _BOX_COLUMNS, _BOX_ROW_BYTES = 64, 128
+_RANK_SHIFT = 24  # addresses of a cluster's shared memory, as mapa gives them: 1 + rank above the block's own address
 
 
 class Fault(RuntimeError):
@@ -73,13 +76,37 @@ class Program:
         return self._steps[number, all_lanes]
 
     def run(self, grid: tuple[int, int], threads: int, shared_bytes: int, parameters: bytes) -> None:
-        """Run every block of the grid, one after another."""
+        """Run every block of the grid, one after another, those of a cluster together."""
         if len(parameters) != self.kernel.parameter_bytes:
             raise Fault(f"{len(parameters)} bytes of parameters, not {self.kernel.parameter_bytes}")
+        size = self.kernel.cluster
+        if grid[0] % size:
+            raise Fault(f"a grid of {grid[0]} blocks is not whole clusters of {size}")
         for y in range(grid[1]):
-            for x in range(grid[0]):
+            for first in range(0, grid[0], size):
+                places = [(x, y) for x in range(first, first + size)]
                 with np.errstate(all="ignore"):
-                    ThreadBlock(self, (x, y), grid, threads, shared_bytes, parameters).run()
+                    run_cluster([ThreadBlock(self, at, grid, threads, shared_bytes, parameters) for at in places])
+
+
+def run_cluster(blocks: list[ThreadBlock]) -> None:
+    """Run blocks that reach each other's shared memory, each in its turn until all of its threads wait."""
+    for rank, block in enumerate(blocks):
+        block.cluster, block.rank = blocks, rank
+    running = {block: block.turns() for block in blocks}
+    while running:
+        before = sum(block.steps for block in blocks)
+        for block, turns in list(running.items()):
+            try:
+                next(turns)
+            except StopIteration:
+                block.has_ended = True
+                del running[block]
+        if running and sum(block.steps for block in blocks) == before:
+            raise Fault("deadlock: " + "; ".join(f"threads wait at {block.shown()}" for block in running))
+    for block in blocks:
+        if any(barrier.boxes for barrier in block.barriers.values()):
+            raise Fault("a block ended with loads in flight")
 
 
 class ThreadBlock:
@@ -121,20 +148,27 @@ class ThreadBlock:
         # Copies under way: their size; lanes, group, target, source and bytes to read of each.
         self._copies: list[tuple[int, tuple[Array, ...]]] = []
         self._committed = np.zeros(threads, np.int64)  # groups of each thread
+        self.cluster, self.rank, self.has_ended = [self], 0, False
+        self.steps = 0  # basic blocks that were run
+        self._at: dict[int, Array] = {}
+        self._met = np.zeros(threads, np.int64)  # arrivals of each thread at the barrier of the cluster
 
     # --- the scheduler
 
-    def run(self) -> None:
+    def turns(self) -> Iterator[None]:
+        """Run to the end; a turn ends where all threads wait."""
         blocks = self.program.kernel.blocks
         every = np.arange(self.threads)
-        at: dict[int, Array] = {0: every}
+        at = self._at = {0: every}
         while at:
             for number in sorted(at):
                 lanes = self._ready(number, at[number])
                 if len(lanes):
                     break
             else:
-                raise Fault(f"deadlock: threads wait at {self._shown(at)}")
+                yield
+                continue
+            self.steps += 1
             if len(lanes) == len(at[number]):
                 del at[number]
             else:
@@ -148,8 +182,6 @@ class ThreadBlock:
             for place, part in parts:
                 if place >= 0 and len(part):
                     at[place] = np.union1d(at[place], part) if place in at else part
-        if any(barrier.boxes for barrier in self.barriers.values()):
-            raise Fault("a block ended with loads in flight")
         if any(queue.open or queue.groups for queue in self._queues.values()):
             raise Fault("a block ended with wgmma in flight")
 
@@ -168,15 +200,18 @@ class ThreadBlock:
                 self.registers[self.program.index[operand.strip("[ ]")]][lanes] for operand in first.operands[1:]
             )
             return lanes[[self._phase_ended(int(a), int(p)) for a, p in zip(address, parity, strict=True)]]
+        if first.opcode.startswith("barrier.cluster.wait"):
+            behind = min(block._met.min() for block in self.cluster)
+            return lanes[self._met[lanes] <= behind]
         together = block.lanes_together
         if together > 1 and len(lanes) < self.threads:
             counts = np.bincount(lanes // together, minlength=self.threads // together)
             lanes = lanes[counts[lanes // together] == together]
         return lanes
 
-    def _shown(self, at: dict[int, Array]) -> str:
+    def shown(self) -> str:
         blocks = self.program.kernel.blocks
-        return "; ".join(f"{len(lanes)} before {blocks[number].instructions[0]}" for number, lanes in at.items())
+        return "; ".join(f"{len(lanes)} before {blocks[number].instructions[0]}" for number, lanes in self._at.items())
 
     def spread(self, value: Any, lanes: Array | None) -> Array:
         """A value of each lane, from one of all."""
@@ -263,7 +298,25 @@ class ThreadBlock:
         for a, n in zip(address.tolist(), np.broadcast_to(arrivals, address.shape).tolist(), strict=True):
             self.barriers[a] = _Barrier(expected=n, pending=n)
 
+    def address_in_cluster(self, address: Array, rank: Array) -> Array:
+        """mapa: the address of the same place in block ``rank``."""
+        if np.max(rank) >= len(self.cluster):
+            raise Fault("a block that the cluster does not have")
+        return address + ((rank + np.uint32(1)) << np.uint32(_RANK_SHIFT))
+
+    def arrive_at_cluster(self, lanes: Array | None) -> None:
+        self._met[slice(None) if lanes is None else lanes] += 1
+
+    def _block_of(self, rank: int) -> ThreadBlock:
+        if rank >= len(self.cluster):
+            raise Fault("a block that the cluster does not have")
+        if self.cluster[rank].has_ended:
+            raise Fault("a barrier of a block that has ended")
+        return self.cluster[rank]
+
     def _barrier(self, address: int) -> _Barrier:
+        if rank := address >> _RANK_SHIFT:
+            return self._block_of(rank - 1)._barrier(address & ((1 << _RANK_SHIFT) - 1))
         if address % 8 or address not in self.barriers:
             raise Fault("a barrier that is misaligned or was not initialised")
         return self.barriers[address]
@@ -286,8 +339,19 @@ class ThreadBlock:
             barrier.complete()
         return barrier.phase & 1 != parity
 
-    def load_box(self, shared: Array, map_address: Array, column: Array, row: Array, barrier: Array) -> None:
-        """A box of a tensor map; the map is that of tests/csrc_host/emulation_sm90.h."""
+    def load_box(
+        self, shared: Array, map_address: Array, column: Array, row: Array, barrier: Array, blocks: Array | None
+    ) -> None:
+        """A box of a tensor map, to this block or to those whose bits are set in ``blocks``.
+
+        The map is that of tests/csrc_host/emulation_sm90.h.
+        """
+        mask = 1 << self.rank if blocks is None else int(np.max(blocks))
+        for rank in range(mask.bit_length()):
+            if mask >> rank & 1:
+                self._block_of(rank)._take_box(shared, map_address, column, row, barrier)
+
+    def _take_box(self, shared: Array, map_address: Array, column: Array, row: Array, barrier: Array) -> None:
         arrays = (np.broadcast_to(x, shared.shape).tolist() for x in (map_address, column, row, barrier))
         for s, m, c, r, b in zip(shared.tolist(), *arrays, strict=True):
             if s % 1024:

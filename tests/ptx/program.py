@@ -32,7 +32,7 @@ _OF_WARP = (
 )
 _OF_WARPGROUP = ("wgmma.",)
 # Instructions at which a thread may have to wait: each begins a block.
-_WAITS = ("bar.sync", "mbarrier.try_wait")
+_WAITS = ("bar.sync", "mbarrier.try_wait", "barrier.cluster.wait")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +68,7 @@ class Kernel:
     shared: dict[str, int]  # offset of each array in shared memory
     blocks: list[Block]
     labels: dict[str, int]  # the block that a label begins
+    cluster: int  # thread blocks of a cluster
 
 
 def names(text: str) -> list[str]:
@@ -81,9 +82,11 @@ def kernels(text: str) -> dict[str, Kernel]:
     shared = dict.fromkeys(re.findall(r"\.extern \.shared [^;]*?(\w+)\[\];", text), 0)
     found = {}
     for match in _ENTRY.finditer(text):
-        name, parameters, _ = match.groups()
+        name, parameters, directives = match.groups()
         end = _end_of_scope(text, match.end())
-        found[name] = _kernel(name, parameters, text[match.end() : end], dict(shared))
+        cluster = re.search(r"\.reqnctapercluster\s+(\d+)(?:,\s*1)*", directives)
+        blocks = int(cluster[1]) if cluster else 1
+        found[name] = _kernel(name, parameters, text[match.end() : end], dict(shared), blocks)
     return found
 
 
@@ -102,7 +105,7 @@ def _parameters(text: str) -> tuple[dict[str, int], int]:
     return offsets, end
 
 
-def _kernel(name: str, parameters: str, body: str, shared: dict[str, int]) -> Kernel:
+def _kernel(name: str, parameters: str, body: str, shared: dict[str, int], cluster: int) -> Kernel:
     offsets, parameter_bytes = _parameters(parameters)
     registers: dict[str, str] = {}
     labels: dict[str, int] = {}
@@ -147,6 +150,7 @@ def _kernel(name: str, parameters: str, body: str, shared: dict[str, int]) -> Ke
         shared=shared,
         blocks=blocks,
         labels=labels,
+        cluster=cluster,
     )
 
 

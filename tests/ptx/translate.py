@@ -31,6 +31,7 @@ _COMPARED = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=
 _BINARY = {"add": "+", "sub": "-", "mul": "*", "mul.lo": "*", "and": "&", "or": "|", "xor": "^"}
 _IGNORED = ("setmaxnreg.", "fence.", "griddepcontrol.", "wgmma.fence", "bar.sync")
 _PROGRAM_COUNTER = {"bra", "bra.uni", "ret"}
+_BULK = r"cp\.async\.bulk\.tensor\.2d\.shared::cluster\.global\.tile\.mbarrier::complete_tx::bytes"
 
 Step = Callable[[Any, list, np.ndarray], tuple[int, "np.ndarray | None"]]
 
@@ -419,13 +420,15 @@ def _cp(code: _Code, opcode: str, operands: list[str]) -> None:
         code.line(f"m.commit_copies({lanes})")
     elif opcode == "cp.async.wait_group":
         code.line(f"m.wait_copies({int(operands[0])}, {lanes})")
-    elif opcode.startswith("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx"):
+    elif match := re.fullmatch(_BULK + r"(\.multicast::cluster)?", opcode):
+        multicast = match[1]
         match = re.fullmatch(r"\[\s*(%\w+)\s*,\s*\{\s*(%\w+)\s*,\s*(%\w+)\s*\}\s*\]", operands[1])
         if match is None:
             raise NotImplementedError(operands[1])
         shared, barrier = code.address(operands[0], "u32"), code.address(operands[2], "u32")
         column, row = code.read(match[2], "s32"), code.read(match[3], "s32")
-        code.line(f"m.load_box({shared}, {code.read(match[1], 'u64')}, {column}, {row}, {barrier})")
+        blocks = code.read(operands[3], "u16") if multicast else "None"
+        code.line(f"m.load_box({shared}, {code.read(match[1], 'u64')}, {column}, {row}, {barrier}, {blocks})")
     else:
         raise NotImplementedError(opcode)
 
@@ -441,6 +444,20 @@ def _mbarrier(code: _Code, opcode: str, operands: list[str]) -> None:
     elif name == "mbarrier.try_wait.parity":  # the block begins only where the phase has ended
         code.write_scalar(operands[0], code.constant(np.bool_(True)), "pred")
     else:
+        raise NotImplementedError(opcode)
+
+
+def _mapa(code: _Code, opcode: str, operands: list[str]) -> None:
+    if opcode != "mapa.shared::cluster.u32":
+        raise NotImplementedError(opcode)
+    address, rank = (code.read(operand, "u32") for operand in operands[1:])
+    code.write_scalar(operands[0], f"m.address_in_cluster({address}, {rank})", "u32")
+
+
+def _barrier(code: _Code, opcode: str, operands: list[str]) -> None:
+    if opcode.startswith("barrier.cluster.arrive"):
+        code.line(f"m.arrive_at_cluster({code.lanes})")
+    elif not opcode.startswith("barrier.cluster.wait"):  # the block begins only where all have arrived
         raise NotImplementedError(opcode)
 
 
@@ -494,5 +511,5 @@ _FAMILIES: dict[str, Callable[[_Code, str, list[str]], None]] = {
     "cvt": _cvt, "cvta": _cvta,
     "ld": _ld, "st": _st, "shfl": _shfl, "vote": _vote, "match": _match, "mma": _mma,
     "ldmatrix": _ldmatrix, "stmatrix": _stmatrix,
-    "cp": _cp, "mbarrier": _mbarrier, "wgmma": _wgmma,
+    "cp": _cp, "mbarrier": _mbarrier, "mapa": _mapa, "barrier": _barrier, "wgmma": _wgmma,
 }  # fmt: skip

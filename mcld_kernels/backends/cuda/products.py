@@ -141,7 +141,7 @@ class TwoProductContrast:
         if self._takes_hopper(count):
             kernel = "hopper_similarity"
             tile_rows, tile_columns = constants["hopper_similarity_rows"], constants["hopper_similarity_columns"]
-            choice["skew"] = self.tuning.hopper_skew
+            choice["skew"], choice["cluster"] = self.tuning.hopper_skew, self.tuning.hopper_cluster
         else:
             tile_rows, splits = tuning.similarity_tile(self.tuning, constants, padded, self.columns, self.pitch)
             tile_columns = choice["tile"] = tile_rows

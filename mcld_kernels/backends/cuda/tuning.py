@@ -48,6 +48,8 @@ class CudaTuning(Tuning):
     hopper_blocks: int = 132  # of flash, whose shared memory leaves room for one block a multiprocessor
     # Slices that the second warpgroup of product 1 begins behind the first: to be decided by a clock (bench/NOTES.md).
     hopper_skew: int = 0
+    # Blocks of product 1 that load their candidates together, 1 or 2: to be decided by a clock, as above.
+    hopper_cluster: int = 1
     # Below as many tiles most multiprocessors are idle, and the portable kernels' smaller tiles do better.
     min_hopper_similarity_tiles: int = 132
     min_hopper_flash_tiles: int = 132
