@@ -33,6 +33,14 @@ SIMILARITY_SHAPES = [
     (200, 513, 321, -7),  # more slices than stages, positives before the first candidate
     (70, 300, 100, 290),  # positives past the last candidate
 ]
+# And the slices that the second warpgroup begins behind the first: one, half of the stages, all of them, and more than
+# there are. Blocks with several tiles.
+SKEWED_SHAPES = [
+    (129, 257, 65, 0, 1),
+    (200, 513, 321, -7, 2),
+    (129, 600, 70, 3, 4),
+    (300, 300, 20, 0, 2),
+]
 FLASH_SHAPES = [
     # splits last
     (1, 1, 1, 0, 1),
@@ -99,6 +107,11 @@ def check_similarity(module, shape, dtype, device="cpu", stream=0, skew=0):
     assert ((sums.double().sum(0) - total).abs() <= total * FP32).all()
 
 
+def check_skewed_similarity(module, shape, dtype, device="cpu", stream=0):
+    *shape, skew = shape
+    check_similarity(module, shape, dtype, device, stream, skew)
+
+
 def check_flash(module, shape, dtype, device="cpu", stream=0):
     torch.manual_seed(0)
     n, m, d, offset, splits = shape
@@ -134,10 +147,10 @@ def test_flash(emulated, shape, dtype):
     check_flash(emulated, shape, dtype)
 
 
-@pytest.mark.parametrize(("shape", "skew"), [((200, 513, 321, -7), 2), ((129, 600, 70, 3), 4), ((300, 300, 20, 0), 2)])
-def test_similarity_with_a_skew(emulated, shape, skew):
-    """Blocks with several tiles; a skew of half the stages, of more slices than there are, and with one slice."""
-    check_similarity(emulated, shape, torch.bfloat16, skew=skew)
+@pytest.mark.parametrize("dtype", PRECISION, ids=str)
+@pytest.mark.parametrize("shape", SKEWED_SHAPES, ids=str)
+def test_similarity_with_a_skew(emulated, shape, dtype):
+    check_skewed_similarity(emulated, shape, dtype)
 
 
 def test_similarity_takes_every_tile_once(emulated):
@@ -184,9 +197,13 @@ def test_the_backend_takes_them_and_stays_right(emulated, monkeypatch, poison, s
     assert (kernel in called) == (setting == "1")
 
 
-# On hardware each shape is a test of its own: what is wrong shows by the shapes that fail.
+# On hardware each shape is a test of its own: what is wrong shows by the shapes that fail. 512 tiles, and 632, are more
+# than there are blocks; 1 to 3 are the skews that calibration tries.
+LARGE_SHAPES = [(4096, 4096, 1000, 0), (1000, 20000, 300, 17)]
 ON_HOPPER = [
-    *((check_similarity, shape) for shape in [*SIMILARITY_SHAPES, (4096, 4096, 1000, 0), (1000, 20000, 300, 17)]),
+    *((check_similarity, shape) for shape in [*SIMILARITY_SHAPES, *LARGE_SHAPES]),
+    *((check_skewed_similarity, shape) for shape in SKEWED_SHAPES),
+    *((check_skewed_similarity, (*shape, skew)) for shape in LARGE_SHAPES for skew in (1, 2, 3)),
     *((check_flash, shape) for shape in [*FLASH_SHAPES, (4096, 4096, 100, 0, 4), (1000, 20000, 250, 17, 16)]),
 ]
 
