@@ -1,7 +1,8 @@
 """A small grid of the backends' kernels under compute-sanitizer: ``compute-sanitizer python bench/sanitize.py``.
 
 Shapes past tile edges, a width that is no multiple of 16 bytes, every direction and mask, both ways to shift the
-exponent, repeated runs compared bit by bit; the cheapest that reach another kernel first.
+exponent, repeated runs compared bit by bit; the cheapest that reach another kernel first, and forms of kernels that are
+off by default once.
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 must be set: PyTorch's allocator would put a stray access inside a live block.
 """
 
@@ -11,7 +12,9 @@ import argparse
 import itertools
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
@@ -39,10 +42,42 @@ SMALL = {
     "min_hopper_similarity_tiles": 1,
     "min_hopper_flash_tiles": 1,
 }
+# provider -> the shape that reaches the kernels, and what turns the form on.
+FORMS: dict[str, tuple[tuple[tuple[int, int], dict[str, Any]], ...]] = {
+    "cuda": (((70, 100), {"dependent_launches": True}),),
+    "hopper": (
+        ((70, 100), {"dependent_launches": True}),
+        ((65, 300), {"hopper_skew": 2}),
+        ((65, 300), {"hopper_cluster": 2}),
+    ),
+}
 PROVIDERS = ("torch", "triton", "cuda", "hopper")
 
 
-def main() -> int:
+class Combination(NamedTuple):
+    provider: str
+    batch: int
+    classes: int
+    dtype: torch.dtype
+    options: dict[str, Any]  # of the loss
+    fields: dict[str, Any]  # of the backend's Tuning, beside SMALL
+
+    def __str__(self) -> str:
+        fields = f", {self.fields}" if self.fields else ""
+        return f"{self.provider}, {self.batch} x {self.classes}, {self.dtype}, {self.options}{fields}"
+
+
+def combinations(providers: Sequence[str]) -> Iterator[Combination]:
+    """The grid and, once in it, the forms of a provider."""
+    for options, dtype, (batch, classes) in itertools.product(OPTIONS, DTYPES, SHAPES):
+        for provider in providers:
+            yield Combination(provider, batch, classes, dtype, options, {})
+            for shape, fields in FORMS.get(provider, ()):
+                if shape == (batch, classes) and dtype == torch.bfloat16 and not options:
+                    yield Combination(provider, batch, classes, dtype, options, fields)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the grid; returns one of the exit codes of ``--help``."""
     parser = argparse.ArgumentParser(description="Run the backends on a small grid.", epilog=EXIT_CODES)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
@@ -51,7 +86,7 @@ def main() -> int:
         help=f"of {', '.join(PROVIDERS)} (default: all)",
     )  # fmt: skip
     parser.add_argument("--seconds", type=float, default=600, help="after which no combination is begun")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         print("sanitize: this machine, or this build of torch, has no CUDA device", file=sys.stderr)
@@ -59,29 +94,29 @@ def main() -> int:
     torch.manual_seed(0)
     deadline = time.monotonic() + options.seconds
     ran = differing = left = 0
-    for loss_options, dtype, (batch, classes) in itertools.product(OPTIONS, DTYPES, SHAPES):
+    for combination in combinations(options.providers):
+        provider, batch, classes, dtype, loss_options, fields = combination
         student = torch.randn(batch, classes, device=device, dtype=dtype)
         teacher = torch.randn(batch, classes, device=device, dtype=dtype)
         target = torch.randint(min(classes, 10), (batch,), device=device)
-        for provider in options.providers:
-            name = "cuda" if provider == "hopper" else provider
-            if backends.unsupported_reason(name, student, teacher, False) is not None:
-                continue
-            if time.monotonic() > deadline:
-                left += 1
-                continue
-            print(f"{provider}, {batch} x {classes}, {dtype}, {loss_options}", flush=True)
-            results = []
-            for _ in range(2):
-                leaf = student.clone().requires_grad_()
-                with backends.tuned(hopper=provider == "hopper", **SMALL):
-                    loss = mcld_kernels.mcld_loss(leaf, teacher, target, backend=name, **loss_options)
-                results.append((loss.detach(), torch.autograd.grad(loss, leaf)[0]))
-            repeatable = all(torch.equal(a, b) for a, b in zip(*results))
-            ran += 1
-            differing += not repeatable
-            if not repeatable:
-                print("  two runs differ")
+        name = "cuda" if provider == "hopper" else provider
+        if backends.unsupported_reason(name, student, teacher, False) is not None:
+            continue
+        if time.monotonic() > deadline:
+            left += 1
+            continue
+        print(combination, flush=True)
+        results = []
+        for _ in range(2):
+            leaf = student.clone().requires_grad_()
+            with backends.tuned(hopper=provider == "hopper", **SMALL, **fields):
+                loss = mcld_kernels.mcld_loss(leaf, teacher, target, backend=name, **loss_options)
+            results.append((loss.detach(), torch.autograd.grad(loss, leaf)[0]))
+        repeatable = all(torch.equal(a, b) for a, b in zip(*results))
+        ran += 1
+        differing += not repeatable
+        if not repeatable:
+            print("  two runs differ")
     print(f"{ran} combinations ran, {differing} were not repeatable, {left} were left for want of time")
     return Exit.FAILED if differing or not ran else Exit.OK
 

@@ -17,6 +17,8 @@ from bench.harness import machine, programs  # noqa: E402
 from bench.harness.programs import Exit  # noqa: E402
 from bench.harness.report import mebibytes, seconds  # noqa: E402
 
+CLOCKS = {"kernels_time": " (kernels)", "graph_time": " (graph)"}  # by which a fraction goes in place of the call's
+
 
 def markdown(*runs: dict[str, Any]) -> str:
     """One line a measured row of each run; machine, load, versions and commit below."""
@@ -41,7 +43,7 @@ def markdown(*runs: dict[str, Any]) -> str:
                 _ratio(
                     row["memory_over_reference"], "{:.2f}x" if (row["memory_over_reference"] or 1) >= 0.1 else "{:.1g}x"
                 ),
-                _ratio(row["fraction_of_gemm"], "{:.0%}"),
+                _ratio(row["fraction_of_gemm"], "{:.0%}" + CLOCKS.get(row.get("fraction_by"), "")),
             ]
         lines.append("| " + " | ".join(cells) + " |")
     captions = dict.fromkeys(f"{machine.caption(run)}." for run in runs)

@@ -250,9 +250,9 @@ def test_choosing_providers():
 
 
 def test_a_provider_with_fields_of_its_tuning(monkeypatch):
-    names = "torch:chunk_bytes=4096,hopper:hopper_skew=2+library_product=False,reference"
+    names = "triton:product_stages=4,torch:chunk_bytes=4096,hopper:hopper_skew=2+library_product=False,reference"
     assert [provider.name for provider in providers.choose(names)] == [
-        "reference", "torch:chunk_bytes=4096", "hopper:hopper_skew=2+library_product=False",
+        "reference", "triton:product_stages=4", "torch:chunk_bytes=4096", "hopper:hopper_skew=2+library_product=False",
     ]  # fmt: skip
     assert not any(":" in provider.name for provider in providers.choose(None)), "of one call alone"
     chosen = []
@@ -262,7 +262,8 @@ def test_a_provider_with_fields_of_its_tuning(monkeypatch):
     case = run.cases.Case(batch=4, classes=3)
     providers.choose("torch:chunk_bytes=4096")[0].make(case, logits, logits, torch.arange(4) % 3)()
     assert chosen == [{"hopper": False, "chunk_bytes": 4096}]
-    for wrong in ("compile:x=1", "hopper:nothing=1", "hopper:hopper_skew=two", "hopper:hopper=True", "torch:"):
+    wrong_fields = ("hopper:nothing=1", "hopper:hopper_skew=two", "hopper:hopper=True", "triton:product_stages=0")
+    for wrong in ("compile:x=1", "torch:", *wrong_fields):
         with pytest.raises(ValueError, match=wrong.partition(":")[0]):
             providers.choose(wrong)
 

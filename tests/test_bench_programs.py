@@ -21,6 +21,7 @@ from bench import correct, faults, gpu_report, run, step, table
 from bench.harness import (
     gate,
     global_batch,
+    goals,
     host,
     machine,
     measure,
@@ -69,6 +70,33 @@ class TestReport:
         assert "1 s ~" in printed(self.row(samples=(1.0, 1.0, 1.0, 2.0, 2.0)))
         assert "unsteady: p80 / p20 above 1.5" in printed(self.row(samples=(1.0, 1.0, 1.0, 2.0, 2.0)))
         assert "~" not in printed(self.row())
+
+    @pytest.mark.parametrize(
+        "kernels, replay, clock, mark, words",
+        [
+            (None, None, "time", "", ""),
+            (0.25, None, "kernels_time", " k", " (kernels)"),
+            (0.25, 0.2, "graph_time", " g", " (graph)"),
+            (0.25, 0.3, "kernels_time", " k", " (kernels)"),
+        ],
+    )
+    def test_the_fraction_of_the_ceiling_is_by_the_kernels_own_time(self, kernels, replay, clock, mark, words):
+        """A GEMM's speed has no launches in it; a call may be nothing else."""
+        times = {"kernels": kernels, "replay": replay}
+        row = self.row(**{name: None if time is None else timing.Times((time,) * 3) for name, time in times.items()})
+        record = row.record()
+        seconds = min(time for time in (1.0, kernels, replay) if time is not None)
+        assert record["fraction_of_gemm"] == pytest.approx(self.case.flop / seconds / 1e12)
+        assert record["fraction_by"] == clock and record["flop_per_s"] == self.case.flop / 1.0
+        assert record["fraction_of_gemm"] == goals.of_gemm(record, {}), "as a goal says it"
+        shown, percent = printed(row), f"{100 * row.of_ceiling:.0f}%"
+        assert f"{percent}{mark} " in shown and (report.CLOCK_NOTE in shown) == bool(mark)
+        assert report._flat(record)["fraction_by"] == clock
+        run = {"rows": [record], "machine": machine.describe(CPU), "versions": machine.versions(), "started": ""}
+        run |= machine.commit()
+        assert f"| {percent}{words} |" in table.markdown(run)
+        del record["fraction_by"]  # as in runs that were recorded before
+        assert f"| {percent} |" in table.markdown(run)
 
     def test_a_reason_is_printed_under_the_first_case_only(self):
         rows = [self.row(), measure.Row(self.case, "cuda", reason="there is no CUDA device")]

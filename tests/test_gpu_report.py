@@ -9,12 +9,13 @@ import tarfile
 import time
 from pathlib import Path
 
+import csrc_host
 import pytest
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # bench is not installed
 
-from bench import correct, faults, gpu_report, publish
+from bench import correct, faults, gpu_report, publish, sanitize
 from bench.harness import commands, forms, goals, live, ncu, phases, providers
 from bench.harness.cases import Case
 from bench.harness.commands import Machine
@@ -22,6 +23,7 @@ from bench.harness.phases import Phase
 from bench.harness.programs import Exit
 from mcld_kernels.backends import forms as calibrated
 from mcld_kernels.backends import timings
+from mcld_kernels.backends.cuda import extension
 
 ROOT = Path(__file__).resolve().parent.parent
 HOPPER = Machine(capability=(9, 0), workers=4)
@@ -359,6 +361,46 @@ def test_checks_that_did_not_end_are_named(tmp_path):
     record = commands.read_errors(path)
     assert record["unfinished"] == ["cuda: b"] and record["failed"] == {"a": "error 3 times what is allowed"}
     assert record["largest_error_of_allowed"] == {"float32 high": 3.0}
+
+
+def test_a_sanitizer_sees_forms_that_are_off_by_default(monkeypatch, capsys):
+    """In emulation, the forms and what they differ from alone."""
+    if csrc_host.compiler() is None:
+        pytest.skip("needs a C++ compiler")
+    module, launched = csrc_host.load(), []
+
+    class Spy:
+        def __getattr__(self, name):
+            function = getattr(module, name)
+            if name not in ("low_latency", "hopper_similarity"):
+                return function
+
+            def launch(**fields):
+                keys = ("dependent",) if name == "low_latency" else ("skew", "cluster")
+                launched.append((name, *(fields[key] for key in keys)))
+                return function(**fields)
+
+            return launch
+
+    monkeypatch.setattr(sanitize, "OPTIONS", ({},))
+    monkeypatch.setattr(sanitize, "DTYPES", (torch.bfloat16,))
+    monkeypatch.setattr(sanitize, "SHAPES", ((70, 100), (65, 300)))
+    with extension.use(Spy()):
+        assert sanitize.main(["--device", "cpu", "--providers", "cuda", "hopper"]) == Exit.OK
+    assert {("low_latency", True), ("low_latency", False)} <= set(launched)
+    assert {("hopper_similarity", *form) for form in ((0, 1), (2, 1), (0, 2))} <= set(launched)
+    shown = capsys.readouterr().out
+    assert shown.count("{'dependent_launches': True}") == 2 and shown.count("{'hopper_skew': 2}") == 1
+    assert shown.count("{'hopper_cluster': 2}") == 1
+
+
+def test_forms_stand_once_in_the_grid_of_a_sanitizer():
+    grid = list(sanitize.combinations(sanitize.PROVIDERS))
+    with_fields = [combination for combination in grid if combination.fields]
+    assert len(with_fields) == sum(map(len, sanitize.FORMS.values())) == 4
+    plain = len(sanitize.OPTIONS) * len(sanitize.DTYPES) * len(sanitize.SHAPES) * len(sanitize.PROVIDERS)
+    assert len(grid) == plain + 4
+    assert max(grid.index(combination) for combination in with_fields) < len(grid) / 4, "before time runs out"
 
 
 def test_what_a_sanitizer_and_ncu_print_is_read():

@@ -33,6 +33,14 @@ SIMILARITY_SHAPES = [
     (200, 513, 321, -7),  # more slices than stages, positives before the first candidate
     (70, 300, 100, 290),  # positives past the last candidate
 ]
+# And the slices that the second warpgroup begins behind the first: one, half of the stages, all of them, and more than
+# there are. Blocks with several tiles.
+SKEWED_SHAPES = [
+    (129, 257, 65, 0, 1),
+    (200, 513, 321, -7, 2),
+    (129, 600, 70, 3, 4),
+    (300, 300, 20, 0, 2),
+]
 FLASH_SHAPES = [
     # splits last
     (1, 1, 1, 0, 1),
@@ -99,6 +107,11 @@ def check_similarity(module, shape, dtype, device="cpu", stream=0, skew=0, clust
     assert ((sums.double().sum(0) - total).abs() <= total * FP32).all()
 
 
+def check_form_of_similarity(module, shape, dtype, device="cpu", stream=0):
+    *shape, skew, cluster = shape
+    check_similarity(module, shape, dtype, device, stream, skew, cluster)
+
+
 def check_flash(module, shape, dtype, device="cpu", stream=0):
     torch.manual_seed(0)
     n, m, d, offset, splits = shape
@@ -135,11 +148,11 @@ def test_flash(emulated, shape, dtype):
     check_flash(emulated, shape, dtype)
 
 
-@pytest.mark.parametrize(("shape", "skew"), [((200, 513, 321, -7), 2), ((129, 600, 70, 3), 4), ((300, 300, 20, 0), 2)])
+@pytest.mark.parametrize("dtype", PRECISION, ids=str)
+@pytest.mark.parametrize("shape", SKEWED_SHAPES, ids=str)
 @pytest.mark.parametrize("cluster", [1, 2])
-def test_similarity_with_a_skew(emulated, cluster, shape, skew):
-    """Blocks with several tiles; a skew of half the stages, of more slices than there are, and with one slice."""
-    check_similarity(emulated, shape, torch.bfloat16, skew=skew, cluster=cluster)
+def test_similarity_with_a_skew(emulated, cluster, shape, dtype):
+    check_form_of_similarity(emulated, (*shape, cluster), dtype)
 
 
 @pytest.mark.parametrize("cluster", [1, 2])
@@ -204,9 +217,15 @@ def test_the_backend_with_them_stays_right(emulated, monkeypatch, poison, settin
     assert clusters <= {cluster} and bool(clusters) == (setting == "1" and kernel == "hopper_similarity")
 
 
-# On hardware each shape is a test of its own: what is wrong shows by the shapes that fail.
+# On hardware each shape is a test of its own: what is wrong shows by the shapes that fail. 512 tiles, and 632, are more
+# than there are blocks; 1 to 3 are the skews that calibration tries.
+LARGE_SHAPES = [(4096, 4096, 1000, 0), (1000, 20000, 300, 17)]
 ON_HOPPER = [
-    *((check_similarity, shape) for shape in [*SIMILARITY_SHAPES, (4096, 4096, 1000, 0), (1000, 20000, 300, 17)]),
+    *((check_similarity, shape) for shape in [*SIMILARITY_SHAPES, *LARGE_SHAPES]),
+    *((check_form_of_similarity, (*shape, cluster)) for shape in SKEWED_SHAPES for cluster in (1, 2)),
+    *((check_form_of_similarity, (*shape, 0, 2)) for shape in [*SIMILARITY_SHAPES, *LARGE_SHAPES]),
+    *((check_form_of_similarity, (*shape, skew, 1)) for shape in LARGE_SHAPES for skew in (1, 2, 3)),
+    *((check_form_of_similarity, (*shape, 2, 2)) for shape in LARGE_SHAPES),
     *((check_flash, shape) for shape in [*FLASH_SHAPES, (4096, 4096, 100, 0, 4), (1000, 20000, 250, 17, 16)]),
 ]
 

@@ -90,6 +90,19 @@ class TestReasons:
             assert Configs(TritonTuning(chunk_bytes=budget)).chunk_rows(4096, 2 * 4096) == rows
 
 
+class TestProductStages:
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+    def test_they_take_the_place_of_the_tables(self, dtype):
+        own = Configs(TritonTuning(chunk_bytes=1, architecture="sm_90")).product(dtype)
+        other = Configs(TritonTuning(chunk_bytes=1, architecture="sm_90", product_stages=4)).product(dtype)
+        assert own.stages == 3 and other == own._replace(stages=4)
+
+    @pytest.mark.parametrize("stages", [0, -1, True, 2.0, "3"])
+    def test_what_is_no_number_of_stages(self, stages):
+        with pytest.raises(ValueError, match=f"product_stages must be a whole number .* got {stages!r}"):
+            TritonTuning(chunk_bytes=1, product_stages=stages)
+
+
 class TestAutotuning:
     """Timing needs a GPU; which launch is taken does not."""
 
@@ -124,6 +137,12 @@ class TestAutotuning:
         with backends.tuned(blocks=Launch(128, 128, 128)):
             check("triton", "cpu", "random", 70, 40, torch.float32, draws=1)
         assert not bench
+
+    def test_stages_that_are_given_are_not_timed_against_others(self, bench, path, monkeypatch):  # noqa: F811
+        monkeypatch.setenv("MCLD_AUTOTUNE", "1")
+        with backends.tuned(product_stages=2):
+            check("triton", "cpu", "random", 70, 40, torch.float32, draws=1)
+        assert not any(key[0] == "similarity" for key in autotune.fastest)
 
     def test_the_fastest_is_kept(self, bench, path, monkeypatch):  # noqa: F811
         monkeypatch.setenv("MCLD_AUTOTUNE", "1")

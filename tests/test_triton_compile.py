@@ -24,6 +24,9 @@ PYTHONS = [sys.executable, *filter(None, os.environ.get("MCLD_TRITON_PYTHONS", "
 COMPILER = Path(__file__).with_name("triton_compiler.py")
 # Shared memory of a block, in bytes. Generation 8 of the tables also serves GPUs with 99 KB (sm_86, sm_89, sm_120).
 SHARED = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10, "gfx942": 64 << 10, "gfx950": 160 << 10}
+# A multiprocessor of compute capability 9.0, of whose shared memory each block reserves a kilobyte beside its own.
+SHARED_OF_ALL_BLOCKS, RESERVED = 228 << 10, 1 << 10
+REGISTERS = 1 << 16
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", "gfx942": "v_mfma_", "gfx950": "v_mfma_"}
 # Whose rows of the tables are compiled for an architecture: of two rows for one launch the later one counts.
 ROWS = {80: ("sm_80",), 90: ("sm_90",), 100: ("sm_90", "sm_100"), "gfx942": ("gfx942",), "gfx950": ("gfx950",)}
@@ -56,12 +59,15 @@ KERNELS = {
 
 def compile_all(python, architecture, cache):
     """Reports of the kernels of every case; those without a product in all forms for one architecture alone."""
+    few = [] if architecture == ALL_FORMS else ["--few"]
+    return compiled(python, cache, *few, str(architecture), *AMD_CASES.get(architecture, ()))
+
+
+def compiled(python, cache, *arguments):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(cache)
     environment["PYTHONPATH"] = os.pathsep.join([str(COMPILER.parents[1]), environment.get("PYTHONPATH", "")])
-    few = [] if architecture == ALL_FORMS else ["--few"]
-    command = [python, str(COMPILER), *few, str(architecture), *AMD_CASES.get(architecture, ())]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run([python, str(COMPILER), *arguments], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -123,6 +129,45 @@ def test_compiled_kernels(python, architecture, tmp_path):
     }
     wrong = [f"{fault}: {described(r)}" for fault, kernels in faults.items() for r in kernels]
     assert not wrong, "\n".join(wrong)
+
+
+def of_rows(reports):
+    """The products of the row terms by default: 16 bits, a fixed shift, no sums of columns, added to nothing."""
+    special = ("online", "columns", "accumulate")
+    return [
+        r
+        for r in reports
+        if r["kernel"] in ("product_kernel", "similarity_kernel")
+        and r["dtype"] in ("*bf16", "*fp16")
+        and all(r.get(option, "False") == "False" for option in special)
+    ]
+
+
+def blocks_of_a_multiprocessor(report):
+    """Blocks that fit at once by shared memory and by registers, which a warp takes 256 at a time."""
+    of_a_warp = -(-32 * report["reg"] // 256) * 256
+    return (
+        SHARED_OF_ALL_BLOCKS // (report["shared"] + RESERVED),
+        REGISTERS // (report["num_warps"] * of_a_warp),
+    )
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+@pytest.mark.parametrize("stages, blocks", [(None, 2), (4, 1)], ids=["default", "4 stages"])
+def test_blocks_of_the_products_on_a_multiprocessor_of_sm_90(python, stages, blocks, tmp_path):
+    """Two of the default's 3 stages; 4 stages fit, and leave room for one: a clock decides."""
+    options = [] if stages is None else ["--product-stages", str(stages)]
+    products = of_rows(compiled(python, tmp_path, "--products", *options, "90", "bf16"))
+    # One that reads what a split-k product has summed loads no operand.
+    loading = [r for r in products if r.get("split_k") != "True"]
+    assert {r["kernel"] for r in loading} == {"product_kernel", "similarity_kernel"}
+    for report in products:
+        assert report["num_stages"] == (stages or 3)
+        assert report["shared"] <= SHARED[90], described(report)
+        by_shared, by_registers = blocks_of_a_multiprocessor(report)
+        assert by_registers >= 2, described(report)
+        if report in loading:
+            assert by_shared == blocks, described(report)
 
 
 def described(report):

@@ -1,9 +1,10 @@
 """Compile, without a GPU, every kernel that the "triton" backend launches. A program of its own: an interpreted kernel
 does not compile, so it must run without TRITON_INTERPRET.
 
-    python triton_compiler.py [--few] ARCHITECTURE CASE...     (80, 90, 100, gfx942 or gfx950; the names of CASES)
+    python triton_compiler.py [OPTION...] ARCHITECTURE CASE...     (80, 90, 100, gfx942 or gfx950; the names of CASES)
 
-With --few a kernel without a product is compiled once for each type, in its first form alone.
+With --few a kernel without a product is compiled once for each type, in its first form alone; with --products none is.
+--product-stages: a field of the tuning.
 
 The backend itself runs, on meta tensors; a launch is compiled instead, with the types, constants and alignment that it
 has. Prints one JSON object for each distinct kernel.
@@ -11,10 +12,10 @@ has. Prints one JSON object for each distinct kernel.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,8 +126,8 @@ def bind(kernel: JITFunction, args: tuple[Any, ...], options: dict[str, Any]) ->
 
 
 class Compiler:
-    def __init__(self, architecture: str, few: bool):
-        self.architecture, self.few = architecture, few
+    def __init__(self, architecture: str, few: bool, products: bool = False):
+        self.architecture, self.few, self.products = architecture, few, products
         if architecture in AMD:
             self.target = GPUTarget("hip", architecture, 64)
         else:
@@ -136,6 +137,8 @@ class Compiler:
 
     def launch(self, kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         """Stands in for JITFunction.run."""
+        if self.products and kernel.__name__ not in PRODUCTS:
+            return
         bound = bind(kernel, args, options)
         options = {k: v for k, v in options.items() if k not in kernel.arg_names}
         signature, constants, attributes = bound.signature, bound.constants, bound.attributes
@@ -226,16 +229,21 @@ def run(case: str, tuning: TritonTuning) -> None:
 
 
 def main() -> None:
-    arguments = sys.argv[1:]
-    few = arguments[0] == "--few"
-    if few:
-        del arguments[0]
-    compiler = Compiler(arguments[0], few)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--few", action="store_true")
+    parser.add_argument("--products", action="store_true")
+    parser.add_argument("--product-stages", type=int)
+    parser.add_argument("architecture")
+    parser.add_argument("cases", nargs="*")
+    arguments = parser.parse_args()
+    compiler = Compiler(arguments.architecture, arguments.few, arguments.products)
     name = compiler.architecture if compiler.architecture in AMD else f"sm_{compiler.architecture}"
     # No product is the library's: on a GPU it takes some, and these kernels must be good as well.
-    tuning = TritonTuning(chunk_bytes=128 << 20, architecture=name, library_product=False)
+    tuning = TritonTuning(
+        chunk_bytes=128 << 20, architecture=name, library_product=False, product_stages=arguments.product_stages
+    )
     JITFunction.run = lambda kernel, *args, **kwargs: compiler.launch(kernel, *args, **kwargs)
-    for case in arguments[1:] or CASES:
+    for case in arguments.cases or CASES:
         compiler.case = case
         run(case, tuning)
 

@@ -23,6 +23,9 @@ FORMS: dict[Case, tuple[str, ...]] = {
         "hopper:one_epilogue=False",
         "triton:library_product=False",
         "triton:library_product=True",
+        "triton:product_stages=3",
+        "triton:product_stages=4",
+        "triton:library_product=False+product_stages=4",
     ),
     Case(16384, 1000, "bfloat16", ROWS): (
         "hopper",

@@ -32,6 +32,12 @@ PLAIN = ("time",)
 KERNELS = ("kernels_time", "graph_time", "time")
 
 
+def best_clock(record: Record) -> str | None:
+    """The field of the kernels' own time of a row where a clock has it, else the plain one's; None without a time."""
+    measured = (field for field in KERNELS if record.get(field))
+    return min(measured, key=lambda field: float(record[field]["median_s"]), default=None)
+
+
 def best_time(record: Record) -> float | None:
     """The kernels' own time of a row where a clock has it, else the plain one."""
     return _time(record, *KERNELS)

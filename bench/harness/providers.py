@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import dataclasses
 import functools
 import importlib
 import importlib.util
@@ -206,19 +207,25 @@ def tuned_backend(name: str) -> Provider:
     known = {"triton": "triton", "cuda": "cuda", "hopper": "cuda", "torch": "torch"}
     if shown not in known:
         raise ValueError(f"{name}: only {', '.join(known)} have tuning fields")
-    types = typing.get_type_hints(importlib.import_module(f"mcld_kernels.backends.{known[shown]}").TUNING)
+    tuning = importlib.import_module(f"mcld_kernels.backends.{known[shown]}").TUNING
+    types = typing.get_type_hints(tuning)
     fields: dict[str, Any] = {}
     for item in text.split("+"):
         field, _, value = item.partition("=")
-        if types.get(field) is int and value.lstrip("-").isdecimal():
+        if types.get(field) in (int, int | None) and value.lstrip("-").isdecimal():
             fields[field] = int(value)
         elif types.get(field) in (bool, bool | None) and value in ("True", "False"):
             fields[field] = value == "True"
         else:
-            numbers = [key for key, kind in types.items() if kind in (int, bool, bool | None)]
+            numbers = [key for key, kind in types.items() if kind in (int, int | None, bool, bool | None)]
             raise ValueError(f"{name}: write field=value with a whole number, or True or False; {', '.join(numbers)}")
     if fields.pop("hopper", None) is not None:
         raise ValueError(f"{name}: the providers cuda and hopper differ by the field hopper")
+    required = {field.name: 0 for field in dataclasses.fields(tuning) if field.default is dataclasses.MISSING}
+    try:
+        tuning(**required | fields)
+    except ValueError as fault:
+        raise ValueError(f"{name}: {fault}") from None
     return _backend(known[shown], f"{shown} with {text}", hopper=shown == "hopper", shown=name, **fields)
 
 

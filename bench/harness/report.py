@@ -24,6 +24,8 @@ from bench.harness.screen import say
 from bench.harness.timing import UNSTEADY, Times
 
 SCHEMA = 2
+CLOCK_MARKS = {"time": "", "kernels_time": " k", "graph_time": " g"}  # beside a fraction of a ceiling
+CLOCK_NOTE = "k: by the time of the kernels with launches hidden; g: by that of a graph's replay"
 UNSTEADY_NOTE = f"~ unsteady: p80 / p20 above {UNSTEADY:g}"
 
 
@@ -53,6 +55,10 @@ def _median(times: Times | None) -> str:
     return "" if times is None else seconds(times.median) + ("" if times.is_steady else " ~")
 
 
+def _of_ceiling(row: Row) -> str:
+    return _percent(row.of_ceiling) + ("" if row.of_ceiling is None else CLOCK_MARKS[row.clock or "time"])
+
+
 def _spread(times: Times | None) -> str:
     return "" if times is None else f"{seconds(times.quantile(0.2))} .. {seconds(times.quantile(0.8))}"
 
@@ -78,7 +84,7 @@ def _columns(rows: Sequence[Row], device_type: str) -> list[Column]:
         Column("peak\nMiB", lambda row: mebibytes(row.memory.get("allocator")), 7),
         Column("memory\nvs eager", lambda row: _ratio(row.memory_ratio), 4),
         Column("Gflop/s", lambda row: "" if row.flops is None else f"{row.flops / 1e9:,.0f}", 2),
-        Column("of\nGEMM" if gemm_bound else "of\ncopy", lambda row: _percent(row.of_ceiling), 5),
+        Column("of\nGEMM" if gemm_bound else "of\ncopy", _of_ceiling, 5),
     ]
     if device_type == "cuda" and any(row.replay or row.kernels for row in rows):
         columns += [
@@ -164,6 +170,8 @@ class Report:
         self.screen.print(table)
         if any(row.times is not None and not row.times.is_steady for row in rows):
             self._note(UNSTEADY_NOTE)
+        if any(isinstance(row, Row) and CLOCK_MARKS[row.clock or "time"] for row in rows):
+            self._note(CLOCK_NOTE)
         if left_out:
             self._note(f"left out at {self.screen.width} columns, see the CSV: {', '.join(left_out)}")
 
@@ -219,6 +227,7 @@ _CSV = (
     "batch", "classes", "dtype", "terms", "mode", "provider", "status", "reason", "gate_ratio", "median_ms", "p20_ms",
     "p80_ms", "rounds", "kernels_ms", "graph_ms", "first_call_s", "peak_extra_mib", "peak_resident_mib", "gflop_per_s",
     "fraction_of_gemm", "speedup_over_reference", "memory_over_reference", "loss", "steady", "fraction_of_copy",
+    "fraction_by",
 )  # fmt: skip
 
 
@@ -269,4 +278,5 @@ def _flat(record: dict[str, Any]) -> dict[str, Any]:
         "loss": record.get("loss", "mcld"),
         "steady": (record.get("time") or {}).get("steady"),
         "fraction_of_copy": _scaled(record.get("fraction_of_copy"), 1),
+        "fraction_by": record.get("fraction_by"),
     }

@@ -66,6 +66,9 @@ FORMS = (
     Form(candidates=("hopper",), field="hopper_cluster", values=(2,), matters=lambda x: x.two_products),
     Form(candidates=("hopper",), field="library_product", values=(False,), matters=lambda x: x.two_products),
     Form(candidates=("triton",), field="library_product", values=(False, True), matters=lambda x: x.two_products),
+    # The tables have 3 on sm_90 and 4 of half the depth for 16-bit operands on sm_80. Where 4 do not fit shared memory,
+    # Triton's error rejects the form.
+    Form(candidates=("triton",), field="product_stages", values=(3, 4), matters=lambda x: x.two_products),
     Form(
         candidates=("cuda",),
         field="library_product",

@@ -142,6 +142,9 @@ class TritonTuning(Tuning):
     blocks: Launch | None = None  # of every kernel, in place of the tables
     flash_pitch: int | None = None  # the longest padded row that the flash kernel takes, a power of two
     library_product: bool | None = None  # the library's GEMM computes the second product of the two-product path
+    # Stages in which either product of the two-product path loads its operands, without autotuning: to be decided by a
+    # clock (bench/NOTES.md). More hide more of a load's latency and leave less shared memory to a second block.
+    product_stages: int | None = None
     whole_row: int = 2048  # the longest row that grad_epilogue holds in registers
     min_span: int = 512  # the least part of a longer row, or of a split contraction, that a program sums
     max_splits: int = 64  # the most parts of a longer row
@@ -151,6 +154,13 @@ class TritonTuning(Tuning):
     autotune: bool = False
     flash_alternatives: tuple[Launch, ...] = FLASH_ALTERNATIVES
     product_alternatives: tuple[Launch, ...] = PRODUCT_ALTERNATIVES
+
+    def __post_init__(self) -> None:
+        stages = self.product_stages
+        if stages is not None and (type(stages) is not int or stages < 1):
+            raise ValueError(
+                f"product_stages must be a whole number of at least 1, or None for those of the tables; got {stages!r}"
+            )
 
 
 def _power_of_2(value: int) -> int:
@@ -205,7 +215,8 @@ class Configs:
 
     def product(self, operand_dtype: torch.dtype) -> Launch:
         """Blocks of either product of the two-product path."""
-        return self.tuning.blocks or self._row(PRODUCT, self._kind(operand_dtype))
+        launch, stages = self.tuning.blocks or self._row(PRODUCT, self._kind(operand_dtype)), self.tuning.product_stages
+        return launch if stages is None else launch._replace(stages=stages)
 
     def library_product(self, operand: Tensor, acc_dtype: torch.dtype) -> bool:
         """True if the library's GEMM computes the second product: on a GPU, unless fp32 must be as accurate as IEEE."""

@@ -347,6 +347,7 @@ class TwoProductContrast:
         stored = args.anchor_grad or args.candidate_grad
         kind = operands.device, operands.dtype, configs.precision(operands.dtype), operands.shape[1]
         key = "similarity", *kind, args.mask is None, stored, args.reverse
-        default, tuning = configs.product(operands.dtype), configs.tuning
-        launch = autotune.choose(tuning, key, default, tuning.product_alternatives, trial)
+        launch, tuning = configs.product(operands.dtype), configs.tuning
+        if tuning.product_stages is None:
+            launch = autotune.choose(tuning, key, launch, tuning.product_alternatives, trial)
         return _Chunk(args, self._step, launch, configs)
