@@ -10,12 +10,16 @@ import sys
 from pathlib import Path
 
 import pytest
-import test_bench_cases
 import torch
+
+pytest.importorskip("psutil", reason="psutil is not installed: the benchmark is not tested")
+pytest.importorskip("rich", reason="rich is not installed: the benchmark is not tested")
+pytest.importorskip("matplotlib", reason="matplotlib, with pillow, is not installed: the benchmark is not tested")
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # bench is not installed
+
+import test_bench_cases
 from rich.console import Console
 from test_bench_cases import printed, provider
-
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # bench is not installed
 
 from bench import correct, faults, gpu_report, run, step, table
 from bench.harness import (
