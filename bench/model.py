@@ -32,6 +32,8 @@ from mcld_kernels.backends.chunks import CHUNK_MB, CUDA_WAVE_MB  # noqa: E402
 from mcld_kernels.backends.cuda import tuning  # noqa: E402
 
 ROWS = ("instance", "sample")
+# The kernels that are not this package's: the library's product, and the multiplication by the upstream gradient.
+GEMM, UPSTREAM = "GEMM", "multiplication"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,20 +65,24 @@ ASSUMPTIONS = (
     ("graph_launch_s", "1.2 us between two kernels of a graph: assumed"),
     ("latency_s", "1.5 us that a kernel takes however little it does: assumed"),
     ("instructions", "product 1: 993 a warp and tile after its products; flash: 380 a warp and tile of 128 candidates "
-                     "(SASS of nvcc 13.0 for sm_90a; .ci/check_cuda.py)"),
+                     "(SASS of nvcc 13.0 for sm_90a; .ci/check_cuda.py asserts at most 1,000 and 384)"),
     ("tiles", "product 1 and the library's GEMM: 128 x 256; flash: 128 anchors, 128 candidates up to a pitch of 128, "
               "else 64 (csrc/constants.h; the library's is assumed)"),
     ("flash_efficiency", "0.9 of a GEMM's speed where products bind: assumed; FlashAttention-3 (Shah et al. 2024, "
                          "arXiv 2407.08608) reports up to 740 Tflop/s forward in fp16 on an H100"),
+    ("one block", "reduce_terms, a kernel of one block, reads 32 bytes a clock: assumed"),
+    ("traffic", "each kernel reads its operands, and for an anchor a row of class means, and writes its results once, "
+                "in device memory; what it reads again comes from a cache"),
     ("overlap", "flash: exponentials and issue beside the products; product 1: its epilogue after them"),
 )  # fmt: skip
 
 PRODUCT_TILE = 128, 256
 PRODUCT_EPILOGUE, PRODUCT_WARPS = 993, 8
 FLASH_ANCHORS, FLASH_INSTRUCTIONS, FLASH_WARPS, FLASH_EXTRA_TILES = 128, 380, 8, 2
+FLASH_COLUMNS = {64: 128, 128: 128, 256: 64}  # candidates of a tile by pitch
 FLASH_PITCH, LOW_LATENCY = 256, 1024  # up to here flash, and the low-latency path, are taken
 FLASH_EFFICIENCY = 0.9
-LOW_LATENCY_LAUNCHES = 5
+ONE_BLOCK_BYTES_PER_CLOCK = 32
 TUNING = tuning.CudaTuning(
     chunk_bytes=CHUNK_MB["cuda"] << 20,
     wave_bytes=CUDA_WAVE_MB << 20,
@@ -140,6 +146,16 @@ def _memory(machine: Machine, name: str, bytes_moved: float) -> Step:
     return Step(name=name, memory=bytes_moved / machine.copy_bytes_per_s, latency=machine.latency_s)
 
 
+def _small(machine: Machine, name: str) -> Step:
+    """A kernel that reads and writes next to nothing."""
+    return Step(name=name, latency=machine.latency_s)
+
+
+def _slowdown(machine: Machine) -> float:
+    """A GEMM's best over the tensor cores' peak at the clock: what no kernel gets past."""
+    return machine.multiprocessors * machine.tensor_flop_per_clock * machine.clock_hz / machine.gemm_flop_per_s
+
+
 def _product_1(machine: Machine, n: int, m: int, pitch: int) -> Step:
     """E = exp(A K^T) for n anchors: waves of tiles, each followed by an epilogue of its own."""
     rows, columns = PRODUCT_TILE
@@ -147,16 +163,11 @@ def _product_1(machine: Machine, n: int, m: int, pitch: int) -> Step:
     products = 2 * rows * columns * pitch / machine.tensor_flop_per_clock
     epilogue = max(PRODUCT_EPILOGUE * PRODUCT_WARPS / machine.issues_per_clock, rows * columns / machine.ex2_per_clock)
     return Step(
-        name="product 1",
+        name="hopper_similarity",
         tensor=waves * products / machine.clock_hz * _slowdown(machine),
         memory=2 * n * m / machine.copy_bytes_per_s,
         serial=waves * epilogue / machine.clock_hz,
     )
-
-
-def _slowdown(machine: Machine) -> float:
-    """A GEMM's best over the tensor cores' peak at the clock: what no kernel gets past."""
-    return machine.multiprocessors * machine.tensor_flop_per_clock * machine.clock_hz / machine.gemm_flop_per_s
 
 
 def _product_2(machine: Machine, n: int, m: int, pitch: int) -> Step:
@@ -165,45 +176,82 @@ def _product_2(machine: Machine, n: int, m: int, pitch: int) -> Step:
     waves = math.ceil(tiles / machine.multiprocessors)
     whole = waves * machine.multiprocessors * rows * columns * m * 2
     return Step(
-        name="product 2",
+        name=GEMM,
         tensor=whole / machine.gemm_flop_per_s,
         memory=(2 * n * m + 4 * n * pitch) / machine.copy_bytes_per_s,
         latency=machine.latency_s,
     )
 
 
-def _flash(machine: Machine, n: int, m: int, d: int) -> Step:
-    """Both products and the exponentials of a tile side by side; candidates are split to fill whole rounds."""
+def _flash(machine: Machine, n: int, m: int, d: int) -> tuple[Step, int]:
+    """Both products and the exponentials of a tile side by side; and the splits of the candidates."""
     pitch = _pitch(d)
     width = math.ceil(d / 16) * 16 if pitch == 128 and d <= 104 else pitch
-    columns = 128 if pitch <= 128 else 64
+    columns = FLASH_COLUMNS[pitch]
     blocks, tiles = math.ceil(n / FLASH_ANCHORS), math.ceil(m / columns)
-
-    def rounds(splits: int) -> float:
-        of_block = math.ceil(tiles / splits) + FLASH_EXTRA_TILES
-        return math.ceil(blocks * splits / machine.multiprocessors) * of_block
-
-    count = min(rounds(splits) for splits in range(1, min(16, tiles) + 1))
-    clocks = count / machine.clock_hz / FLASH_EFFICIENCY
-    return Step(
-        name="flash",
+    constants: Any = {"hopper_flash_rows": FLASH_ANCHORS, "hopper_flash_columns": FLASH_COLUMNS}
+    tuned = replace(TUNING, hopper_blocks=machine.multiprocessors)
+    splits = max(1, tuning.hopper_flash_splits(tuned, constants, n, m, pitch))
+    rounds = math.ceil(blocks * splits / machine.multiprocessors)
+    clocks = rounds * (math.ceil(tiles / splits) + FLASH_EXTRA_TILES) / machine.clock_hz / FLASH_EFFICIENCY
+    step = Step(
+        name="hopper_flash",
         tensor=clocks * 4 * FLASH_ANCHORS * columns * width / machine.tensor_flop_per_clock * _slowdown(machine),
         ex2=clocks * FLASH_ANCHORS * columns / machine.ex2_per_clock,
         issue=clocks * FLASH_INSTRUCTIONS * FLASH_WARPS * columns / 128 / machine.issues_per_clock,
+        memory=4 * splits * n * pitch / machine.copy_bytes_per_s,
         latency=machine.latency_s,
     )
+    return step, splits
 
 
-def _contrast(machine: Machine, n: int, d: int) -> list[Step]:
+def _chunks(machine: Machine, n: int, m: int, d: int) -> list[tuple[int, int, int, list[Step]]]:
+    """The products of each chunk of a contrast: its anchors, its splits of products, its tiles of sums, its kernels."""
     pitch = _pitch(d)
     if pitch <= FLASH_PITCH:
-        return [_flash(machine, n, n, d)]
+        step, splits = _flash(machine, n, m, d)
+        return [(n, splits, splits, [step])]
     tuned = replace(TUNING, multiprocessors=machine.multiprocessors)
-    rows = tuning.chunk_rows(tuned, n, math.ceil(n / 128) * 128, pitch, 2, 128)
-    steps: list[Step] = []
-    for start in range(0, n, rows):
-        count = min(rows, n - start)
-        steps += [_product_1(machine, count, n, pitch), _product_2(machine, count, n, pitch)]
+    rows, tiles = tuning.chunk_rows(tuned, n, math.ceil(m / 128) * 128, pitch, 2, 128), math.ceil(m / PRODUCT_TILE[1])
+    counts = [min(rows, n - start) for start in range(0, n, rows)]
+    return [
+        (count, 1, tiles, [_product_1(machine, count, m, pitch), _product_2(machine, count, m, pitch)])
+        for count in counts
+    ]
+
+
+def _rows(machine: Machine, case: Case) -> list[Step]:
+    """Instance- and sample-wise term: one launch, `anchor_epilogue`, does all that follows the products of a chunk."""
+    batch, classes, pitch = case.batch, case.classes, _pitch(case.classes)
+    logits, operand, labelled = 2 * batch * classes, 2 * batch * pitch, "sample" in case.terms
+    steps = [_small(machine, name) for name in ("index_labels", "sort_labels")] if labelled else []
+    steps += 2 * [_memory(machine, "normalize_rows", logits + operand)]
+    if labelled:
+        steps.append(_memory(machine, "class_means", operand + 4 * classes * pitch))
+    for count, splits, tiles, products in _chunks(machine, batch, batch, classes):
+        # Product, operand and partner, a class mean, sums; the gradient is written.
+        read = count * (pitch * (4 * splits + 2 * 2 + (4 if labelled else 0)) + 4 * tiles)
+        steps += [*products, _memory(machine, "anchor_epilogue", read + 2 * count * classes)]
+    return steps
+
+
+def _columns(machine: Machine, case: Case) -> list[Step]:
+    """The category-wise term: the logits' columns are the anchors, and the gradient's columns lie apart in memory."""
+    n, d, pitch = case.classes, case.batch, _pitch(case.batch)
+    logits, operand = 2 * n * d, 2 * n * pitch
+    steps = 2 * [
+        _memory(machine, "column_squares", logits),
+        _memory(machine, "normalize_columns", logits + operand),
+    ]
+    steps.append(_memory(machine, "positive_cosines", 2 * operand))
+    for count, splits, tiles, products in _chunks(machine, n, n, d):
+        steps += [products[0], _memory(machine, "row_sums", 4 * count * tiles), *products[1:]]
+        if splits > 1:
+            steps.append(_memory(machine, "combine_splits", 4 * count * pitch * (splits + 1)))
+        steps.append(_small(machine, "loss_epilogue"))
+        read = count * pitch * (4 + 2 * 2)  # the product, operand and partner
+        steps.append(_memory(machine, "grad_epilogue_projection", read))
+        steps.append(_memory(machine, "grad_epilogue_transposed", read + 2 * count * d))
     return steps
 
 
@@ -213,20 +261,15 @@ def predict(case: Case, machine: Machine | None = None, graph: bool = False) -> 
     launch = machine.graph_launch_s if graph else machine.launch_s
     batch, classes = case.batch, case.classes
     if max(batch, classes) <= LOW_LATENCY:
-        return Prediction(case=case, steps=tuple(_low_latency(machine, case)), launch_s=launch)
-    steps: list[Step] = []
-    half = 2 * batch * classes
-    if case.category:
-        steps += [_memory(machine, "normalize columns", 2 * 2 * half), *_contrast(machine, classes, batch)]
-        steps.append(_memory(machine, "epilogue", 4 * batch * classes + 3 * half))
-    if case.row_terms:
-        if "sample" in case.terms:
-            steps += [Step(name=name, latency=machine.latency_s) for name in ("index labels", "sort labels")]
-        steps += [_memory(machine, f"normalize {side}", 2 * half) for side in ("student", "teacher")]
-        if "sample" in case.terms:
-            steps.append(_memory(machine, "class means", half + 4 * classes * classes))
-        steps += _contrast(machine, batch, classes)
-        steps.append(_memory(machine, "epilogue", 4 * batch * classes + 3 * half + 4 * batch * classes))
+        steps = _low_latency(machine, case)
+    else:
+        steps = _columns(machine, case) if case.category else []
+        steps += _rows(machine, case) if case.row_terms else []
+        parts = sum((term in case.terms) * (classes if term == "category" else batch) for term in TERMS)
+        one_block = 4 * parts / ONE_BLOCK_BYTES_PER_CLOCK / machine.clock_hz
+        steps.append(Step(name="reduce_terms", latency=machine.latency_s + one_block))
+    # By the gradient of the loss: PyTorch's part of every backward.
+    steps.append(_memory(machine, UPSTREAM, 2 * 2 * batch * classes))
     return Prediction(case=case, steps=tuple(steps), launch_s=launch)
 
 
@@ -241,11 +284,11 @@ def _low_latency(machine: Machine, case: Case) -> list[Step]:
     moved = 2 * case.batch * case.classes * 2 / machine.copy_bytes_per_s
     depth = max(_pitch(case.classes), _pitch(case.batch)) / 32  # k-steps of a tile, one after the other
     chain = depth * 100 / machine.clock_hz  # a load, a product and a barrier: assumed to take some 100 clocks
-    steps = [Step(name="normalize", memory=moved, latency=machine.latency_s)]
-    for name in ("similarity", "product"):
+    steps = [Step(name="low_latency_normalize", memory=moved, latency=machine.latency_s)]
+    for name in ("low_latency_similarity", "low_latency_product"):
         steps.append(Step(name=name, tensor=4 * flop / peak, latency=machine.latency_s + chain))
-    steps += [Step(name=name, memory=moved, latency=machine.latency_s) for name in ("loss", "outputs")]
-    assert len(steps) == LOW_LATENCY_LAUNCHES
+    for name in ("low_latency_loss", "low_latency_outputs"):
+        steps.append(Step(name=name, memory=moved, latency=machine.latency_s))
     return steps
 
 
@@ -356,7 +399,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             first = sorted(needs, key=lambda part: part != step.binds)  # that which binds
             parts = [f"{part} {seconds(needs[part])}" for part in first]
             times = f"{steps.count(step)} x " if steps.count(step) > 1 else ""
-            line = f"  {times + step.name:<17}{seconds(step.seconds):>8}  {', '.join(parts)}"
+            line = f"  {times + step.name:<29}{seconds(step.seconds):>8}  {', '.join(parts)}"
             print(programs.to_terminal(line))
     return Exit.OK
 

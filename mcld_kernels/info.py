@@ -17,6 +17,7 @@ import torch
 
 from . import __version__, backends, installation
 from .backends import timings, torch_low_latency
+from .backends.chunks import CHUNK_MB, CUDA_WAVE_MB
 from .backends.cuda import extension
 from .backends.triton import configs
 from .console import to_terminal
@@ -24,7 +25,8 @@ from .options import float32_precision
 
 SCHEMA = 1
 VARIABLES = {
-    "MCLD_CHUNK_MB": "MiB that a chunk of similarities may take (default 32 on CPU, 256 on CUDA)",
+    "MCLD_CHUNK_MB": f"MiB that a chunk of similarities may take (default {CHUNK_MB['cpu']} on CPU, {CHUNK_MB['cuda']} "
+    f"on CUDA; backend 'cuda' takes up to {CUDA_WAVE_MB} where that fills whole waves of blocks)",
     "MCLD_AUTOTUNE": "1: tune Triton's launch configurations on first use instead of reading the table",
     "MCLD_HOPPER": "1: let backend 'cuda' use its Hopper kernels, which no GPU has run yet; 0: never; else as measured",
     "MCLD_TABLE": "the table of measurements that backend 'auto' chooses by, instead of the one in the cache folder",

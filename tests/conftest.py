@@ -4,6 +4,7 @@ import contextlib
 import importlib.machinery
 import importlib.util
 import os
+import re
 import sys
 
 import torch
@@ -51,6 +52,26 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+# A CI, which .ci/run and GitHub name so, has installed everything: what is missing there is a fault, no reason to skip.
+MISSING = re.compile("not installed|could not import", re.IGNORECASE)
+
+
+def _in_a_ci_nothing_is_missing(report):
+    if report.skipped and os.environ.get("CI") and MISSING.search(reason := str(report.longrepr)):
+        report.outcome, report.longrepr = "failed", f"a CI must have it: {reason}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    return _in_a_ci_nothing_is_missing((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    return _in_a_ci_nothing_is_missing((yield))
 
 
 def _poisoned(make):

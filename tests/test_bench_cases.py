@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
+pytest.importorskip("psutil", reason="psutil is not installed: the benchmark is not tested")
+pytest.importorskip("rich", reason="rich is not installed: the benchmark is not tested")
+pytest.importorskip("matplotlib", reason="matplotlib, with pillow, is not installed: the benchmark is not tested")
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # bench is not installed
 
+from rich.console import Console
 from test_bench import eager, verdict_of
 
 from bench import run

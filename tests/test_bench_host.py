@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+pytest.importorskip("rich", reason="rich is not installed: the benchmark is not tested")
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # bench is not installed
 
 from bench.harness import host, profiling

@@ -4,18 +4,24 @@ import csv
 import dataclasses
 import json
 import os
+import re
 import resource
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import test_bench_cases
 import torch
+
+pytest.importorskip("psutil", reason="psutil is not installed: the benchmark is not tested")
+pytest.importorskip("rich", reason="rich is not installed: the benchmark is not tested")
+pytest.importorskip("matplotlib", reason="matplotlib, with pillow, is not installed: the benchmark is not tested")
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # bench is not installed
+
+import test_bench_cases
 from rich.console import Console
 from test_bench_cases import printed, provider
-
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # bench is not installed
 
 from bench import correct, faults, gpu_report, run, step, table
 from bench.harness import (
@@ -226,6 +232,24 @@ def test_bad_arguments_end_with_a_message(arguments, message, capsys, monkeypatc
     shown = capsys.readouterr().err
     assert end.value.code == 2 and message in " ".join(shown.split())
     assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_every_prediction_names_its_baseline_and_a_command_that_the_program_takes():
+    notes = (ROOT / "bench" / "NOTES.md").read_text(encoding="utf-8")
+    lines = notes[notes.index("\n## Predictions\n") :].split("\n\n")[2].splitlines()
+    head, _, *rows = ([cell.strip() for cell in line.strip("|").split(" | ")] for line in lines)
+    assert [cell.strip() for cell in head] == ["change", "evidence", "predicted", "baseline", "to be measured"] and rows
+    for row in rows:
+        (baseline, command), commands = row[3:], re.findall(r"`(--[^`]*)`", row[4])
+        assert len(commands) == (command != "as above"), row
+        for text in commands:
+            options = run.parser().parse_args(shlex.split(text))
+            names = {chosen.name for chosen in providers.choose(options.providers)}
+            assert run.check(options, CPU) is None
+            # The form that a baseline names is measured beside the other.
+            assert set(re.findall(r"`((?:hopper|cuda|triton)[:\w=]*)`", baseline)) <= names, row
+            # The terms that the row is about: all of them, by default, on the low-latency path alone.
+            assert options.terms is not None or options.batch == [256], row
 
 
 def test_smoke_takes_less_than_a_minute_of_one_cpu(tmp_path):

@@ -87,7 +87,7 @@ exit 1""",
 
 def needs_build_tools():
     missing = [name for name in ("pybind11", "cmake", "ninja") if importlib.util.find_spec(name) is None]
-    return pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)} in this environment")
+    return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("psutil", reason="psutil is not installed: the benchmark is not tested")
+pytest.importorskip("rich", reason="rich is not installed: the benchmark is not tested")
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # bench is not installed
 
 from bench import correct, gpu_report, isolated

@@ -5,14 +5,24 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+import cases
+import csrc_host
 import pytest
+import torch
 
+pytest.importorskip("psutil", reason="psutil is not installed: the benchmark is not tested")
+pytest.importorskip("rich", reason="rich is not installed: the benchmark is not tested")
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # bench is not installed
 
 from bench import model
 from bench.harness import goals, phases
-from bench.harness.cases import Case
+from bench.harness.cases import TERMS, Case
 from bench.harness.programs import Exit
+from mcld_kernels import backends
+from mcld_kernels.backends import gemm
+from mcld_kernels.backends.cuda import extension
+from mcld_kernels.kernels import LossInputs
+from mcld_kernels.losses import mcld
 
 ROWS = ("instance", "sample")
 
@@ -26,6 +36,34 @@ def test_every_regime_of_the_goals_with_a_ceiling_is_predicted():
         names |= set(goals.regimes(vars(case) | {"terms": list(case.terms)}))
     ceilings = {goal.regime for goal in goals.GOALS if "GEMM" in goal.quantity}
     assert ceilings <= names and goals.SMALL in names
+
+
+@pytest.mark.parametrize(("case", "graph"), model.REGIMES, ids=lambda value: str(value))
+def test_the_kernels_of_a_regime_are_those_that_the_module_launches(case, graph, monkeypatch):
+    """Nothing is computed: launches are left out, and memory that nobody touches takes none."""
+    if csrc_host.compiler() is None:
+        pytest.skip("no C++ compiler: the kernels cannot be compiled for the host")
+    module, products = csrc_host.load(), []
+    student, teacher = (torch.empty(case.batch, case.classes, dtype=torch.bfloat16) for _ in range(2))
+    options, _ = cases.options_of(weight=tuple(float(term in case.terms) for term in TERMS))
+    inputs = LossInputs(
+        student=student, teacher=teacher, target=torch.zeros(case.batch, dtype=torch.int64), weight=None,
+        options=options, student_grad=True, teacher_grad=False,
+    )  # fmt: skip
+    monkeypatch.setattr(gemm, "has_gemm", lambda *dtypes: True)
+    monkeypatch.setattr(gemm, "gemm", lambda *operands: products.append(module.stub_launches(1) + len(products)))
+    tuning = {name: getattr(model.TUNING, name) for name in ("chunk_bytes", "wave_bytes", "hopper")}
+    first = module.stub_launches(1)
+    try:
+        with extension.use(module), backends.tuned(library_product=True, **tuning):
+            mcld.compute(backends.kernel_set("cuda", student, teacher), inputs)
+    finally:
+        last = module.stub_launches(0)
+    launched = [module.stubbed_launch(index) for index in range(first, last)]
+    for place in products:  # among the launches, of which some are products before it
+        launched.insert(place - first, model.GEMM)
+    # tests/test_plans.py counts the multiplication by the upstream gradient.
+    assert [step.name for step in model.predict(case, graph=graph).steps] == [*launched, model.UPSTREAM]
 
 
 @pytest.mark.parametrize("classes", [50, 100, 250, 1000])
@@ -80,7 +118,7 @@ def test_measurements_stand_beside_predictions(tmp_path, capsys):
     (line,) = [line for line in shown.splitlines() if line.startswith("B=4096 C=1000")][:1]
     predicted = model.predict(model.REGIMES[0][0], model.machine_of(run)).seconds
     assert "200 µs" in line and f"{2e-4 / predicted:.2f}" in line and line.endswith("hopper")
-    assert "A GPU: GEMM 500 Tflop/s, copy 2.0 TB/s (its own ceilings)" in shown and "product 1" in shown
+    assert "A GPU: GEMM 500 Tflop/s, copy 2.0 TB/s (its own ceilings)" in shown and "hopper_similarity" in shown
     # The same from an archive of the report, in which the long grid counts and not the short one.
     folder, archive = tmp_path / "work", tmp_path / "gpu-speed.tar.gz"
     for name, content in (("grid", run), ("bench", run | {"rows": []})):

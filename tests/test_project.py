@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -30,6 +32,49 @@ def test_an_issue_asks_for_what_info_prints():
 
 def test_the_workflow_runs_what_a_change_must_pass():
     assert "bash .ci/run" in (ROOT / ".github/workflows/ci.yml").read_text()
+
+
+# Packages of the extras that a GPU machine may lack, by the names of their modules.
+PEERS = (
+    *("PIL", "matplotlib", "psutil", "rich", "scipy", "sklearn", "tensorboard", "timm", "torchmetrics", "torchvision"),
+    *("webdataset", "yaml", "accelerate", "lightning", "torchdistill", "transformers", "info_nce", "lightly"),
+    *("open_clip", "pytorch_metric_learning", "mypy", "pybind11", "cmake", "ninja", "mkdocs", "mkdocstrings_handlers"),
+)
+HIDE = """
+import sys
+from importlib.machinery import PathFinder
+
+class Hidden(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in {names} else super().find_spec(name, path, target)
+
+sys.meta_path[:] = [Hidden if finder is PathFinder else finder for finder in sys.meta_path]
+"""
+
+
+def collected(folder, ci, *options):
+    """pytest's run over tests/ in a process in which no module of PEERS can be imported."""
+    (folder / "hide.py").write_text(HIDE.format(names=set(PEERS)))
+    environment = {name: value for name, value in os.environ.items() if name not in ("CI", "PYTEST_XDIST_WORKER")}
+    environment |= {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    environment |= {"CI": "true"} if ci else {}
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-p", "hide", *options]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_without_the_packages_that_it_needs_a_test_file_is_skipped(tmp_path):
+    done = collected(tmp_path, False, "--collect-only", "tests")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    skipped = re.findall(r"^SKIPPED \[(\d+)\] (?:tests/)?\w+\.py:\d+: (.*)$", done.stdout, re.MULTILINE)
+    assert sum(int(count) for count, _ in skipped) >= 16 and all("not installed" in reason for _, reason in skipped)
+
+
+def test_in_a_ci_no_test_is_skipped_for_want_of_a_package(tmp_path):
+    files = ["tests/test_train.py", "tests/test_trainer_resume.py", "tests/test_typing.py"]
+    done = collected(tmp_path, True, "--continue-on-collection-errors", *files)
+    assert done.returncode == 1 and " 3 errors in " in done.stdout, done.stdout[-4000:]
+    assert done.stdout.count("a CI must have it") == 3 and "mypy is not installed" in done.stdout
 
 
 def test_an_install_requires_what_the_package_imports_and_nothing_else():

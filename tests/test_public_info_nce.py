@@ -53,7 +53,7 @@ def test_info_nce_pytorch(reduction, backend):
 @BACKENDS
 def test_lightly_with_its_memory_bank(backend):
     """The keys of the batch are no negatives of one another there: one class, which the mask drops."""
-    pytest.importorskip("lightly", reason="needs lightly")
+    pytest.importorskip("lightly", reason="lightly is not installed")
     torchvision_shim.install()
     from lightly.loss import NTXentLoss
 
@@ -83,7 +83,7 @@ def test_lightly_with_its_memory_bank(backend):
 @BACKENDS
 def test_open_clip(backend):
     """Both directions, dot products of rows that are unit already, and the gradient by the learned scale."""
-    pytest.importorskip("open_clip", reason="needs open_clip_torch")
+    pytest.importorskip("open_clip", reason="open_clip_torch is not installed")
     torchvision_shim.install()
     from open_clip.loss import ClipLoss
 

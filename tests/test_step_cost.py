@@ -9,6 +9,10 @@ import torch
 import torch.nn.functional as F
 import torchvision_shim
 
+pytest.importorskip("psutil", reason="psutil is not installed: the benchmark is not tested")
+pytest.importorskip("rich", reason="rich is not installed: the benchmark is not tested")
+pytest.importorskip("matplotlib", reason="matplotlib, with pillow, is not installed: the benchmark is not tested")
+
 from bench import step_cost
 from bench.harness import cases, measure, memory, step_report, steps, timing
 from bench.harness.programs import Exit

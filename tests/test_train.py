@@ -10,6 +10,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+pytest.importorskip("psutil", reason="psutil is not installed: the digits are not trained on")
+pytest.importorskip("rich", reason="rich is not installed: the digits are not trained on")
+pytest.importorskip("matplotlib", reason="matplotlib, with pillow, is not installed: the digits are not trained on")
+pytest.importorskip("sklearn", reason="scikit-learn is not installed: the digits are not trained on")
 sys.path.append(str(Path(__file__).resolve().parent.parent / "python"))
 
 import train

@@ -7,9 +7,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-import yaml
 from torch import nn
-from trainer_cases import ROOT, SMALL, image, merged
+from trainer_cases import ROOT, SMALL, image, merged, yaml
 
 import mcld_kernels
 from bench.harness import programs

@@ -11,6 +11,7 @@ from trainer_cases import ROOT, SMALL, last_state, merged, run, write_config
 
 import mcld_kernels
 
+pytest.importorskip("sklearn", reason="scikit-learn is not installed: the digits are not trained on")
 from distillation import experiment  # isort: skip
 from trainer import assembly, ranks, settings, step, vision  # isort: skip
 

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from matplotlib.figure import Figure
 from trainer_cases import ROOT, image_folder, last_state, results, run, shard, write_config
 
+from matplotlib.figure import Figure  # isort: skip
 import train  # isort: skip
 from trainer import checkpoint, engine, program, record, sources  # isort: skip
 from trainer.config import Config  # isort: skip

@@ -29,7 +29,13 @@ SHARED_OF_ALL_BLOCKS, RESERVED = 228 << 10, 1 << 10
 REGISTERS = 1 << 16
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", "gfx942": "v_mfma_", "gfx950": "v_mfma_"}
 # Whose rows of the tables are compiled for an architecture: of two rows for one launch the later one counts.
-ROWS = {80: ("sm_80",), 90: ("sm_90",), 100: ("sm_90", "sm_100"), "gfx942": ("gfx942",), "gfx950": ("gfx950",)}
+ROWS = {
+    80: ("sm_80",),
+    90: ("sm_90",),
+    100: ("sm_90", "sm_100"),
+    "gfx942": ("gfx942",),
+    "gfx950": ("gfx942", "gfx950"),
+}
 # AMD's compiler keeps spilled scalar registers in the 64 lanes of vector registers: two of those are no loss. Where it
 # runs out of lanes, they go to the scratch memory, of which there must be none.
 MOST_SCALAR_SPILLS = 128
@@ -112,7 +118,11 @@ def test_compiled_kernels(python, architecture, tmp_path):
     online = [r for r in flash if r["exponent"] == "online"]
     rows = table_rows(configs.FLASH_ONLINE, architecture)
     assert {(pitch, row) for (_, pitch), row in rows.items()} <= launched(online)
-    for operand in operands(architecture):
+    fixed = [r for r in flash if r["exponent"] == "fixed"]
+    half = {(pitch, row) for (kind, pitch), row in table_rows(configs.FLASH, architecture).items() if kind == "half"}
+    assert half <= launched([r for r in fixed if r["dtype"] == "*bf16"])
+    assert {pitch for pitch, _ in half} <= {int(r["d"]) for r in online if r["dtype"] == "*bf16"}
+    for operand in (*operands(architecture), ("*fp16", "ieee")):
         for exponent in ("fixed", "online", "known"):
             assert any((r["dtype"], r["precision"], r["exponent"]) == (*operand, exponent) for r in flash)
 

@@ -27,7 +27,7 @@ def test_the_users_code_has_every_public_name():
     assert [name for name in names if name not in text] == []
 
 
-@pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="needs mypy")
+@pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="mypy is not installed")
 def test_a_users_code_passes_mypy_strict():
     # Silent: an installed package's own errors are not shown to its users either.
     command = ["-m", "mypy", "--strict", "--follow-imports=silent", "--config-file=", "--python-version=3.10", USER]

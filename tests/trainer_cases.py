@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import json
 import multiprocessing
@@ -15,8 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
-from PIL import Image
+
+# By their names alone: torchvision cannot be imported beside every build of torch (torchvision_shim.py).
+_PACKAGES = ("matplotlib", "psutil", "rich", "tensorboard", "timm", "torchmetrics", "torchvision", "webdataset")
+if _missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
+    pytest.skip(f"not installed: {', '.join(_missing)}; the trainer is not tested", allow_module_level=True)
+yaml = pytest.importorskip("yaml", reason="pyyaml is not installed: the trainer is not tested")
+Image = pytest.importorskip("PIL.Image", reason="pillow is not installed: the trainer is not tested")
 
 ROOT = Path(__file__).resolve().parents[1]
 for _folder in (ROOT, ROOT / "python"):

@@ -64,7 +64,8 @@ CASES: dict[str, tuple[int, int, torch.dtype, dict[str, Any]]] = {
     "bf16-loss": (4096, 1000, torch.bfloat16, {**EVERYTHING, "student_grad": False}),
     "bf16-100-loss": (4096, 100, torch.bfloat16, {**EVERYTHING, "student_grad": False}),
     "fp16": (4096, 1000, torch.float16, {"direction": "teacher"}),
-    "fp16-100": (1031, 100, torch.float16, {"direction": "teacher", "temperature": 0.05}),
+    # The instance-wise term needs the online maximum, the sample-wise one has a fixed shift.
+    "fp16-100": (1031, 100, torch.float16, {"direction": "symmetric", "temperature": (0.05, 0.5, 0.5)}),
     "fp32": (4096, 1000, torch.float32, {}),
     "fp32-all": (1031, 1001, torch.float32, EVERYTHING),
     "fp32-10": (1031, 10, torch.float32, EVERYTHING),
@@ -77,15 +78,18 @@ CASES: dict[str, tuple[int, int, torch.dtype, dict[str, Any]]] = {
     "tf32-100": (1031, 100, torch.float32, {"precision": "high", **EVERYTHING}),
     "tf32-100-online": (1031, 100, torch.float32, {"precision": "high", **ONLINE}),
 }
-# Few forms for AMD: every kernel, and every row of the tables for the architecture that it is named after.
+# Few forms for AMD: every kernel, every row of the tables that holds for the architecture, and each pitch of 16-bit
+# operands with a fixed shift and with the online maximum.
 AMD_CASES = {
     "gfx942": (
         *("bf16-all", "bf16-online", "bf16-10", "bf16-48", "bf16-100", "bf16-100-online", "bf16-200"),
+        *("bf16-10-online", "bf16-48-online", "bf16-200-online", "fp16", "fp16-100"),
         *("fp32-all", "fp32-10", "fp32-48", "fp32-48-online", "tf32-10", "tf32-48", "tf32-48-online", "tf32-100"),
     ),
     "gfx950": (
-        *("bf16-all", "bf16-online", "bf16-100-online", "bf16-200"),
-        *("fp32-48", "fp32-48-online", "tf32-10", "tf32-48", "tf32-48-online"),
+        *("bf16-all", "bf16-online", "bf16-10", "bf16-48", "bf16-100", "bf16-100-online", "bf16-200"),
+        *("bf16-10-online", "bf16-48-online", "bf16-200-online", "fp16", "fp16-100"),
+        *("fp32-10", "fp32-48", "fp32-48-online", "tf32-10", "tf32-48", "tf32-48-online"),
     ),
 }
 

@@ -101,7 +101,7 @@ def _backend(name: str, title: str, hopper: bool = False, shown: str | None = No
     def unsupported_reason(case: Case, student: Tensor, teacher: Tensor) -> str | None:
         return backend_unsupported_reason(name, hopper, student, teacher)
 
-    # Half copies of the inputs, vectors, one chunk; the chunk's budget is the backend's own, 256 MB at most by design.
+    # Half copies of the inputs, vectors, one chunk; a chunk's budget is the backend's own, 544 MiB at most by default.
     shown = shown or ("hopper" if hopper else name)
     return Provider(shown, title, make, unsupported_reason, lambda case: case.matrix_bytes(0, 0) + (768 << 20))
 

@@ -180,12 +180,13 @@ def _build(name: str, sources: list[tuple[Path, list[str]]], of_linker: list[str
 
 
 def load(bindings: str = "-O0") -> ModuleType:
-    """The bindings of mcld_kernels._C over kernels compiled for the host, and two functions more.
+    """The bindings of mcld_kernels._C over kernels compiled for the host, and three functions more.
 
     bindings: how they are optimized. They compile the fastest without, and as an install has them with "-O3".
 
     ``vector_accesses(bytes)``: the vector accesses of so many bytes, 8 or 16, that the kernels have made.
     ``stub_launches(on)``: from now on launch nothing, or all; returns the number that was left out so far.
+    ``stubbed_launch(before)``: the kernel of the launch that was left out after ``before`` others.
     """
     path = build(os.environ.get("MCLD_TEST_CHECK", "races"), bindings=bindings)
     spec = importlib.util.spec_from_file_location("mcld_emulated", path)
@@ -196,6 +197,11 @@ def load(bindings: str = "-O0") -> ModuleType:
     module.vector_accesses.restype = ctypes.c_int64
     module.stub_launches = ctypes.CDLL(str(path)).stub_launches  # type: ignore[attr-defined]
     module.stub_launches.restype = ctypes.c_int64
+    stubbed_launch = ctypes.CDLL(str(path)).stubbed_launch
+    stubbed_launch.restype, stubbed_launch.argtypes = ctypes.c_char_p, [ctypes.c_int64]
+    module.stubbed_launch = lambda before: (  # type: ignore[attr-defined]
+        stubbed_launch(before).decode().removeprefix("launch of ")
+    )
     return module
 
 

@@ -375,7 +375,7 @@ namespace {
 // Launches that end here, for measurements of the host's side.
 bool stubbed = false;
 Launcher* launcher = nullptr;
-int64_t stubbed_launches = 0;
+std::vector<const char*> stubbed_launches;  // their names
 }  // namespace
 
 bool launch_elsewhere(const void* kernel, dim3 grid, int threads, int shared_bytes, const void* parameters, int64_t bytes) {
@@ -387,7 +387,7 @@ void run(dim3 grid, int threads, int shared_bytes, const char* name, void (*kern
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   if (stubbed) {
-    ++stubbed_launches;
+    stubbed_launches.push_back(name);
     return;
   }
   kernel_name = name;
@@ -452,7 +452,12 @@ extern "C" __attribute__((visibility("default"))) void set_launcher(mcld::emulat
 // Launches nothing from now on if `on`; returns the launches that were left out so far.
 extern "C" __attribute__((visibility("default"))) int64_t stub_launches(int on) {
   mcld::emulation::stubbed = on != 0;
-  return mcld::emulation::stubbed_launches;
+  return int64_t(mcld::emulation::stubbed_launches.size());
+}
+
+// The name of the launch that was left out after `before` others.
+extern "C" __attribute__((visibility("default"))) const char* stubbed_launch(int64_t before) {
+  return mcld::emulation::stubbed_launches.at(size_t(before));
 }
 
 // The vector accesses of so many bytes, 8 or 16, that the kernels have made.
