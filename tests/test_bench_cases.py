@@ -84,6 +84,12 @@ class TestCaseRun:
         assert rows["absent"].reason == "not installed" and "GiB may be used" in rows["huge"].reason
         assert "not installed" in printed(rows["absent"])
 
+    def test_where_no_provider_can_run_nothing_is_computed(self):
+        stages = []
+        absent = provider("absent", None, reason="not installed")
+        (row,) = measure.CaseRun(self.case, [absent], self.plan, stages.append).run()
+        assert (row.status, row.reason) == ("not run", "not installed") and not stages
+
     def test_without_the_reference_the_bar_is_eager_in_chunks(self):
         rows = measure.CaseRun(self.case, [providers.all_providers()["torch"]], self.plan).run()
         assert rows[0].status == "ok" and rows[0].time_ratio is None
