@@ -1,7 +1,8 @@
 """Checks a CUDA build without a GPU: no kernel spills or uses a stack; Hopper kernels hold wgmma, not serialized;
 kernels that move rows store 16 bytes at once; Hopper flash takes every exponential beside a product, in a loop of known
 products and length, and the epilogue of Hopper's product 1 has at most 1,000 instructions for a tile without positive
-and edge. All of this for every Hopper kernel and architecture that there should be.
+and edge; no loop over products of a Hopper kernel holds a memory fence. All of this for every Hopper kernel and
+architecture that there should be.
 
     python .ci/check_cuda.py build/cmake-cpython-311-cuda
 
@@ -98,6 +99,8 @@ def hopper_failures(code: dict[str, list[sass.Instruction]]) -> list[str]:
     failures = []
     found: collections.Counter[int | str] = collections.Counter()
     for name, instructions in code.items():
+        if "hopper" in name and any("MEMBAR" in x.text for x in sass.product_loop(instructions)):
+            failures.append(f"{name}: a memory fence in the loop over products")
         if pitch := re.search(r"hopper_flash_kernelI\w*?Li(\d+)E", name):
             found[int(pitch[1])] += 1
             products, most = FLASH.get(int(pitch[1]), ({}, 0))

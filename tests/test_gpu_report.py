@@ -183,7 +183,7 @@ class TestPlan:
     def test_hopper_runs_in_processes_of_its_own(self):
         for phase in commands.correct(Path("."), HOPPER, False):
             line = phase.command_line({})
-            if phase.name not in ("bench", "hopper", "errors-hopper", "layouts"):
+            if phase.name not in ("bench", "hopper", "hopper-forms", "errors-hopper", "layouts"):
                 assert "hopper" not in " ".join(line) and phase.environment.get("MCLD_HOPPER", "0") == "0"
 
     @pytest.mark.parametrize("record", [

@@ -82,8 +82,20 @@ def correct(folder: Path, machine: Machine, rehearse: bool) -> list[Phase]:
     hopper = None if rehearse else needs("hopper", machine, rehearse)({})
     tests = [
         pytest_phase(folder, "layouts", ["tests/test_layouts.py"], 85, machine, group="right", most_s=120),
-        pytest_phase(
-            folder, "hopper", ["tests/test_hopper.py"], 85, machine, group="right", most_s=120, skip=hopper, hopper="1"
+        *(
+            pytest_phase(
+                folder,
+                name,
+                ["tests/test_hopper.py", "-k", selection],
+                85,
+                machine,
+                group="right",
+                most_s=120,
+                skip=hopper,
+                hopper="1",
+            )
+            # Forms that are off by default: one that hangs is no reason to leave out the kernels as they are.
+            for name, selection in (("hopper", "not form_on_hopper"), ("hopper-forms", "form_on_hopper"))
         ),
         *(
             pytest_phase(folder, name, [*files, "-k", selection], 115, machine, group="tests")
@@ -95,12 +107,10 @@ def correct(folder: Path, machine: Machine, rehearse: bool) -> list[Phase]:
         ),
         pytest_phase(folder, "boundary", _BOUNDARY_TESTS, 115, machine, group="tests"),
     ]
-    right, rest = tests[:2], tests[2:]
     return [
         *first(folder, machine, rehearse),
         *checks,
-        *right,
-        *rest,
+        *tests,
         bench_phase(folder, "bench", 165, ["--short", "--repeats", "20", "--seconds", "4", "--compile-seconds", "40"],
                     ["--short", "--repeats", "3", "--seconds", "1"], rehearse, machine,
                     ("reference", "library", *OURS, "sdpa", "compile")),
@@ -290,14 +300,15 @@ def pytest_phase(
 ) -> Phase:
     """The tests marked ``gpu`` among some, side by side where pytest-xdist is there."""
     file = folder / f"tests-{name}.jsonl"
+    of_hopper = name.startswith("hopper")
     command = [PYTHON, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "-p", "bench.harness.live"]
     if importlib.util.find_spec("xdist"):
         # One worker also: a test that hangs or takes the process with it costs itself alone.
-        workers = 1 if name in ("layouts", "hopper") else machine.workers
-        command += ["-n", str(workers), "--max-worker-restart", "2" if name == "hopper" else "20"]
+        workers = 1 if of_hopper or name == "layouts" else machine.workers
+        command += ["-n", str(workers), "--max-worker-restart", "2" if of_hopper else "20"]
     if importlib.util.find_spec("pytest_timeout"):
         # Inductor compiles for most of a minute where every core is busy; a Hopper kernel ends at once or never.
-        limit = {"boundary": 100, "hopper": 25}.get(name, 60)
+        limit = 25 if of_hopper else {"boundary": 100}.get(name, 60)
         command += ["--timeout", str(limit), "--timeout-method", "thread"]
     return Phase(
         name=name,

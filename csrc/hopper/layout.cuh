@@ -14,8 +14,9 @@ namespace mcld::hopper {
 #define MCLD_EVERYWHERE inline
 #endif
 
-// A panel is a shared tile kPanel elements (128 bytes) wide with any number of rows: one TMA box with 128-byte swizzle. Chunk c (16 bytes) of row r lies at 128 r + 16 (c ^ r % 8), so that 8 rows of a column meet 8 different banks.
-// Panels start at multiples of 1024 bytes, the period of the swizzle.
+// A panel is a shared tile kPanel elements (128 bytes) wide with any number of rows: one TMA box with 128-byte swizzle. Chunk c
+// (16 bytes) of row r lies at 128 r + 16 (c ^ r % 8), so that 8 rows of a column meet 8 different banks. Panels start at
+// multiples of 1024 bytes, the period of the swizzle.
 constexpr int kPanelRowBytes = 2 * kPanel;
 constexpr int kPeriodBytes = 1024;
 constexpr int kDepth = 16;  // elements of the contraction in one wgmma

@@ -31,14 +31,18 @@ struct Queue {
   std::deque<std::vector<Wgmma>> groups;
 };
 
-// The shared window begins at an address that is aligned to 128 bytes and no more, as on a GPU.
+// The shared window begins at an address that is aligned to 128 bytes and no more, as on a GPU. In a cluster, a block's own
+// addresses have its rank above these bits, as the code that nvcc makes for sm_90a shows; instructions take either form.
 constexpr uint32_t kWindow = 1024 + 384;
+constexpr int kRankShift = 24;
+uint32_t without_rank(uint32_t address) { return address & ((1u << kRankShift) - 1); }
 constexpr int kBoxColumns = 64, kRowBytes = 128, kThreads = 1024;
 
-std::map<std::pair<int, uint32_t>, Barrier> barriers;  // of the running blocks, by rank and address
+std::map<std::pair<int, uint32_t>, Barrier> barriers;  // of the running blocks, by rank and address without it
 Queue queues[kThreads];
 
 char* at(int rank, uint32_t address, int bytes) {
+  address = without_rank(address);
   if (address < kWindow || address + bytes > kWindow + uint32_t(shared_size)) stop("an address outside shared memory");
   return shared_of(rank) + (address - kWindow);
 }
@@ -50,7 +54,7 @@ Barrier& barrier_at(int rank, uint32_t address, const void* pc) {
   if (rank != rank_of_fiber() && block_has_ended(rank)) stop("a barrier of a block that has ended");
   races::read(at(rank, address, 8), 8, pc);
   if (address % 8) stop("a misaligned barrier");
-  const auto found = barriers.find({rank, address});
+  const auto found = barriers.find({rank, without_rank(address)});
   if (found == barriers.end()) stop("a barrier that was not initialised");
   if (!found->second.visible) stop("a barrier without barrier_init_fence");
   return found->second;
@@ -117,7 +121,10 @@ struct Descriptor {
     if (bits >> 49 & 7) stop("a descriptor with a base offset");
   }
   // Contraction along rows of 128 bytes: rows in groups of 8, `stride` apart.
-  uint32_t along(int row, int k) const { return address + row / 8 * stride + row % 8 * kRowBytes + k * 2; }
+  uint32_t along(int row, int k) const {
+    if (leading != 1 << 4) stop("a descriptor of an operand no wider than a panel whose leading stride is not 1");
+    return address + row / 8 * stride + row % 8 * kRowBytes + k * 2;
+  }
   // Contraction across the rows, whose panels of 64 columns lie `leading` apart.
   uint32_t across(int k, int column) const {
     return address + column / 64 * leading + k / 8 * stride + k % 8 * kRowBytes + column % 64 * 2;
@@ -192,11 +199,13 @@ bool loads_in_flight() {
 
 bool wgmma_in_flight() { return !queues[fiber].groups.empty() || !queues[fiber].open.empty(); }
 
-uint32_t shared_offset(const void* pointer) { return kWindow + uint32_t(static_cast<const char*>(pointer) - shared); }
+uint32_t shared_offset(const void* pointer) {
+  return (uint32_t(rank_of_fiber()) << kRankShift) + kWindow + uint32_t(static_cast<const char*>(pointer) - shared);
+}
 
 void barrier_init(uint32_t address, int arrivals) {
   races::write(at(address, 8), 8, __builtin_return_address(0));
-  Barrier& barrier = barriers[{rank_of_fiber(), address}] = Barrier();
+  Barrier& barrier = barriers[{rank_of_fiber(), without_rank(address)}] = Barrier();
   barrier.expected = arrivals;
   barrier.phases.init();
 }

@@ -32,7 +32,9 @@ _MEMORY = {size: _memory.view(f"u{size}") for size in (1, 2, 4, 8)}
 # A kernel of csrc/ asks for dynamic shared memory that is aligned to 128 bytes, and here it gets no more.
 _SHARED_BASE = 1024 + 384
 _BOX_COLUMNS, _BOX_ROW_BYTES = 64, 128
-_RANK_SHIFT = 24  # addresses of a cluster's shared memory, as mapa gives them: 1 + rank above the block's own address
+# In a cluster, addresses of shared memory have the rank of its block above these bits, a block's own addresses as well:
+# so the code that nvcc makes for sm_90a has them.
+_RANK_SHIFT = 24
 
 
 class Fault(RuntimeError):
@@ -89,10 +91,16 @@ class Program:
                     run_cluster([ThreadBlock(self, at, grid, threads, shared_bytes, parameters) for at in places])
 
 
+def _in_block(address: Any, rank: Any) -> Any:
+    """The same place of shared memory in block ``rank``."""
+    return address & ((1 << _RANK_SHIFT) - 1) | rank << _RANK_SHIFT
+
+
 def run_cluster(blocks: list[ThreadBlock]) -> None:
     """Run blocks that reach each other's shared memory, each in its turn until all of its threads wait."""
     for rank, block in enumerate(blocks):
         block.cluster, block.rank = blocks, rank
+        block.shared_base = _in_block(block.shared_base, rank)
     running = {block: block.turns() for block in blocks}
     while running:
         before = sum(block.steps for block in blocks)
@@ -244,7 +252,8 @@ class ThreadBlock:
             _MEMORY[size][index + np.uint64(i)] = np.asarray(value).view(f"u{size}")
 
     def _shared_indices(self, address: Array, size: int, count: int) -> Array:
-        offset = np.asarray(address).astype(np.int64) - self.shared_base
+        # A descriptor's addresses have no rank.
+        offset = _in_block(np.asarray(address).astype(np.int64), self.rank) - self.shared_base
         if offset.size and (offset.min() < 0 or offset.max() + size * count > self.shared_bytes):
             raise Fault("an address outside shared memory")
         return self._indices(offset.astype(np.uint64), size, count)
@@ -302,7 +311,7 @@ class ThreadBlock:
         """mapa: the address of the same place in block ``rank``."""
         if np.max(rank) >= len(self.cluster):
             raise Fault("a block that the cluster does not have")
-        return address + ((rank + np.uint32(1)) << np.uint32(_RANK_SHIFT))
+        return _in_block(address, rank)
 
     def arrive_at_cluster(self, lanes: Array | None) -> None:
         self._met[slice(None) if lanes is None else lanes] += 1
@@ -315,11 +324,10 @@ class ThreadBlock:
         return self.cluster[rank]
 
     def _barrier(self, address: int) -> _Barrier:
-        if rank := address >> _RANK_SHIFT:
-            return self._block_of(rank - 1)._barrier(address & ((1 << _RANK_SHIFT) - 1))
-        if address % 8 or address not in self.barriers:
+        barriers = self._block_of(address >> _RANK_SHIFT).barriers
+        if address % 8 or address not in barriers:
             raise Fault("a barrier that is misaligned or was not initialised")
-        return self.barriers[address]
+        return barriers[address]
 
     def barrier_arrive(self, address: Array, bytes_: Array | int) -> None:
         for a, n in zip(address.tolist(), np.broadcast_to(bytes_, address.shape).tolist(), strict=True):
@@ -356,6 +364,7 @@ class ThreadBlock:
         for s, m, c, r, b in zip(shared.tolist(), *arrays, strict=True):
             if s % 1024:
                 raise Fault("a box that does not begin at a period of the swizzle")
+            s, b = _in_block(s, self.rank), _in_block(b, self.rank)
             *_, box_rows = self._map(m)
             every = s + 4 * np.arange(box_rows * _BOX_ROW_BYTES // 4)
             self.store_shared(every, (np.uint32(0xFFFFFFFF),), np.uint32, None)
