@@ -265,7 +265,8 @@ def test_a_provider_with_fields_of_its_tuning(monkeypatch):
     case = run.cases.Case(batch=4, classes=3)
     providers.choose("torch:chunk_bytes=4096")[0].make(case, logits, logits, torch.arange(4) % 3)()
     assert chosen == [{"hopper": False, "chunk_bytes": 4096}]
-    wrong_fields = ("hopper:nothing=1", "hopper:hopper_skew=two", "hopper:hopper=True", "triton:product_stages=0")
+    wrong_fields = ("hopper:nothing=1", "hopper:hopper_skew=two", "hopper:hopper=True", "triton:product_stages=0",
+                    "hopper:hopper_skew=-1", "hopper:hopper_cluster=3")  # fmt: skip
     for wrong in ("compile:x=1", "torch:", *wrong_fields):
         with pytest.raises(ValueError, match=wrong.partition(":")[0]):
             providers.choose(wrong)

@@ -54,6 +54,12 @@ class CudaTuning(Tuning):
     min_hopper_similarity_tiles: int = 132
     min_hopper_flash_tiles: int = 132
 
+    def __post_init__(self) -> None:
+        if type(self.hopper_skew) is not int or self.hopper_skew < 0:
+            raise ValueError(f"hopper_skew must be a whole number of at least 0; got {self.hopper_skew!r}")
+        if type(self.hopper_cluster) is not int or self.hopper_cluster not in (1, 2):
+            raise ValueError(f"hopper_cluster must be 1 or 2; got {self.hopper_cluster!r}")
+
 
 def flash_splits(tuning: CudaTuning, constants: Constants, anchors: int, candidates: int) -> int:
     """The parts into which portable flash splits the candidates."""
