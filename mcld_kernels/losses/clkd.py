@@ -12,11 +12,12 @@ With D = S_c - T_c and M = (S_c + T_c) / 2 it is, without cancellation,
 
 4 B C^2 flop for loss and gradient (eager: 8). With few rows the matrices are (B, B) instead: with H = M D^T,
 
-    ||G||^2 = 2 <D D^T, M M^T> + 2 <H, H^T>,    S_c G = (H + D D^T / 2) M + (M M^T + H^T / 2) D,
+    ||G||^2 = 2 <D D^T, M M^T> + 2 <H, H^T>,    S_c G = (S_c D^T) M + (S_c M^T) D,
 
-10 B^2 C flop, taken where that is less. Where a (C, C) matrix is larger than a chunk, G is taken by blocks of columns
-(`losses.clkd_correlation`). Over ranks the column norms, the batch means, the dots of the projection and G are sums
-over the ranks; all else is local.
+10 B^2 C flop, since the products with S_c give those with M = S_c - D / 2; taken where that is less. S_c itself is
+never M + D / 2, which has few digits of a student much smaller than its teacher. Where a (C, C) matrix is larger than a
+chunk, G is taken by blocks of columns (`losses.clkd_correlation`). Over ranks the column norms, the batch means, the
+dots of the projection and G are sums over the ranks; all else is local.
 """
 
 from __future__ import annotations
