@@ -206,3 +206,24 @@ def test_a_sum_over_many_pairs_of_classes_keeps_its_precision():
     want = reference.clkd_loss(student.double(), teacher.double(), **options).item()
     got = mcld_kernels.clkd_loss(student, teacher, backend="torch", **options).item()
     assert abs(got - want) <= 4 * torch.finfo(torch.float32).eps * want
+
+
+@pytest.mark.parametrize("low_latency", [True, False], ids=["compiled", "by chunks"])
+@pytest.mark.parametrize("chunk", [1 << 25, 1500])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_a_side_much_smaller_than_the_other_keeps_its_digits(shape, chunk, low_latency):
+    """The gradient by a student of small logits, as early in training, and by a small teacher."""
+    small, large = (x.float() + 1 for x in logits("random", *shape))
+    small = small * 1e-4
+    options = {"weight": (0.0, 0.0, 1.0)}
+
+    def gradient(loss, student, teacher, **more):
+        side = student if student.max() < teacher.max() else teacher
+        side.requires_grad_()
+        return torch.autograd.grad(loss(student, teacher, **options, **more), side)[0]
+
+    for sides in ((small, large), (large, small)):
+        want = gradient(reference.clkd_loss, *(x.double() for x in sides))
+        with backends.tuned(chunk_bytes=chunk, low_latency=low_latency):
+            got = gradient(mcld_kernels.clkd_loss, *(x.clone() for x in sides), backend="torch")
+        assert float((got - want).norm()) < 2e-6 * float(want.norm())

@@ -163,6 +163,22 @@ class TestTorch:
                     options = {"correlation_temperature": temperature, "weight": (1.0, 0.0, 0.0)}
                     check(MLKD, "torch", "alike", 40, 31, dtype, teacher_grad=teacher_grad, **options)
 
+    @pytest.mark.parametrize("chunk", [1 << 25, 1500])
+    @pytest.mark.parametrize("shape", [(8, 17), (64, 16)], ids=str)
+    def test_cold_rows_that_resemble_one_other_get_no_rounding_error(self, shape, chunk):
+        """Both softmaxes are all but one pair: term and gradients all but 0, as eager's, not the error of 1 / t."""
+        student, teacher = (x.float() for x in logits("random", *shape))
+        for x in (student, teacher):
+            x[1::2] = x[::2] + 0.02 * x[1::2]
+        options = {"weight": (1.0, 0.0, 0.0), "correlation_temperature": 0.005, "teacher_grad": True}
+        want = run(reference.mlkd_terms, student.double(), teacher.double(), **options)
+        with backends.tuned(chunk_bytes=chunk):
+            got = run(mcld_kernels.mlkd_terms, student, teacher, backend="torch", **options)
+        assert abs(got.loss.item() - want.loss.item()) < 1e-9
+        scale = 1 / (shape[0] * 0.005 * min(float(x.norm(dim=1).min()) for x in (student, teacher)))
+        for name in ("student", "teacher"):
+            assert float((getattr(got, name) - getattr(want, name)).abs().max()) < 1e-9 * scale
+
     def test_rows_with_one_other_row_have_no_divergence(self):
         """Opposite student rows beside equal teacher rows: softmaxes over one row are 1."""
         student, teacher = torch.tensor([[1.0], [-1.0]]), torch.ones(2, 1)

@@ -21,7 +21,7 @@ struct Call : Clkd {
   float *s, *t, *difference, *middle, *product;
   float *student_inverse, *teacher_inverse, *row_along;  // (n,)
   float *student_scale, *teacher_scale;                  // (C,): 1 / norm of the columns
-  float *difference_mean, *middle_mean;                  // (C,)
+  float *difference_mean, *student_mean;                  // (C,)
   float *column_along, *column_coefficient;              // (C,)
   float* column_square;                                  // (C,): sums of d^2
 
@@ -30,8 +30,8 @@ struct Call : Clkd {
     product = work + at.product;
     student_inverse = work + at.rows, teacher_inverse = student_inverse + n, row_along = teacher_inverse + n;
     student_scale = work + at.columns, teacher_scale = student_scale + pitch;
-    difference_mean = teacher_scale + pitch, middle_mean = difference_mean + pitch;
-    column_along = middle_mean + pitch, column_coefficient = column_along + pitch;
+    difference_mean = teacher_scale + pitch, student_mean = difference_mean + pitch;
+    column_along = student_mean + pitch, column_coefficient = column_along + pitch;
     column_square = column_coefficient + pitch;
   }
 
@@ -70,7 +70,7 @@ struct Call : Clkd {
     return add_lanes(square);
   }
 
-  // Squares of both sides, S - T and S + T: add(kind, value) takes their vectors.
+  // Squares of both sides, S - T and S: add(kind, value) takes their vectors.
   template <bool kFirst> void add_to_columns(int64_t group, int64_t i) const {
     const float *a = s + i * pitch, *b = t + i * pitch;
     float* sums = sums_of(group, 0);
@@ -78,8 +78,9 @@ struct Call : Clkd {
     for (int64_t c = 0; c < pitch; c += kLanes) {
       const Vector x = load(a + c), y = load(b + c);
       if (category) add(sums + c, x * x), add(sums + pitch + c, y * y);
-      // Not the means of S and of T: late in training their difference would have few digits.
-      if (correlation) add(sums + 2 * pitch + c, x - y), add(sums + 3 * pitch + c, x + y);
+      // Not the means of S and of T: late in training their difference would have few digits. Nor of S + T: of a student
+      // much smaller than the teacher the rest would have few.
+      if (correlation) add(sums + 2 * pitch + c, x - y), add(sums + 3 * pitch + c, x);
     }
   }
 
@@ -97,7 +98,7 @@ struct Call : Clkd {
     const float rows = 1.f / float(n);
     for (int64_t c = 0; c < pitch; c += kLanes) {
       if (category) store(student_scale + c, total(0, c)), store(teacher_scale + c, total(1, c));
-      if (correlation) store(difference_mean + c, total(2, c) * rows), store(middle_mean + c, total(3, c) * (0.5f * rows));
+      if (correlation) store(difference_mean + c, total(2, c) * rows), store(student_mean + c, total(3, c) * rows);
     }
     if (!category) return;
     for (int64_t c = 0; c < pitch; ++c) {
@@ -121,7 +122,7 @@ struct Call : Clkd {
     for (int64_t c = 0; c < pitch; c += kLanes) {
       const Vector x = load(a + c), y = load(b + c);
       store(difference + i * pitch + c, (x - y) - load(difference_mean + c));
-      store(middle + i * pitch + c, (x + y) * 0.5f - load(middle_mean + c));
+      store(middle + i * pitch + c, (x + y) * 0.5f - (load(student_mean + c) - load(difference_mean + c) * 0.5f));
     }
   }
 
@@ -221,9 +222,11 @@ struct Call : Clkd {
         const int64_t end = smaller(start + kRowsOfProduct, last);
         float* gram = difference + start * pitch;  // S_c G in the place of D
         if (correlation) {
-          float* centred = middle + start * pitch;  // S_c = M + D / 2 in the place of M
-          for (int64_t k = 0; k < (end - start) * pitch; k += kLanes) {
-            store(centred + k, load(centred + k) + load(gram + k) * 0.5f);
+          float* centred = middle + start * pitch;  // S_c in the place of M; M + D / 2 has few digits of a small student
+          for (int64_t i = start; i < end; ++i) {
+            for (int64_t c = 0; c < pitch; c += kLanes) {
+              store(middle + i * pitch + c, load(s + i * pitch + c) - load(student_mean + c));
+            }
           }
           gemm_rows(centred, pitch, 1, row_major(product, pitch), gram, pitch, end - start, pitch, num_classes);
         }

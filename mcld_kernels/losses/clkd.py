@@ -12,11 +12,12 @@ With D = S_c - T_c and M = (S_c + T_c) / 2 it is, without cancellation,
 
 4 B C^2 flop for loss and gradient (eager: 8). With few rows the matrices are (B, B) instead: with H = M D^T,
 
-    ||G||^2 = 2 <D D^T, M M^T> + 2 <H, H^T>,    S_c G = (H + D D^T / 2) M + (M M^T + H^T / 2) D,
+    ||G||^2 = 2 <D D^T, M M^T> + 2 <H, H^T>,    S_c G = (S_c D^T) M + (S_c M^T) D,
 
-10 B^2 C flop, taken where that is less. Where a (C, C) matrix is larger than a chunk, G is taken by blocks of columns
-(`losses.clkd_correlation`). Over ranks the column norms, the batch means, the dots of the projection and G are sums
-over the ranks; all else is local.
+10 B^2 C flop, since the products with S_c give those with M = S_c - D / 2; taken where that is less. S_c itself is
+never M + D / 2, which has few digits of a student much smaller than its teacher. Where a (C, C) matrix is larger than a
+chunk, G is taken by blocks of columns (`losses.clkd_correlation`). Over ranks the column norms, the batch means, the
+dots of the projection and G are sums over the ranks; all else is local.
 """
 
 from __future__ import annotations
@@ -252,7 +253,6 @@ class _CLKD:
         self.instance, self.category, self.correlation = (w != 0 for w in self.options.term_weight)
         # A chunk holds some eight temporaries of its size.
         self.chunks = slices(n, max(1, budget // (8 * num_classes * self.acc.itemsize)))
-        self.kept: tuple[Tensor, Tensor] | None = None  # D and M of the chunk, where there is one
         is_mean = self.options.reduction == "mean"
         elements = self.total * num_classes
         self.row_factor = self.count / (elements if is_mean else self.total)
@@ -263,7 +263,7 @@ class _CLKD:
         self.column_dots = zeros[1], zeros[2]  # of (u - v) u and (u - v) v
         self.dots_needed = zeros[2 - self.needed[0] : 2 + self.needed[1]]  # of the sides with a gradient
         self.row_inv_norm: list[tuple[Tensor, Tensor]] = []
-        self.column_inv_norm = self.difference_mean = self.middle_mean = zeros[:0]
+        self.column_inv_norm = self.difference_mean = self.means = zeros[:0]
         batch = Batch(
             n=n,
             total=self.total,
@@ -309,21 +309,22 @@ class _CLKD:
         return self.inputs.student[rows].to(self.acc), self.inputs.teacher[rows].to(self.acc)
 
     def _sum_columns(self) -> None:
-        """Norms of the columns, and the means over the batch of S - T and of (S + T) / 2."""
-        squares = difference = middle = None
+        """Norms of the columns, and the means over the batch of S - T, of S and of T."""
+        squares = difference = sides = None
         for rows in self.chunks:
             s, t = self._logits(rows)
             if self.category:
                 square = torch.stack((s.square().sum(0), t.square().sum(0)))
                 squares = square if squares is None else squares.add_(square)
             if self.correlation:
-                # Not the difference of the means: late in training it would have few digits.
-                parts = (s - t).sum(0), (s + t).sum(0)
+                # Neither follows from the others: the difference would have few digits late in training, a side's
+                # mean would have few where the other side's logits are much larger.
+                parts = (s - t).sum(0), torch.stack((s.sum(0), t.sum(0)))
                 difference = parts[0] if difference is None else difference.add_(parts[0])
-                middle = parts[1] if middle is None else middle.add_(parts[1])
+                sides = parts[1] if sides is None else sides.add_(parts[1])
         if self.ranks is not None:
-            sums = [squares] * self.category + [difference, middle] * self.correlation
-            sizes = [2] * self.category + [1, 1] * self.correlation
+            sums = [squares] * self.category + [difference, sides] * self.correlation
+            sizes = [2] * self.category + [1, 2] * self.correlation
             whole = self.column_square.new_zeros(sum(sizes), self.num_classes)
             parts = whole.split(sizes)
             for part, x in zip(parts, sums, strict=True):
@@ -331,11 +332,11 @@ class _CLKD:
                     part.copy_(x)
             self.ranks.all_reduce(whole)
             squares = parts[0] if self.category else None
-            difference, middle = (x[0] for x in parts[-2:]) if self.correlation else (None, None)
+            difference, sides = (parts[-2][0], parts[-1]) if self.correlation else (None, None)
         if squares is not None:
             self.column_inv_norm = _inverse(squares.sqrt_(), self.options.eps)
-        if difference is not None and middle is not None:
-            self.difference_mean, self.middle_mean = difference.div_(self.total), middle.div_(2 * self.total)
+        if difference is not None and sides is not None:
+            self.difference_mean, self.means = difference.div_(self.total), sides.div_(self.total)
 
     def _add_terms(self, rows: slice) -> None:
         s, t = self._logits(rows)
@@ -354,10 +355,8 @@ class _CLKD:
                     dots += unit.mul_(difference).sum(0)
             self.column_square += difference.square_().sum(0)
         if self.gram is not None:
-            centred = (s - t).sub_(self.difference_mean), (s + t).div_(2).sub_(self.middle_mean)
-            if len(self.chunks) == 1:
-                self.kept = centred
-            self.gram.add(rows, *centred)
+            difference, middle = (s - t).sub_(self.difference_mean), (s + t).div_(2).sub_(self.means.mean(0))
+            self.gram.add(rows, difference, middle, (s, t), self.means)
 
     def _write_gradients(self, index: int, rows: slice, grads: list[Tensor | None]) -> None:
         s, t = self._logits(rows)
@@ -382,15 +381,8 @@ class _CLKD:
             if self.gram is not None:
                 if g is None:
                     g = torch.zeros_like(s)
-                self.gram.add_gradient(rows, side, self._centred(rows, s, t, side), g)
+                self.gram.add_gradient(rows, side, (s, t)[side] - self.means[side], g)
             grad[rows] = 0 if g is None else g
-
-    def _centred(self, rows: slice, s: Tensor, t: Tensor, side: int) -> Tensor:
-        """S_c or T_c of a chunk."""
-        if self.kept is not None:
-            return torch.add(self.kept[1], self.kept[0], alpha=0.5 if side == 0 else -0.5)
-        shift = self.difference_mean / (2 if side == 0 else -2)
-        return (s, t)[side] - (self.middle_mean + shift)
 
 
 def _inverse(norm: Tensor, eps: float) -> Tensor:

@@ -50,8 +50,8 @@ class _ByClasses:
 
     product: Tensor | None
 
-    def add(self, rows: slice, difference: Tensor, middle: Tensor) -> None:
-        """Add a chunk of D and M."""
+    def add(self, rows: slice, difference: Tensor, middle: Tensor, sides: tuple[Tensor, Tensor], means: Tensor) -> None:
+        """Add a chunk of D and M; sides: of S and T, means (2, C) of their columns."""
         self.product = difference.T @ middle if self.product is None else self.product.addmm_(difference.T, middle)
 
     def finish(self, weight: Tensor | float, factor: float) -> Tensor:
@@ -80,10 +80,14 @@ class _WholeBatch:
         self.batch, self.budget = batch, budget
         shape = 2, batch.n, batch.num_classes
         self.difference, self.middle = torch.empty(shape, dtype=batch.acc_dtype, device=batch.device).unbind()
+        # They hold S_c and T_c until `_square`: M + D / 2 would have few digits of a side much smaller than the other.
         self.gradients = [torch.empty_like(self.middle) if needed else None for needed in batch.needed]
 
-    def add(self, rows: slice, difference: Tensor, middle: Tensor) -> None:
+    def add(self, rows: slice, difference: Tensor, middle: Tensor, sides: tuple[Tensor, Tensor], means: Tensor) -> None:
         self.difference[rows], self.middle[rows] = difference, middle
+        for gradient, side, mean in zip(self.gradients, sides, means, strict=True):
+            if gradient is not None:
+                torch.sub(side, mean, out=gradient[rows])
 
     def finish(self, weight: Tensor | float, factor: float) -> Tensor:
         term = self._square() * factor
@@ -98,7 +102,7 @@ class _WholeBatch:
         g.add_(gradient[rows])
 
     def _square(self) -> Tensor:
-        """||G||^2; writes S_c G and T_c G where they are needed."""
+        """||G||^2; writes S_c G and T_c G over S_c and T_c."""
         raise NotImplementedError
 
 
@@ -114,13 +118,20 @@ class _ByRows(_WholeBatch):
         chunks = slices(self.batch.n, max(1, self.budget // (4 * self.batch.total * d.itemsize)))
         for rows in chunks:
             own_d, own_m = own[0][rows], own[1][rows]
-            dd, mm, h = own_d @ d.T, own_m @ m.T, own_m @ d.T  # (rows, B)
+            dd = own_d @ d.T  # (rows, B), as all products here
+            products = [
+                (gradient[rows], half, gradient[rows] @ d.T, gradient[rows] @ m.T)
+                for gradient, half in zip(self.gradients, (0.5, -0.5), strict=True)
+                if gradient is not None
+            ]
+            # M is S_c - D / 2, and T_c + D / 2: the products of a side give those of M.
+            h = torch.sub(products[0][2], dd, alpha=products[0][1]) if products else own_m @ d.T
             transposed = h.T if len(chunks) == 1 and ranks is None else own_d @ m.T
+            mm = torch.sub(products[0][3], transposed, alpha=products[0][1]) if products else own_m @ m.T
             total = total + 2 * ((dd * mm).sum() + (h * transposed).sum())
-            for gradient, half in zip(self.gradients, (0.5, -0.5), strict=True):
-                if gradient is not None:
-                    torch.mm(torch.add(h, dd, alpha=half), m, out=gradient[rows])
-                    gradient[rows].addmm_(torch.add(mm, transposed, alpha=half), d)
+            for out, _, by_d, by_m in products:
+                torch.mm(by_d, m, out=out)
+                out.addmm_(by_m, d)
         return total if ranks is None else ranks.all_reduce(total)
 
 
@@ -130,7 +141,7 @@ class _ByBlocks(_WholeBatch):
     def _square(self) -> Tensor:
         d, m, num_classes = self.difference, self.middle, self.batch.num_classes
         total = d.new_zeros(())
-        sides = [None if g is None else m + d * half for g, half in zip(self.gradients, (0.5, -0.5), strict=True)]
+        sides = [None if g is None else g.clone() for g in self.gradients]
         for columns in slices(num_classes, max(1, self.budget // (2 * num_classes * d.itemsize))):
             block = torch.addmm(d.T @ m[:, columns], m.T, d[:, columns])  # (C, columns)
             if self.batch.ranks is not None:

@@ -16,7 +16,8 @@ products, and both the upper triangle alone. The supervised term (`losses.mlkd`)
 similarities; its cross similarities s_i . t_j come in addition. Together 12 n^2 d flop, where eager takes 32.
 
 Where exp(2 / t) is beyond the range of fp32, each row is shifted by its own largest similarity, and the differences of
-logarithms are plain.
+logarithms are plain. A similarity of 1 / t has few digits after its point: P, Q, delta and the logarithms all take the
+same rounded a and b, so that a row whose softmaxes are all but one pair gets no rounding error of that size.
 """
 
 from __future__ import annotations
@@ -188,6 +189,18 @@ def _both_ways(total: Tensor, chunk: _Chunk, values: Tensor) -> None:
         total[chunk.rows] += values[:, chunk.rows.stop - chunk.rows.start :].sum(1)
 
 
+def _add_transpose(w: Tensor, right: Tensor) -> Tensor:
+    """Add to the coefficients (rows, columns) seen from the columns of a chunk those seen from its rows.
+
+    Those of the diagonal's square are its transpose, for there the shift of a row is the largest similarity of its
+    column: a library's s_i . s_j and s_j . s_i may differ in the last bit.
+    """
+    square = w[:, : w.shape[0]]
+    square += square.T.clone()
+    w[:, w.shape[0] :] += right
+    return w
+
+
 def log_ratio(total: Tensor, ratio: Tensor, student_total: Tensor | None) -> Tensor:
     """log(Zs / Zt) of each row.
 
@@ -251,7 +264,7 @@ class _Correlation:
             _both_ways(difference, chunk, e.mul_(delta.expm1_()))
             return
         student, teacher = _without_diagonal(chunk.student), _without_diagonal(chunk.teacher)
-        delta = (chunk.student - chunk.teacher).div_(self.temperature)
+        delta = self._delta(chunk)
         right = slice(chunk.rows.stop - chunk.rows.start, None)
         parts = [(chunk.columns, 0, slice(None))]
         if chunk.columns.stop > chunk.rows.stop:
@@ -260,6 +273,11 @@ class _Correlation:
             self.of_student.add(chunk, student[:, part], index, dim)
             factor = delta[:, part]
             self.of_teacher.add(chunk, teacher[:, part], index, dim, (factor,))
+
+    def _delta(self, chunk: _Chunk) -> Tensor:
+        if self.without_shift:
+            return (chunk.student - chunk.teacher).div_(self.temperature)
+        return (chunk.student / self.temperature).sub_(chunk.teacher / self.temperature)
 
     def finish(self, weight: Tensor | float) -> Tensor:
         """The term; weight: of the term in the gradient."""
@@ -278,16 +296,19 @@ class _Correlation:
             inverse, gap, self.of_student_alone = student_factors(*sums)
             self.vectors = inverse, gap, 1 / total, mean
         else:
-            lse = self.of_student.lse(), self.of_teacher.lse()
-            divergence = torch.where(alone, 0.0, lse[0] - lse[1]) - mean
-            self.vectors = lse[0], lse[0], lse[1], mean
+            totals = self.of_student.totals[0], total
+            assert self.of_student.largest is not None and self.of_teacher.largest is not None
+            shift = self.of_student.largest - self.of_teacher.largest
+            divergence = torch.where(alone, 0.0, (shift - mean) + (totals[0] / totals[1]).log())
+            of_student, of_teacher = (torch.where(alone, 0.0, 1 / x) for x in totals)
+            self.vectors = of_student, of_student, of_teacher, mean
         return divergence.mean()
 
     def coefficients(self, chunk: _Chunk, side: int) -> Tensor:
         """The coefficients (rows, columns) of the other rows in the gradient by one side's rows."""
         rows, columns = chunk.rows, chunk.columns
         of_student, gap, of_teacher, mean = self.vectors
-        delta = (chunk.student - chunk.teacher).div_(self.temperature)
+        delta = self._delta(chunk)
         if self.without_shift:
             e = chunk.exponentials(chunk.teacher, self.temperature)
             if side == 0:
@@ -303,18 +324,23 @@ class _Correlation:
             w += weighted[rows, None] + weighted[columns]
             return w.mul_(e).mul_(self.scale)
 
-        def softmax(cosines: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-            """Of the pairs seen from their rows, and from their columns."""
-            shifts = lse[rows, None], lse[columns]
-            of_rows, of_columns = (chunk.exponentials(cosines, self.temperature, shift) for shift in shifts)
-            return of_rows, of_columns
+        count = rows.stop - rows.start
 
-        p, p_transposed = softmax(chunk.teacher, of_teacher)
+        def softmax(cosines: Tensor, sums: _Sums, inverse: Tensor) -> tuple[Tensor, Tensor]:
+            """Of the pairs seen from their columns; right of the diagonal's square also from their rows."""
+            assert sums.largest is not None
+            of_columns = chunk.exponentials(cosines, self.temperature, sums.largest[columns])
+            of_rows = (cosines[:, count:] / self.temperature).sub_(sums.largest[rows, None]).exp_()
+            return of_columns.mul_(inverse[columns]), of_rows.mul_(inverse[rows, None])
+
+        w, right = softmax(chunk.teacher, self.of_teacher, of_teacher)
         if side == 0:
-            q, q_transposed = softmax(chunk.student, of_student)
-            return q.sub_(p).add_(q_transposed).sub_(p_transposed).mul_(self.scale)
-        w = p.mul_(mean[rows, None] - delta).add_(p_transposed.mul_(mean[columns] - delta))
-        return w.mul_(self.scale)
+            p, p_right = w, right
+            w, right = softmax(chunk.student, self.of_student, of_student)
+            w, right = w.sub_(p), right.sub_(p_right)
+        else:
+            w, right = w.mul_(mean[columns] - delta), right.mul_(mean[rows, None] - delta[:, count:])
+        return _add_transpose(w, right).mul_(self.scale)
 
 
 class _Supervised:
@@ -387,9 +413,11 @@ class _Supervised:
 
         if largest[0] is None or largest[1] is None:
             return exponentials(None).mul_(factors[0][:, None] + factors[1])
-        of_rows = exponentials(largest[0][chunk.rows, None]).mul_(factors[0][:, None])
-        of_columns = exponentials(largest[1][chunk.columns] if is_own else largest[1])
-        return of_rows.addcmul_(of_columns, factors[1])
+        of_columns = exponentials(largest[1][chunk.columns] if is_own else largest[1]).mul_(factors[1])
+        first = cosines.shape[0] if is_own else 0
+        of_rows = (cosines[:, first:] / self.temperature).sub_(largest[0][chunk.rows, None]).exp_()
+        of_rows.mul_(factors[0][:, None])
+        return _add_transpose(of_columns, of_rows) if is_own else of_columns.add_(of_rows)
 
     def pull(self, side: int) -> tuple[Tensor, Positives] | None:
         """The coefficient (n,) of the class mean in the gradient by a side's rows; None where there is none."""
