@@ -110,7 +110,7 @@ def family_collectives(
         return found
     category = bool(weight[1])
     if category or last:
-        found.append(all_reduce(2 * (category + last) * classes))  # norms and means
+        found.append(all_reduce((2 * category + 3 * last) * classes))  # norms; means of S - T, S and T
     if category and sides:
         found.append(all_reduce(sides * classes))
     if last and 3 * ranks * rows < classes:
