@@ -142,7 +142,7 @@ def _until_through(given: list[str], without: list[str], output: Path, interrupt
         if lost and made:
             whole = made | {"rows": rows, "lost": lost, "complete": attempt.is_whole}
             report.write_json(output / "results.json", whole)
-            report.write_csv(output / "results.csv", report.finite(rows))
+            report.write_csv(output / "results.csv", report.recordable(rows))
         # Without a stage it would not go better the next time.
         if ended or interrupted.is_set() or not attempt.stage:
             break

@@ -212,7 +212,7 @@ def publish(paths: Sequence[Path], root: Path) -> list[str]:
         from bench.harness import plots
 
         run = next(archive.run for archive in archives if archive.run is not None)
-        drawn = plots.plot(report.finite(rows), written[0] / "results.png", machine.caption(run))
+        drawn = plots.plot(report.recordable(rows), written[0] / "results.png", machine.caption(run))
         plot = None if drawn is None else str(drawn.relative_to(root))
         readme.write_text(into_readme(readme.read_text(), readme_section(archives, rows, plot)))
         written.append(readme)

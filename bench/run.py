@@ -338,11 +338,11 @@ class Run:
         return ["results.json"]
 
     def _write_tables_and_plot(self) -> list[str]:
-        records = report.finite([row.record() for row in self.rows])
+        records = report.recordable([row.record() for row in self.rows])
         report.write_csv(self.folder / "results.csv", records)
         written = ["results.csv"]
         if self.kernel_records:
-            report.write_kernels_csv(self.folder / "kernels.csv", report.finite(self.kernel_records))
+            report.write_kernels_csv(self.folder / "kernels.csv", report.recordable(self.kernel_records))
             written.append("kernels.csv")
         if plots.plot(records, self.folder / "results.png", machine.caption(self.head)):
             written.append("results.png")

@@ -168,7 +168,7 @@ def _run(
         say(screen, "interrupted; what was measured is kept", "yellow")
     head["machine"]["load_1min_end"] = machine.load()
     write(complete=code == Exit.OK)
-    records = report.finite([row.record() for row in rows])
+    records = report.recordable([row.record() for row in rows])
     step_report.write_csv(folder / "results.csv", records)
     written = ["results.json", "results.csv"]
     if step_report.plot(folder / "results.png", records, machine.caption(head)):

@@ -23,10 +23,11 @@ from bench.harness import (
     memory,
     peers,
     providers,
+    report,
     timing,
 )
 from bench.harness.cases import MODES, TERMS, Case, default_grid, inputs
-from mcld_kernels import reference
+from mcld_kernels import installation, reference
 
 CPU = torch.device("cpu")
 TERM_SETS = (("instance",), ("sample",), ("category",), ("instance", "sample"), TERMS)
@@ -270,6 +271,13 @@ def test_a_provider_with_fields_of_its_tuning(monkeypatch):
     for wrong in ("compile:x=1", "torch:", *wrong_fields):
         with pytest.raises(ValueError, match=wrong.partition(":")[0]):
             providers.choose(wrong)
+
+
+def test_a_record_names_no_folder_of_the_machine():
+    command, origin = installation.cuda_command(), installation.source()[0]
+    assert Path(origin).is_absolute() and origin in command
+    recorded = report.recordable({"reason": f"run `{command}`", "values": [1.0, float("nan")]})
+    assert recorded == {"reason": f"run `{command.replace(origin, '.')}`", "values": [1.0, None]}
 
 
 class TestMemory:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import json
 import math
 from collections import defaultdict
@@ -22,6 +23,7 @@ from bench.harness.kernels import KernelRow
 from bench.harness.measure import ERROR, FAILED, NOT_RUN, OK, Row
 from bench.harness.screen import say
 from bench.harness.timing import UNSTEADY, Times
+from mcld_kernels import installation
 
 SCHEMA = 2
 CLOCK_MARKS = {"time": "", "kernels_time": " k", "graph_time": " g"}  # beside a fraction of a ceiling
@@ -201,18 +203,28 @@ def _styles(rows: Sequence[Row]) -> list[str | None]:
     return ["green" if row.time_ratio and row.time_ratio == fastest and row.time_ratio != 1 else None for row in rows]
 
 
-def finite(value: Any) -> Any:
-    """The same plain values with null for numbers that are not finite, which JSON does not have."""
+@functools.cache
+def _origin() -> str:
+    return installation.source()[0]
+
+
+def recordable(value: Any) -> Any:
+    """The same plain values with null for numbers that are not finite, which JSON does not have.
+
+    The folder that this package is installed from becomes ".": a reason may name it in a command.
+    """
     if isinstance(value, dict):
-        return {key: finite(entry) for key, entry in value.items()}
+        return {key: recordable(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [finite(entry) for entry in value]
+        return [recordable(entry) for entry in value]
+    if isinstance(value, str):
+        return value.replace(origin, ".") if Path(origin := _origin()).is_absolute() else value
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Replace the file in one step, so that an interrupted run leaves a valid one."""
-    text = json.dumps(finite(content), indent=1, allow_nan=False)
+    text = json.dumps(recordable(content), indent=1, allow_nan=False)
     partial = path.with_suffix(".partial")
     try:
         partial.write_text(text + "\n")
