@@ -217,7 +217,7 @@ def _interleaved_medians(
     order = list(steps)
     shuffle = random.Random(0).shuffle
     samples: dict[str, list[float]] = {name: [] for name in order}
-    cycles = {name: _cycles_to_enqueue(step, device) if backlog else 0 for name, step in steps.items()}
+    cycles = {name: cycles_to_enqueue(step, device) if backlog else 0 for name, step in steps.items()}
     for _ in range(rounds):
         shuffle(order)
         for name in order:
@@ -225,7 +225,7 @@ def _interleaved_medians(
     return {name: statistics.median(values) for name, values in samples.items()}
 
 
-def _cycles_to_enqueue(step: Callable[[], Result], device: torch.device) -> int:
+def cycles_to_enqueue(step: Callable[[], object], device: torch.device) -> int:
     """The device's cycles within which the host has surely enqueued the call: twice its time, at most 50 ms."""
     if device.type != "cuda":
         return 0

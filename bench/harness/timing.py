@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from mcld_kernels.calibrate import cycles_to_enqueue
+
 SampleFn = Callable[[], float]  # seconds of one step
 MIN_ROUNDS = 3
 LEAST_SAMPLE_S = 2e-3  # a shorter CPU step is repeated, so that the clock's own cost does not show
@@ -109,21 +111,12 @@ class CudaClock:
 
     def __init__(self, device: torch.device, cold: bool = False):
         self.device = device
-        properties = torch.cuda.get_device_properties(device)
-        size = 4 * getattr(properties, "L2_cache_size", 64 << 20)
+        size = 4 * getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 64 << 20)
         self._flush = torch.empty(size // 4, dtype=torch.int32, device=device) if cold else None
-        self._cycles_per_second = 1e3 * (getattr(properties, "clock_rate", 0) or 1_800_000)
 
     def sample(self, step: Callable[[], object], backlog: bool = False) -> SampleFn:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        host = 0.0
-        if backlog:
-            torch.cuda.synchronize(self.device)
-            begin = time.perf_counter()
-            step()
-            host = time.perf_counter() - begin
-        # Twice the host's time, and never above 50 ms: the step must not still be enqueued when the device gets to it.
-        cycles = int(min(2 * host + 20e-6, 50e-3) * self._cycles_per_second)
+        cycles = cycles_to_enqueue(step, self.device) if backlog else 0
 
         def take() -> float:
             torch.cuda.synchronize(self.device)
