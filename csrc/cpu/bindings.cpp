@@ -23,6 +23,25 @@ void check_isa(int isa) {
   if (isa < 0 || isa >= num_isas()) throw py::value_error("no such instruction set on this machine");
 }
 
+void take_logits(Logits& call, uintptr_t student, int64_t student_row, int64_t student_column, uintptr_t teacher,
+                 int64_t teacher_row, int64_t teacher_column, int64_t n, int64_t num_classes, int threads) {
+  call.student = pointer<const float>(student), call.student_row = student_row, call.student_column = student_column;
+  call.teacher = pointer<const float>(teacher), call.teacher_row = teacher_row, call.teacher_column = teacher_column;
+  call.n = n, call.num_classes = num_classes, call.threads = threads;
+}
+
+// Runs all slices of a call, `step` of them at a time, so that a signal (Ctrl-C) is heard in between.
+template <class Call> void run_in_parts(Call& call, int64_t slices, int64_t step, void (*kernel)(const Call&, int), int isa) {
+  for (call.first_slice = 0; call.first_slice < slices; call.first_slice = call.last_slice) {
+    call.last_slice = call.first_slice + step < slices ? call.first_slice + step : slices;
+    {
+      py::gil_scoped_release release;
+      kernel(call, isa);
+    }
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+  }
+}
+
 void run(int steps, int isa, int threads, uintptr_t student, int64_t student_row, int64_t student_column, uintptr_t teacher,
          int64_t teacher_row, int64_t teacher_column, uintptr_t target, int64_t target_stride, int64_t n, int64_t num_classes,
          uintptr_t work, uintptr_t gradient, uintptr_t loss, uintptr_t terms, float row_temperature, float column_temperature,
@@ -31,17 +50,15 @@ void run(int steps, int isa, int threads, uintptr_t student, int64_t student_row
   check_isa(isa);
   if (anchors < kStudent || anchors > kSelf) throw py::value_error("no such anchors");
   LowLatency call;
-  call.student = pointer<const float>(student), call.student_row = student_row, call.student_column = student_column;
-  call.teacher = pointer<const float>(teacher), call.teacher_row = teacher_row, call.teacher_column = teacher_column;
+  take_logits(call, student, student_row, student_column, teacher, teacher_row, teacher_column, n, num_classes, threads);
   call.target = pointer<const int64_t>(target), call.target_stride = target_stride;
-  call.n = n, call.num_classes = num_classes;
   call.work = pointer<float>(work), call.gradient = pointer<float>(gradient);
   call.loss = pointer<float>(loss), call.terms = pointer<float>(terms);
   call.row_temperature = row_temperature, call.column_temperature = column_temperature;
   call.weight[0] = instance_weight, call.weight[1] = sample_weight, call.weight[2] = category_weight;
   call.instance = instance, call.sample = sample, call.category = category;
   call.anchors = Anchors(anchors);
-  call.eps = eps, call.threads = threads;
+  call.eps = eps;
   py::gil_scoped_release release;
   low_latency(call, steps, isa);
 }
@@ -81,12 +98,11 @@ void run_softmax_kl(int isa, int threads, uintptr_t student, int64_t student_row
                     uintptr_t student_grad, uintptr_t teacher_grad, uintptr_t loss, uintptr_t terms, double temperature) {
   check_isa(isa);
   SoftmaxKl call;
-  call.student = pointer<const float>(student), call.student_row = student_row, call.student_column = student_column;
-  call.teacher = pointer<const float>(teacher), call.teacher_row = teacher_row, call.teacher_column = teacher_column;
-  call.n = n, call.num_classes = num_classes, call.work = pointer<float>(work);
+  take_logits(call, student, student_row, student_column, teacher, teacher_row, teacher_column, n, num_classes, threads);
+  call.work = pointer<float>(work);
   call.student_grad = pointer<float>(student_grad), call.teacher_grad = pointer<float>(teacher_grad);
   call.loss = pointer<float>(loss), call.terms = pointer<float>(terms);
-  call.temperature = temperature, call.threads = threads;
+  call.temperature = temperature;
   py::gil_scoped_release release;
   softmax_kl(call, isa);
 }
@@ -98,15 +114,13 @@ void run_clkd(int isa, int threads, uintptr_t student, int64_t student_row, int6
               float eps) {
   check_isa(isa);
   Clkd call;
-  call.student = pointer<const float>(student), call.student_row = student_row, call.student_column = student_column;
-  call.teacher = pointer<const float>(teacher), call.teacher_row = teacher_row, call.teacher_column = teacher_column;
-  call.n = n, call.num_classes = num_classes;
+  take_logits(call, student, student_row, student_column, teacher, teacher_row, teacher_column, n, num_classes, threads);
   call.work = pointer<float>(work), call.gradient = pointer<float>(gradient);
   call.loss = pointer<float>(loss), call.terms = pointer<float>(terms);
   call.weight[0] = instance_weight, call.weight[1] = category_weight, call.weight[2] = correlation_weight;
   call.instance = instance, call.category = category, call.correlation = correlation;
   call.row_factor = row_factor, call.column_factor = column_factor, call.gram_factor = gram_factor;
-  call.eps = eps, call.threads = threads;
+  call.eps = eps;
   py::gil_scoped_release release;
   clkd(call, isa);
 }
@@ -120,16 +134,14 @@ void run_mlkd(int steps, int isa, int threads, uintptr_t student, int64_t studen
   check_isa(isa);
   if (views != 1 && views != 2) throw py::value_error("one or two views");
   Mlkd call;
-  call.student = pointer<const float>(student), call.student_row = student_row, call.student_column = student_column;
-  call.teacher = pointer<const float>(teacher), call.teacher_row = teacher_row, call.teacher_column = teacher_column;
+  take_logits(call, student, student_row, student_column, teacher, teacher_row, teacher_column, n, num_classes, threads);
   call.target = pointer<const int64_t>(target), call.target_stride = target_stride, call.ignore_index = ignore_index;
-  call.n = n, call.num_classes = num_classes;
   call.work = pointer<float>(work), call.gradient = pointer<float>(gradient);
   call.loss = pointer<float>(loss), call.terms = pointer<float>(terms);
   call.weight[0] = correlation_weight, call.weight[1] = alignment_weight, call.weight[2] = supervised_weight;
   call.correlation = correlation, call.alignment = alignment, call.supervised = supervised, call.views = views;
   call.correlation_temperature = correlation_temperature, call.supervised_temperature = supervised_temperature;
-  call.eps = eps, call.threads = threads;
+  call.eps = eps;
   py::gil_scoped_release release;
   mlkd(call, steps, isa);
 }
@@ -180,17 +192,10 @@ void run_contrast(int isa, int threads, uintptr_t anchors, int64_t anchors_row, 
     call.term[call.terms++] = {pointer<float>(values), pointer<const uint8_t>(counted), scale, weight, by_label};
   }
   if (call.terms == 0) throw py::value_error("a contrast has one or two terms");
-  // In parts of so many multiply-adds of a worker's similarities, so that a signal (Ctrl-C) is heard between them.
+  // In parts of so many multiply-adds of a worker's similarities.
   const ContrastLayout at(n, m, d, by_columns, threads);
   const int64_t of_slice = at.slice * m * d, step = at.workers * (of_slice < part ? part / of_slice : 1);
-  for (call.first_slice = 0; call.first_slice < at.slices; call.first_slice = call.last_slice) {
-    call.last_slice = call.first_slice + step < at.slices ? call.first_slice + step : at.slices;
-    {
-      py::gil_scoped_release release;
-      contrast(call, isa);
-    }
-    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-  }
+  run_in_parts(call, at.slices, step, contrast, isa);
 }
 
 void run_teacher_anchors(int isa, int threads, uintptr_t student, int64_t student_row, int64_t student_column,
@@ -199,23 +204,14 @@ void run_teacher_anchors(int isa, int threads, uintptr_t student, int64_t studen
                          float eps, int64_t part) {
   check_isa(isa);
   TeacherAnchors call;
-  call.student = pointer<const float>(student), call.student_row = student_row, call.student_column = student_column;
-  call.teacher = pointer<const float>(teacher), call.teacher_row = teacher_row, call.teacher_column = teacher_column;
-  call.n = n, call.num_classes = num_classes;
+  take_logits(call, student, student_row, student_column, teacher, teacher_row, teacher_column, n, num_classes, threads);
   call.work = pointer<float>(work), call.gradient = pointer<float>(gradient);
   call.loss = pointer<float>(loss), call.terms = pointer<float>(terms);
-  call.weight = weight, call.temperature = temperature, call.eps = eps, call.threads = threads;
-  // In parts of so many multiply-adds of a thread's similarities, as `run_contrast`.
+  call.weight = weight, call.temperature = temperature, call.eps = eps;
+  // In parts of so many multiply-adds of a thread's similarities.
   const TeacherAnchorsLayout at(n, num_classes);
   const int64_t of_slice = at.slice * n * num_classes / threads, step = of_slice > part ? 1 : part / (of_slice + 1) + 1;
-  for (call.first_slice = 0; call.first_slice < at.slices; call.first_slice = call.last_slice) {
-    call.last_slice = call.first_slice + step < at.slices ? call.first_slice + step : at.slices;
-    {
-      py::gil_scoped_release release;
-      teacher_anchors(call, isa);
-    }
-    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-  }
+  run_in_parts(call, at.slices, step, teacher_anchors, isa);
 }
 
 int64_t teacher_anchors_size(int64_t n, int64_t num_classes) { return TeacherAnchorsLayout(n, num_classes).size; }

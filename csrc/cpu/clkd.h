@@ -14,10 +14,7 @@
 
 namespace mcld::cpu {
 
-struct Clkd {
-  const float *student, *teacher;  // (n, C) logits
-  int64_t student_row, student_column, teacher_row, teacher_column;  // strides in elements
-  int64_t n, num_classes;
+struct Clkd : Logits {
   float* work;      // ClkdLayout(n, num_classes).size floats
   float* gradient;  // (n, C) contiguous by the student, or null
   float *loss, *terms;  // () and (3,)
@@ -25,7 +22,6 @@ struct Clkd {
   bool instance, category, correlation;  // the terms that are computed
   double row_factor, column_factor, gram_factor;
   float eps;  // a row or column with norm <= eps has no direction
-  int threads;
 };
 
 // Buffers in `work`, offsets and pitches in floats. Padding columns, up to the pitch, are zeros.

@@ -30,12 +30,17 @@ enum Anchors : int {
   kSelf,     // student rows against the other student rows; the positive is the teacher row
 };
 
-struct LowLatency {
-  const float *student, *teacher;  // (n, C) logits
+// What every call on the logits of both sides has.
+struct Logits {
+  const float *student, *teacher;  // (n, C)
   int64_t student_row, student_column, teacher_row, teacher_column;  // strides in elements
+  int64_t n, num_classes;
+  int threads;
+};
+
+struct LowLatency : Logits {
   const int64_t* target;           // (n,) labels in [0, C) for the sample-wise term, or null
   int64_t target_stride;
-  int64_t n, num_classes;
   float* work;                     // Layout(n, num_classes, sample, category).size floats
   float* gradient;                 // (n, C) contiguous by the student, or null
   float *loss, *terms;             // () and (3,); terms may be null
@@ -44,7 +49,6 @@ struct LowLatency {
   bool instance, sample, category; // the terms that are computed
   Anchors anchors;                 // others than kStudent for the instance-wise term alone
   float eps;                       // a row or column with norm <= eps has no direction
-  int threads;
 
   bool rows() const { return instance || sample; }
 };

@@ -18,12 +18,10 @@
 
 namespace mcld::cpu {
 
-struct Mlkd {
-  const float *student, *teacher;  // (n, C) logits; the teacher's are not read where the student's are enough
-  int64_t student_row, student_column, teacher_row, teacher_column;  // strides in elements
+// The teacher's logits are not read where the student's are enough.
+struct Mlkd : Logits {
   const int64_t* target;           // (n,) labels for the supervised term, or null
   int64_t target_stride, ignore_index;
-  int64_t n, num_classes;
   float* work;                     // MlkdLayout(n, num_classes, sides()).size floats
   float* gradient;                 // (n, C) contiguous by the student, or null
   float *loss, *terms;             // () and (3,)
@@ -32,7 +30,6 @@ struct Mlkd {
   int views;                       // 1 or 2: rows of z in the supervised term, in n
   float correlation_temperature, supervised_temperature;
   float eps;                       // a row with norm <= eps has no direction
-  int threads;
 
   int sides() const { return correlation || alignment || views == 2 ? 2 : 1; }
 };

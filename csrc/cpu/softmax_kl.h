@@ -16,15 +16,11 @@
 
 namespace mcld::cpu {
 
-struct SoftmaxKl {
-  const float *student, *teacher;  // (n, C) logits
-  int64_t student_row, student_column, teacher_row, teacher_column;  // strides in elements
-  int64_t n, num_classes;
+struct SoftmaxKl : Logits {
   float* work;                          // softmax_kl_size floats, aligned for double
   float *student_grad, *teacher_grad;   // (n, C) contiguous, or null
   float *loss, *terms;                  // () and (1,); terms may be null
   double temperature;                   // 2 / temperature and its square are normal numbers of fp32
-  int threads;
 };
 
 // Floats of the workspace: a sum for each block of rows, and three rows for each thread.

@@ -18,16 +18,12 @@
 
 namespace mcld::cpu {
 
-struct TeacherAnchors {
-  const float *student, *teacher;  // (n, C) logits
-  int64_t student_row, student_column, teacher_row, teacher_column;  // strides in elements
-  int64_t n, num_classes;
+struct TeacherAnchors : Logits {
   float* work;           // TeacherAnchorsLayout(n, num_classes).size floats
   float* gradient;       // (n, C) contiguous by the student, or null
   float *loss, *terms;   // () the weighted term, and (3,) the term and zeros
   float weight, temperature;
   float eps;             // a row with norm <= eps has no direction
-  int threads;
   int64_t first_slice, last_slice;  // the call's part: all parts in their order, from 0 to slices, on one workspace
 };
 

@@ -10,17 +10,16 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
 
-import torch
-
 from ..family_options import CLKDOptions
 from ..kernels import LossInputs, LossOutputs
 from .torch_low_latency import (
     LARGEST_SIZE,
     LowLatencyTuning,
     compiled_module,
-    has_plain_fp32_memory,
     isa_index,
+    module_for_whole_calls,
     weights_of,
+    whole_call,
 )
 
 # Multiply-adds of a product of the correlation up to which the compiled module is the faster one.
@@ -31,14 +30,8 @@ _LARGEST_WIDE = 512
 
 def clkd(inputs: LossInputs, tuning: LowLatencyTuning) -> Callable[[LossInputs], LossOutputs] | None:
     """The function for a frozen teacher; None where this path does not apply."""
-    if (
-        not tuning.compiled
-        or inputs.student.device.type != "cpu"
-        or inputs.teacher_grad
-        or inputs.teacher.dtype != torch.float32
-        or not has_plain_fp32_memory(inputs)
-        or (module := compiled_module()) is None
-    ):
+    module = module_for_whole_calls(inputs, tuning)
+    if module is None:
         return None
     n, num_classes = inputs.student.shape
     isa = isa_index(tuning.isa)
@@ -76,14 +69,6 @@ def _constants(options: CLKDOptions, weight: tuple[float, ...], n: int, num_clas
 
 
 def _clkd(inputs: LossInputs, module: Any, isa: int, size: int) -> LossOutputs:
-    student, teacher = inputs.student, inputs.teacher
-    n, num_classes = student.shape
-    # new_empty: torch's default device may be another one.
-    work, loss, terms = student.new_empty(size), student.new_empty(()), student.new_empty(3)
-    gradient = student.new_empty((n, num_classes)) if inputs.student_grad else None
-    module.clkd(
-        isa, torch.get_num_threads(), student.data_ptr(), *student.stride(), teacher.data_ptr(), *teacher.stride(),
-        n, num_classes, work.data_ptr(), 0 if gradient is None else gradient.data_ptr(), loss.data_ptr(),
-        terms.data_ptr(), *_constants(inputs.options, weights_of(inputs), n, num_classes),
-    )  # fmt: skip
-    return LossOutputs(loss=loss, terms=terms, student_grad=gradient, teacher_grad=None)
+    call = whole_call(inputs, isa, size)
+    module.clkd(*call.arguments, *_constants(inputs.options, weights_of(inputs), *inputs.student.shape))
+    return call.outputs

@@ -76,6 +76,41 @@ def has_plain_fp32_memory(inputs: LossInputs) -> bool:
     return plain and teacher.dtype == torch.float32 and type(teacher) in PLAIN_TYPES
 
 
+def module_for_whole_calls(inputs: LossInputs, tuning: LowLatencyTuning) -> Any:
+    """The compiled module, where it may take a call on fp32 logits of a frozen teacher whole; else None."""
+    if not tuning.compiled or inputs.student.device.type != "cpu" or inputs.teacher_grad:
+        return None
+    return compiled_module() if has_plain_fp32_memory(inputs) else None
+
+
+class WholeCall(NamedTuple):
+    """The arguments that every function of a whole call in csrc/cpu takes first, behind its steps, and its results."""
+
+    arguments: tuple[int, ...]
+    work: Tensor  # (size,)
+    outputs: LossOutputs
+
+
+def whole_call(inputs: LossInputs, isa: int, size: int, labels: tuple[int, ...] = ()) -> WholeCall:
+    """A workspace of ``size`` floats, the results, and the arguments that name them; labels: address and stride."""
+    student, teacher = inputs.student, inputs.teacher
+    n, num_classes = student.shape
+    # new_empty: torch's default device may be another one.
+    work, loss, terms = student.new_empty(size), student.new_empty(()), student.new_empty(3)
+    gradient = student.new_empty((n, num_classes)) if inputs.student_grad else None
+    arguments = (
+        isa, torch.get_num_threads(), student.data_ptr(), *student.stride(), teacher.data_ptr(), *teacher.stride(),
+        *labels, n, num_classes, work.data_ptr(), 0 if gradient is None else gradient.data_ptr(), loss.data_ptr(),
+        terms.data_ptr(),
+    )  # fmt: skip
+    return WholeCall(arguments, work, LossOutputs(loss=loss, terms=terms, student_grad=gradient, teacher_grad=None))
+
+
+def labels_of(target: Tensor | None) -> tuple[int, int]:
+    """The address and stride of labels for the compiled module, zeros where there are none."""
+    return (0, 0) if target is None else (target.data_ptr(), target.stride(0))
+
+
 def _applies(inputs: LossInputs, chunk_bytes: int) -> bool:
     student, teacher = inputs.student, inputs.teacher
     return (
@@ -202,35 +237,18 @@ def isa_index(name: str | None) -> int:
 
 
 def _mcld_compiled(inputs: LossInputs, module: Any, tuning: LowLatencyTuning) -> LossOutputs:
-    student, teacher, target, options = inputs.student, inputs.teacher, inputs.target, inputs.options
-    n, num_classes = student.shape
+    options = inputs.options
+    n, num_classes = inputs.student.shape
     active = options.active
     _, sample, category = active
     layout = _layout(n, num_classes, sample, category)
-    # new_empty: torch's default device may be another one.
-    work, loss, terms = student.new_empty(layout.size), student.new_empty(()), student.new_empty(3)
-    gradient = student.new_empty((n, num_classes)) if inputs.student_grad else None
-    arguments = (
-        isa_index(tuning.isa),
-        torch.get_num_threads(),
-        student.data_ptr(),
-        *student.stride(),
-        teacher.data_ptr(),
-        *teacher.stride(),
-        *((target.data_ptr(), target.stride(0)) if sample and target is not None else (0, 0)),
-        n,
-        num_classes,
-        work.data_ptr(),
-        0 if gradient is None else gradient.data_ptr(),
-        loss.data_ptr(),
-        terms.data_ptr(),
-        *_constants(options, weights_of(inputs)),
-    )
+    call = whole_call(inputs, isa_index(tuning.isa), layout.size, labels_of(inputs.target if sample else None))
+    arguments = (*call.arguments, *_constants(options, weights_of(inputs)))
     if _takes_gemms(active, n, num_classes, tuning):
         module.low_latency(module.ALL_STEPS, *arguments)
     else:
-        _steps(module, arguments, work, layout, inputs)
-    return LossOutputs(loss=loss, terms=terms, student_grad=gradient, teacher_grad=None)
+        _steps(module, arguments, call.work, layout, inputs)
+    return call.outputs
 
 
 class _Plan(NamedTuple):

@@ -20,9 +20,11 @@ from .torch_low_latency import (
     LARGEST_SIZE,
     LowLatencyTuning,
     compiled_module,
-    has_plain_fp32_memory,
     isa_index,
+    labels_of,
+    module_for_whole_calls,
     weights_of,
+    whole_call,
 )
 
 # Multiply-adds of the cosines up to which the compiled module's own GEMMs are as fast as PyTorch's.
@@ -34,15 +36,10 @@ def mlkd(inputs: LossInputs, tuning: LowLatencyTuning) -> Callable[[LossInputs],
     options, target = inputs.options, inputs.target
     n, num_classes = inputs.student.shape
     if (
-        not tuning.compiled
-        or inputs.student.device.type != "cpu"
-        or inputs.teacher_grad
-        or inputs.teacher.dtype != torch.float32
-        or not has_plain_fp32_memory(inputs)
-        or not any(options.term_weight)
+        not any(options.term_weight)
         or not 1 < n <= LARGEST_SIZE // 2
         or not has_fixed_shift(torch.float32, min(options.correlation_temperature, options.supervised_temperature))
-        or (module := compiled_module()) is None
+        or (module := module_for_whole_calls(inputs, tuning)) is None
     ):
         return None
     layout = _layout(n, num_classes, _sides(options))
@@ -80,17 +77,12 @@ def _sides(options: MLKDOptions) -> int:
 
 
 def _mlkd(inputs: LossInputs, module: Any, isa: int, layout: _Layout, takes_gemms: bool) -> LossOutputs:
-    student, teacher, target, options = inputs.student, inputs.teacher, inputs.target, inputs.options
-    n, num_classes = student.shape
+    options = inputs.options
+    n, num_classes = inputs.student.shape
     correlation, alignment, supervised = (w != 0 for w in options.term_weight)
-    # new_empty: torch's default device may be another one.
-    work, loss, terms = student.new_empty(layout.size), student.new_empty(()), student.new_empty(3)
-    gradient = student.new_empty((n, num_classes)) if inputs.student_grad else None
+    call = whole_call(inputs, isa, layout.size, labels_of(inputs.target if supervised else None))
     arguments = (
-        isa, torch.get_num_threads(), student.data_ptr(), *student.stride(), teacher.data_ptr(), *teacher.stride(),
-        *((target.data_ptr(), target.stride(0)) if supervised and target is not None else (0, 0)), n, num_classes,
-        work.data_ptr(), 0 if gradient is None else gradient.data_ptr(), loss.data_ptr(), terms.data_ptr(),
-        *weights_of(inputs), correlation, alignment, supervised, options.views, options.ignore_index,
+        *call.arguments, *weights_of(inputs), correlation, alignment, supervised, options.views, options.ignore_index,
         options.correlation_temperature, options.supervised_temperature, options.eps,
     )  # fmt: skip
     if takes_gemms:
@@ -99,8 +91,9 @@ def _mlkd(inputs: LossInputs, module: Any, isa: int, layout: _Layout, takes_gemm
         columns = 0
         if correlation or supervised:
             columns = n * (options.views if supervised else 1)
-        _steps(module, arguments, work, layout, (_sides(options) * n, num_classes), n, columns, gradient is not None)
-    return LossOutputs(loss=loss, terms=terms, student_grad=gradient, teacher_grad=None)
+        shape = _sides(options) * n, num_classes
+        _steps(module, arguments, call.work, layout, shape, n, columns, inputs.student_grad)
+    return call.outputs
 
 
 def _steps(

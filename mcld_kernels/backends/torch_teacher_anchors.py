@@ -14,25 +14,28 @@ import torch
 
 from ..kernels import LossInputs, LossOutputs, has_fixed_shift
 from .torch_contrast import PART
-from .torch_low_latency import LowLatencyTuning, compiled_module, has_plain_fp32_memory, isa_index, weights_of
+from .torch_low_latency import (
+    LowLatencyTuning,
+    compiled_module,
+    isa_index,
+    module_for_whole_calls,
+    weights_of,
+    whole_call,
+)
 
 
 def mcld(inputs: LossInputs, tuning: LowLatencyTuning) -> Callable[[LossInputs], LossOutputs] | None:
     """The function for a call of `mcld_loss`; None where this path does not apply."""
     options = inputs.options
     if (
-        not tuning.compiled
-        or not tuning.compiled_contrast
+        not tuning.compiled_contrast
         or options.direction != "teacher"
         or options.active != (True, False, False)
         or options.mask_same_class
-        or inputs.student.device.type != "cpu"
-        or inputs.teacher_grad
         or inputs.student.shape != inputs.teacher.shape
         or inputs.student.numel() == 0
-        or not has_plain_fp32_memory(inputs)
         or not has_fixed_shift(torch.float32, options.temperature[0])
-        or (module := compiled_module()) is None
+        or (module := module_for_whole_calls(inputs, tuning)) is None
     ):
         return None
     isa = isa_index(tuning.isa)
@@ -49,14 +52,7 @@ def _size(n: int, num_classes: int) -> int:
 
 
 def _teacher_anchors(inputs: LossInputs, module: Any, isa: int) -> LossOutputs:
-    student, teacher, options = inputs.student, inputs.teacher, inputs.options
-    n, num_classes = student.shape
-    # new_empty: torch's default device may be another one.
-    work, loss, terms = student.new_empty(_size(n, num_classes)), student.new_empty(()), student.new_empty(3)
-    gradient = student.new_empty((n, num_classes)) if inputs.student_grad else None
-    module.teacher_anchors(
-        isa, torch.get_num_threads(), student.data_ptr(), *student.stride(), teacher.data_ptr(), *teacher.stride(),
-        n, num_classes, work.data_ptr(), 0 if gradient is None else gradient.data_ptr(), loss.data_ptr(),
-        terms.data_ptr(), weights_of(inputs)[0], options.temperature[0], options.eps, PART,
-    )  # fmt: skip
-    return LossOutputs(loss=loss, terms=terms, student_grad=gradient, teacher_grad=None)
+    options = inputs.options
+    call = whole_call(inputs, isa, _size(*inputs.student.shape))
+    module.teacher_anchors(*call.arguments, weights_of(inputs)[0], options.temperature[0], options.eps, PART)
+    return call.outputs
