@@ -1,7 +1,8 @@
 """CKD, CLKD and MLKD under one interface, held to the error bar of `cases`, and the backends that run on a CPU."""
 
+import concurrent.futures
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import pytest
@@ -68,6 +69,74 @@ def check(loss: Loss, backend, kind, batch, classes, dtype, *, draws=3, ignored=
         assert ours**0.5 <= 2 * eager**0.5 + floor**0.5, (
             f"{name}: error {ours**0.5:.3g}, eager's {eager**0.5:.3g}, floor {floor**0.5:.3g}"
         )
+
+
+def assert_same_bits(got: Outcome, want: Outcome) -> None:
+    assert torch.equal(got.loss, want.loss) and torch.equal(got.student, want.student)
+
+
+LAYOUTS = ("transposed", "strided", "negated", "conjugate")
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """The same numbers in another layout of `LAYOUTS`."""
+    if layout == "transposed":
+        return x.T.contiguous().T
+    if layout == "negated":
+        return torch._neg_view(-x)
+    if layout == "conjugate":
+        return torch.complex(torch.zeros_like(x), -x).conj().imag
+    wide = x.new_full((2 * x.shape[0], 3 * x.shape[1] + 1), torch.nan)
+    wide[::2, 1::3] = x
+    return wide[::2, 1::3]
+
+
+def check_layout(terms, layout: str, target: Tensor | None = None) -> None:
+    """Logits in another layout change no bit."""
+    student, teacher = logits("random", 33, 21, torch.float32)
+    got = run(terms, laid_out(student, layout), laid_out(teacher, layout), target)
+    assert_same_bits(got, run(terms, student, teacher, target))
+
+
+def check_tensor_of_weights(terms, weight, target: Tensor | None = None) -> None:
+    """Weights in a tensor change no bit, and get the terms as their gradient."""
+    student, teacher = logits("random", 21, 17, torch.float32)
+    tensor = torch.tensor(weight, requires_grad=True)
+    got = run(terms, student, teacher, target, weight=tensor)
+    want = run(terms, student, teacher, target, weight=weight)
+    assert_same_bits(got, want)
+    assert torch.equal(tensor.grad, want.terms if tensor.ndim else want.terms[0])
+
+
+def check_without_direction(terms, reference, eps, target: Tensor | None = None, *, atol, grad_atol, **options) -> None:
+    """Rows and columns of zeros, and those that ``eps`` takes for zeros."""
+    student, teacher = logits("zeros", 13, 11, torch.float32)
+    got = run(terms, 0.7 * student, teacher, target, eps=eps, **options)
+    want = run(reference, 0.7 * student.double(), teacher.double(), target, eps=eps, **options)
+    torch.testing.assert_close(got.terms.double(), want.terms, rtol=1e-5, atol=atol)
+    torch.testing.assert_close(got.student.double(), want.student, rtol=1e-4, atol=grad_atol)
+
+
+def by_threads(evaluate: Callable[[], Any], counts: Sequence[int] = (1, 2, 5)) -> list[Any]:
+    """The results of ``evaluate`` on so many threads each."""
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in counts:
+            torch.set_num_threads(count)
+            results.append(evaluate())
+    finally:
+        torch.set_num_threads(threads)
+    return results
+
+
+def check_side_by_side(evaluate: Callable[[tuple], Outcome]) -> None:
+    """Calls of several Python threads at once disturb each other in no bit. evaluate: of (student, teacher, target)."""
+    problems = [(*logits("random", 40 + i, 30, torch.float32, seed=i), labels(40 + i, 30, i)) for i in range(8)]
+    want = [evaluate(problem) for problem in problems]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(evaluate, problems))
+    for a, b in zip(got, want, strict=True):
+        assert_same_bits(a, b)
 
 
 @contextlib.contextmanager

@@ -157,6 +157,15 @@ class TestSparseLabels:
             info_nce(rows(), rows(8, 1), positives="label", **targets)
 
 
+def assert_same_as_scalar(run):
+    """The same loss and gradients of ``run(shape)``, the last by the value of that shape, for (1,) as for ()."""
+    (*results, by_value), wanted = run((1,)), run(())
+    assert by_value.shape == (1,)
+    for got, want in zip((*results, by_value.reshape(())), wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+    return results[0]
+
+
 class TestOneElement:
     """A temperature, and CKD's weight, of shape (1,): as open_clip's nonscalar_logit_scale, and what FSDP shards."""
 
@@ -169,10 +178,7 @@ class TestOneElement:
             loss = info_nce(anchors, rows(8, 1), temperature=value, reduction=reduction, backend=backend)
             return loss.detach(), *torch.autograd.grad(loss.square().sum(), (anchors, value))
 
-        (loss, by_anchors, by_value), wanted = run((1,)), run(())
-        assert by_value.shape == (1,)
-        for got, want in zip((loss, by_anchors, by_value.reshape(())), wanted, strict=True):
-            torch.testing.assert_close(got, want, rtol=0, atol=0)
+        assert_same_as_scalar(run)
 
     def test_temperature_with_torch_func(self):
         value = torch.tensor([0.3], dtype=torch.float64)
@@ -197,10 +203,7 @@ class TestOneElement:
             loss = ckd_loss(student, rows(8, 1), weight=value, negatives=negatives, backend=backend)
             return loss.detach(), *torch.autograd.grad(loss, (student, value))
 
-        (loss, by_student, by_value), wanted = run((1,)), run(())
-        assert by_value.shape == (1,) and loss.shape == ()
-        for got, want in zip((loss, by_student, by_value.reshape(())), wanted, strict=True):
-            torch.testing.assert_close(got, want, rtol=0, atol=0)
+        assert assert_same_as_scalar(run).shape == ()
 
     def test_in_modules(self):
         learned = InfoNCELoss(temperature=nn.Parameter(torch.tensor([0.3])))

@@ -1,12 +1,10 @@
 """MLKD by csrc/cpu/mlkd.cpp against the fp64 reference, with each instruction set and with torch's GEMMs."""
 
-import concurrent.futures
-
 import family
 import pytest
 import torch
 from cases import KINDS, labels, logits
-from test_low_latency import MODULE, NEEDS_MODULE, PATHS, _strided
+from test_low_latency import MODULE, NEEDS_MODULE, PATHS
 from test_mlkd import MLKD, WEIGHT
 
 import mcld_kernels
@@ -107,17 +105,10 @@ def test_labels(target, path):
 
 @pytest.mark.parametrize("eps", [0.0, 1e-12, 2.0])
 def test_rows_without_direction(eps, path):
-    student, teacher = logits("zeros", 13, 11, torch.float32)
     for views in (1, 2):
-        got, want = (
-            family.run(terms, 0.7 * a, b, labels(13, 4), eps=eps, views=views)
-            for terms, a, b in (
-                (mcld_kernels.mlkd_terms, student, teacher),
-                (reference.mlkd_terms, student.double(), teacher.double()),
-            )
+        family.check_without_direction(
+            mcld_kernels.mlkd_terms, reference.mlkd_terms, eps, labels(13, 4), atol=1e-6, grad_atol=1e-5, views=views
         )
-        torch.testing.assert_close(got.terms.double(), want.terms, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(got.student.double(), want.student, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("side", range(2), ids=["student", "teacher"])
@@ -129,21 +120,13 @@ def test_values_that_are_not_finite_are_nan(value, side, path):
     assert got.loss.isnan() and got.terms.isnan().all() and got.student[3].isnan().all()
 
 
-@pytest.mark.parametrize("layout", ["transposed", "strided", "negated", "conjugate"])
+@pytest.mark.parametrize("layout", family.LAYOUTS)
 def test_layouts_change_no_bit(layout, path):
-    student, teacher = logits("random", 33, 21, torch.float32)
-    want = family.run(mcld_kernels.mlkd_terms, student, teacher, labels(33, 9))
-    got = family.run(mcld_kernels.mlkd_terms, _strided(student)[layout], _strided(teacher)[layout], labels(33, 9))
-    assert torch.equal(got.loss, want.loss) and torch.equal(got.student, want.student)
+    family.check_layout(mcld_kernels.mlkd_terms, layout, labels(33, 9))
 
 
 def test_a_tensor_of_weights(path):
-    student, teacher = logits("random", 21, 17, torch.float32)
-    weight = torch.tensor(WEIGHT, requires_grad=True)
-    got = family.run(mcld_kernels.mlkd_terms, student, teacher, labels(21, 9), weight=weight)
-    want = family.run(mcld_kernels.mlkd_terms, student, teacher, labels(21, 9), weight=WEIGHT)
-    assert torch.equal(got.loss, want.loss) and torch.equal(got.student, want.student)
-    assert torch.equal(weight.grad, want.terms)
+    family.check_tensor_of_weights(mcld_kernels.mlkd_terms, WEIGHT, labels(21, 9))
 
 
 def test_without_gradient_the_loss_is_the_same(path):
@@ -156,30 +139,18 @@ def test_without_gradient_the_loss_is_the_same(path):
 
 def test_threads_change_no_bit(path):
     student, teacher = logits("random", 300, 200, torch.float32)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 5):
-            torch.set_num_threads(count)
-            results.append(family.run(mcld_kernels.mlkd_terms, student, teacher, labels(300, 100)))
-    finally:
-        torch.set_num_threads(threads)
+    first, *others = family.by_threads(lambda: family.run(mcld_kernels.mlkd_terms, student, teacher, labels(300, 100)))
     if "isa" in path:  # torch's GEMMs promise no order of a sum
-        for other in results[1:]:
-            assert torch.equal(other.loss, results[0].loss) and torch.equal(other.student, results[0].student)
+        for other in others:
+            family.assert_same_bits(other, first)
 
 
 def test_calls_side_by_side(path):
-    problems = [(*logits("random", 40 + i, 30, torch.float32, seed=i), labels(40 + i, 30, i)) for i in range(8)]
-
     def evaluate(problem):
         with backends.tuned(**path):  # a thread has a context of its own
             return family.run(mcld_kernels.mlkd_terms, *problem)
 
-    want = [evaluate(problem) for problem in problems]
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        got = list(pool.map(evaluate, problems))
-    for a, b in zip(got, want, strict=True):
-        assert torch.equal(a.loss, b.loss) and torch.equal(a.student, b.student)
+    family.check_side_by_side(evaluate)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 Every instruction set, matrices by rows and by columns with gaps, on either side of a vector and of a strip of four.
 """
 
+import family
 import pytest
 import torch
 from test_low_latency import MODULE, NEEDS_MODULE
@@ -174,15 +175,13 @@ def test_the_number_of_threads_changes_nothing(isa, by_columns):
     kernels = kernel_sets(isa)[0]
     x = matrix(700, 301, by_columns, torch.Generator().manual_seed(0))
     args = epilogue_args((700, 301), by_columns, 720, 1, not by_columns, True, 0)
-    results, before = [], torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            unit = kernels.l2_normalize(x, torch.float32, EPS)
-            results.append((unit.rows, unit.inv_norm, apply(kernels, args, torch.float32)[:700]))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+    def evaluate():
+        unit = kernels.l2_normalize(x, torch.float32, EPS)
+        return unit.rows, unit.inv_norm, apply(kernels, args, torch.float32)[:700]
+
+    first, *others = family.by_threads(evaluate, (1, 2, 3))
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
 def test_other_memory_takes_torch_operations(isa, steps):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from cases import KINDS, check, labels, logits, run
 from test_ckd import CASES as CKD
-from test_low_latency import MODULE, NEEDS_MODULE, SHAPES, _strided, contrasts  # noqa: F401
+from test_low_latency import MODULE, NEEDS_MODULE, SHAPES, contrasts  # noqa: F401
 
 import mcld_kernels
 from mcld_kernels import backends, reference
@@ -55,16 +55,7 @@ def test_late_in_training_the_loss_keeps_its_digits(isa):
 
 @pytest.mark.parametrize("eps", [0.0, 1e-12, 2.0])
 def test_rows_without_direction(eps, isa):
-    student, teacher = logits("zeros", 13, 11, torch.float32)
-    got, want = (
-        family.run(terms, 0.7 * a, b, eps=eps)
-        for terms, a, b in (
-            (mcld_kernels.ckd_terms, student, teacher),
-            (reference.ckd_terms, student.double(), teacher.double()),
-        )
-    )
-    torch.testing.assert_close(got.terms.double(), want.terms, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(got.student.double(), want.student, rtol=1e-4, atol=1e-6)
+    family.check_without_direction(mcld_kernels.ckd_terms, reference.ckd_terms, eps, atol=1e-6, grad_atol=1e-6)
 
 
 @pytest.mark.parametrize("side", range(2), ids=["student", "teacher"])
@@ -76,38 +67,26 @@ def test_values_that_are_not_finite_are_nan(value, side, isa):
     assert got.loss.isnan() and got.terms.isnan().all() and got.student[3].isnan().all()
 
 
-@pytest.mark.parametrize("layout", ["transposed", "strided", "negated", "conjugate"])
+@pytest.mark.parametrize("layout", family.LAYOUTS)
 def test_layouts_change_no_bit(layout, isa):
-    student, teacher = logits("random", 33, 21, torch.float32)
-    want = family.run(mcld_kernels.ckd_terms, student, teacher)
-    got = family.run(mcld_kernels.ckd_terms, _strided(student)[layout], _strided(teacher)[layout])
-    assert torch.equal(got.loss, want.loss) and torch.equal(got.student, want.student)
+    family.check_layout(mcld_kernels.ckd_terms, layout)
 
 
 def test_a_tensor_as_weight_and_no_gradient(isa):
+    family.check_tensor_of_weights(mcld_kernels.ckd_terms, 3.0)
     student, teacher = logits("random", 21, 17, torch.float32)
-    weight = torch.tensor(3.0, requires_grad=True)
-    got = family.run(mcld_kernels.ckd_terms, student, teacher, weight=weight)
     want = family.run(mcld_kernels.ckd_terms, student, teacher, weight=3.0)
-    assert torch.equal(got.loss, want.loss) and torch.equal(got.student, want.student)
-    assert torch.equal(weight.grad, want.terms[0])
     assert torch.equal(mcld_kernels.ckd_loss(student, teacher, weight=3.0), want.loss)
 
 
 def test_threads_and_parts_change_no_bit(isa, monkeypatch):
     """A part ends where Python hears signals, after a slice."""
     student, teacher = logits("random", 1100, 40, torch.float32)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 5):
-            torch.set_num_threads(count)
-            results.append(family.run(mcld_kernels.ckd_terms, student, teacher))
-    finally:
-        torch.set_num_threads(threads)
+    first, *others = family.by_threads(lambda: family.run(mcld_kernels.ckd_terms, student, teacher))
     monkeypatch.setattr(torch_teacher_anchors, "PART", 1)
-    results.append(family.run(mcld_kernels.ckd_terms, student, teacher))
-    for other in results[1:]:
-        assert torch.equal(other.loss, results[0].loss) and torch.equal(other.student, results[0].student)
+    others.append(family.run(mcld_kernels.ckd_terms, student, teacher))
+    for other in others:
+        family.assert_same_bits(other, first)
 
 
 DECLINED = {

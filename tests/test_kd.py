@@ -3,6 +3,7 @@
 import concurrent.futures
 import math
 
+import family
 import pytest
 import torch
 import torch.nn.functional as F
@@ -147,15 +148,9 @@ class TestCompiled:
     @pytest.mark.parametrize("shape", [(1100, 10), (300, 70), (9, 4000)], ids=str)
     def test_threads_change_no_bit(self, shape, isa):
         student, teacher = logits("random", *shape, torch.float32)
-        threads, results = torch.get_num_threads(), []
-        try:
-            for count in (1, 2, 5):
-                torch.set_num_threads(count)
-                results.append(run(mcld_kernels.kd_loss, student, teacher))
-        finally:
-            torch.set_num_threads(threads)
-        for other in results[1:]:
-            assert all(torch.equal(x, y) for x, y in zip(other, results[0]))
+        first, *others = family.by_threads(lambda: run(mcld_kernels.kd_loss, student, teacher))
+        for other in others:
+            assert all(torch.equal(x, y) for x, y in zip(other, first))
 
     def test_calls_side_by_side_share_nothing(self, isa):
         problems = [logits("random", 40 + i, 300, torch.float32, seed=i) for i in range(8)]

@@ -4,8 +4,6 @@ compiled: the module mcld_kernels._cpu computes the whole call, with each instru
 torch takes the GEMMs; torch: there is no compiled module.
 """
 
-import concurrent.futures
-
 import family
 import pytest
 import torch
@@ -126,33 +124,18 @@ def test_clkd_of_values_that_are_not_finite_is_nan(value, side, clkd_path):
 
 @pytest.mark.parametrize("eps", [0.0, 1e-12, 2.0])
 def test_clkd_of_rows_and_columns_without_direction(eps, clkd_path):
-    student, teacher = logits("zeros", 13, 11, torch.float32)
-    got, want = (
-        family.run(terms, 0.7 * a, b, eps=eps)
-        for terms, a, b in (
-            (mcld_kernels.clkd_terms, student, teacher),
-            (mcld_kernels.reference.clkd_terms, student.double(), teacher.double()),
-        )
+    family.check_without_direction(
+        mcld_kernels.clkd_terms, mcld_kernels.reference.clkd_terms, eps, atol=1e-7, grad_atol=1e-6
     )
-    torch.testing.assert_close(got.terms.double(), want.terms, rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(got.student.double(), want.student, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("layout", ["transposed", "strided", "negated", "conjugate"])
+@pytest.mark.parametrize("layout", family.LAYOUTS)
 def test_layouts_change_no_bit_of_clkd(layout, clkd_path):
-    student, teacher = logits("random", 33, 21, torch.float32)
-    want = family.run(mcld_kernels.clkd_terms, student, teacher)
-    got = family.run(mcld_kernels.clkd_terms, _strided(student)[layout], _strided(teacher)[layout])
-    assert torch.equal(got.loss, want.loss) and torch.equal(got.student, want.student)
+    family.check_layout(mcld_kernels.clkd_terms, layout)
 
 
 def test_a_tensor_of_weights_of_clkd(clkd_path):
-    student, teacher = logits("random", 21, 17, torch.float32)
-    weight = torch.tensor(WEIGHT, requires_grad=True)
-    got = family.run(mcld_kernels.clkd_terms, student, teacher, weight=weight)
-    want = family.run(mcld_kernels.clkd_terms, student, teacher, weight=WEIGHT)
-    assert torch.equal(got.loss, want.loss) and torch.equal(got.student, want.student)
-    assert torch.equal(weight.grad, want.terms)
+    family.check_tensor_of_weights(mcld_kernels.clkd_terms, WEIGHT)
 
 
 @NEEDS_MODULE
@@ -249,25 +232,14 @@ def test_rows_and_columns_without_direction(eps, path):
     assert not got.student[student.norm(dim=1) <= eps][:, student.norm(dim=0) <= eps].any()
 
 
-def _strided(x: torch.Tensor) -> dict[str, torch.Tensor]:
-    wide = x.new_full((2 * x.shape[0], 3 * x.shape[1] + 1), torch.nan)
-    wide[::2, 1::3] = x
-    return {
-        "transposed": x.T.contiguous().T,
-        "strided": wide[::2, 1::3],
-        "negated": torch._neg_view(-x),
-        "conjugate": torch.complex(torch.zeros_like(x), -x).conj().imag,
-    }
-
-
-@pytest.mark.parametrize("layout", ["transposed", "strided", "negated", "conjugate"])
+@pytest.mark.parametrize("layout", family.LAYOUTS)
 def test_layouts_change_no_bit(layout, path):
     student, teacher = logits("random", 33, 21, torch.float32)
     target = labels(33, 21)
     spread = target.repeat_interleave(2)[::2]
     with backends.tuned(**path):
         want = run("torch", student, teacher, target)
-        got = run("torch", _strided(student)[layout], _strided(teacher)[layout], spread)
+        got = run("torch", family.laid_out(student, layout), family.laid_out(teacher, layout), spread)
         expanded = run("torch", student, teacher[:1].expand(33, 21), target)
         copied = run("torch", student, teacher[:1].repeat(33, 1), target)
     assert torch.equal(got.loss, want.loss) and torch.equal(got.student, want.student)
@@ -286,36 +258,28 @@ def test_inputs_are_not_written(path):
 @pytest.mark.parametrize("negatives", [None, "teacher", "student", "clkd"], ids=str)
 def test_threads_change_no_bit(negatives):
     student, teacher = logits("random", 300, 200, torch.float32)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 5):
-            torch.set_num_threads(count)
-            with backends.tuned(compiled_gemm=ANY_SIZE):
-                if negatives is None:
-                    results.append(run("torch", student, teacher, labels(300, 200)))
-                elif negatives == "clkd":
-                    results.append(family.run(mcld_kernels.clkd_terms, student, teacher))
-                else:
-                    results.append(family.run(mcld_kernels.ckd_terms, student, teacher, negatives=negatives))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert torch.equal(other.loss, results[0].loss) and torch.equal(other.student, results[0].student)
+
+    def evaluate():
+        if negatives is None:
+            return run("torch", student, teacher, labels(300, 200))
+        if negatives == "clkd":
+            return family.run(mcld_kernels.clkd_terms, student, teacher)
+        return family.run(mcld_kernels.ckd_terms, student, teacher, negatives=negatives)
+
+    with backends.tuned(compiled_gemm=ANY_SIZE):
+        first, *others = family.by_threads(evaluate)
+    for other in others:
+        family.assert_same_bits(other, first)
 
 
 def test_calls_side_by_side(path):
     """The compiled module releases the GIL and keeps nothing between calls."""
-    problems = [(*logits("random", 40 + i, 30, torch.float32, seed=i), labels(40 + i, 30, i)) for i in range(8)]
 
     def evaluate(problem):
         with backends.tuned(**path):  # a thread has a context of its own
             return run("torch", *problem)
 
-    want = [evaluate(problem) for problem in problems]
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        got = list(pool.map(evaluate, problems))
-    for a, b in zip(got, want, strict=True):
-        assert torch.equal(a.loss, b.loss) and torch.equal(a.student, b.student)
+    family.check_side_by_side(evaluate)
 
 
 DECLINED = {
