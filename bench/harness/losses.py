@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import mcld_kernels
-from bench.harness import mcld_chunks
+from bench.harness import mcld_chunks, plain
 from mcld_kernels import reference
 
 if TYPE_CHECKING:
@@ -82,6 +82,11 @@ _CATEGORY_MATRICES = (2.0, 5.0)
 def _mcld_eager_bytes(case: Case) -> int:
     rows = _ROW_MATRICES["instance" in case.terms, "sample" in case.terms]
     return case.matrix_bytes(rows[case.backward], _CATEGORY_MATRICES[case.backward])
+
+
+def _mcld_soft_eager_bytes(case: Case) -> int:
+    """The products of labels, their mask and the matrix of weights come to those of hard labels."""
+    return _mcld_eager_bytes(case) + case.matrix_bytes(3, 0)
 
 
 def _mcld_magnitude(case: Case, student: Tensor) -> tuple[float, float]:
@@ -228,6 +233,18 @@ LOSSES = {
         terms=("instance", "sample", "category"),
         temperature=0.1,
         eager=mcld_chunks.loss_and_gradient,
+    ),
+    "mcld-soft": Loss(
+        title="MCLD, soft labels of mixup",
+        # Making the labels is part of the step: mixup makes them anew for each batch.
+        function=lambda s, t, y, **options: mcld_kernels.mcld_loss(s, t, plain.mixed(y, s.shape[1]), **options),
+        reference=lambda s, t, y, **options: reference.mcld_loss(s, t, plain.mixed(y, s.shape[1]), **options),
+        options=lambda case: {"temperature": case.temperature},
+        flop=_mcld_flop,
+        eager_bytes=_mcld_soft_eager_bytes,
+        magnitude=_mcld_magnitude,
+        terms=("instance", "sample", "category"),
+        temperature=0.1,
     ),
     "kd": Loss(
         title="KD (KL divergence)",

@@ -26,6 +26,28 @@ def _info_nce(case: Case) -> LossFn:
     return loss
 
 
+def mixed(target: Tensor, classes: int) -> Tensor:
+    """Soft labels (B, classes) as mixup makes them: 0.7 of the row's class, 0.3 of another row's."""
+    pairs = torch.stack((target, target.flip(0)), 1)
+    soft = torch.zeros(len(target), classes, device=target.device)
+    return soft.scatter_add_(1, pairs, soft.new_tensor((0.7, 0.3)).expand_as(pairs))
+
+
+def _mcld_soft(case: Case) -> LossFn:
+    def loss(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+        rows = F.normalize(student) @ F.normalize(teacher).T / case.temperature
+        columns = F.normalize(student, dim=0).T @ F.normalize(teacher, dim=0) / case.temperature
+        soft = mixed(target, case.classes).to(rows.dtype)
+        shared = F.normalize(soft @ soft.T, p=1)
+        return (
+            F.cross_entropy(rows, torch.arange(len(rows), device=rows.device))
+            + F.cross_entropy(rows, shared)
+            + F.cross_entropy(columns, torch.arange(len(columns), device=rows.device))
+        )
+
+    return loss
+
+
 def _moco(case: Case) -> LossFn:
     def loss(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
         s, t = F.normalize(student), F.normalize(teacher)
@@ -120,6 +142,7 @@ def _supcon(case: Case) -> LossFn:
 
 
 LINES: dict[str, Callable[[Case], LossFn]] = {
+    "mcld-soft": _mcld_soft,
     "info_nce": _info_nce,
     "moco": _moco,
     "ckd": _ckd,
