@@ -1,18 +1,20 @@
 """A small grid of the backends' kernels under compute-sanitizer: ``compute-sanitizer python bench/sanitize.py``.
 
 Shapes past tile edges, a width that is no multiple of 16 bytes, every direction and mask, both ways to shift the
-exponent, repeated runs compared bit by bit; the cheapest that reach another kernel first, and forms of kernels that are
-off by default once.
+exponent, repeated runs compared bit by bit; the cheapest that reach another kernel first. A form of the kernels that is
+off by default is a provider of its own, with one shape: in a process of its own, one that hangs costs itself alone.
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 must be set: PyTorch's allocator would put a stray access inside a live block.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import itertools
+import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,10 +22,15 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))
 
+BEGUN = time.monotonic()  # before PyTorch's start, which takes long under a sanitizer
+
 import torch  # noqa: E402
 
 import mcld_kernels  # noqa: E402
+from bench.harness import forms  # noqa: E402
+from bench.harness.commands import BEGINS, DIFFER, ENDS  # noqa: E402
 from mcld_kernels import backends  # noqa: E402
+from mcld_kernels.backends import forms as calibrated  # noqa: E402
 from mcld_kernels.calibrate import EXIT_CODES, Exit  # noqa: E402
 
 SHAPES = ((70, 100), (129, 37), (65, 300))
@@ -42,16 +49,10 @@ SMALL = {
     "min_hopper_similarity_tiles": 1,
     "min_hopper_flash_tiles": 1,
 }
-# provider -> the shape that reaches the kernels, and what turns the form on.
-FORMS: dict[str, tuple[tuple[tuple[int, int], dict[str, Any]], ...]] = {
-    "cuda": (((70, 100), {"dependent_launches": True}),),
-    "hopper": (
-        ((70, 100), {"dependent_launches": True}),
-        ((65, 300), {"hopper_skew": 2}),
-        ((65, 300), {"hopper_cluster": 2}),
-    ),
-}
 PROVIDERS = ("torch", "triton", "cuda", "hopper")
+FORMS = forms.SANITIZED
+KEPT_S = 35.0  # of the time, for the last combination
+LAST_S = 5.0  # of the time, for a sanitizer to print what it has found after a combination that hangs
 
 
 class Combination(NamedTuple):
@@ -68,33 +69,49 @@ class Combination(NamedTuple):
 
 
 def combinations(providers: Sequence[str]) -> Iterator[Combination]:
-    """The grid and, once in it, the forms of a provider."""
+    """The grid and, behind it, the forms."""
     for options, dtype, (batch, classes) in itertools.product(OPTIONS, DTYPES, SHAPES):
         for provider in providers:
-            yield Combination(provider, batch, classes, dtype, options, {})
-            for shape, fields in FORMS.get(provider, ()):
-                if shape == (batch, classes) and dtype == torch.bfloat16 and not options:
-                    yield Combination(provider, batch, classes, dtype, options, fields)
+            if provider in PROVIDERS:
+                yield Combination(provider, batch, classes, dtype, options, {})
+    for form in providers:
+        if form in FORMS:
+            provider, fields = calibrated.parse(form)
+            yield Combination(provider, *FORMS[form], torch.bfloat16, {}, fields)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the grid; returns one of the exit codes of ``--help``."""
+def main(arguments: Sequence[str] | None = None, begun: float | None = None) -> int:
+    """Run the grid; returns one of the exit codes of ``--help``. ``begun``: by time.monotonic(), else it is now."""
+    begun = time.monotonic() if begun is None else begun
     parser = argparse.ArgumentParser(description="Run the backends on a small grid.", epilog=EXIT_CODES)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument(
-        "--providers", nargs="+", choices=PROVIDERS, metavar="P", default=list(PROVIDERS),
-        help=f"of {', '.join(PROVIDERS)} (default: all)",
+        "--providers", nargs="+", choices=(*PROVIDERS, *FORMS), metavar="P", default=list(PROVIDERS),
+        help=f"of {', '.join(PROVIDERS)} (default: these) and {', '.join(FORMS)}",
     )  # fmt: skip
-    parser.add_argument("--seconds", type=float, default=600, help="after which no combination is begun")
+    parser.add_argument(
+        "--seconds", type=float, default=float(os.environ.get("MCLD_PHASE_S", 600)),
+        help=f"in all; the grid's last combination begins {KEPT_S:.0f} s before (default: MCLD_PHASE_S, else 600)",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         print("sanitize: this machine, or this build of torch, has no CUDA device", file=sys.stderr)
         return Exit.NO_DEVICE
+    # A thread without the GIL, which a hung launch may hold, names the line and ends the process by itself, so that the
+    # sanitizer lives on to print its findings.
+    faulthandler.dump_traceback_later(max(1.0, begun + options.seconds - LAST_S - time.monotonic()), exit=True, file=2)
+    try:
+        return run(combinations(options.providers), device, begun + options.seconds - KEPT_S)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def run(chosen: Iterable[Combination], device: torch.device, deadline: float) -> int:
+    """Run combinations, the first at any time and the others while it is before the deadline, and print the counts."""
     torch.manual_seed(0)
-    deadline = time.monotonic() + options.seconds
     ran = differing = left = 0
-    for combination in combinations(options.providers):
+    for combination in chosen:
         provider, batch, classes, dtype, loss_options, fields = combination
         student = torch.randn(batch, classes, device=device, dtype=dtype)
         teacher = torch.randn(batch, classes, device=device, dtype=dtype)
@@ -102,10 +119,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name = "cuda" if provider == "hopper" else provider
         if backends.unsupported_reason(name, student, teacher, False) is not None:
             continue
-        if time.monotonic() > deadline:
+        if ran and time.monotonic() > deadline:
             left += 1
             continue
-        print(combination, flush=True)
+        print(f"{BEGINS}{combination}", flush=True)
         results = []
         for _ in range(2):
             leaf = student.clone().requires_grad_()
@@ -115,11 +132,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         repeatable = all(torch.equal(a, b) for a, b in zip(*results))
         ran += 1
         differing += not repeatable
+        print(f"{ENDS}{combination}", flush=True)
         if not repeatable:
-            print("  two runs differ")
-    print(f"{ran} combinations ran, {differing} were not repeatable, {left} were left for want of time")
+            print(DIFFER, flush=True)
+    print(f"{ran} combinations ran, {differing} were not repeatable, {left} were left for want of time", flush=True)
     return Exit.FAILED if differing or not ran else Exit.OK
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(begun=BEGUN))

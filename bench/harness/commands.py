@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.harness import live, ncu
+from bench.harness import forms, live, ncu
 from bench.harness.phases import Outcomes, Phase, Record, json_lines, last_json
 from mcld_kernels.backends.cuda import runs_on
 
@@ -21,6 +21,8 @@ PYTHON = sys.executable
 MINUTES = 8.6  # of each command; its own deadline
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 OURS = ("triton", "cuda", "hopper")
+BEGINS, ENDS = "begins: ", "ended: "  # before a combination, in the output of bench/sanitize.py
+DIFFER = "  two runs differ"
 RESULTS = range(6)  # exit codes that tell a result, of the programs here and of pytest; of no process that died
 COMPARED = ("reference", "compile", "library", "torch", *OURS, "sdpa", "cudnn", "inf-cl")
 # Where toolkits put nvcc, compute-sanitizer and ncu when the PATH does not name them.
@@ -161,23 +163,33 @@ def safe(folder: Path, machine: Machine, rehearse: bool) -> list[Phase]:
     path = search_path()
     tool = shutil.which("compute-sanitizer", path=path)
     no_gpu = "a rehearsal has no GPU" if rehearse else None
-    sanitizers = [
-        Phase(
+
+    def sanitizer(check: str, provider: str, is_form: bool = False) -> Phase:
+        needed = needs(provider.partition(":")[0], machine, rehearse)
+        return Phase(
             name=f"{check}-{provider}",
             command=[
                 tool or "compute-sanitizer", "--tool", check, "--error-exitcode", "99", "--print-limit", "20",
                 *(["--racecheck-report", "all"] if check == "racecheck" else []),
-                PYTHON, "bench/sanitize.py", "--providers", provider, "--seconds", "150",
+                PYTHON, "bench/sanitize.py", "--providers", provider,
             ],
-            budget_s=185,
-            group="sanitizers",
+            budget_s=45 if is_form else 140,
+            most_s=75 if is_form else 185,
+            group="forms" if is_form else "sanitizers",
             read=read_sanitizer,
             environment={"PATH": path, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-            skip=no_gpu or (needs(provider, machine, rehearse) if tool else "compute-sanitizer was not found"),
-        )
-        for provider in ("hopper" if machine.is_hopper else "cuda", "triton", "cuda")[: 3 if machine.is_hopper else 2]
+            skip=no_gpu or (needed if tool else "compute-sanitizer was not found"),
+        )  # fmt: skip
+
+    watched = ("hopper", "triton", "cuda") if machine.is_hopper else ("cuda", "triton")
+    sanitizers = [sanitizer(check, provider) for provider in watched for check in SANITIZERS]
+    # Each in a process of its own, after everything that comes by default: one that hangs costs itself alone.
+    of_kernels = [
+        sanitizer(check, form, is_form=True)
+        for form in forms.SANITIZED
+        if form.partition(":")[0] in watched
         for check in SANITIZERS
-    ]  # fmt: skip
+    ]
     faults = [
         Phase(
             name=f"fault-{name}",
@@ -211,7 +223,7 @@ def safe(folder: Path, machine: Machine, rehearse: bool) -> list[Phase]:
         skip=None if rehearse else "the sanitizers run it",
     )
     # The hang comes last: what a driver does with such a kernel must not cost what is measured.
-    return [*first(folder, machine, rehearse), *sanitizers, rehearsed, calibrate, *faults]
+    return [*first(folder, machine, rehearse), *sanitizers, rehearsed, calibrate, *of_kernels, *faults]
 
 
 COMMANDS: dict[str, Callable[[Path, Machine, bool], list[Phase]]] = {"correct": correct, "speed": speed, "safe": safe}
@@ -393,9 +405,19 @@ def read_errors(path: Path) -> Record:
 
 
 def read_sanitizer(output: str) -> Record:
-    """The sanitizer's summary lines and its first reports."""
-    lines = [line for line in output.splitlines() if line.startswith("=========")]
+    """The sanitizer's summary lines and first reports, the program's counts, and a combination that did not end."""
+    reports, told, begun = [], [], {}
+    for line in output.splitlines():
+        if line.startswith("========="):
+            reports.append(line.strip("= "))
+        elif line.startswith(BEGINS):
+            begun[line.removeprefix(BEGINS)] = True
+        elif line.startswith(ENDS):
+            begun.pop(line.removeprefix(ENDS), None)
+        elif " combinations ran, " in line or line == DIFFER:
+            told.append(line.strip())
     return {
-        "summary": [line.strip("= ") for line in lines if "SUMMARY" in line],
-        "reports": [line.strip("= ") for line in lines if "SUMMARY" not in line][:40],
+        "summary": [line for line in reports if "SUMMARY" in line] + told,
+        "reports": [line for line in reports if "SUMMARY" not in line][:40],
+        "unfinished": list(begun),
     }

@@ -60,3 +60,11 @@ FORMS: dict[Case, tuple[str, ...]] = {
 SMALL_FORMS: dict[Case, tuple[str, ...]] = {
     Case(64, 20): ("torch", f"torch:chunk_bytes={64 * 20 * 4}", "torch:low_latency=False")
 }
+
+# Off by default, each with logits (batch, classes) that reach its kernels: what a sanitizer looks at beside the grid.
+SANITIZED: dict[str, tuple[int, int]] = {
+    "cuda:dependent_launches=True": (70, 100),
+    "hopper:dependent_launches=True": (70, 100),
+    "hopper:hopper_skew=2": (65, 300),
+    "hopper:hopper_cluster=2": (65, 300),
+}

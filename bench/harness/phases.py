@@ -1,9 +1,9 @@
 """Phases of a report: commands in processes of their own, each with a time budget, and the archive they leave.
 
-Phases of one group run side by side. A phase that is out of time is interrupted, so that it writes its results, and
-then killed with its children; one that cannot be killed is left behind. The archive is rewritten in one step after
-every group and, while a group runs, every `REWRITE_S`. A signal to the report ends the phases in the same way; a
-second one kills them. Nothing that a report has started outlives it.
+Phases of one group run side by side. MCLD_PHASE_S tells a phase how many seconds it may take; one that is out of time
+is interrupted, so that it writes its results, and then killed with its children; one that cannot be killed is left
+behind. The archive is rewritten in one step after every group and, while a group runs, every `REWRITE_S`. A signal to
+the report ends the phases in the same way; a second one kills them. Nothing that a report has started outlives it.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Running:
         if reason is not None:
             self.record = {"status": "not run", "reason": reason}
             return
-        environment = os.environ | {"PYTHONUNBUFFERED": "1"} | phase.environment
+        environment = os.environ | {"PYTHONUNBUFFERED": "1", "MCLD_PHASE_S": f"{limit_s:.0f}"} | phase.environment
         try:
             with self.log.open("wb") as out:
                 self.process = subprocess.Popen(
