@@ -30,6 +30,7 @@ from bench.harness.programs import EXIT_CODES, Exit  # noqa: E402
 RUN = [sys.executable, str(ROOT / "bench" / "run.py")]
 STALL_S = 45.0  # no stage of a case takes as long, but the compiler's
 COMPILE_S = 150.0
+LOADED_S = 20.0  # the gate of a provider whose kernels are compiled before: it computes at once or never
 START_S = 90.0  # until the first stage: imports, the ceilings
 TURNS = ("gate", "memory", "profile")  # stages that name the provider whose turn it is
 MOST_STARTS = 12
@@ -79,7 +80,11 @@ class Attempt:
     def _limit(self) -> float:
         if not self.stage:
             return START_S
-        return COMPILE_S if self.turn == "compile" else STALL_S
+        provider = (self.turn or "").partition(":")[0]
+        if provider == "compile":
+            return COMPILE_S
+        is_gate = str(self.stage.get("stage", "")).startswith("gate ")
+        return min(LOADED_S, STALL_S) if is_gate and provider in ("cuda", "hopper") else STALL_S
 
     @property
     def turn(self) -> str | None:

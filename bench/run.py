@@ -267,7 +267,7 @@ class Run:
             providers = choose(",".join(by_case[case]))
         elif self.compiled_s >= self.options.compile_seconds:
             without.add("compile")
-        return [one for one in providers if not {one.name, one.name.partition(":")[0]} & without]
+        return [one for one in providers if not any(_is_of(one.name, left_out) for left_out in without)]
 
     def _default_rounds(self, device: torch.device) -> int:
         if self.options.smoke:
@@ -369,6 +369,12 @@ class Run:
         free = memory.available(self.plan.device) / 2**30
         self.screen.print(f"  free memory: {free:.1f} GiB")
         self.screen.print()
+
+
+def _is_of(name: str, other: str) -> bool:
+    """True if a provider is the other one with or without further fields: "hopper:a=1+b=2" is of "hopper:b=2"."""
+    (provider, _, fields), (of, _, fewer) = name.partition(":"), other.partition(":")
+    return provider == of and set(filter(None, fewer.split("+"))) <= set(fields.split("+"))
 
 
 def _short(path: Path) -> str:

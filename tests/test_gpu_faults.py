@@ -17,7 +17,7 @@ pytest.importorskip("psutil", reason="psutil is not installed: the benchmark is 
 pytest.importorskip("rich", reason="rich is not installed: the benchmark is not tested")
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # bench is not installed
 
-from bench import correct, gpu_report, isolated
+from bench import correct, gpu_report, isolated, run
 from bench.harness import commands, live, phases
 from bench.harness.commands import Machine
 from bench.harness.phases import Phase
@@ -198,6 +198,35 @@ class TestIsolation:
         forms = commands.speed(tmp_path, HOPPER, False)[4].command_line({"grid": made})
         assert forms[forms.index("--without") + 1] == "hopper"
         assert "lost: hopper" in gpu_report.summary({"phases": {"bench": {"status": "failed", **made}}})
+
+    def test_kernels_that_are_compiled_before_get_no_time_to_compile(self, tmp_path):
+        class Process:
+            def __init__(self, *arguments, **more):
+                pass
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(isolated.subprocess, "Popen", Process)
+            attempt = isolated.Attempt([], tmp_path / "bench")
+        limits = {}
+        for stage in ("gate hopper:hopper_cluster=2", "gate cuda", "profile hopper", "gate triton", "gate compile",
+                      "timing, round 1"):  # fmt: skip
+            attempt.stage = {"case": 0, "stage": stage}
+            limits[stage] = attempt._limit()
+        assert list(limits.values()) == [isolated.LOADED_S] * 2 + [isolated.STALL_S] * 2 + [
+            isolated.COMPILE_S, isolated.STALL_S
+        ]  # fmt: skip
+        # Two that hang leave half of the forms' time.
+        assert 2 * isolated.LOADED_S < commands.speed(tmp_path, HOPPER, False)[4].budget_s
+
+    def test_a_form_that_is_lost_takes_those_with_its_fields_along(self):
+        chosen = ["hopper", "hopper:hopper_cluster=2", "hopper:hopper_cluster=2+hopper_skew=2", "hopper:hopper_skew=2"]
+        for without, left in (
+            ("hopper:hopper_cluster=2", [chosen[0], chosen[3]]),
+            ("hopper:hopper_cluster=2+hopper_skew=2", [*chosen[:2], chosen[3]]),
+            ("hopper", []),
+            ("cuda:hopper_cluster=2", chosen),
+        ):
+            assert [name for name in chosen if not run._is_of(name, without)] == left
 
     def test_a_fault_of_no_provider_costs_its_case(self, tmp_path, monkeypatch):
         text = FAKE.replace("FAULT", "pass").replace('stage("timing, round 1")', "case == 1 and os._exit(9)")
