@@ -100,7 +100,7 @@ class Report:
 
 def summary(content: dict[str, Any]) -> str:
     """A line for each phase, its failures below it, and a line for each goal."""
-    lines = []
+    lines, width = [], max([22, *(len(name) + 2 for name in content["phases"])])
     for name, phase in content["phases"].items():
         detail = phase.get("reason") or ""
         if "counts" in phase:
@@ -112,7 +112,7 @@ def summary(content: dict[str, Any]) -> str:
         if phase.get("summary"):
             detail = "; ".join(phase["summary"])
         seconds = f"{phase['seconds']:6.1f} s" if "seconds" in phase else " " * 8
-        lines.append(f"{name:<22}{phase['status']:<12}{seconds}  {detail}".rstrip())
+        lines.append(f"{name:<{width}}{phase['status']:<12}{seconds}  {detail}".rstrip())
         worst = phase.get("largest_error_of_allowed")
         if worst:
             lines.append("  largest error of what is allowed: " + ", ".join(f"{k} {v:.2f}" for k, v in worst.items()))

@@ -83,14 +83,13 @@ def correct(folder: Path, machine: Machine, rehearse: bool) -> list[Phase]:
     ]  # fmt: skip
     hopper = None if rehearse else needs("hopper", machine, rehearse)({})
     tests = [
-        pytest_phase(folder, "layouts", ["tests/test_layouts.py"], 85, machine, group="right", most_s=120),
+        pytest_phase(folder, "layouts", ["tests/test_layouts.py"], 85, group="right", most_s=120),
         *(
             pytest_phase(
                 folder,
                 name,
                 ["tests/test_hopper.py", "-k", selection],
                 85,
-                machine,
                 group="right",
                 most_s=120,
                 skip=hopper,
@@ -100,14 +99,15 @@ def correct(folder: Path, machine: Machine, rehearse: bool) -> list[Phase]:
             for name, selection in (("hopper", "not form_on_hopper"), ("hopper-forms", "form_on_hopper"))
         ),
         *(
-            pytest_phase(folder, name, [*files, "-k", selection], 115, machine, group="tests")
-            for name, files, selection in (
-                ("cuda", ["tests/test_cuda.py", *_KERNEL_TESTS], "not triton and not torch"),
-                ("triton", _KERNEL_TESTS, "triton"),
-                ("torch", _KERNEL_TESTS, "torch and not triton"),
+            pytest_phase(folder, name, [*files, "-k", selection], 115, group="tests", workers=workers)
+            for name, files, selection, workers in (
+                ("cuda", ["tests/test_cuda.py", *_KERNEL_TESTS], "not triton and not torch", machine.workers),
+                # Compiles for most of its time, and the tests of "torch" compile nothing.
+                ("triton", _KERNEL_TESTS, "triton", machine.workers + machine.workers // 2),
+                ("torch", _KERNEL_TESTS, "torch and not triton", machine.workers - machine.workers // 2),
             )
         ),
-        pytest_phase(folder, "boundary", _BOUNDARY_TESTS, 115, machine, group="tests"),
+        pytest_phase(folder, "boundary", _BOUNDARY_TESTS, 115, group="tests", workers=machine.workers),
     ]
     return [
         *first(folder, machine, rehearse),
@@ -303,9 +303,9 @@ def pytest_phase(
     name: str,
     arguments: list[str],
     budget_s: float,
-    machine: Machine,
     *,
     group: str,
+    workers: int = 1,
     skip: str | None = None,
     hopper: str = "0",
     most_s: float = math.inf,
@@ -316,7 +316,6 @@ def pytest_phase(
     command = [PYTHON, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "-p", "bench.harness.live"]
     if importlib.util.find_spec("xdist"):
         # One worker also: a test that hangs or takes the process with it costs itself alone.
-        workers = 1 if of_hopper or name == "layouts" else machine.workers
         command += ["-n", str(workers), "--max-worker-restart", "2" if of_hopper else "20"]
     if importlib.util.find_spec("pytest_timeout"):
         # Inductor compiles for most of a minute where every core is busy; a Hopper kernel ends at once or never.
