@@ -329,6 +329,40 @@ class TestClocks:
         assert sample() < 1e-4
         assert count > 100
 
+    def test_a_sample_on_cuda_holds_no_allocation_of_the_driver(self, monkeypatch):
+        """With a clock and an allocator in place of CUDA's: a step that finds its memory taken is timed again."""
+        now, segments, missing = 0.0, 0, 0
+
+        class Event:
+            def __init__(self, enable_timing):
+                pass
+
+            def record(self):
+                self.at = now
+
+            def elapsed_time(self, end):
+                return end.at - self.at
+
+        def step():
+            nonlocal now, segments, missing
+            now += 2.0 + (100.0 if missing else 0.0)
+            segments, missing = segments + (missing > 0), max(0, missing - 1)
+
+        for name, value in {
+            "Event": Event,
+            "synchronize": lambda device: None,
+            "get_device_properties": lambda device: None,
+            "memory_stats": lambda device: {"segment.all.allocated": segments},
+        }.items():
+            monkeypatch.setattr(timing.torch.cuda, name, value)
+        sample = timing.CudaClock(CPU).sample(step)
+        assert sample() == pytest.approx(2e-3) and now == 2.0
+        missing = 1  # another step has the memory in its cache
+        assert sample() == pytest.approx(2e-3)
+        missing = 1000  # a step that always allocates ends as well
+        begin = now
+        assert sample() == pytest.approx(102e-3) and now == begin + timing.MOST_TAKES * 102.0
+
     def test_rounds_are_interleaved_in_changing_order(self):
         order = []
         samples = {name: lambda name=name: order.append(name) or 1.0 for name in "abcd"}
