@@ -110,7 +110,7 @@ def summary(content: dict[str, Any]) -> str:
             failed = sum(row["status"] in ("FAILED", "error") for row in phase["rows"])
             detail = f"{measured} rows measured, {failed} failed"
         if phase.get("summary"):
-            detail = "; ".join(phase["summary"])
+            detail = "; ".join(filter(None, [phase.get("reason"), *phase["summary"]]))
         seconds = f"{phase['seconds']:6.1f} s" if "seconds" in phase else " " * 8
         lines.append(f"{name:<{width}}{phase['status']:<12}{seconds}  {detail}".rstrip())
         worst = phase.get("largest_error_of_allowed")

@@ -460,6 +460,23 @@ class TestSanitizers:
         assert re.search(r"^racecheck-hopper:hopper_cluster=2 +timed out ", text, re.MULTILINE)
         assert text.count("did not end: it") == 1 and text.count("ERROR SUMMARY: 0 errors") == len(planned) - 1
 
+    def test_a_sanitizer_that_did_not_watch_has_failed(self, tmp_path, monkeypatch):
+        """As where the program's first CUDA call comes too late for it, which ends well, and was not looked at."""
+        tool = tmp_path / "compute-sanitizer"
+        tool.write_text(
+            "#!/bin/sh\necho '========= Error: compute-sanitizer timed-out.'\n"
+            "echo '24 combinations ran, 0 were not repeatable, 0 were left for want of time'\n"
+        )
+        tool.chmod(0o755)
+        monkeypatch.setattr(commands.shutil, "which", lambda name, path=None: str(tool))
+        planned = [p for p in commands.safe(tmp_path, HOPPER, False) if p.group in ("sanitizers", "forms")]
+        for phase in planned:
+            line = phase.command_line({})
+            assert line[line.index("--launch-timeout") + 1] == "0"
+        outcomes = run(tmp_path, planned[0])
+        assert outcomes["memcheck-hopper"]["status"] == "failed"
+        assert "no message like 'SUMMARY: '; 24 combinations ran" in gpu_report.summary({"phases": outcomes})
+
     def test_a_combination_that_hangs_is_named_before_the_time_of_its_phase_is_up(self, tmp_path):
         """Also where it holds the interpreter, as a launch may; the phase ends by itself, as its sanitizer needs."""
         program = (

@@ -170,6 +170,8 @@ def safe(folder: Path, machine: Machine, rehearse: bool) -> list[Phase]:
             name=f"{check}-{provider}",
             command=[
                 tool or "compute-sanitizer", "--tool", check, "--error-exitcode", "99", "--print-limit", "20",
+                # By default it waits a minute for the first CUDA call, and then lets the program run unwatched.
+                "--launch-timeout", "0",
                 *(["--racecheck-report", "all"] if check == "racecheck" else []),
                 PYTHON, "bench/sanitize.py", "--providers", provider,
             ],
@@ -177,6 +179,7 @@ def safe(folder: Path, machine: Machine, rehearse: bool) -> list[Phase]:
             most_s=75 if is_form else 185,
             group="forms" if is_form else "sanitizers",
             read=read_sanitizer,
+            told="SUMMARY: ",  # of a program that it did not watch it has none
             environment={"PATH": path, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
             skip=no_gpu or (needed if tool else "compute-sanitizer was not found"),
         )  # fmt: skip

@@ -50,6 +50,7 @@ class Phase:
     environment: dict[str, str] = field(default_factory=dict)
     skip: str | None | Callable[[Outcomes], str | None] = None  # the reason why it cannot run
     fault: str | None = None  # a pattern: the phase must fail, with this message in its output
+    told: str | None = None  # a pattern: a phase without it in its output has failed
 
     @property
     def planned_s(self) -> float:
@@ -144,6 +145,8 @@ class Running:
         }
         if code is None:
             record["reason"] = "it could not be killed, and was left behind"
+        if self.phase.told is not None and status == "ok" and not re.search(self.phase.told, output):
+            record |= {"status": "failed", "reason": f"no message like {self.phase.told!r}"}
         if self.phase.fault is not None and status != "interrupted":
             told = re.search(self.phase.fault, output)
             record["status"] = "ok" if told and status in ("failed", "timed out") else "failed"
