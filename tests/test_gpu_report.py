@@ -439,6 +439,17 @@ class TestSanitizers:
         without = commands.safe(Path("."), Machine(capability=(9, 0), workers=4, without={"hopper"}), False)
         assert all(phase.skip_reason({}) for phase in without if "-hopper" in phase.name)
 
+    def test_no_two_sanitizers_look_at_the_same_ports(self):
+        taken = set()
+        for phase in commands.safe(Path("."), HOPPER, False):
+            if phase.group in ("sanitizers", "forms"):
+                line = phase.command_line({})
+                first, most = (int(line[line.index(option) + 1]) for option in ("--port", "--max-connections"))
+                own = set(range(first, first + most))
+                assert len(own) > 10 and not own & taken and max(own) < 1 << 16
+                taken |= own
+        assert taken
+
     def test_a_form_that_hangs_costs_itself_alone(self, tmp_path, monkeypatch):
         """With a tool that stands still at one form and otherwise prints what a sanitizer does."""
         tool = tmp_path / "compute-sanitizer"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -21,6 +22,9 @@ PYTHON = sys.executable
 MINUTES = 8.6  # of each command; its own deadline
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 OURS = ("triton", "cuda", "hopper")
+# A sanitizer finds the processes that it watches on these ports of the machine: side by side, each has its own. By
+# default all look at the same ten.
+FIRST_PORT, PORTS = 49152, 32
 BEGINS, ENDS = "begins: ", "ended: "  # before a combination, in the output of bench/sanitize.py
 DIFFER = "  two runs differ"
 RESULTS = range(6)  # exit codes that tell a result, of the programs here and of pytest; of no process that died
@@ -164,6 +168,8 @@ def safe(folder: Path, machine: Machine, rehearse: bool) -> list[Phase]:
     tool = shutil.which("compute-sanitizer", path=path)
     no_gpu = "a rehearsal has no GPU" if rehearse else None
 
+    ports = itertools.count(FIRST_PORT, PORTS)
+
     def sanitizer(check: str, provider: str, is_form: bool = False) -> Phase:
         needed = needs(provider.partition(":")[0], machine, rehearse)
         return Phase(
@@ -171,7 +177,7 @@ def safe(folder: Path, machine: Machine, rehearse: bool) -> list[Phase]:
             command=[
                 tool or "compute-sanitizer", "--tool", check, "--error-exitcode", "99", "--print-limit", "20",
                 # By default it waits a minute for the first CUDA call, and then lets the program run unwatched.
-                "--launch-timeout", "0",
+                "--launch-timeout", "0", "--port", str(next(ports)), "--max-connections", str(PORTS),
                 *(["--racecheck-report", "all"] if check == "racecheck" else []),
                 PYTHON, "bench/sanitize.py", "--providers", provider,
             ],
