@@ -484,6 +484,7 @@ class TestSanitizers:
         for phase in planned:
             line = phase.command_line({})
             assert line[line.index("--launch-timeout") + 1] == "0"
+            assert line[line.index("--report-api-errors") + 1] == "no", "of PyTorch's own calls, before any of a kernel"
         outcomes = run(tmp_path, planned[0])
         assert outcomes["memcheck-hopper"]["status"] == "failed"
         assert "no message like 'SUMMARY: '; 24 combinations ran" in gpu_report.summary({"phases": outcomes})
