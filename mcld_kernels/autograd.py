@@ -45,7 +45,8 @@ class Call(NamedTuple):
     @classmethod
     def of(cls, *args: Any) -> Call:
         """The call from the arguments of an autograd Function: those up to teacher_grad, ranks, further tensors."""
-        return cls._make((*args[:9], None, args[10:], args[9], None))
+        # Not by _make, which torch 2.6 cannot trace.
+        return cls(*args[:9], extra=args[10:], ranks=args[9])  # type: ignore[misc]
 
 
 class NoSecondDerivative(torch.autograd.Function):
@@ -94,7 +95,14 @@ def _save(ctx: Any, call: Call, outputs: Sequence[Tensor | None]) -> tuple[Tenso
 
 def _forward_call(operator: LossOperator, call: Call) -> Call:
     """The gradients that forward computes: where each anchor has a loss, the teacher's gradient is left to backward."""
-    return call._replace(teacher_grad=False) if call.teacher_grad and operator.is_per_anchor(call) else call
+    if not (call.teacher_grad and operator.is_per_anchor(call)):
+        return call
+    # Not by _replace, which torch 2.6 cannot trace.
+    return Call(
+        call.name, call.student, call.teacher, call.target, call.weight, call.options, call.backend,
+        student_grad=call.student_grad, teacher_grad=False, labels_are_classes=call.labels_are_classes,
+        extra=call.extra, ranks=call.ranks, replay_key=call.replay_key,
+    )  # fmt: skip
 
 
 def _forward(call: Call) -> Outputs:

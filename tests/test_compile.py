@@ -7,9 +7,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mcld_kernels
-from mcld_kernels import MCLDLoss, backends, reference
+from mcld_kernels import InfoNCELoss, MCLDLoss, backends, reference
 from mcld_kernels.kernels import LossInputs
 from mcld_kernels.losses import mcld
+from mcld_kernels.losses.module_options import Fixed, Option
+from mcld_kernels.ops import _Call
 
 BACKENDS = ("reference", "torch")
 OPTIONS = {
@@ -123,6 +125,20 @@ def test_inside_a_compiled_training_step():
         function().backward()
         gradients.append(model.weight.grad.clone())
     close(*gradients)
+
+
+@pytest.mark.parametrize("kind", [MCLDLoss, InfoNCELoss])
+def test_a_forward_pass_reads_no_descriptor(kind, monkeypatch):
+    """torch 2.6 traces neither those of a module's options nor `NamedTuple._make`."""
+    module, (student, teacher) = kind(), logits("random", 9, 7, torch.float32)
+
+    def refuse(option, *_):
+        raise AssertionError(f"a forward pass reads the descriptor {option.name}")
+
+    for descriptor in (Option, Fixed):
+        monkeypatch.setattr(descriptor, "__get__", refuse)
+    assert module(student.requires_grad_(), teacher, labels(9, 7)).isfinite()
+    assert "_make" not in _Call.of.__code__.co_names
 
 
 def test_terms_under_compile():

@@ -173,6 +173,7 @@ class InfoNCELoss(LossModule):
     ignore_index = Option[int]()
     eps = Option[float]()
     learnable = Fixed[bool]()
+    _learnable: bool  # what a forward pass reads: torch 2.6 cannot trace a descriptor
 
     @staticmethod
     def _check_options(temperature_grad: bool = False, **arguments: Any) -> tuple[InfoNCEOptions, Tensor | None]:
@@ -254,7 +255,7 @@ class InfoNCELoss(LossModule):
         anchor_target: Tensor | None = None,
         candidate_target: Tensor | None = None,
     ) -> Tensor:
-        tensor = self.log_temperature.exp() if self.learnable else self.temperature_tensor
+        tensor = self.log_temperature.exp() if self._learnable else self.temperature_tensor
         if tensor is not None:
             tensor = temperature_tensor(tensor)
         return evaluate(anchors, candidates, anchor_target, candidate_target, tensor, self.options, self.backend)

@@ -283,6 +283,7 @@ class MCLDLoss(ModuleOverRanks):
     ignore_index = Option[int]()
     eps = Option[float]()
     uncertainty_weighting = Fixed[bool]()
+    _uncertainty_weighting: bool  # what a forward pass reads: torch 2.6 cannot trace a descriptor
     _check_options = staticmethod(mcld_options)
 
     def __init__(
@@ -433,7 +434,7 @@ class MCLDLoss(ModuleOverRanks):
     @property
     def _has_options_alone(self) -> bool:
         """True where a call depends on its tensors and the options: no weight, no warm-up, one process."""
-        has_more = self.warmup or self.warmup_steps or self.uncertainty_weighting
+        has_more = self.warmup or self.warmup_steps or self._uncertainty_weighting
         return self.weight is None and self.ranks is None and not has_more
 
     def _terms(
@@ -457,7 +458,7 @@ class MCLDLoss(ModuleOverRanks):
             student, teacher, target, self._weight(), self.options, self.backend, candidates, candidate_target,
             self.ranks, key,
         )  # fmt: skip
-        if self.uncertainty_weighting:
+        if self._uncertainty_weighting:
             active = torch.tensor(self.options.active, device=self.log_variance.device)
             result = result._replace(loss=result.loss + (self.log_variance * active).sum().to(result.loss) / 2)
         if is_training and self.warmup_steps:
@@ -477,7 +478,7 @@ class MCLDLoss(ModuleOverRanks):
     def _weight(self) -> Tensor | None:
         """The factors of the options' weights, (3,); None where these alone count."""
         weight, ramp = self.weight, self._ramp()
-        if self.uncertainty_weighting:
+        if self._uncertainty_weighting:
             learned = (-self.log_variance).exp()
             weight = learned if weight is None else weight * learned
         if ramp is None:
