@@ -52,7 +52,7 @@ def accumulate(model: Callable[..., Tensor], chunks: Sequence[Any], loss: Callab
     if len(chunks) == 0:
         raise ValueError("accumulate needs at least one chunk; got none")
     parts, states = [], []
-    with torch.no_grad(), _buffers_kept(model):
+    with torch.no_grad(), _autocast_uncached(), _buffers_kept(model):
         for chunk in chunks:
             states.append(_random_state())
             part = _apply(model, chunk)
@@ -98,6 +98,20 @@ def _replayed(state: tuple[Tensor, Tensor | None]) -> Iterator[None]:
         if of_gpu is not None:
             torch.cuda.set_rng_state(of_gpu)
         yield
+
+
+@contextlib.contextmanager
+def _autocast_uncached() -> Iterator[None]:
+    """Keep no weight that autocast casts.
+
+    In torch 2.6 one that is cast without gradients serves the second pass too, and its parameter gets no gradient.
+    """
+    is_cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(is_cached)
 
 
 @contextlib.contextmanager
