@@ -58,6 +58,22 @@ def needs_labels(options: InfoNCEOptions) -> bool:
     return options.positives == "label" or options.mask_same_class
 
 
+def with_temperature_grad(options: InfoNCEOptions) -> InfoNCEOptions:
+    """The options of a call whose gradient by the tensor of temperature is needed."""
+    # Not by _replace, which torch 2.6 cannot trace.
+    return InfoNCEOptions(
+        temperature=options.temperature,
+        positives=options.positives,
+        offset=options.offset,
+        mask_same_class=options.mask_same_class,
+        normalize=options.normalize,
+        reduction=options.reduction,
+        ignore_index=options.ignore_index,
+        eps=options.eps,
+        temperature_grad=True,
+    )
+
+
 @lru_cache(maxsize=256)
 def info_nce_as_mcld(options: InfoNCEOptions) -> MCLDOptions | None:
     """The options where they ask for the mean over pairs, MCLD's instance-wise term; else None."""

@@ -7,11 +7,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mcld_kernels
-from mcld_kernels import InfoNCELoss, MCLDLoss, backends, reference
+from mcld_kernels import InfoNCELoss, MCLDLoss, TeacherQueue, backends, ops, reference
 from mcld_kernels.kernels import LossInputs
-from mcld_kernels.losses import mcld
+from mcld_kernels.losses import info_nce, mcld
 from mcld_kernels.losses.module_options import Fixed, Option
-from mcld_kernels.ops import _Call
 
 BACKENDS = ("reference", "torch")
 OPTIONS = {
@@ -127,18 +126,21 @@ def test_inside_a_compiled_training_step():
     close(*gradients)
 
 
-@pytest.mark.parametrize("kind", [MCLDLoss, InfoNCELoss])
-def test_a_forward_pass_reads_no_descriptor(kind, monkeypatch):
-    """torch 2.6 traces neither those of a module's options nor `NamedTuple._make`."""
-    module, (student, teacher) = kind(), logits("random", 9, 7, torch.float32)
+def test_what_is_traced_reads_no_descriptor(monkeypatch):
+    """torch 2.6 traces neither those of a module's options nor `_make` and `_replace` of a NamedTuple."""
+    modules, queue = (MCLDLoss(), InfoNCELoss()), TeacherQueue(16, 7)
+    (student, teacher), target = logits("random", 9, 7, torch.float32), labels(9, 7)
 
     def refuse(option, *_):
-        raise AssertionError(f"a forward pass reads the descriptor {option.name}")
+        raise AssertionError(f"the descriptor {option.name} was read")
 
     for descriptor in (Option, Fixed):
         monkeypatch.setattr(descriptor, "__get__", refuse)
-    assert module(student.requires_grad_(), teacher, labels(9, 7)).isfinite()
-    assert "_make" not in _Call.of.__code__.co_names
+    for module in modules:
+        assert module(student.requires_grad_(), teacher, target).isfinite()
+    queue.enqueue(teacher, target)
+    for function in (ops._Call.of, ops._forward_call, MCLDLoss._terms, info_nce.evaluate):
+        assert not {"_make", "_replace"} & set(function.__code__.co_names), function
 
 
 def test_terms_under_compile():

@@ -24,6 +24,7 @@ from ..info_nce_options import (
     info_nce_options,
     needs_labels,
     temperature_tensor,
+    with_temperature_grad,
 )
 from ..infonce import Anchors, GradBuffer, Side, contrast
 from ..kernels import KernelSet, LossInputs, LossOutputs, Positives, TermWeight, UnitRows
@@ -138,7 +139,7 @@ def evaluate(
     if not needs_labels(options):
         anchor_target = candidate_target = None
     if needs_grad(temperature):
-        options = options._replace(temperature_grad=True)
+        options = with_temperature_grad(options)
     extra = candidate_target, None
     return _OPERATOR(anchors, candidates, anchor_target, temperature, options, backend, labels_are_good, extra)[0]
 

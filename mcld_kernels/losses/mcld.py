@@ -460,7 +460,9 @@ class MCLDLoss(ModuleOverRanks):
         )  # fmt: skip
         if self._uncertainty_weighting:
             active = torch.tensor(self.options.active, device=self.log_variance.device)
-            result = result._replace(loss=result.loss + (self.log_variance * active).sum().to(result.loss) / 2)
+            loss = result.loss + (self.log_variance * active).sum().to(result.loss) / 2
+            # Not by _replace, which torch 2.6 cannot trace.
+            result = MCLDTerms(loss, result.instance, result.sample, result.category)
         if is_training and self.warmup_steps:
             self.steps.add_(1)
         return result

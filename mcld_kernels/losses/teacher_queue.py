@@ -66,6 +66,9 @@ class TeacherQueue(nn.Module):
     pointer: Tensor
     size = Fixed[int]()
     classes = Fixed[int]()
+    # What `enqueue` reads: torch 2.6 cannot trace a descriptor.
+    _size: int
+    _classes: int
 
     def __init__(
         self,
@@ -121,7 +124,7 @@ class TeacherQueue(nn.Module):
 
     def _filled_places(self) -> int:
         """The length by ``pointer``, whose value is read."""
-        return min(max(int(self.pointer), 0), self.size)
+        return min(max(int(self.pointer), 0), self._size)
 
     @property
     def is_full(self) -> bool:
@@ -153,32 +156,32 @@ class TeacherQueue(nn.Module):
         checked on a CPU. On a GPU, and under torch.compile, labels out of range make the losses that use them NaN.
         """
         check_matrix("rows", rows, "teacher rows", "(n, classes)")
-        if rows.shape[1] != self.classes:
-            raise ValueError(f"rows must have shape (n, {self.classes}); got {tuple(rows.shape)}")
+        if rows.shape[1] != self._classes:
+            raise ValueError(f"rows must have shape (n, {self._classes}); got {tuple(rows.shape)}")
         if rows.device != self.rows.device:
             raise ValueError(
                 f"rows must be on the queue's device {self.rows.device}; got {rows.device}: move the queue"
             )
         n = rows.shape[0]
         labels, filled = self._labels(target, n), len(self)
-        if filled < self.size and rows.is_cuda and torch.cuda.is_current_stream_capturing():
+        if filled < self._size and rows.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                f"the queue holds {filled} of {self.size} rows: fill it before a CUDA graph is captured, because "
+                f"the queue holds {filled} of {self._size} rows: fill it before a CUDA graph is captured, because "
                 "the graph would keep that number"
             )
-        if n > self.size:
-            self.pointer.add_(n - self.size)
-            rows, labels, n = rows[-self.size :], labels[-self.size :], self.size
+        if n > self._size:
+            self.pointer.add_(n - self._size)
+            rows, labels, n = rows[-self._size :], labels[-self._size :], self._size
         acc = torch.promote_types(torch.promote_types(rows.dtype, self.rows.dtype), torch.float32)
         norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=acc)
         norm.nan_to_num_(nan=torch.nan, posinf=torch.nan)  # an overflow must show, not read as a zero direction
         unit = rows.to(acc) * torch.where(norm <= self.eps, 0.0, 1 / norm)
-        place = (self.pointer + torch.arange(n, device=rows.device)) % self.size
+        place = (self.pointer + torch.arange(n, device=rows.device)) % self._size
         self.rows.index_copy_(0, place, unit.to(self.rows.dtype))
         self.labels.index_copy_(0, place, labels)
         self.pointer.add_(n)
-        if filled < self.size:
-            self._length = min(filled + n, self.size)
+        if filled < self._size:
+            self._length = min(filled + n, self._size)
 
     def _labels(self, target: Tensor | None, n: int) -> Tensor:
         if target is None:
