@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -256,6 +257,31 @@ class TestCheckpointsThatDoNotFit:
         assert "iscutoffordamaged" in shown and "--resume" + "".join(str(path.with_name("step-00000002.pt"))) in shown
         path.write_bytes(whole)
 
+    def test_a_changed_bit_is_told(self, begun, capsys):
+        path = begun / "out" / "checkpoints" / "step-00000004.pt"
+        whole = path.read_bytes()
+        weights = torch.load(path, weights_only=True)["model"].values()
+        start = whole.index(max(weights, key=torch.numel).numpy().tobytes())
+        path.write_bytes(whole[:start] + bytes([whole[start] ^ 1]) + whole[start + 1 :])
+        assert self.resume(begun) == Exit.USAGE
+        assert "iscutoffordamaged(thechecksum" in "".join(capsys.readouterr().out.split())
+        path.write_bytes(whole)
+
+    def test_another_teacher_is_told(self, begun, tmp_path, capsys):
+        shutil.copytree(begun / "out", tmp_path / "out")
+        weights = begun / "out" / "checkpoints" / "step-00000004.pt"
+        config = begun / "small.yaml"
+        assert run(config, tmp_path / "out", "--resume", "--set", f"teacher.checkpoint={weights}") == 0
+        assert "teacher.checkpoint was" in " ".join(capsys.readouterr().out.split())
+
+    def test_an_average_that_a_run_begins_when_it_goes_on_is_that_of_the_student(self, tmp_path):
+        config = write_config(tmp_path, student={"name": "tiny-bn"}, epochs=1)
+        assert run(config, tmp_path / "out") == 0
+        want = last_state(tmp_path / "out")["model"]
+        assert run(config, tmp_path / "out", "--resume", "--set", "epochs=2", "--set", "ema.decay=1") == 0
+        got = last_state(tmp_path / "out")["ema"]
+        assert all(torch.equal(got[name], value) for name, value in want.items() if value.is_floating_point())
+
     @pytest.mark.parametrize(
         ("change", "message"),
         [
@@ -339,6 +365,46 @@ def test_cached_logits_are_computed_once_and_train_the_same_student(tmp_path, mo
     states = [last_state(tmp_path / name)["model"] for name in ("plain", "cached")]
     for name, value in states[0].items():
         torch.testing.assert_close(states[1][name], value)
+
+
+@pytest.mark.parametrize("change", ["teacher.name=tiny-bn", "augment.mean=0.2", "precision.amp=bfloat16"])
+def test_kept_logits_of_another_teacher_or_other_images_are_not_read(tmp_path, capsys, change):
+    data = {"source": "digits", "channels": 1, "classes": 10, "validation": ""}
+    augment = {"enabled": False, "mean": [0.5], "std": [0.5]}
+    config = write_config(
+        tmp_path, teacher={"cache": True}, data=data, augment=augment, batch=449, loss={"name": "mcld"}
+    )
+    states = []
+    for name in ("kept", "fresh"):
+        out = tmp_path / name
+        assert run(config, out, "--set", "epochs=1") == 0
+        if name == "fresh":
+            for path in out.glob("teacher-logits.*"):
+                path.unlink()
+        capsys.readouterr()
+        assert run(config, out, "--resume", "--set", change) == 0
+        assert ("computed anew" in " ".join(capsys.readouterr().out.split())) == (name == "kept")
+        states.append(last_state(out)["model"])
+    for name, value in states[0].items():
+        assert torch.equal(states[1][name], value), name
+
+
+def test_kept_logits_serve_a_run_that_goes_on(tmp_path, capsys):
+    config = write_config(tmp_path, teacher={"cache": True}, augment={"enabled": False})
+    assert run(config, tmp_path / "out", "--set", "epochs=1") == 0
+    before = (tmp_path / "out" / "teacher-logits.bin").read_bytes()
+    assert run(config, tmp_path / "out", "--resume") == 0
+    assert "computed anew" not in capsys.readouterr().out
+    assert (tmp_path / "out" / "teacher-logits.bin").read_bytes() == before
+
+
+def test_the_best_model_is_saved_in_an_epoch_without_a_checkpoint(tmp_path, monkeypatch):
+    scores = iter([0.25, 0.5, 0.75, 0.5, 0.5])  # the teacher's, and of four epochs
+    monkeypatch.setattr(engine, "accuracy", lambda *_: (next(scores), 1.0, 0, [], ""))
+    config = write_config(tmp_path, data={"validation_images": 8}, epochs=4, checkpoint={"every_epochs": 4})
+    assert run(config, tmp_path / "out") == 0
+    best = checkpoint.read(tmp_path / "out" / "checkpoints" / "best.pt")
+    assert (best["epoch"], best["best"], last_state(tmp_path / "out")["epoch"]) == (2, 0.75, 4)
 
 
 def test_a_recipe_runs_on_synthetic_images(tmp_path, capsys, monkeypatch):

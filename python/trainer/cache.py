@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from trainer import settings
 from trainer.config import Config
 from trainer.faults import OutputFault
+from trainer.sources import Source
+
+_NAMED = 1000  # images whose names stand for those of all
+# Settings that change no logit, or whose effect is in the weights.
+_FREE = {
+    "teacher": ("checkpoint", "pretrained", "compile", "cache", "allow_untrained"),
+    "data": ("root", "validation", "validation_images", "workers", "faulty", "faulty_limit"),
+    "augment": (),
+    "precision": ("compile", "channels_last"),
+}
 
 
 class LogitCache:
     """Logits by (epoch % period, index), float32 (float64 for a float64 run), in a file that the ranks of a node share.
 
     A row is written before it is marked, and a marked row is never computed again, so a run that was killed reads
-    what it wrote.
+    what it wrote. A third file says what the logits are of: those of another teacher or of other images are not read.
     """
 
     def __init__(self, logits: Path, marks: Path, shape: tuple[int, int, int], dtype: str):
@@ -36,20 +49,28 @@ class LogitCache:
         self._open()
 
     @classmethod
-    def make(cls, folder: Path, config: Config, images: int, classes: int) -> LogitCache:
-        """Open the cache of a run folder, or make it: a sparse file, filled as images are seen."""
+    def make(cls, folder: Path, config: Config, source: Source, teacher: nn.Module) -> tuple[LogitCache, bool]:
+        """Open the cache of a run folder, or make it: a sparse file, filled as images are seen.
+
+        Returns it, and True where one of other logits was in its place.
+        """
         period = config.augment.period if config.augment.enabled and config.augment.period else 1
         dtype = "float64" if config.precision.dtype == "float64" else "float32"
-        shape = (period, images, classes)
+        shape = (period, len(source), len(source.classes))
         paths = folder / "teacher-logits.bin", folder / "teacher-logits.marks"
+        key_path, key = folder / "teacher-logits.key", fingerprint(config, source, teacher)
         try:
-            for path, size in zip(paths, (int(np.prod(shape)) * np.dtype(dtype).itemsize, period * images)):
-                if not path.exists():
+            was_kept = any(path.exists() for path in paths)
+            is_same = all(path.exists() for path in (*paths, key_path)) and key_path.read_text(encoding="utf-8") == key
+            if not is_same:
+                key_path.unlink(missing_ok=True)
+                for path, size in zip(paths, (int(np.prod(shape)) * np.dtype(dtype).itemsize, period * len(source))):
                     with path.open("wb") as file:
                         file.truncate(size)
+                key_path.write_text(key, encoding="utf-8")
         except OSError as fault:
             raise OutputFault(f"the teacher's logits cannot be kept: {fault}") from None
-        return cls(*paths, shape, dtype)
+        return cls(*paths, shape, dtype), was_kept and not is_same
 
     def get(self, epoch: int, indices: Tensor) -> Tensor | None:
         """The logits of a batch, (b, classes), if all are there."""
@@ -65,3 +86,15 @@ class LogitCache:
         self.logits[place, rows[new]] = logits.to(getattr(torch, self.dtype)).numpy()[new]
         self.marks[place, rows[new]] = True
         return torch.from_numpy(np.array(self.logits[place, rows]))
+
+
+def fingerprint(config: Config, source: Source, teacher: nn.Module) -> str:
+    """A text that is another one where the logits are: of the teacher's weights, the images and their preparation."""
+    tree = settings.tree(config)
+    kept = {name: {key: x for key, x in tree[name].items() if key not in free} for name, free in _FREE.items()}
+    step = max(1, len(source) // _NAMED)
+    names = [source.name(index) for index in range(0, len(source), step)]
+    digest = hashlib.sha256(json.dumps([config.seed, kept, source.classes, len(source), names]).encode())
+    for tensor in (*teacher.parameters(), *teacher.buffers()):
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -8,9 +8,11 @@ import pickle
 import random
 import re
 import shutil
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 import torch
@@ -24,6 +26,10 @@ from trainer.ranks import Ranks
 SCHEMA = 1
 BEST = "best.pt"
 _NAME = re.compile(r"step-(\d+)\.pt")
+# What reading a damaged file raises.
+_DAMAGED = (
+    OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError, BadZipFile, zlib.error,
+)  # fmt: skip
 
 # Settings that a checkpoint fixes: its state has no meaning under others.
 FIXED = (
@@ -33,7 +39,7 @@ FIXED = (
 # Settings that change no result.
 FREE = (
     "output", "log.", "checkpoint.", "data.workers", "data.root", "threads", "device", "parallel.timeout",
-    "parallel.backend", "validate_every", "teacher.checkpoint", "student.checkpoint", "student.pretrained",
+    "parallel.backend", "validate_every", "student.checkpoint", "student.pretrained",
 )  # fmt: skip
 
 
@@ -206,8 +212,9 @@ def read(path: Path) -> dict[str, Any]:
     except OSError as fault:
         raise ConfigFault(f"the checkpoint {path} cannot be read: {fault.strerror}") from None
     try:
+        _check_sums(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError) as fault:
+    except _DAMAGED as fault:
         earlier = [other for other in newest_first(path.parent) if other.name < path.name]
         hint = f"; before it is {earlier[0]}: --resume {earlier[0]}" if earlier else "; there is none before it"
         reason = str(fault).partition("\n")[0]
@@ -217,6 +224,13 @@ def read(path: Path) -> dict[str, Any]:
     if state["schema"] != SCHEMA:
         raise ConfigFault(f"{path} has schema {state['schema']}, and this version of the trainer reads {SCHEMA}")
     return state
+
+
+def _check_sums(path: Path) -> None:
+    """Raise where a part of the file is not what its checksum says: torch.load reads such a part without a word."""
+    with ZipFile(path) as archive:
+        if (name := archive.testzip()) is not None:
+            raise ValueError(f"the checksum of {name} is another one")
 
 
 def check_settings(saved: Mapping[str, Any], config: Any, path: Path) -> list[str]:

@@ -192,7 +192,7 @@ class Average:
 class Checkpoint:
     """checkpoints/step-*.pt in the run folder."""
 
-    every_epochs: int = option(1, "0: not by epochs", least=0)
+    every_epochs: int = option(1, "0: not by epochs; a model better than any before is saved all the same", least=0)
     every_steps: int = option(0, "0: not by steps", least=0)
     keep: int = option(2, "newest checkpoints that stay; best.pt stays beside them", least=1)
 

@@ -97,8 +97,9 @@ class Run:
         checkpoint.check_classes(state, self.classes, path)
         try:
             checkpoint.load_model_state(self.model, state["model"])
-            if self.parts.average is not None and state["ema"] is not None:
-                checkpoint.load_model_state(self.parts.average.module, state["ema"])
+            if self.parts.average is not None:  # of a run without one it begins at the student
+                average = state["model"] if state["ema"] is None else state["ema"]
+                checkpoint.load_model_state(self.parts.average.module, average)
             self.parts.load_optimizer(state["optimizer"])
             self.parts.objective.load_state_dict(state["loss"])
         except (RuntimeError, KeyError, ValueError) as fault:
@@ -115,7 +116,7 @@ class Run:
         same = len(state["ranks"]) == self.ranks.size
         own = state["ranks"][self.ranks.rank if same else 0]
         checkpoint.load_buffers(checkpoint.unwrapped(self.model), own["buffers"])
-        checkpoint.load_buffers(self.parts.average_model, own["ema_buffers"])
+        checkpoint.load_buffers(self.parts.average_model, own["buffers" if state["ema"] is None else "ema_buffers"])
         if same:
             checkpoint.set_random_state(own["random"], self.device)
             self.sums = dict(own["sums"])
@@ -154,11 +155,16 @@ class Run:
         self.signal = number
 
     def _make_cache(self, folder: Path) -> LogitCache | None:
-        if not self.config.teacher.cache or self.parts.teacher is None:
+        teacher, source = self.parts.teacher, self.training_source
+        if not self.config.teacher.cache or teacher is None:
             return None
-        return self.ranks.from_first(
-            lambda: LogitCache.make(folder, self.config, len(self.training_source), len(self.classes))
-        )
+        cache, is_stale = self.ranks.from_first(lambda: LogitCache.make(folder, self.config, source, teacher))
+        if is_stale:
+            self.record.line(
+                "the kept logits are of another teacher, or of images prepared otherwise: they are computed anew",
+                "yellow",
+            )
+        return cache
 
     def _report_start(self) -> None:
         config, ranks, record = self.config, self.ranks, self.record
@@ -378,7 +384,7 @@ class Run:
             self.epoch, self.order.first, self.sums = self.epoch + 1, 0, {}
         else:
             self.sums["steps"] = steps
-        if last or (config.checkpoint.every_epochs and done % config.checkpoint.every_epochs == 0):
+        if last or better or (config.checkpoint.every_epochs and done % config.checkpoint.every_epochs == 0):
             self._save(0 if whole else number, better)
         if every:
             self.record.line(
