@@ -1,6 +1,7 @@
 """Whole runs of the trainer in one process: images on disk, faulty ones, what a run leaves, and what ends it."""
 
 import csv
+import errno
 import json
 import math
 import shutil
@@ -346,6 +347,16 @@ class TestAnEnd:
         assert run(write_config(tmp_path, threads=100_000), tmp_path / "out") == Exit.USAGE
         assert "threads must be at most" in " ".join(capsys.readouterr().out.split())
         assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_at_the_end_is_told(tmp_path, capsys, monkeypatch):
+    def plot(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(record, "plot", plot)
+    assert run(write_config(tmp_path), tmp_path / "out", curves=True) == Exit.OUTPUT
+    assert "cannot be completed" in (shown := " ".join(capsys.readouterr().out.split())) and "No space left" in shown
+    assert last_state(tmp_path / "out")["epoch"] == 2
 
 
 def test_cached_logits_are_computed_once_and_train_the_same_student(tmp_path, monkeypatch):

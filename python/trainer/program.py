@@ -179,9 +179,12 @@ def _run(
         raise OutputFault(f"the run folder {folder} cannot be written: {fault}") from None
     finally:
         done = Exit.FAILED if code is None else code
-        with contextlib.suppress(OSError):
+        try:
             record.save(state=STATES.get(done, "failed"), exit=int(done))
             record.close()
+        except OSError as fault:
+            screen.say(console, f"error: the record of the run cannot be completed in {folder}: {fault}", "red")
+            code = Exit.OUTPUT if code == Exit.OK else code
     if ranks.first:
         screen.say(console, f"written to {folder}")
     return code
