@@ -130,6 +130,8 @@ class TestTimm:
         [
             (["MCLDLoss"], "usage: timm_task.py LOSS"),
             (["MCLDLos", "--", "train.py"], "has no loss 'MCLDLos'; it has .*MCLDLoss"),
+            (["MCLDLoss", "warmup=-1", "--", "train.py"], "MCLDLoss: warmup must be a finite number"),
+            (["MCLDLoss", "uncertainty_weighting=True", "--", "train.py"], "the loss has parameters"),
             (["MCLDLoss", "0.5", "--", "train.py"], "'0.5' is not an option of the form key=value"),
         ],
     )
@@ -192,6 +194,8 @@ class TestTorchdistill:
 
         with pytest.raises(ValueError, match="has no loss 'mcld_loss'; it has .*MCLDLoss"):
             LogitLoss("mcld_loss")
+        with pytest.raises(ValueError, match="InfoNCELoss has parameters"):
+            LogitLoss("InfoNCELoss", learnable=True)
 
 
 @needs("lightning")
@@ -369,6 +373,28 @@ class TestHuggingFace:
         assert float(loss.effective_weight[2]) == pytest.approx(3 * 1.5 / 4)
         assert not trainer.teacher.training
 
+    def test_a_warm_up_by_steps_goes_on_after_a_resume(self, parts):
+        options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "gradient_accumulation_steps": 2}
+        self.trainer(parts, MCLDLoss(warmup_steps=20), **options).train()
+        loss = MCLDLoss(warmup_steps=20)
+        trainer = self.trainer(parts, loss, **options)
+        trainer.train(resume_from_checkpoint=str(Path(trainer.args.output_dir) / "checkpoint-2"))
+        assert trainer.state.global_step == 4 and int(loss.steps) == 8  # micro-batches
+
+    def test_learned_weights_need_an_optimizer_that_has_them(self, parts):
+        from adapters.hf_trainer import DistillationTrainer
+
+        (student, teacher), data, arguments = parts
+        loss = MCLDLoss(uncertainty_weighting=True)
+        with pytest.raises(ValueError, match="MCLDLoss has parameters.*optimizers="):
+            self.trainer(parts, loss)
+        optimizer = torch.optim.SGD([*student.parameters(), *loss.parameters()], lr=0.1)
+        DistillationTrainer(
+            model=student, args=arguments(), train_dataset=data, teacher=teacher, distill_loss=loss,
+            optimizers=(optimizer, None),
+        ).train()  # fmt: skip
+        assert loss.log_variance.abs().min() > 0
+
     def test_the_evaluation_loss_is_the_models_own(self, parts):
         (student, _), data, _ = parts
         trainer = self.trainer(parts, MCLDLoss(**OPTIONS))
@@ -427,6 +453,9 @@ class TestMdistiller:
             torch.testing.assert_close(sum(value.mean() for value in losses.values()), expected)
         assert torch.equal(prediction, student(images)) and not distiller.teacher.training
         assert torch.equal(distiller.eval()(image=images), student(images))
+        distiller.loss = MCLDLoss(uncertainty_weighting=True)
+        learnable = {id(parameter) for parameter in distiller.get_learnable_parameters()}
+        assert learnable == {id(x) for x in (*student.parameters(), distiller.loss.log_variance)}
 
     def test_the_snippet_of_the_quickstart_runs(self, distiller_dict):
         page = (PYTHON.parent / "docs" / "quickstart.md").read_text()

@@ -18,7 +18,9 @@ class DistillationTrainer(Trainer):
 
     With mixed precision the Trainer converts the student's outputs to fp32, while the teacher's stay 16-bit: the
     student's logits are cast to the teacher's dtype, in which they were computed. ``state.epoch`` is a fraction that
-    counts from 0, also after a resume: it goes to the loss's ``set_epoch``. ``sync``: over several ranks, take the loss
+    counts from 0, also after a resume: it goes to the loss's ``set_epoch``, and ``state.global_step`` to a warm-up by
+    steps. The Trainer's own optimizer has the model's parameters alone, so a loss that learns its weights or its
+    temperature needs ``optimizers=``. ``sync``: over several ranks, take the loss
     of the global batch, as `sync_over_ranks` says.
     """
 
@@ -29,10 +31,16 @@ class DistillationTrainer(Trainer):
     def __init__(self, *args: Any, teacher: nn.Module, distill_loss: nn.Module, sync: bool = True, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False
+        if self.optimizer is None and any(True for _ in distill_loss.parameters()):
+            raise ValueError(
+                f"{type(distill_loss).__name__} has parameters, and the Trainer's own optimizer has those of the model "
+                "alone: pass optimizers=(optimizer, scheduler) with both"
+            )
         self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)
         self.distill_loss = distill_loss.to(self.args.device)
         if sync:
             sync_over_ranks(self.distill_loss)
+        self._has_counted = False
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
@@ -41,6 +49,10 @@ class DistillationTrainer(Trainer):
         if model.training:
             if hasattr(self.distill_loss, "set_epoch"):
                 self.distill_loss.set_epoch(self.state.epoch or 0.0)
+            if not self._has_counted and getattr(self.distill_loss, "warmup_steps", 0):
+                # The Trainer's checkpoints have no state of the loss.
+                self.distill_loss.steps.fill_(self.state.global_step * self.args.gradient_accumulation_steps)
+            self._has_counted = True
             with torch.no_grad(), self.accelerator.autocast():
                 teacher = self.teacher(**{key: value for key, value in inputs.items() if key != "labels"}).logits
             student = outputs["logits"] if isinstance(outputs, dict) else outputs[1]

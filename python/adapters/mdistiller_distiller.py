@@ -26,6 +26,9 @@ class LossDistiller(Distiller):
     def make_loss(self, cfg: Any) -> nn.Module:
         return MCLDLoss(temperature=0.5, weight=3.0, warmup=20)
 
+    def get_learnable_parameters(self) -> list[nn.Parameter]:
+        return [*self.student.parameters(), *self.loss.parameters()]
+
     def forward_train(
         self, image: Tensor, target: Tensor, epoch: int, **kwargs: Any
     ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -81,8 +81,14 @@ def sync_over_ranks(loss: nn.Module) -> None:
 def use(make_loss: Callable[[], nn.Module], **options: bool) -> None:
     """Let timm's own train.py, imported or run after this, build its logit distillation with ``make_loss()``.
 
-    ``options``: ``soft_labels`` and ``sync`` of `LossTask`.
+    ``options``: ``soft_labels`` and ``sync`` of `LossTask`. timm's optimizer has the student's parameters alone: a loss
+    that has some raises ValueError.
     """
+    if any(True for _ in make_loss().parameters()):
+        raise ValueError(
+            "the loss has parameters, and the optimizer of timm's train.py has those of the student alone: weights and "
+            "a temperature that are learned need a training loop of your own"
+        )
 
     class Task(LossTask):
         def __init__(self, *args: Any, **kwargs: Any):
@@ -108,7 +114,10 @@ def main(arguments: Sequence[str]) -> None:
         sys.exit(f"{bad[0]!r} is not an option of the form key=value; usage: {usage}")
     options = {key: _value(text) for key, text in (pair.split("=", 1) for pair in pairs)}
     of_task = {key: bool(options.pop(key)) for key in ("soft_labels", "sync") if key in options}
-    use(lambda: getattr(mcld_kernels, name)(**options), **of_task)
+    try:
+        use(lambda: getattr(mcld_kernels, name)(**options), **of_task)
+    except (TypeError, ValueError) as error:
+        sys.exit(f"{name}: {error}")
     script, *rest = arguments[split + 1 :]
     sys.argv = [script, *rest]
     sys.path[0] = str(Path(script).resolve().parent)

@@ -41,6 +41,11 @@ class LogitLoss(nn.Module):
             raise ValueError(f"mcld_kernels has no loss {loss!r}; it has {losses}")
         self.student_path, self.teacher_path, self.io = student_path, teacher_path, io
         self.loss = getattr(mcld_kernels, loss)(**options)
+        if any(True for _ in self.loss.parameters()):
+            raise ValueError(
+                f"{loss} has parameters, and torchdistill's optimizer has those of the models alone: weights and a "
+                "temperature that are learned need a training loop of your own"
+            )
         if sync:
             sync_over_ranks(self.loss)
 
