@@ -37,7 +37,8 @@ def accumulate(model: Callable[..., Tensor], chunks: Sequence[Any], loss: Callab
       to other logits than the loss.
 
     Args:
-        model: gives the logits (rows of the chunk, classes) of a chunk: an nn.Module or any function.
+        model: gives the logits (rows of the chunk, classes) of a chunk: an nn.Module, or any function. The buffers
+            behind a function are not known: running statistics there advance in both passes.
         chunks: the batch in parts, at least one: a tensor each, or a tuple or mapping of the model's arguments.
         loss: the loss, shape (), of the logits (rows of all chunks, classes). It is called once, with gradients
             enabled; what else it depends on gets its gradient too.
