@@ -249,7 +249,8 @@ def _reduce_scatter_single(*args: Any, **kw: Any) -> Any:
 
 def _as_bytes(x: Tensor) -> Tensor:
     assert x.is_contiguous()
-    return x.reshape(-1).view(torch.uint8)
+    # The stride of a single number may be any, which a view as another dtype refuses.
+    return x.as_strided((x.numel(),), (1,)).view(torch.uint8)
 
 
 def _run(

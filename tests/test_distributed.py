@@ -5,6 +5,7 @@ group run in the processes of `ranks.Pool`.
 """
 
 import functools
+import math
 import runpy
 import sys
 from pathlib import Path
@@ -245,6 +246,20 @@ def special_logits(group):
 
 def test_zero_rows_late_training_and_nan(pool):
     pool.run(special_logits, ranks=3)
+
+
+def one_row_with_a_gap(group):
+    """Rows and labels of one number, whose stride says nothing, as of a column of a wider batch."""
+    student, teacher = (torch.ones(1, 1, dtype=torch.float64).as_strided((1, 1), (8, 3)) for _ in range(2))
+    leaf, target = student.requires_grad_(), torch.zeros(1, dtype=torch.int64).as_strided((1,), (3,))
+    for backend, gather in ALL:
+        loss = mcld_kernels.mcld_loss(leaf, teacher, target, process_group=group, backend=backend, gather=gather)
+        want = 2 * math.log(2)  # of two equal candidates, by both row terms
+        assert abs(float(mean_over_ranks(loss, group)) - want) < 1e-12
+
+
+def test_the_stride_of_a_single_row_does_not_matter(pool):
+    pool.run(one_row_with_a_gap, ranks=2)
 
 
 def nothing(group):
