@@ -137,6 +137,8 @@ def contrast(
     if kernels.has_anchor_pass and _anchor_pass(kernels, args, anchors, means, class_index):
         return
     forward_terms = _anchor_terms(kernels, anchors, candidates, temperature, offset, means, class_index)
+    if not is_bounded:
+        _show_overflow(forward_terms)
     pass_ = kernels.contrast(args)
     partner: list[Tensor] = []
     class_mean: list[Tensor] = []
@@ -238,6 +240,11 @@ def _anchor_terms(
         weights=anchors.weights,
         per_anchor=anchors.per_anchor,
     )
+
+
+def _show_overflow(terms: AnchorTerms) -> None:
+    """Make positives of +inf NaN, as log-sum-exp less positive is: beside them all negatives would seem to be 0."""
+    terms.positive.masked_fill_(terms.positive / terms.temperature == torch.inf, torch.nan)
 
 
 def _loss_without_partner(terms: AnchorTerms, sums: NegativeSums) -> GradCoefficients:

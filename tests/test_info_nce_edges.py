@@ -1,9 +1,11 @@
 """info_nce at its edges: empty sides, zero rows, labels without a class, and the messages for what does not fit."""
 
+import itertools
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_info_nce import labelled, problem
 
 from mcld_kernels import backends, info_nce, reference
@@ -75,6 +77,37 @@ class TestEdges:
                 pair[side][2, 1] = value
                 with backends.tuned(**tuning):
                     assert not info_nce(*pair, normalize=normalize, backend="torch").isfinite()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("mask", [False, True], ids=["plain", "masked"])
+    @pytest.mark.parametrize("frozen", [True, False])
+    def test_infinite_dot_products_are_those_of_eager(self, dtype, mask, frozen):
+        """A positive of +inf is NaN, not a loss of 0; a negative of -inf leaves a loss, but not its gradient."""
+        start = torch.tensor([[1.0, 2], [2, 1], [-1, 0.5]])
+        more = torch.tensor([[1, 1.5], [1.5, 1], [-0.5, 1], [0.3, -1]])
+        ours, theirs = torch.tensor([0, 1, 0]), torch.tensor([0, 1, 0, 0])
+        options = {"mask_same_class": True, "anchor_target": ours, "candidate_target": theirs} if mask else {}
+        dropped = (ours[:, None] == theirs) & ~torch.eye(3, 4, dtype=torch.bool) & mask
+        large = torch.finfo(dtype).max / 2
+        for side, row, value in itertools.product(range(2), range(4), (math.inf, -math.inf, large, -large)):
+            pair = [start.to(dtype), more.to(dtype)]
+            if row >= len(pair[side]):
+                continue
+            pair[side][row, 0] = value
+            similarities = (pair[0] @ pair[1].T / 0.1).masked_fill(dropped, -torch.inf)
+            want = F.cross_entropy(similarities, torch.arange(3), reduction="none")
+            for tuning, temperature in itertools.product(({}, {"low_latency": False}), (0.1, torch.tensor(0.1))):
+                anchors, candidates = pair[0].clone().requires_grad_(), pair[1].clone().requires_grad_(not frozen)
+                with backends.tuned(**tuning):
+                    each = info_nce(
+                        anchors, candidates, temperature=temperature, normalize=False, reduction="none",
+                        backend="torch", **options,
+                    )  # fmt: skip
+                assert torch.equal(each.isfinite(), want.isfinite())
+                torch.testing.assert_close(each[want.isfinite()], want[want.isfinite()])
+                each.sum().backward()
+                if math.isinf(value) and side == 1 and not mask:
+                    assert not anchors.grad.isfinite().all()
 
     def test_zero_rows_get_no_gradient(self):
         anchors, candidates, _, _ = problem()

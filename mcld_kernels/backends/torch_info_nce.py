@@ -167,7 +167,8 @@ def _diagonal(e: Tensor, offset: int, same: Tensor | None, with_grad: bool) -> t
 def _diagonal_with_shift(e: Tensor, offset: int, same: Tensor | None, with_grad: bool) -> tuple[Tensor, Tensor | None]:
     """The same with each row's maximum over the negatives as its shift."""
     diagonal = e.diagonal(offset)
-    positive = diagonal.clone()
+    # Log-sum-exp less a positive of +inf is NaN; beside it all negatives would seem to be 0.
+    positive = diagonal.nan_to_num(nan=torch.nan, posinf=torch.nan, neginf=-torch.inf)
     if same is not None:
         e.masked_fill_(same, -torch.inf)
     diagonal.fill_(-torch.inf)

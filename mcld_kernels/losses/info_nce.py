@@ -96,7 +96,9 @@ def info_nce(
 
     Returns:
         Tensor of shape (), or (n,) with ``reduction="none"``, float64 for float64 embeddings and float32 otherwise. The
-        gradient has the embeddings' dtype. No anchor gives 0. NaN or infinite embeddings give NaN.
+        gradient has the embeddings' dtype. No anchor gives 0. NaN or infinite embeddings give NaN; with
+        ``normalize=False`` infinite dot products can make the loss infinite, and one of -inf that is no positive can
+        leave it finite, as in eager PyTorch, with a gradient of NaN where an embedding is infinite.
 
     Raises:
         ValueError: shapes, devices, values or options do not fit, labels are missing or out of range.
