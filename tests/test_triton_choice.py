@@ -29,6 +29,11 @@ class TestReasons:
         finally:
             triton_interpreter.InterpreterBuilder.create_dot = create_dot
 
+    def test_the_interpreter_rounds_no_fp64_to_bf16(self):
+        pair = torch.zeros(2, 2, dtype=torch.bfloat16), torch.zeros(2, 2, dtype=torch.float64)
+        for student, teacher in (pair, pair[::-1]):
+            assert "fp64 to bf16" in backends.unsupported_reason("triton", student, teacher, False)
+
     def test_cpu_tensors_without_the_interpreter(self, monkeypatch):
         monkeypatch.setattr(backend, "interpreted", lambda: False)
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
