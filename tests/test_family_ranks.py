@@ -126,6 +126,12 @@ def special(group):
             for backend in ("reference", "torch"):
                 got = over_ranks(group, sizes, fast, *inputs, backend=backend, **options)
                 assert got["values"][0].isnan(), (name, bad, backend)
+            if name == "mlkd-mutual":  # without an anchor too
+                nobody = torch.full_like(inputs[2], -100)
+                alone = {**options, "weight": (0.0, 0.0, 1.0)}
+                for backend in ("reference", "torch"):
+                    got = over_ranks(group, sizes, fast, *inputs[:2], nobody, backend=backend, **alone)
+                    assert got["values"][0].isnan(), (bad, backend)
         # Late in training the terms keep their digits in fp32.
         if name != "ckd":
             (fast, truth), (student, teacher, target), options = problem(name, sizes, 7, torch.float32, "converged")

@@ -275,6 +275,28 @@ class TestLabels:
         assert torch.isnan(got.loss) and torch.isnan(got.supervised) and torch.isfinite(got.correlation)
 
 
+TUNINGS = {"compiled": {}, "whole": {"compiled": False}, "chunks": {"low_latency": False, "chunk_bytes": 200}}
+
+
+@pytest.mark.parametrize("weight", [SUPERVISED, WEIGHT], ids=["alone", "all"])
+@pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_nan_shows_in_the_supervised_term_without_an_anchor_too(weight, views, bad):
+    student, teacher = logits("random", 6, 5, torch.float32)
+    target = torch.full((6,), -100)
+    options = {"weight": weight, "views": views}
+    for tuning in TUNINGS.values():
+        with backends.tuned(**tuning):
+            assert float(mcld_kernels.mlkd_terms(student, teacher, target, **options).supervised) == 0
+    assert float(reference.mlkd_terms(student, teacher, target, **options).supervised) == 0
+    student[2, 1] = bad
+    for tuning in TUNINGS.values():
+        with backends.tuned(**tuning):
+            got = run(mcld_kernels.mlkd_terms, student, teacher, target, **options)
+            assert got.loss.isnan() and got.terms[2].isnan() and got.student[2].isnan().all()
+    assert reference.mlkd_terms(student, teacher, target, **options).supervised.isnan()
+
+
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_a_tensor_of_weights_gets_the_terms_as_its_gradient(backend):
     student, teacher = logits("random", 9, 7)

@@ -161,7 +161,7 @@ struct Call : Mlkd {
       sums[0] += x;
     });
     const int64_t others = positives_of(i % n);
-    value[i] = 0;
+    value[i] = 0 * total[i];  // NaN shows without an anchor, too
     if (others < 1) return;
     float positive = 0;
     for_positives(i, [&](int64_t j) { positive += row[j]; });

@@ -36,7 +36,7 @@ from ..kernels import GradCoefficients, GradEpilogueArgs, KernelSet, LossInputs,
 from ..ops import LossOperator
 from ..options import Backend, check_backend, grad_dtype
 from . import mlkd_whole
-from .mlkd_correlation import Rows, correlate
+from .mlkd_correlation import Rows, correlate, of_anchors
 from .mlkd_parts import align, find_positives
 from .mlkd_ranks import compute_over_ranks
 from .module_options import Option
@@ -333,7 +333,7 @@ def _contrast(
     for sums in pass_.chunks():
         rows = sums.rows
         value = sums.neg_lse - positives.cosine[rows] / temperature
-        per_anchor[rows] = torch.where(positives.counted[rows], value, 0.0)
+        per_anchor[rows] = of_anchors(value, positives.counted[rows])
         if with_grad:
             of_rows = GradCoefficients(partner=partner[rows], product=partner[rows] * sums.inv_neg_sum, class_mean=None)
             pass_.add(sums, of_rows)

@@ -54,6 +54,11 @@ class Positives:
     class_index: Tensor  # (N,) int64: row of `means`
 
 
+def of_anchors(value: Tensor, counted: Tensor) -> Tensor:
+    """The supervised term of each row: 0 of one that is no anchor, unless it is NaN, which must show."""
+    return torch.where(counted | value.isnan(), value, 0.0)
+
+
 def correlate(
     unit: Rows,
     options: MLKDOptions,
@@ -377,7 +382,7 @@ class _Supervised:
         positives = self.positives
         self.partner = positives.counted * (positives.factor * weight / self.temperature)  # (N,)
         lse = torch.cat([sums.lse() for sums in self.sums])
-        value = torch.where(positives.counted, lse - positives.cosine / self.temperature, 0.0)
+        value = of_anchors(lse - positives.cosine / self.temperature, positives.counted)
         for sums, partner in zip(self.sums, self.partner.split(self.n), strict=True):
             total = sums.totals[0]
             self.factors.append(torch.where(total == 0, 0.0, partner / total))

@@ -25,7 +25,7 @@ from ..gram import add_mm
 from ..kernels import KernelSet, LossInputs, LossOutputs, UnitRows, has_fixed_shift
 from ..options import grad_dtype, is_readable
 from ..over_ranks.own_rows import Chunk, Chunks, finite, through_normalization
-from .mlkd_correlation import LEAST_RATIO, Positives, has_small_student
+from .mlkd_correlation import LEAST_RATIO, Positives, has_small_student, of_anchors
 from .mlkd_parts import align, find_positives
 
 
@@ -146,7 +146,7 @@ class _Pairs:
                 of_view = slice(view * ranks.total + own.start, view * ranks.total + own.stop)
                 cosine, counted = self.positives.cosine[of_view], self.positives.counted[of_view]
                 value = views[:, view] - cosine / options.supervised_temperature
-                more = more + torch.where(counted, value, 0.0).sum()
+                more = more + of_anchors(value, counted).sum()
             more = more * (self.positives.factor * ranks.count)
         return term, more
 

@@ -55,7 +55,8 @@ def supervised(z: Tensor, y: Tensor, dtype: torch.dtype, options: MLKDOptions, r
     per_anchor = a.logsumexp(1) - (a * same).sum(1) / count.clamp(min=1)
     # On the CPU a negative label has already raised; elsewhere it turns the term into NaN.
     poison = torch.ones((), dtype=a.dtype, device=a.device).masked_fill((valid & (y < 0)).any(), torch.nan)
-    of_views = torch.where(counted, per_anchor, 0.0).view(options.views, -1).sum(0)  # (B,)
+    # 0 of a row that is no anchor, but NaN of one that is NaN.
+    of_views = torch.where(counted, per_anchor, 0 * z.sum(1)).view(options.views, -1).sum(0)  # (B,)
     return mean_of_own(of_views, ranks, counted.sum().clamp(min=1)) * poison
 
 
