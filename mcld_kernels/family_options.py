@@ -235,8 +235,8 @@ def check_mlkd_target(target: Tensor | None, student: Tensor, options: MLKDOptio
     if not is_readable(target) or target.numel() == 0:
         return None
     # Labels are compared with one another alone, so they may exceed the width of an embedding.
-    most = torch.iinfo(torch.int64).max
-    bounds = label_bounds("target", target, options.ignore_index, most=most, allowed=">= 0")
+    most = torch.iinfo(torch.int64).max - 1
+    bounds = label_bounds("target", target, options.ignore_index, most=most, allowed=">= 0 and below 2^63 - 1")
     return are_classes(bounds, student.shape[1], options.ignore_index)
 
 

@@ -17,6 +17,7 @@ from mcld_kernels.losses.mlkd import PRESETS
 
 WEIGHT = (50.0, 20.0, 1.0)
 SUPERVISED = (0.0, 0.0, 1.0)
+LARGEST = (1 << 63) - 2  # of all labels
 
 
 def magnitude(student, teacher, options):
@@ -256,7 +257,8 @@ class TestLabels:
         student, teacher = logits("random", 3, 4)
         for target, error, words in (
             (None, ValueError, r"target is None, but labels .* weight=\(correlation, alignment, 0\)"),
-            (torch.tensor([0, -7, 1]), ValueError, "target holds -7; labels must be >= 0 or equal ignore_index=-100"),
+            (torch.tensor([0, -7, 1]), ValueError, r"-7; labels must be >= 0 and below 2\^63 - 1 or equal .*=-100"),
+            (torch.tensor([0, LARGEST + 1, 1]), ValueError, "target holds 9223372036854775807; labels must be"),
             (torch.zeros(3, 4), ValueError, r"got soft labels \(3, 4\).* target.argmax"),
             (torch.zeros(2, dtype=torch.int64), ValueError, r"target must have shape \(batch,\) = \(3,\)"),
             (torch.zeros(3, dtype=torch.int32), TypeError, r"of dtype int64; got torch.int32: pass target.long\(\)"),
@@ -276,6 +278,20 @@ class TestLabels:
 
 
 TUNINGS = {"compiled": {}, "whole": {"compiled": False}, "chunks": {"low_latency": False, "chunk_bytes": 200}}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("views", [1, 2])
+def test_labels_of_any_size_are_compared_with_one_another(dtype, views):
+    """As hashes of an image's name or content are."""
+    student, teacher = logits("random", 6, 5, dtype)
+    classes = torch.tensor([0, 1, 0, 2, 1, 2])
+    hashes = torch.tensor([LARGEST, LARGEST - 1, 1 << 62])[classes]
+    for tuning in TUNINGS.values():
+        with backends.tuned(**tuning):
+            got, want = (run(mcld_kernels.mlkd_terms, student, teacher, y, views=views) for y in (hashes, classes))
+        torch.testing.assert_close(got.loss, want.loss)
+        torch.testing.assert_close(got.student, want.student)
 
 
 @pytest.mark.parametrize("weight", [SUPERVISED, WEIGHT], ids=["alone", "all"])

@@ -10,7 +10,8 @@ from ..kernels import KernelSet, LossInputs, UnitRows, projection_coefficient, s
 from ..labels import index_labels
 from .mlkd_correlation import Positives
 
-_ANY_LABEL = 1 << 62  # labels are compared with one another: no table has a row for each possible one
+# Labels are compared with one another: no table has a row for each possible one, and each int64 below this is one.
+_ANY_LABEL = (1 << 63) - 1
 
 
 def find_positives(kernels: KernelSet, target: Tensor, options: MLKDOptions, unit: UnitRows) -> Positives:
