@@ -4,9 +4,10 @@ import signal
 
 import pytest
 import torch
-from trainer_cases import image_folder, in_processes, last_state, merged, results, write_config
+from trainer_cases import LAST_IS_KILLED, image_folder, in_processes, last_state, merged, results, write_config
 
-from trainer.faults import Exit  # isort: skip
+from trainer import checkpoint  # isort: skip
+from trainer.faults import ConfigFault, Exit  # isort: skip
 
 
 def differences(a, b, path="") -> list[str]:
@@ -149,3 +150,50 @@ def test_fsdp2_trains_and_resumes_as_ddp_does(tmp_path):
     for part in ("model", "ema"):
         for name, value in states[0][part].items():
             torch.testing.assert_close(states[1][part][name], value, rtol=0, atol=1e-10)
+
+
+def test_a_queue_holds_the_same_rows_on_two_ranks(tmp_path):
+    # 40 rows are two and a half steps: the order within a step decides which of its rows are left.
+    changes = {"batch": 16, "steps": 8, "accumulate": 2, "precision": {"dtype": "float64"}}
+    config = write_config(tmp_path, loss={"name": "mcld", "queue": 40}, data={"images": 160}, **changes)
+    states = []
+    for size in (1, 2):
+        output = tmp_path / str(size)
+        assert in_processes(size, ["--config", str(config), "--output", str(output)]) == [0] * size
+        states.append(last_state(output))
+    assert torch.equal(states[0]["loss"]["queue.labels"], states[1]["loss"]["queue.labels"])
+    for part in ("loss", "model"):
+        for name, value in states[0][part].items():
+            torch.testing.assert_close(states[1][part][name], value, rtol=0, atol=1e-6)
+
+
+def test_ranks_end_with_a_message_where_one_of_them_is_killed(tmp_path):
+    config = write_config(tmp_path)
+    arguments = ["--config", str(config), "--output", str(tmp_path / "out")]
+    codes = in_processes(2, arguments, signal_at=(3, LAST_IS_KILLED))
+    assert codes == [Exit.FAILED, -signal.SIGKILL]
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert "error: rank 0: another rank has ended, or does not answer" in log
+    assert (results(tmp_path / "out")["state"], results(tmp_path / "out")["exit"]) == ("failed", Exit.FAILED)
+
+
+def test_faulty_images_of_all_ranks_count_for_the_limit(tmp_path):
+    root = image_folder(tmp_path / "images" / "train", each=10)
+    for label in range(3):
+        (root / f"class-{label}" / "005.jpg").write_bytes(b"")
+    data = {"source": "folder", "root": str(tmp_path / "images"), "validation": "", "faulty_limit": 2.5 / 40}
+    config = write_config(tmp_path, data=data, augment={"enabled": False}, batch=40, epochs=6, seed=1)
+    assert in_processes(2, ["--config", str(config), "--output", str(tmp_path / "out")]) == [Exit.DATA] * 2
+    assert "3 images cannot be read, more than data.faulty_limit" in (tmp_path / "out" / "log.txt").read_text()
+    assert results(tmp_path / "out")["epoch"] == 1  # no rank has read all three
+    named = (tmp_path / "out" / "faults.txt").read_text().splitlines()
+    assert len(named) == len(set(named)) == 3
+
+
+def test_ranks_that_begin_at_different_steps_or_settings_are_told():
+    tree = {"optimizer": {"rate": 0.1}, "output": "a"}
+    checkpoint.check_ranks([(tree, 3), ({**tree, "output": "b"}, 3)])
+    with pytest.raises(ConfigFault, match="rank 1 begins at the beginning, and rank 0 after step 3"):
+        checkpoint.check_ranks([(tree, 3), (tree, None)])
+    with pytest.raises(ConfigFault, match="rank 1 has other settings than rank 0: optimizer.rate"):
+        checkpoint.check_ranks([(tree, None), ({**tree, "optimizer": {"rate": 0.2}}, None)])

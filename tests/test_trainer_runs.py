@@ -86,6 +86,14 @@ class TestImagesOnDisk:
         text = " ".join(capsys.readouterr().out.split())
         assert ("an image cannot be read: class-0/" if kind == "folder" else "train-05.tar: cut off") in text
 
+    def test_more_missing_shards_than_the_limit_end_the_run(self, shards, tmp_path, capsys):
+        pattern = {"train": "train-{00..07}.tar"}
+        assert run(shard_config(tmp_path, shards, data=pattern), tmp_path / "out") == Exit.DATA
+        text = "2 of 8 shards cannot be read, more than data.faulty_limit=0.1 of them: train-06.tar: No such file"
+        assert text in " ".join(capsys.readouterr().out.split())
+        config = shard_config(tmp_path, shards, data={**pattern, "faulty_limit": 0.3}, epochs=1)
+        assert run(config, tmp_path / "out") == 0
+
     def test_more_faulty_images_than_the_limit_end_the_run(self, images, tmp_path, capsys):
         config = folder_config(tmp_path, images, data={"faulty_limit": 0.01})
         assert run(config, tmp_path / "out") == Exit.DATA
@@ -268,6 +276,15 @@ class TestCheckpointsThatDoNotFit:
         assert "iscutoffordamaged(thechecksum" in "".join(capsys.readouterr().out.split())
         path.write_bytes(whole)
 
+    def test_a_changed_bit_of_a_teacher_is_told(self, begun, tmp_path, capsys):
+        whole = (begun / "out" / "checkpoints" / "step-00000004.pt").read_bytes()
+        weights = torch.load(begun / "out" / "checkpoints" / "step-00000004.pt", weights_only=True)["model"].values()
+        start = whole.index(max(weights, key=torch.numel).numpy().tobytes())
+        (tmp_path / "teacher.pt").write_bytes(whole[:start] + bytes([whole[start] ^ 1]) + whole[start + 1 :])
+        teacher = f"teacher.checkpoint={tmp_path / 'teacher.pt'}"
+        assert run(begun / "small.yaml", tmp_path / "out", "--set", teacher) == Exit.USAGE
+        assert "teacher.ptiscutoff,orholdsmorethanweights:thechecksum" in "".join(capsys.readouterr().out.split())
+
     def test_another_teacher_is_told(self, begun, tmp_path, capsys):
         shutil.copytree(begun / "out", tmp_path / "out")
         weights = begun / "out" / "checkpoints" / "step-00000004.pt"
@@ -282,6 +299,35 @@ class TestCheckpointsThatDoNotFit:
         assert run(config, tmp_path / "out", "--resume", "--set", "epochs=2", "--set", "ema.decay=1") == 0
         got = last_state(tmp_path / "out")["ema"]
         assert all(torch.equal(got[name], value) for name, value in want.items() if value.is_floating_point())
+
+    def test_later_checkpoints_are_not_the_newest_of_a_run_that_goes_on_before_them(self, tmp_path, capsys):
+        config = write_config(tmp_path, checkpoint={"every_steps": 2, "keep": 1, "every_epochs": 0}, steps=8)
+        assert run(config, tmp_path / "out", "--set", "checkpoint.keep=9") == 0
+        kept = tmp_path / "out" / "checkpoints"
+        assert run(config, tmp_path / "out", "--resume", str(kept / "step-00000002.pt"), "--set", "steps=4") == 0
+        assert [path.name for path in kept.glob("step-*.pt")] == ["step-00000004.pt"]  # the last of this run
+        assert sorted(path.name for path in kept.glob("abandoned-*.pt")) == [
+            f"abandoned-step-0000000{step}.pt" for step in (4, 6, 8)
+        ]
+        assert "later checkpoints are renamed" in " ".join(capsys.readouterr().out.split())
+        assert run(config, tmp_path / "out", "--resume") == 0
+        assert "goes on from" in capsys.readouterr().out and last_state(tmp_path / "out")["steps"] == 8
+
+    def test_other_images_are_told_and_within_an_epoch_refused(self, tmp_path, capsys):
+        image_folder(tmp_path / "images" / "train", each=8)
+        data = {"source": "folder", "root": str(tmp_path / "images"), "validation": ""}
+        config = write_config(tmp_path, data=data, checkpoint={"every_steps": 3, "keep": 9})
+        assert run(config, tmp_path / "out") == 0  # two epochs of four steps
+        for label in range(4):
+            for number in range(4):
+                (tmp_path / "images" / "train" / f"class-{label}" / f"{number:03}.jpg").unlink()
+        within = tmp_path / "out" / "checkpoints" / "step-00000003.pt"
+        assert run(config, tmp_path / "out", "--resume", str(within)) == Exit.USAGE
+        assert "is within an epoch of 32 training images, and there are 16 now" in (
+            " ".join(capsys.readouterr().out.split())
+        )
+        assert run(config, tmp_path / "out", "--resume", "--set", "epochs=6") == 0
+        assert "there were 32 training images, and there are 16 now" in " ".join(capsys.readouterr().out.split())
 
     @pytest.mark.parametrize(
         ("change", "message"),
@@ -359,6 +405,15 @@ def test_a_full_disk_at_the_end_is_told(tmp_path, capsys, monkeypatch):
     assert last_state(tmp_path / "out")["epoch"] == 2
 
 
+def test_a_full_disk_within_the_run_has_its_own_code_in_the_results(tmp_path, monkeypatch):
+    def full(self, row):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(record.Record, "step", full)
+    assert run(write_config(tmp_path), tmp_path / "out") == Exit.OUTPUT
+    assert results(tmp_path / "out")["exit"] == Exit.OUTPUT
+
+
 def test_cached_logits_are_computed_once_and_train_the_same_student(tmp_path, monkeypatch):
     calls = []
     ask = engine.Run._to_device
@@ -398,6 +453,25 @@ def test_kept_logits_of_another_teacher_or_other_images_are_not_read(tmp_path, c
         states.append(last_state(out)["model"])
     for name, value in states[0].items():
         assert torch.equal(states[1][name], value), name
+
+
+def test_logits_of_an_image_in_the_place_of_another_are_not_kept(tmp_path):
+    root = tmp_path / "images"
+    image_folder(root / "train", each=4)
+    broken, data = root / "train" / "class-1" / "001.jpg", {"source": "folder", "root": str(root), "validation": ""}
+    whole = broken.read_bytes()
+    config = write_config(
+        tmp_path, teacher={"cache": True}, augment={"enabled": False}, data={**data, "faulty_limit": 1}, epochs=1
+    )
+    broken.write_bytes(b"")
+    assert run(config, tmp_path / "out") == 0
+    marks = (tmp_path / "out" / "teacher-logits.marks").read_bytes()
+    assert sum(marks) == 15 and not marks[5]
+    broken.write_bytes(whole)  # the place was out of reach, and is back
+    assert run(config, tmp_path / "out", "--resume", "--set", "epochs=2") == 0
+    logits = [(folder / "teacher-logits.bin").read_bytes() for folder in (tmp_path / "out", tmp_path / "fresh")
+              if folder.name == "out" or run(config, folder) == 0]  # fmt: skip
+    assert logits[0] == logits[1]
 
 
 def test_kept_logits_serve_a_run_that_goes_on(tmp_path, capsys):

@@ -132,6 +132,9 @@ _CONTEXT.set_forkserver_preload(
 )
 
 
+LAST_IS_KILLED = -signal.SIGKILL  # as a signal of in_processes: the last rank alone
+
+
 def in_processes(size: int, arguments: list[str], *, signal_at: tuple[int, int] | None = None) -> list[int | None]:
     """Run the program on ``size`` ranks; each sends itself a signal after a step: ``signal_at`` (step, signal)."""
     port = free_port()
@@ -167,7 +170,7 @@ def _rank(rank: int, size: int, port: int, arguments: list[str], signal_at: tupl
         def interrupted(self, *rest):
             after_step(self, *rest)
             if self.steps == signal_at[0] and (signal_at[1] == signal.SIGKILL or rank == size - 1):
-                os.kill(os.getpid(), signal_at[1])
+                os.kill(os.getpid(), abs(signal_at[1]))
 
         engine.Run._after_step = interrupted
     with contextlib.redirect_stdout(io.StringIO()) as shown:

@@ -75,17 +75,23 @@ class LogitCache:
     def get(self, epoch: int, indices: Tensor) -> Tensor | None:
         """The logits of a batch, (b, classes), if all are there."""
         place, rows = epoch % self.period, indices.numpy()
-        if not self.marks[place, rows].all():
+        if (rows < 0).any() or not self.marks[place, rows].all():
             return None
         return torch.from_numpy(np.array(self.logits[place, rows]))
 
     def put(self, epoch: int, indices: Tensor, logits: Tensor) -> Tensor:
-        """Keep the rows that are new, and return all as they are kept."""
+        """Keep the rows that are new, and return all as they are kept.
+
+        A row of index -1 is of an image in another's place, which may be readable the next time: it is not kept.
+        """
         place, rows = epoch % self.period, indices.numpy()
-        new = ~self.marks[place, rows]
-        self.logits[place, rows[new]] = logits.to(getattr(torch, self.dtype)).numpy()[new]
+        own = rows >= 0
+        new = own & ~self.marks[place, rows]
+        made = logits.to(getattr(torch, self.dtype)).numpy().copy()
+        self.logits[place, rows[new]] = made[new]
         self.marks[place, rows[new]] = True
-        return torch.from_numpy(np.array(self.logits[place, rows]))
+        made[own] = self.logits[place, rows[own]]
+        return torch.from_numpy(made)
 
 
 def fingerprint(config: Config, source: Source, teacher: nn.Module) -> str:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import random
 import re
 import shutil
-import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 import torch
@@ -20,16 +17,12 @@ from torch import nn
 
 from trainer import settings
 from trainer.faults import ConfigFault, OutputFault
-from trainer.models import KIND
+from trainer.models import DAMAGED, KIND, check_sums
 from trainer.ranks import Ranks
 
 SCHEMA = 1
 BEST = "best.pt"
 _NAME = re.compile(r"step-(\d+)\.pt")
-# What reading a damaged file raises.
-_DAMAGED = (
-    OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError, BadZipFile, zlib.error,
-)  # fmt: skip
 
 # Settings that a checkpoint fixes: its state has no meaning under others.
 FIXED = (
@@ -126,6 +119,20 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int, ranks: Ranks):
         self.folder, self.keep, self.ranks = folder / "checkpoints", keep, ranks
 
+    def set_aside_after(self, step: int) -> list[str]:
+        """Rename the checkpoints of later steps: the run goes on from before them, and they are not its newest."""
+
+        def rename() -> list[str]:
+            later = [path for path in newest_first(self.folder) if int(path.stem.removeprefix("step-")) > step]
+            try:
+                for path in later:
+                    os.replace(path, path.with_name(f"abandoned-{path.name}"))
+            except OSError as fault:
+                raise OutputFault(f"a checkpoint of a later step cannot be renamed: {fault}") from None
+            return [path.name for path in later]
+
+        return self.ranks.from_first(rename)
+
     def save(self, state: dict[str, Any], step: int, *, best: bool) -> Path:
         """Write on the first rank; raises OutputFault on every rank where that fails."""
         path = self.folder / f"step-{step:08d}.pt"
@@ -212,9 +219,9 @@ def read(path: Path) -> dict[str, Any]:
     except OSError as fault:
         raise ConfigFault(f"the checkpoint {path} cannot be read: {fault.strerror}") from None
     try:
-        _check_sums(path)
+        check_sums(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except _DAMAGED as fault:
+    except DAMAGED as fault:
         earlier = [other for other in newest_first(path.parent) if other.name < path.name]
         hint = f"; before it is {earlier[0]}: --resume {earlier[0]}" if earlier else "; there is none before it"
         reason = str(fault).partition("\n")[0]
@@ -224,13 +231,6 @@ def read(path: Path) -> dict[str, Any]:
     if state["schema"] != SCHEMA:
         raise ConfigFault(f"{path} has schema {state['schema']}, and this version of the trainer reads {SCHEMA}")
     return state
-
-
-def _check_sums(path: Path) -> None:
-    """Raise where a part of the file is not what its checksum says: torch.load reads such a part without a word."""
-    with ZipFile(path) as archive:
-        if (name := archive.testzip()) is not None:
-            raise ValueError(f"the checksum of {name} is another one")
 
 
 def check_settings(saved: Mapping[str, Any], config: Any, path: Path) -> list[str]:
@@ -251,12 +251,49 @@ def check_settings(saved: Mapping[str, Any], config: Any, path: Path) -> list[st
     return lines
 
 
+def check_ranks(begun: Sequence[tuple[Mapping[str, Any], int | None]]) -> None:
+    """``begun``: each rank's settings, and the step that it goes on from.
+
+    Raises:
+        ConfigFault: a rank trains otherwise than the first one, or goes on from another step.
+    """
+    settings_of_first, first = begun[0]
+    for rank, (own, step) in enumerate(begun):
+        changed = [key for key, *_ in settings.differences(settings_of_first, own) if not key.startswith(FREE)]
+        if step != first:
+            here, there = ("at the beginning" if x is None else f"after step {x}" for x in (step, first))
+            text = f"begins {here}, and rank 0 {there}"
+        elif changed:
+            text = f"has other settings than rank 0: {', '.join(changed)}"
+        else:
+            continue
+        raise ConfigFault(f"rank {rank} {text}: all ranks must see the same file of settings and the same run folder")
+
+
 def check_classes(state: Mapping[str, Any], classes: tuple[str, ...], path: Path) -> None:
     if tuple(state["classes"]) != classes:
         raise ConfigFault(
             f"the checkpoint {path} is of other classes: it has {len(state['classes'])}, the data {len(classes)}"
             + ("" if len(state["classes"]) != len(classes) else ", by other names")
         )
+
+
+def check_images(state: Mapping[str, Any], images: int, path: Path) -> None:
+    """Within an epoch the order is that of as many images: others would come twice, or not at all."""
+    before = state.get("images", images)  # older checkpoints do not say
+    if before != images and state["step_in_epoch"]:
+        raise ConfigFault(
+            f"the checkpoint {path} is within an epoch of {before} training images, and there are {images} now: "
+            "restore the data, or go on from a checkpoint at an epoch's end"
+        )
+
+
+def image_lines(state: Mapping[str, Any], images: int) -> list[str]:
+    """The change that more or fewer images bring at an epoch's end."""
+    before = state.get("images", images)
+    if before == images:
+        return []
+    return [f"there were {before} training images, and there are {images} now: an epoch and the schedule change"]
 
 
 def world_size_lines(state: Mapping[str, Any], size: int, *, by_rank: bool, mixes: bool) -> list[str]:

@@ -46,7 +46,10 @@ class Data:
         "in training, and validation leaves it out; fail: the run ends with its name",
     )
     faulty_limit: float = option(
-        0.01, "with skip: the run ends where more than this fraction of the training images is faulty", least=0, most=1
+        0.01,
+        "with skip: the run ends where more than this fraction of the training images, or of their shards, is faulty",
+        least=0,
+        most=1,
     )
     images: int = option(1_281_167, "training images of the synthetic source", least=1)
     validation_images: int = option(0, "validation images of the synthetic source", least=0)

@@ -36,7 +36,7 @@ class Batch:
 
     images: Tensor  # (b, channels, height, width)
     labels: Tensor  # (b,), int64; PADDING where there is no image
-    indices: Tensor  # (b,), of the images in their source
+    indices: Tensor  # (b,), of the images in their source; PADDING where there is none, or another took its place
     faults: list[str]  # images that could not be read
     fatal: str = ""  # the fault that ends the run
 
@@ -131,7 +131,8 @@ class Samples(Dataset):
             other = (index + place) % len(self.source)
             try:
                 image, label = self.source.read(other)
-                return self._augmented(image, epoch, index), label, index, faults, ""
+                own = index if other == index else PADDING
+                return self._augmented(image, epoch, index), label, own, faults, ""
             except READ_ERRORS as fault:
                 text = " ".join(str(fault).split()) or type(fault).__name__
                 faults.append(f"{self.source.name(other)}: {text}")

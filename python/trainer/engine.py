@@ -78,6 +78,7 @@ class Run:
             "schema": checkpoint.SCHEMA,
             "model_name": self.config.student.name,
             "classes": list(self.classes),
+            "images": len(self.training_source),
             "config": settings.tree(self.config),
             "epoch": self.epoch,
             "step_in_epoch": step_in_epoch,
@@ -95,6 +96,7 @@ class Run:
 
     def _restore(self, state: dict[str, Any], path: Path) -> None:
         checkpoint.check_classes(state, self.classes, path)
+        checkpoint.check_images(state, len(self.training_source), path)
         try:
             checkpoint.load_model_state(self.model, state["model"])
             if self.parts.average is not None:  # of a run without one it begins at the student
@@ -131,6 +133,8 @@ class Run:
         """Train to the end. Raises a RunFault, the same one on every rank, where it ends before."""
         self.record, self.folder = record, folder
         self.checkpoints = checkpoint.Checkpoints(folder, self.config.checkpoint.keep, self.ranks)
+        if later := self.checkpoints.set_aside_after(self.steps):
+            record.line(f"later checkpoints are renamed abandoned-step-*.pt: {some(later)}", "yellow")
         self.cache = self._make_cache(folder)
         samples = data.Samples(self.training_source, self.config, training=True)
         batches = data.loader(samples, self.order, self.config.data, self.device)
@@ -296,18 +300,25 @@ class Run:
         self.record.faults(new)
         if fatal:
             raise DataFault(fatal)
-        limit = self.config.data.faulty_limit * len(self.training_source)
-        if new and len(self.faults) > limit:
-            raise DataFault(
-                f"{len(self.faults)} images cannot be read, more than data.faulty_limit="
-                f"{self.config.data.faulty_limit:g} of {len(self.training_source)}: {some(sorted(self.faults))}"
-            )
+        if new and (text := self._too_many(self.faults)):
+            raise DataFault(text)
+
+    def _too_many(self, faults: set[str]) -> str:
+        """The fault that ends the run, where these are more images than the limit."""
+        limit, images = self.config.data.faulty_limit, len(self.training_source)
+        if len(faults) <= limit * images:
+            return ""
+        return (
+            f"{len(faults)} images cannot be read, more than data.faulty_limit={limit:g} of {images}: "
+            f"{some(sorted(faults))}"
+        )
 
     def _after_step(self, outcome: Outcome, micros: list[Micro], number: int) -> None:
         self.steps += 1
         if self.parts.objective.queue is not None:
             teacher = torch.cat([logits for logits in outcome.teacher if logits is not None])
-            rows = [self.ranks.all_rows(x) for x in (teacher, torch.cat([micro.target for micro in micros]))]
+            target = torch.cat([micro.target for micro in micros])
+            rows = [self.ranks.all_rows(x, parts=len(micros)) for x in (teacher, target)]
             self.parts.objective.enqueue(*rows)
         self.parts.scheduler.step_update(self.steps)
         if self.parts.average is not None:
@@ -378,6 +389,7 @@ class Run:
         if self.validation is not None and (last or done % config.validate_every == 0):
             better = self._validate_student(row)
         every = {str(fault) for each in self.ranks.gather(self.faults) for fault in each}
+        self.faults |= every  # so that no other rank names them again
         row["faulty_images"] = len(every)
         self.record.epoch(row)
         if whole:
@@ -392,6 +404,8 @@ class Run:
             )
         self.record.save(epoch=done, steps=self.steps, best=self.best, last=row, speed=getattr(self, "last_row", {}),
                          faulty=len(every))  # fmt: skip
+        if text := self._too_many(every):  # each rank has seen some of them
+            raise DataFault(text)
 
     def _validate_student(self, row: dict[str, Any]) -> bool:
         """Validate the student and its average; is either better than any before?"""

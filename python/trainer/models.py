@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import pickle
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,10 @@ from trainer.config import Config, Model, Teacher
 from trainer.faults import ConfigFault
 
 KIND = "mcld_kernels trainer"  # marks a checkpoint of this trainer
+# What reading a damaged file raises.
+DAMAGED = (
+    OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError, BadZipFile, zlib.error,
+)  # fmt: skip
 
 
 class _Block(nn.Module):
@@ -179,8 +185,9 @@ def read_weights(path: Path, key: str) -> dict[str, Any]:
     except OSError as fault:
         raise ConfigFault(f"{key}.checkpoint: {path} cannot be read: {fault.strerror}") from None
     try:
+        check_sums(path)
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError) as fault:
+    except DAMAGED as fault:
         reason = str(fault).partition("\n")[0]
         raise ConfigFault(f"{key}.checkpoint: {path} is cut off, or holds more than weights: {reason}") from None
     if isinstance(saved, dict) and saved.get("kind") == KIND:
@@ -198,6 +205,15 @@ def read_weights(path: Path, key: str) -> dict[str, Any]:
             f"{key}.checkpoint: {path} holds no weights: a state_dict, or a dictionary with one, is wanted"
         )
     return {"state": saved, "classes": None, "model": None}
+
+
+def check_sums(path: Path) -> None:
+    """Raise where a part of the file is not what its checksum says: torch.load reads such a part without a word."""
+    if not is_zipfile(path):  # of torch before 1.6, which has none; or damaged, which torch.load finds
+        return
+    with ZipFile(path) as archive:
+        if (name := archive.testzip()) is not None:
+            raise ValueError(f"the checksum of {name} is another one")
 
 
 def load_weights(network: nn.Module, model: Model, key: str, classes: tuple[str, ...]) -> None:

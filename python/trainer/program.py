@@ -147,6 +147,7 @@ def _run(
     console: Console, stack: contextlib.ExitStack,
 ) -> int:  # fmt: skip
     lines = []
+    checkpoint.check_ranks(ranks.gather((settings.tree(config), None if state is None else state["steps"])))
     if state is not None and path is not None:
         lines = [f"goes on from {path}, after step {state['steps']}"]
         lines += checkpoint.check_settings(state["config"], config, path)
@@ -154,6 +155,8 @@ def _run(
         by_rank = config.loss.over == "rank"
         lines += checkpoint.world_size_lines(state, ranks.size, by_rank=by_rank, mixes=mixes)
     run = Run(config, ranks, state, path)  # whatever does not fit is found before a folder is made
+    if state is not None:
+        lines += checkpoint.image_lines(state, len(run.training_source))
     name = options.config.stem if options.config is not None else "resumed"
     folder = ranks.from_first(lambda: _folder(config, name, options.resume is not None, stack))
     record: Silent = Silent(folder)
@@ -176,7 +179,19 @@ def _run(
         code = Exit.INTERRUPTED
         record.line("interrupted; --resume goes on from the last checkpoint, if there is one", "yellow")
     except OSError as fault:
+        code = Exit.OUTPUT
         raise OutputFault(f"the run folder {folder} cannot be written: {fault}") from None
+    except RuntimeError as fault:
+        if not ranks.is_lost(fault):
+            raise
+        code = Exit.FAILED
+        text = (
+            f"error: rank {ranks.rank}: another rank has ended, or does not answer ({str(fault).splitlines()[0]}). Its "
+            "own message, or torchrun's, says why; --resume goes on from the last checkpoint, if there is one"
+        )
+        record.line(text, "red")
+        if not ranks.first:  # the first one may be the lost one
+            screen.say(screen.console(), text, "red")
     finally:
         done = Exit.FAILED if code is None else code
         try:

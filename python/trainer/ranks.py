@@ -109,13 +109,13 @@ class Ranks:
                 dist.all_reduce(tensor)
                 tensor /= self.size
 
-    def all_rows(self, rows: Tensor) -> Tensor:
-        """The rows of all ranks, which have as many each."""
+    def all_rows(self, rows: Tensor, parts: int = 1) -> Tensor:
+        """The rows of all ranks, which have as many each, of ``parts`` micro-batches: in the order of one process."""
         if self.size == 1:
             return rows
-        parts = [torch.empty_like(rows) for _ in range(self.size)]
-        dist.all_gather(parts, rows.contiguous())
-        return torch.cat(parts)
+        each = [torch.empty_like(rows) for _ in range(self.size)]
+        dist.all_gather(each, rows.contiguous())
+        return torch.stack(each).unflatten(1, (parts, -1)).transpose(0, 1).flatten(0, 2)
 
     def sum_floats(self, values: list[float]) -> list[float]:
         if self.control is None:
@@ -128,6 +128,10 @@ class Ranks:
         """Average the batch-norm statistics, which each rank gathers from its own images, over the ranks."""
         if self.size > 1:
             self.mean([x for model in models for x in model.buffers() if x.is_floating_point()])
+
+    def is_lost(self, fault: RuntimeError) -> bool:
+        """Is this what a collective raises where another rank has ended, or never came?"""
+        return self.size > 1 and (isinstance(fault, dist.DistError) or "gloo" in str(fault).lower())
 
     def close(self) -> None:
         if self._began and dist.is_initialized():

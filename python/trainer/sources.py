@@ -104,7 +104,7 @@ class Shards(Source):
 
     IMAGES = ("jpg", "jpeg", "png", "ppm", "webp", "bmp", "tif", "tiff")
 
-    def __init__(self, root: Path, pattern: str, classes: int, channels: int, faulty: str):
+    def __init__(self, root: Path, pattern: str, classes: int, channels: int, faulty: str, faulty_limit: float = 1.0):
         from webdataset.shardlists import expand_urls
 
         self.classes, self.channels = tuple(str(label) for label in range(classes)), channels
@@ -114,6 +114,12 @@ class Shards(Source):
         self.faults = [fault for _, fault in scans if fault]
         if self.faults and faulty == "fail":
             raise DataFault(f"{len(self.faults)} of {len(scans)} shards are faulty: {some(self.faults)}")
+        lost = sum(bool(fault) and not rows for rows, fault in scans)
+        if faulty_limit * len(scans) < lost < len(scans):
+            raise DataFault(
+                f"{lost} of {len(scans)} shards cannot be read, more than data.faulty_limit={faulty_limit:g} of them: "
+                f"{some([fault for rows, fault in scans if fault and not rows])}"
+            )
         table = [(shard, *row) for shard, (rows, _) in enumerate(scans) for row in rows]
         if not table:
             raise DataFault(
@@ -282,7 +288,7 @@ def open_sources(data: Data) -> tuple[Source, Source | None]:
             validation = Folder(root / data.validation, data.channels, training.classes)
     elif data.source == "webdataset":
         assert data.classes is not None
-        training = Shards(root, data.train, data.classes, data.channels, data.faulty)
+        training = Shards(root, data.train, data.classes, data.channels, data.faulty, data.faulty_limit)
         if data.validation:
             validation = Shards(root, data.validation, data.classes, data.channels, data.faulty)
     elif data.source == "cifar100":
