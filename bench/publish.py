@@ -9,10 +9,13 @@ It writes what was measured, and nothing else:
 from __future__ import annotations
 
 import argparse
+import gzip
+import io
 import json
 import re
 import sys
 import tarfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -69,7 +72,8 @@ def load(path: Path) -> Archive:
     """Read an archive. Raises Unpublishable where it is none, or that of a rehearsal."""
     files: dict[str, bytes] = {}
     try:
-        with tarfile.open(path, "r:gz") as tar:
+        content_of_tar = gzip.decompress(path.read_bytes())  # to its end, where the checksum stands
+        with tarfile.open(fileobj=io.BytesIO(content_of_tar)) as tar:
             for member in tar:
                 content = tar.extractfile(member) if member.isfile() else None
                 if content is not None:
@@ -80,7 +84,7 @@ def load(path: Path) -> Archive:
             for name in (*RUNS, "forms", "profiles")
             if f"{name}/results.json" in files
         }
-    except (OSError, tarfile.TarError, KeyError, ValueError, EOFError) as fault:
+    except (OSError, tarfile.TarError, KeyError, ValueError, EOFError, zlib.error) as fault:
         raise Unpublishable(f"{path} is no archive of bench/gpu_report.py: {type(fault).__name__}: {fault}") from None
     if made.get("rehearsal"):
         raise Unpublishable(f"{path.name} is of a rehearsal: nothing in it was measured on a GPU")
@@ -202,6 +206,12 @@ def publish(paths: Sequence[Path], root: Path) -> list[str]:
     gpus = {archive.machine["gpu"] for archive in archives}
     if len(gpus) > 1:
         raise Unpublishable(f"the archives are of different GPUs: {', '.join(sorted(gpus))}; publish each alone")
+    commits = {str(archive.report.get("commit")) for archive in archives}
+    if len(commits) > 1:  # one table, whose ratios are of rows from all of them
+        raise Unpublishable(f"the archives are of different commits: {', '.join(sorted(commits))}; publish each alone")
+    names = [archive.name for archive in archives]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise Unpublishable(f"two archives are of one command and day: {', '.join(twice)}")
     taken = [a.name for a in archives if (root / "bench" / "results" / a.name).exists()]
     if taken:
         raise Unpublishable(f"bench/results/{taken[0]} is there already: recorded results are not overwritten")

@@ -595,6 +595,14 @@ class TestPublish:
         phases.archive(path, work)
         return path
 
+    def of_commit(self, path, commit):
+        """The archive with another commit in its report."""
+        work = path.parent / path.name.replace("gpu-", "work-").removesuffix(".tar.gz")
+        content = json.loads((work / "report.json").read_text())
+        (work / "report.json").write_text(json.dumps(content | {"commit": commit}))
+        phases.archive(path, work)
+        return path
+
     @pytest.fixture
     def root(self, tmp_path):
         root = tmp_path / "repository"
@@ -645,7 +653,23 @@ class TestPublish:
         ):
             assert publish.main([*map(str, paths), "--root", str(root)]) == Exit.USAGE
             assert message in capsys.readouterr().err
+        (tmp_path / "again").mkdir()
+        again = self.archive(tmp_path / "again", "correct", self.ROWS)
+        assert publish.main([str(other[1]), str(again), "--root", str(root)]) == Exit.USAGE
+        assert "two archives are of one command and day" in capsys.readouterr().err
+        assert publish.main([str(other[1]), str(self.of_commit(again, "def")), "--root", str(root)]) == Exit.USAGE
+        assert "different commits: abc, def" in capsys.readouterr().err
         (root / "README.md").write_text("no comments")
         with pytest.raises(publish.Unpublishable, match="has no lines"):
             publish.publish([other[1]], root)
+        assert [entry.name for entry in root.iterdir()] == ["README.md"]
+
+    def test_no_damaged_archive_is_published(self, tmp_path, root, capsys):
+        path = self.archive(tmp_path, "speed", self.ROWS)
+        whole = path.read_bytes()
+        begin = whole.index(b"\0", 10) + 1  # after the header, which names a file and is of no matter
+        for place in (*range(begin, len(whole), 97), len(whole) - 6):  # the last one in the checksum
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+            assert publish.main([str(path), "--root", str(root)]) == Exit.USAGE, place
+            assert "is no archive of bench/gpu_report.py" in capsys.readouterr().err
         assert [entry.name for entry in root.iterdir()] == ["README.md"]
