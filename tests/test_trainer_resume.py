@@ -135,7 +135,7 @@ def test_a_fault_of_one_rank_ends_both_with_one_message(fault, tmp_path):
 def test_fsdp2_trains_and_resumes_as_ddp_does(tmp_path):
     changes = {
         "ema": {"decay": 0.9}, "precision": {"dtype": "float64"}, "optimizer": {"name": "adamw", "rate": 0.01},
-        "checkpoint": {"every_steps": 3, "every_epochs": 0},
+        "checkpoint": {"every_steps": 3, "every_epochs": 0}, "student": {"name": "tiny-bn"},
     }  # fmt: skip
     states = []
     for kind in ("ddp", "fsdp2"):

@@ -72,7 +72,11 @@ class Parts:
         if not self.config.ema.decay:
             return None
         section = self.config.ema
-        return vision.timm.utils.ModelEmaV3(self.student, decay=section.decay, use_warmup=section.warmup)
+        # With fsdp2 batch-norm statistics stay whole beside sharded weights, and one call takes no mixture.
+        return vision.timm.utils.ModelEmaV3(
+            self.student, decay=section.decay, use_warmup=section.warmup,
+            foreach=self.config.parallel.kind != "fsdp2",
+        )  # fmt: skip
 
     def _check_sharded(self) -> None:
         if self.average is not None:
