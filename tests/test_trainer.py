@@ -200,6 +200,24 @@ class TestAugmentation:
         assert torch.equal(samples[0, 3][0], first)
         assert not torch.equal(samples[1, 3][0], first) and not torch.equal(other[0, 3][0], first)
 
+    def test_the_largest_level_of_every_operation_is_an_image(self):
+        from timm.data import auto_augment
+
+        for name in auto_augment.NAME_TO_OP:
+            operation = auto_augment.AugmentOp(name, prob=1.0, magnitude=10)
+            assert np.asarray(operation(image(3))).shape == np.asarray(image(3)).shape, name
+
+    def test_an_augmentation_that_fails_ends_the_run_and_is_no_faulty_image(self):
+        samples = self.samples()
+
+        def fails(image):
+            raise ValueError("no such crop")
+
+        samples.transform = fails
+        _, label, _, faults, fatal = samples[0, 3]
+        assert label == data.PADDING and not faults
+        assert fatal == "the augmentation of image 3 fails: ValueError: no such crop"
+
     def test_a_period_brings_the_same_crops_again(self):
         samples = self.samples(period=2)
         images = [samples[epoch, 3][0] for epoch in range(4)]

@@ -131,11 +131,18 @@ class Samples(Dataset):
             other = (index + place) % len(self.source)
             try:
                 image, label = self.source.read(other)
-                own = index if other == index else PADDING
-                return self._augmented(image, epoch, index), label, own, faults, ""
+                if not self.training:
+                    return self._prepared(image), label, index, faults, ""
             except READ_ERRORS as fault:
                 text = " ".join(str(fault).split()) or type(fault).__name__
                 faults.append(f"{self.source.name(other)}: {text}")
+                continue
+            own = index if other == index else PADDING
+            try:
+                return self._augmented(image, epoch, index), label, own, faults, ""
+            except Exception as fault:  # of the draw, or of the settings: another image would hide it
+                fatal = f"the augmentation of {self.source.name(other)} fails: {type(fault).__name__}: {fault}"
+                return torch.zeros(self.shape), PADDING, PADDING, faults, fatal
         if self.fail:
             return torch.zeros(self.shape), PADDING, index, faults, f"an image cannot be read: {faults[0]}"
         if not self.training:
@@ -143,14 +150,13 @@ class Samples(Dataset):
         fatal = f"{len(faults)} images in a row cannot be read, the first: {faults[0]}"
         return torch.zeros(self.shape), PADDING, index, faults, fatal
 
+    def _prepared(self, image: Any) -> Tensor:
+        return image if self.transform is None else self.transform(image)
+
     def _augmented(self, image: Any, epoch: int, index: int) -> Tensor:
-        if self.transform is None:
-            return image
-        if not self.training:
-            return self.transform(image)
         repeated = epoch % self.period if self.period else epoch
         with seeded(self.seed, _IMAGE, repeated, index):
-            return self.transform(image)
+            return self._prepared(image)
 
 
 def collate(samples: list[tuple[Tensor, int, int, list[str], str]]) -> Batch:
