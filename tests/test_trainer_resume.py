@@ -1,5 +1,6 @@
 """The trainer over processes: a killed run that goes on ends where an undisturbed one does; two ranks are as one."""
 
+import csv
 import signal
 
 import pytest
@@ -100,7 +101,7 @@ def test_two_ranks_equal_one_process_at_the_same_global_batch(loss, tmp_path):
 
 
 def test_sigterm_saves_and_ends_every_rank_with_its_own_code(tmp_path):
-    config = write_config(tmp_path, checkpoint={"every_epochs": 0})
+    config = write_config(tmp_path, checkpoint={"every_epochs": 0}, log={"every": 1})
     output = tmp_path / "out"
     arguments = ["--config", str(config), "--output", str(output)]
     # The last rank alone gets the signal; an epoch has 5 steps.
@@ -114,6 +115,11 @@ def test_sigterm_saves_and_ends_every_rank_with_its_own_code(tmp_path):
     log = (output / "log.txt").read_text()
     assert "the checkpoint is of 2 ranks, and this is 1: every step sees the same images" in log
     assert results(output)["state"] == "done" and results(output)["steps"] == 10
+    steps, epochs = (
+        [float(row["loss"]) for row in csv.DictReader((output / f"{name}.csv").read_text().splitlines())]
+        for name in ("steps", "epochs")
+    )
+    assert epochs == pytest.approx([sum(steps[:5]) / 5, sum(steps[5:]) / 5])  # three of the first five by two ranks
 
 
 @pytest.mark.parametrize("fault", ["a broken image", "a loss that is not finite"])

@@ -52,7 +52,7 @@ class Run:
         self.model = self.parts.model
         self.epoch = self.steps = 0
         self.best, self.average_is_better = -1.0, self.parts.average is not None
-        self.sums: dict[str, float] = {}  # of the epoch so far, on this rank
+        self.sums: dict[str, float] = {}  # of the epoch so far: means over the ranks, the same on each
         self.faults: set[str] = set()  # training images that this rank could not read
         self.validation_faults: set[str] = set()
         self.signal: int | None = None
@@ -121,11 +121,9 @@ class Run:
         checkpoint.load_buffers(self.parts.average_model, own["buffers" if state["ema"] is None else "ema_buffers"])
         if same:
             checkpoint.set_random_state(own["random"], self.device)
-            self.sums = dict(own["sums"])
         else:
             data.seed_all(self.config.seed, self.ranks.rank, self.steps)
-            total = {name: sum(each["sums"].get(name, 0.0) for each in state["ranks"]) for name in own["sums"]}
-            self.sums = {name: value / self.ranks.size for name, value in total.items()}
+        self.sums = dict(own["sums"])
 
     # Training
 
