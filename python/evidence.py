@@ -94,7 +94,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results = json.loads(options.draw.read_text())
             folder = options.output or options.draw.parent
             folder.mkdir(parents=True, exist_ok=True)
-            return _report(results, folder, screen)
+            try:
+                return _report(results, folder, screen)
+            except (KeyError, TypeError, AttributeError) as fault:
+                raise ValueError(
+                    f"{options.draw} is no results.json of this program: {type(fault).__name__}: {fault}"
+                ) from None
         folder = options.output or ROOT / "runs" / ("evidence-quick" if options.quick else "evidence")
         study = Study(plan(options), folder)
         return _run(study, options.methods or tuple(contenders.BY_NAME), screen)
@@ -158,6 +163,9 @@ def _train(study: Study, left: Sequence[Cell], remaining: Remaining, screen: Con
 
 def _report(results: dict[str, Any], folder: Path, screen: Console) -> int:
     """Tables, results.csv, results.png and settings.png from the content of a results.json."""
+    if not any(cell["phase"] == "test" for cell in results["cells"]):
+        say(screen, "no method has its test yet: there is nothing to compare", "yellow")
+        return Exit.OK
     caption = machine.caption(results)
     if results["absent"]:
         caption += "; not in this version: " + ", ".join(results["absent"])

@@ -218,6 +218,16 @@ class TestProgram:
         for ours, expected in zip(results_of(tmp_path)["cells"], results_of(whole)["cells"], strict=True):
             assert ours["students"] == expected["students"]
 
+    def test_a_run_interrupted_before_the_first_test_is_told(self, whole, tmp_path, capsys):
+        results = results_of(whole)
+        results["cells"] = [cell for cell in results["cells"] if cell["phase"] == "validation"][:1]
+        (tmp_path / "early.json").write_text(json.dumps(results))
+        assert evidence.main(["--draw", str(tmp_path / "early.json")]) == 0
+        assert "no method has its test yet" in capsys.readouterr().out
+        (tmp_path / "other.json").write_text('{"rows": []}')
+        assert evidence.main(["--draw", str(tmp_path / "other.json")]) == Exit.USAGE
+        assert "other.json is no results.json of this program: KeyError" in " ".join(capsys.readouterr().out.split())
+
     def test_a_recorded_run_goes_on_from_its_json(self, whole, tmp_path, capsys):
         recorded = results_of(whole)
         recorded["cells"] = [cell for cell in recorded["cells"] if cell["method"] != "mcld-0.5-3"]
