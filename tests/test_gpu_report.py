@@ -1,8 +1,7 @@
-"""The report of a GPU machine, without one: phases, archive, plan, live test results, checks, and what is published."""
+"""The report of a GPU machine, without one: phases, archive, plan, live test results and checks."""
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -10,7 +9,6 @@ import tarfile
 import time
 from pathlib import Path
 
-import csrc_host
 import pytest
 import torch
 
@@ -18,28 +16,17 @@ pytest.importorskip("psutil", reason="psutil is not installed: the benchmark is 
 pytest.importorskip("rich", reason="rich is not installed: the benchmark is not tested")
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # bench is not installed
 
-from bench import correct, faults, gpu_report, publish, sanitize
-from bench.harness import commands, forms, goals, live, ncu, phases, providers
+from planned import HOPPER, code, run
+
+from bench import correct, faults, gpu_report
+from bench.harness import commands, forms, live, phases, providers
 from bench.harness.cases import Case
 from bench.harness.commands import Machine
 from bench.harness.phases import Phase
 from bench.harness.programs import Exit
 from mcld_kernels.backends import forms as calibrated
-from mcld_kernels.backends import timings
-from mcld_kernels.backends.cuda import extension
 
 ROOT = Path(__file__).resolve().parent.parent
-HOPPER = Machine(capability=(9, 0), workers=4)
-
-
-def code(text, name="try", budget_s=20, **more):
-    return Phase(name=name, command=[sys.executable, "-c", text], budget_s=budget_s, **more)
-
-
-def run(folder, *planned, seconds=60.0, rewrite=lambda: None):
-    outcomes = {}
-    phases.run(planned, folder, time.monotonic() + seconds, outcomes, rewrite, lambda text: None)
-    return outcomes
 
 
 class TestPhases:
@@ -379,297 +366,6 @@ def test_checks_that_did_not_end_are_named(tmp_path):
     assert record["largest_error_of_allowed"] == {"float32 high": 3.0}
 
 
-def test_a_sanitizer_sees_forms_that_are_off_by_default(monkeypatch, capsys):
-    """In emulation, the forms and what they differ from alone."""
-    if csrc_host.compiler() is None:
-        pytest.skip("needs a C++ compiler")
-    module, launched = csrc_host.load(), []
-
-    class Spy:
-        def __getattr__(self, name):
-            function = getattr(module, name)
-            if name not in ("low_latency", "hopper_similarity"):
-                return function
-
-            def launch(**fields):
-                keys = ("dependent",) if name == "low_latency" else ("skew", "cluster")
-                launched.append((name, *(fields[key] for key in keys)))
-                return function(**fields)
-
-            return launch
-
-    monkeypatch.setattr(sanitize, "OPTIONS", ({},))
-    monkeypatch.setattr(sanitize, "DTYPES", (torch.bfloat16,))
-    monkeypatch.setattr(sanitize, "SHAPES", ((70, 100), (65, 300)))
-    with extension.use(Spy()):
-        assert sanitize.main(["--device", "cpu", "--providers", "cuda", "hopper", *sanitize.FORMS]) == Exit.OK
-    assert {("low_latency", True), ("low_latency", False)} <= set(launched)
-    assert {("hopper_similarity", *form) for form in ((0, 1), (2, 1), (0, 2))} <= set(launched)
-    ended = [line for line in capsys.readouterr().out.splitlines() if line.startswith(commands.ENDS)]
-    assert len(ended) == 2 * 2 + 4 and [line.rpartition(", {")[2] for line in ended[4:]] == [
-        "'dependent_launches': True}", "'dependent_launches': True}", "'hopper_skew': 2}", "'hopper_cluster': 2}"
-    ]  # fmt: skip
-
-
-def test_forms_stand_behind_the_grid_of_a_sanitizer():
-    plain = list(sanitize.combinations(sanitize.PROVIDERS))
-    assert len(plain) == len(sanitize.OPTIONS) * len(sanitize.DTYPES) * len(sanitize.SHAPES) * len(sanitize.PROVIDERS)
-    assert not any(combination.fields for combination in plain)
-    both = list(sanitize.combinations(("hopper:hopper_cluster=2", *sanitize.PROVIDERS)))
-    assert both[:-1] == plain and both[-1].fields == {"hopper_cluster": 2} and both[-1].provider == "hopper"
-
-
-class TestSanitizers:
-    def test_every_form_has_phases_of_its_own_after_what_comes_by_default(self):
-        planned = commands.safe(Path("."), HOPPER, False)
-        names = [phase.name for phase in planned]
-        assert len(names) == len(set(names))
-        for form in sanitize.FORMS:
-            for check in commands.SANITIZERS:
-                line = planned[names.index(f"{check}-{form}")].command_line({})
-                assert line[line.index("--providers") + 1 :] == [form] and check in line
-        plain = [name for name in names if name.startswith(commands.SANITIZERS) and ":" not in name]
-        for name in plain:
-            assert ":" not in " ".join(planned[names.index(name)].command_line({})[1:])
-        assert [name for name in names if name in plain or ":" in name or name == "calibrate"] == [
-            *plain, "calibrate", *(name for name in names if ":" in name)
-        ]  # fmt: skip
-        ampere = [phase.name for phase in commands.safe(Path("."), Machine(capability=(8, 0), workers=4), False)]
-        assert {name.partition("-")[2] for name in ampere if ":" in name} == {"cuda:dependent_launches=True"}
-        without = commands.safe(Path("."), Machine(capability=(9, 0), workers=4, without={"hopper"}), False)
-        assert all(phase.skip_reason({}) for phase in without if "-hopper" in phase.name)
-
-    def test_no_two_sanitizers_look_at_the_same_ports(self):
-        taken = set()
-        for phase in commands.safe(Path("."), HOPPER, False):
-            if phase.group in ("sanitizers", "forms"):
-                line = phase.command_line({})
-                first, most = (int(line[line.index(option) + 1]) for option in ("--port", "--max-connections"))
-                own = set(range(first, first + most))
-                assert len(own) > 10 and not own & taken and max(own) < 1 << 16
-                taken |= own
-        assert taken
-
-    def test_a_form_that_hangs_costs_itself_alone(self, tmp_path, monkeypatch):
-        """With a tool that stands still at one form and otherwise prints what a sanitizer does."""
-        tool = tmp_path / "compute-sanitizer"
-        tool.write_text(
-            "#!/bin/sh\necho 'begins: it'\n"
-            'case "$*" in *racecheck*hopper_cluster*) exec sleep 60;; esac\n'
-            "echo 'ended: it'\necho '========= ERROR SUMMARY: 0 errors'\n"
-        )
-        tool.chmod(0o755)
-        monkeypatch.setattr(commands.shutil, "which", lambda name, path=None: str(tool))
-        planned = [p for p in commands.safe(tmp_path, HOPPER, False) if p.group in ("sanitizers", "forms")]
-        for phase in planned:
-            phase.budget_s = phase.most_s = 4.0
-        outcomes = run(tmp_path, *planned)
-        assert [name for name, record in outcomes.items() if record["status"] != "ok"] == [
-            "racecheck-hopper:hopper_cluster=2"
-        ]
-        text = gpu_report.summary({"phases": outcomes})
-        assert re.search(r"^racecheck-hopper:hopper_cluster=2 +timed out ", text, re.MULTILINE)
-        assert text.count("did not end: it") == 1 and text.count("ERROR SUMMARY: 0 errors") == len(planned) - 1
-
-    def test_a_sanitizer_that_did_not_watch_has_failed(self, tmp_path, monkeypatch):
-        """As where the program's first CUDA call comes too late for it, which ends well, and was not looked at."""
-        tool = tmp_path / "compute-sanitizer"
-        tool.write_text(
-            "#!/bin/sh\necho '========= Error: compute-sanitizer timed-out.'\n"
-            "echo '24 combinations ran, 0 were not repeatable, 0 were left for want of time'\n"
-        )
-        tool.chmod(0o755)
-        monkeypatch.setattr(commands.shutil, "which", lambda name, path=None: str(tool))
-        planned = [p for p in commands.safe(tmp_path, HOPPER, False) if p.group in ("sanitizers", "forms")]
-        for phase in planned:
-            line = phase.command_line({})
-            assert line[line.index("--launch-timeout") + 1] == "0"
-            assert line[line.index("--report-api-errors") + 1] == "no", "of PyTorch's own calls, before any of a kernel"
-        outcomes = run(tmp_path, planned[0])
-        assert outcomes["memcheck-hopper"]["status"] == "failed"
-        assert "no message like 'SUMMARY: '; 24 combinations ran" in gpu_report.summary({"phases": outcomes})
-
-    def test_a_combination_that_hangs_is_named_before_the_time_of_its_phase_is_up(self, tmp_path):
-        """Also where it holds the interpreter, as a launch may; the phase ends by itself, as its sanitizer needs."""
-        program = (
-            "import ctypes, sys; sys.path[:0] = ['.', 'tests']\n"
-            "from bench import sanitize\nimport torch\n"
-            "sanitize.OPTIONS, sanitize.DTYPES, sanitize.LAST_S = ({},), (torch.float32,), 4.0\n"
-            "real, calls = sanitize.mcld_kernels.mcld_loss, []\n"
-            "def loss(*tensors, **options):\n"
-            "    calls.append(1)\n"
-            "    return real(*tensors, **options) if len(calls) < 3 else ctypes.PyDLL(None).sleep(100)\n"
-            "sanitize.mcld_kernels.mcld_loss = loss\n"
-            "sanitize.KEPT_S = 0.0\n"
-            "sanitize.main(['--device', 'cpu', '--providers', 'torch'], sanitize.BEGUN)"
-        )
-        record = run(tmp_path, code(program, budget_s=20, most_s=20, read=commands.read_sanitizer))["try"]
-        assert record["status"] == "failed" and record["exit_code"] == Exit.FAILED and record["seconds"] < 20, record
-        assert record["unfinished"] == ["torch, 129 x 37, torch.float32, {}"]
-        assert "begins: torch, 70 x 100" in record["output_tail"] and "in loss" in record["output_tail"]
-
-    def test_what_is_left_for_want_of_time_is_counted(self, monkeypatch, capsys):
-        monkeypatch.setattr(sanitize, "OPTIONS", ({},))
-        monkeypatch.setattr(sanitize, "KEPT_S", 600.0)
-        monkeypatch.setenv("MCLD_PHASE_S", "600")
-        assert sanitize.main(["--device", "cpu", "--providers", "torch"]) == Exit.OK
-        record = commands.read_sanitizer(capsys.readouterr().out)
-        assert record["summary"] == ["1 combinations ran, 0 were not repeatable, 5 were left for want of time"]
-        assert not record["unfinished"]
-
-
-def test_what_a_sanitizer_and_ncu_print_is_read():
-    output = "x\n========= Invalid __global__ read\n========= ERROR SUMMARY: 1 error\n"
-    record = commands.read_sanitizer(output)
-    assert record["summary"] == ["ERROR SUMMARY: 1 error"] and record["reports"] == ["Invalid __global__ read"]
-    lines = [
-        "==PROF== Connected", "cuda: B=4096",
-        '"ID","Kernel Name","Block Size","Grid Size","Section Name","Metric Name","Metric Unit","Metric Value"',
-        '"0","similarity<bf16>","(128, 1, 1)","(8, 1, 1)","GPU Speed Of Light","Duration","ns","12,345"',
-        '"0","similarity<bf16>","(128, 1, 1)","(8, 1, 1)","Occupancy","Achieved Occupancy","%","48.5"',
-        '"1","flash","(128, 1, 1)","(9, 1, 1)","GPU Speed Of Light","Duration","ns","7"',
-    ]  # fmt: skip
-    first, second = ncu.read(lines)
-    assert (
-        first["metrics"] == {"Duration [ns]": 12345.0, "Achieved Occupancy [%]": 48.5} and second["kernel"] == "flash"
-    )
-    assert "none" in ncu.command("ncu", ["python"]) and "--clock-control" in ncu.command("ncu", ["python"])
-
-
 def test_every_fault_is_a_phase():
     names = [phase.name for phase in commands.safe(Path("."), HOPPER, False)]
     assert [name.removeprefix("fault-") for name in names if name.startswith("fault-")] == list(faults.FAULTS)
-
-
-def recorded(provider, seconds, batch=4096, classes=1000, terms=("instance", "sample"), **more):
-    row = {"loss": "mcld", "mode": "forward-backward", "dtype": "bfloat16", "terms": list(terms), "classes": classes}
-    row |= {"batch": batch, "provider": provider, "status": "ok", "reason": None}
-    row["time"] = dict.fromkeys(("median_s", "p20_s", "p80_s"), 2 * seconds)
-    row |= {"kernels_time": {"median_s": seconds}, "graph_time": None, "peak_extra_bytes": 100 << 20}
-    return row | {"flop": 4 * batch**2 * classes, "gemm_flop_per_s": 7.9e14, "speedup_over_reference": None} | more
-
-
-class TestGoals:
-    def test_kernel_time_decides_and_plain_time_stands_beside_it(self):
-        rows = [recorded("triton", 1e-4), recorded("cuda", 0.9e-4), recorded("library", 1.2e-4)]
-        rows += [recorded("reference", 2.7e-4), recorded("compile", 9.0, batch=16384)]
-        judged = {
-            goal["goal"].rpartition(" >=")[0]: goal for goal in goals.judge(rows) if goal["regime"] == goals.MIDDLE
-        }
-        assert {goal["backend"] for goal in judged.values()} == {"cuda"}
-        fraction = judged["fraction of the GEMM ceiling"]
-        assert fraction["value"] == pytest.approx(4 * 4096**2 * 1000 / 0.9e-4 / 7.9e14) and fraction["reached"]
-        assert (fraction["seconds"], fraction["kernel_seconds"]) == pytest.approx((1.8e-4, 0.9e-4))
-        assert judged["times the library path"]["value"] == pytest.approx(1.2 / 0.9)
-        assert judged["times eager"]["reached"] is True
-        assert judged["times torch.compile"]["reached"] is None  # measured at another batch size alone
-
-    def test_memory_is_held_to_600_mb_and_three_half_copies(self):
-        allowed = 600_000_000 + 3 * 2 * 2 * 4096 * 1000
-        for extra, reached in ((allowed, True), (allowed + 1, False)):
-            judged = goals.judge([recorded("cuda", 1e-4, peak_extra_bytes=extra)])
-            assert [goal["reached"] for goal in judged if "600 MB" in goal["goal"]] == [reached]
-
-
-class TestPublish:
-    ROWS = [recorded(name, time) for name, time in (("triton", 1.1e-4), ("hopper", 1e-4), ("library", 1.3e-4))]
-    ALL = [recorded(name, time, 256, terms=("instance", "sample", "category"), graph_time={"median_s": time})
-           for name, time in (("triton", 4e-5), ("cuda", 2e-5), ("reference", 4e-4))]  # fmt: skip
-
-    def archive(self, folder, command, rows, table=None, rehearsal=False, day="01", gpu="NVIDIA H200"):
-        machine = {"gpu": gpu, "cpu": "c", "threads": 8, "load_1min": 1.0, "float32_matmul_precision": "highest"}
-        started = f"2030-01-{day}T00:00:00Z"
-        head = {"machine": machine, "versions": {"torch": "2.11", "mcld_kernels": timings.__version__}, "commit": "abc"}
-        head |= {"dirty": False, "started": started, "ceilings": {}, "options": {}, "complete": True, "rows": rows}
-        work = folder / f"work-{command}"
-        (work / "bench").mkdir(parents=True)
-        (work / "bench" / "results.json").write_text(json.dumps(head))
-        phase = {"status": "ok", "machine": machine}
-        content = {"command": command, "started": started, "rehearsal": rehearsal, "phases": {"ceilings": phase}}
-        (work / "report.json").write_text(json.dumps(content | {"commit": "abc", "dirty": False}))
-        (work / "errors-cuda.jsonl").write_text('{"begun": "x"}\n{"check": "a", "ratio": 0.5}\n{"cut')
-        (work / "summary.txt").write_text("the summary\n")
-        if table is not None:
-            (work / "table.json").write_text(json.dumps(table))
-        path = folder / f"gpu-{command}.tar.gz"
-        phases.archive(path, work)
-        return path
-
-    def of_commit(self, path, commit):
-        """The archive with another commit in its report."""
-        work = path.parent / path.name.replace("gpu-", "work-").removesuffix(".tar.gz")
-        content = json.loads((work / "report.json").read_text())
-        (work / "report.json").write_text(json.dumps(content | {"commit": commit}))
-        phases.archive(path, work)
-        return path
-
-    @pytest.fixture
-    def root(self, tmp_path):
-        root = tmp_path / "repository"
-        root.mkdir()
-        (root / "README.md").write_text((ROOT / "README.md").read_text())
-        return root
-
-    def test_rows_table_and_plot(self, tmp_path, root, capsys):
-        row = {"dtype": "bfloat16", "precision": "highest", "batch": 256, "classes": 100}
-        row["milliseconds"] = {"triton": 2.0, "cuda": 1.0}
-        table = {"schema": timings.SCHEMA, "package": timings.__version__, "gpu": "NVIDIA H200", "date": "2030-01-02"}
-        paths = [
-            self.archive(tmp_path, "correct", self.ROWS),
-            self.archive(tmp_path, "safe", self.ALL, table | {"rows": [row]}, day="02"),
-        ]
-        assert publish.main([*map(str, paths), "--root", str(root)]) == Exit.OK
-        shown = capsys.readouterr().out
-        folder = root / "bench" / "results" / "nvidia-h200-2030-01-01-correct"
-        names = {entry.name for entry in folder.iterdir()}
-        assert {"report.json", "results.json", "results.csv", "results.png", "errors.json", "summary.txt"} <= names
-        assert "bench/results/nvidia-h200-2030-01-02-safe" in shown and "README.md" in shown
-        text = (root / "README.md").read_text()
-        assert text.startswith((ROOT / "README.md").read_text().partition(publish.BEGIN)[0])
-        section = text.partition(publish.BEGIN)[2].partition(publish.END)[0]
-        assert "| instance + sample | 1000 | 4096 | bfloat16 | `hopper` | 100 µs | 200 µs | 85% | 1.30x |" in section
-        assert "| all | 1000 | 256 | bfloat16 | `cuda` | 20 µs | 40 µs |" in section and "20.00x" in section
-        assert f"]({folder.relative_to(root)}/results.png)" in section and "NVIDIA H200" in section
-        path = root / "mcld_kernels" / "tables" / "nvidia-h200.json"
-        parsed, reason = timings.parse(path, path.read_bytes())
-        assert parsed is not None and parsed.rows[0].milliseconds == {"triton": 2.0, "cuda": 1.0}, reason
-        # What is recorded stays: a second time nothing is written.
-        assert publish.main([str(paths[0]), "--root", str(root)]) == Exit.USAGE
-        assert "not overwritten" in capsys.readouterr().err
-
-    def test_without_a_calibration_the_table_is_of_the_rows(self, tmp_path, root):
-        publish.publish([self.archive(tmp_path, "speed", self.ALL)], root)
-        made = json.loads((root / "mcld_kernels" / "tables" / "nvidia-h200.json").read_text())
-        assert made["rows"][0]["milliseconds"] == pytest.approx({"triton": 0.08, "cuda": 0.04})
-
-    def test_what_cannot_be_published_says_why(self, tmp_path, root, capsys):
-        rehearsal = self.archive(tmp_path, "speed", self.ROWS, rehearsal=True)
-        other = [self.archive(tmp_path, "safe", self.ROWS, gpu="B"), self.archive(tmp_path, "correct", self.ROWS)]
-        (tmp_path / "text").write_text("no archive")
-        for paths, message in (
-            ([rehearsal], "of a rehearsal"),
-            (other, "different GPUs"),
-            ([tmp_path / "text"], "is no archive"),
-        ):
-            assert publish.main([*map(str, paths), "--root", str(root)]) == Exit.USAGE
-            assert message in capsys.readouterr().err
-        (tmp_path / "again").mkdir()
-        again = self.archive(tmp_path / "again", "correct", self.ROWS)
-        assert publish.main([str(other[1]), str(again), "--root", str(root)]) == Exit.USAGE
-        assert "two archives are of one command and day" in capsys.readouterr().err
-        assert publish.main([str(other[1]), str(self.of_commit(again, "def")), "--root", str(root)]) == Exit.USAGE
-        assert "different commits: abc, def" in capsys.readouterr().err
-        (root / "README.md").write_text("no comments")
-        with pytest.raises(publish.Unpublishable, match="has no lines"):
-            publish.publish([other[1]], root)
-        assert [entry.name for entry in root.iterdir()] == ["README.md"]
-
-    def test_no_damaged_archive_is_published(self, tmp_path, root, capsys):
-        path = self.archive(tmp_path, "speed", self.ROWS)
-        whole = path.read_bytes()
-        begin = whole.index(b"\0", 10) + 1  # after the header, which names a file and is of no matter
-        for place in (*range(begin, len(whole), 97), len(whole) - 6):  # the last one in the checksum
-            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-            assert publish.main([str(path), "--root", str(root)]) == Exit.USAGE, place
-            assert "is no archive of bench/gpu_report.py" in capsys.readouterr().err
-        assert [entry.name for entry in root.iterdir()] == ["README.md"]
