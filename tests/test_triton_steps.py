@@ -25,6 +25,7 @@ from mcld_kernels.kernels import (
     LossInputs,
     NegativeSums,
     TermWeight,
+    UnitRows,
 )
 from mcld_kernels.losses import mcld
 
@@ -440,3 +441,44 @@ class TestLaunches:
     def test_the_order_is_not_computed_unasked(self, counted):
         self.compute(counted, weight=(1.0, 0.0, 0.0), mask_same_class=True)
         assert "index_labels_kernel" in counted.launches and "class_order_kernel" not in counted.launches
+
+
+class TestGrids:
+    """Of matrices with more rows than a grid has tiles in its second dimension, 65,535."""
+
+    @pytest.fixture
+    def grids(self, monkeypatch):
+        """The grids of the launches, of which none happens."""
+        taken = []
+        monkeypatch.setattr(GridExecutor, "__call__", lambda executor, *args, **kwargs: taken.append(executor.grid))
+        with backends.tuned(blocks=None):
+            yield taken
+
+    def test_columns(self, grids):
+        logits = torch.empty(64, 5_000_000, device="meta")
+        kernels("triton").l2_normalize(logits.T, torch.bfloat16, 1e-12)
+        assert len(grids) == 2 and all(grid[1:] <= (65_535,) for grid in grids)
+
+    @pytest.mark.parametrize(("shape", "transposed"), [((300_000, 3000), False), ((5_000_000, 64), True)], ids=str)
+    def test_gradient(self, grids, shape, transposed):
+        n, d = shape
+
+        def empty(*size, dtype=torch.float32):
+            return torch.empty(size, dtype=dtype, device="meta")
+
+        unit = UnitRows(rows=empty(n, d, dtype=torch.bfloat16), inv_norm=empty(n), n=n, d=d)
+        kernels("triton").grad_epilogue(
+            GradEpilogueArgs(
+                out=empty(d, n).T if transposed else empty(n, d),
+                unit=unit,
+                rows=slice(0, n),
+                product=empty(n, d),
+                coefficients=GradCoefficients(partner=empty(n), product=empty(n), class_mean=None),
+                partner=unit,
+                offset=0,
+                class_means=None,
+                class_index=None,
+                accumulate=False,
+            )
+        )
+        assert len(grids) == 2 and all(grid[1:] <= (65_535,) for grid in grids)

@@ -178,8 +178,10 @@ def grad_tiles_kernel(
     ACCUMULATE: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    rows = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    # Tiles of a row first, all on one axis: a grid's second one ends at 65,535.
+    tiles = tl.cdiv(d, BLOCK_D)
+    rows = tl.program_id(0) // tiles * BLOCK_R + tl.arange(0, BLOCK_R)
+    columns = tl.program_id(0) % tiles * BLOCK_D + tl.arange(0, BLOCK_D)
     gx = tl.zeros((BLOCK_R,), ACC)
     xx = tl.zeros((BLOCK_R,), ACC)
     for split in range(splits):
@@ -223,7 +225,7 @@ def grad_epilogue(args: GradEpilogueArgs, configs: Configs) -> None:
     grad_dots_kernel[(triton.cdiv(n, launch.block_m), splits)](
         partial, unit.rows, *operands, *gathered, *sizes, *pitches, splits, span, **blocks, **flags
     )
-    grad_tiles_kernel[(triton.cdiv(d, launch.block_n), triton.cdiv(n, launch.block_m))](
+    grad_tiles_kernel[(triton.cdiv(d, launch.block_n) * triton.cdiv(n, launch.block_m),)](
         out, partial, unit.rows, unit.inv_norm, *operands, *gathered, *sizes, *out.stride(), *pitches, splits,
         ACCUMULATE=args.accumulate, **blocks, **flags,
     )  # fmt: skip

@@ -105,13 +105,16 @@ def l2_normalize_columns_kernel(
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    rows = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    # Tiles of a row first, all on one axis: a grid's second one ends at 65,535.
+    tiles = tl.cdiv(pitch, BLOCK_D)
+    tile = tl.program_id(0) % tiles
+    rows = tl.program_id(0) // tiles * BLOCK_R + tl.arange(0, BLOCK_R)
+    columns = tile * BLOCK_D + tl.arange(0, BLOCK_D)
     square = tl.zeros((BLOCK_R,), ACC)
     for split in range(splits):
         square += tl.load(partial + tl.cast(split, tl.int64) * n + rows, mask=rows < n, other=0.0)
     factor = _reciprocal(tl.sqrt(square), eps)
-    if tl.program_id(0) == 0:
+    if tile == 0:
         tl.store(inv_norm + rows, factor, mask=rows < n)
     inside = (rows < n)[:, None] & (columns < d)[None, :]
     source = x + rows.to(tl.int64)[:, None] * stride_n + columns.to(tl.int64)[None, :] * stride_d
@@ -153,7 +156,7 @@ def l2_normalize(x: Tensor, operand_dtype: torch.dtype, eps: float, configs: Con
             x, partial, n, d, *x.stride(), span,
             BLOCK_R=launch.block_m, BLOCK_D=launch.block_n, ACC=tl_dtype(acc), num_warps=launch.warps,
         )  # fmt: skip
-        l2_normalize_columns_kernel[(triton.cdiv(pitch, launch.block_n), padded // launch.block_m)](
+        l2_normalize_columns_kernel[(triton.cdiv(pitch, launch.block_n) * (padded // launch.block_m),)](
             x, partial, unit, inv_norm, n, d, *x.stride(), pitch, splits, eps,
             BLOCK_R=launch.block_m, BLOCK_D=launch.block_n, PRECISION=precision, ACC=tl_dtype(acc),
             num_warps=launch.warps,
