@@ -3,6 +3,8 @@
 Each against the same step in PyTorch operations; the whole backend is in tests/test_csrc_host.py.
 """
 
+import re
+
 import cases
 import csrc_host
 import pytest
@@ -196,6 +198,37 @@ def test_few_launches(module, direction, classes, weight, limit, launches, opera
         last = module.stub_launches(0)
     kernels = [module.stubbed_launch(index) for index in range(first, last)]
     assert 0 < len(kernels) <= launches and len(counted.operations) <= operations, (kernels, counted.operations)
+
+
+class Arguments(dict):
+    """The arguments of a launcher: zeros but for those given."""
+
+    def __init__(self, launcher, **given):
+        names = re.search(r"Keyword arguments: (.*)", launcher.__doc__)
+        super().__init__(dict.fromkeys(names[1].split(", "), 0), **given)
+
+
+@pytest.mark.parametrize("rows", [65_535 * 32 + 1, 2_600_000])
+def test_a_grid_holds_the_columns_of_more_logits_than_its_second_dimension(module, rows):
+    """A column-major bank of candidates, or as many classes: nothing is launched, but the launches are checked."""
+    d, padded = 64, (rows + 127) // 128 * 128
+    first = module.stub_launches(1)
+    try:
+        module.normalize_columns(
+            **Arguments(
+                module.normalize_columns, row_stride=1, column_stride=rows, n=rows, d=d, padded_rows=padded, pitch=64,
+                splits=1,
+            )
+        )  # fmt: skip
+        sizes = {"rows": rows, "d": d, "pitch": 64, "product_pitch": 64}
+        module.grad_epilogue(
+            **Arguments(module.grad_epilogue, projection=16, row_stride=1, column_stride=rows, **sizes)
+        )
+    finally:
+        last = module.stub_launches(0)
+    assert [module.stubbed_launch(index) for index in range(first, last)] == [
+        "column_squares", "normalize_columns", "grad_epilogue_projection", "grad_epilogue_transposed"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -8,6 +8,7 @@ checked on hardware by the test marked gpu.
 from __future__ import annotations
 
 import math
+import re
 from types import SimpleNamespace
 
 import cases
@@ -167,6 +168,23 @@ def test_similarity_takes_every_tile_once(emulated, cluster):
 def test_a_cluster_of_another_size_is_refused(emulated):
     with pytest.raises(ValueError, match="a cluster has 1 or 2 blocks; got 3"):
         check_similarity(emulated, (5, 3, 7, 1), torch.bfloat16, cluster=3)
+
+
+@pytest.mark.parametrize("kernel", ["hopper_similarity", "hopper_flash"])
+def test_operands_that_no_tensor_map_is_of(emulated, kernel):
+    """The driver refuses the map of a matrix that does not begin at a multiple of 16 bytes."""
+    names = re.search(r"Keyword arguments: (.*)", getattr(emulated, kernel).__doc__)[1].split(", ")
+    sizes = {"rows": 1, "n": 1, "m": 1, "d": 64, "pitch": 64, "exp_pitch": 128, "padded_rows": 128, "splits": 1}
+    fields = dict.fromkeys(names, 0) | {name: size for name, size in sizes.items() if name in names}
+    fields |= {"product": 16} if kernel == "hopper_flash" else {"cluster": 1}
+    emulated.stub_launches(1)
+    try:
+        getattr(emulated, kernel)(**fields | {"anchors": 16, "candidates": 32})
+        for addresses in ({"anchors": 16, "candidates": 34}, {"anchors": 18, "candidates": 32}):
+            with pytest.raises(RuntimeError, match="no tensor map"):
+                getattr(emulated, kernel)(**fields | addresses)
+    finally:
+        emulated.stub_launches(0)
 
 
 def test_sums_alone(emulated):

@@ -28,7 +28,7 @@ template <class T, class Out> void launch_grad_epilogue(const GradEpilogue& p, c
     return launch_rows<T, Out, 1>(p, stream);
   }
   launch_projection<T>(p, stream);
-  const dim3 tiles(unsigned(tiles_of(p.d, kGradTile)), unsigned(tiles_of(p.rows, kGradTile)));
+  const dim3 tiles(unsigned(tiles_of(p.d, kGradTile) * tiles_of(p.rows, kGradTile)));
   launch(grad_epilogue_transposed_kernel<T, Out>, "launch of grad_epilogue_transposed", tiles, kGradThreads,
          kGradTile * (kGradTile + 1) * 4, stream, p);
 }

@@ -144,10 +144,11 @@ template <class T> MCLD_KERNEL(kGradThreads) grad_epilogue_projection_kernel(MCL
   if (thread_index() % kWarp == 0) p.projection[index] = along;
 }
 
-// Block x: 32 columns of the product; block y: 32 rows.
+// A block: 32 columns of the product by 32 rows, the columns first. In one dimension: a grid's second ends at 65,535.
 template <class T, class Out> MCLD_KERNEL(kGradThreads) grad_epilogue_transposed_kernel(MCLD_PARAMETERS(GradEpilogue) p) {
   float* tile = reinterpret_cast<float*>(shared_memory());  // (32, 33)
-  const int64_t first_row = int64_t(block_index_y()) * kGradTile, first_column = int64_t(block_index()) * kGradTile;
+  const int tiles = int((p.d + kGradTile - 1) / kGradTile);
+  const int64_t first_row = int64_t(block_index() / tiles) * kGradTile, first_column = int64_t(block_index() % tiles) * kGradTile;
   const int across = thread_index() % kGradTile, down = thread_index() / kGradTile;
   for (int i = down; i < kGradTile; i += kGradWarps) {
     const int64_t index = first_row + i, j = first_column + across;

@@ -18,7 +18,7 @@ template <class In, class Out> void launch_rows(const Normalize& p, cudaStream_t
 template <class In, class Out> void launch_columns(const Normalize& p, cudaStream_t stream) {
   const dim3 slices(unsigned(tiles_of(p.n, kColumnTile)), unsigned(p.splits));
   launch(column_squares_kernel<In>, "launch of column_squares", slices, kNormalizeThreads, kNormalizeThreads * 4, stream, p);
-  const dim3 tiles(unsigned(p.pitch / kBatchTile), unsigned(p.padded_rows / kColumnTile));
+  const dim3 tiles(unsigned(p.pitch / kBatchTile * (p.padded_rows / kColumnTile)));
   launch(normalize_columns_kernel<In, Out>, "launch of normalize_columns", tiles, kNormalizeThreads,
          (kColumnTile + kBatchTile * (kColumnTile + 1)) * 4, stream, p);
 }

@@ -141,19 +141,20 @@ template <class In> MCLD_KERNEL(kNormalizeThreads) column_squares_kernel(MCLD_PA
   if (thread_index() < kColumnTile && i < p.n) p.square_sums[block_index_y() * p.n + i] = squares;
 }
 
-// Block x: 64 rows of the batch; block y: 32 columns of the logits.
+// A block: 64 rows of the batch by 32 columns of the logits, the rows first. In one dimension: a grid's second ends at 65,535.
 template <class In, class Out> MCLD_KERNEL(kNormalizeThreads) normalize_columns_kernel(MCLD_PARAMETERS(Normalize) p) {
   float* inv_norms = reinterpret_cast<float*>(shared_memory());  // (32,), then the tile (64, 33)
-  const int64_t first_i = int64_t(block_index_y()) * kColumnTile, i = first_i + thread_index();
+  const int slices = int(p.pitch / kBatchTile), slice = block_index() % slices;
+  const int64_t first_i = int64_t(block_index() / slices) * kColumnTile, i = first_i + thread_index();
   if (thread_index() < kColumnTile) {
     float squares = 0;
     if (i < p.n) {
       for (int k = 0; k < p.splits; ++k) squares += p.square_sums[k * p.n + i];
     }
     inv_norms[thread_index()] = i < p.n ? inv_norm_of(squares, p.eps) : 0;
-    if (i < p.n && block_index() == 0) p.inv_norm[i] = inv_norms[thread_index()];
+    if (i < p.n && slice == 0) p.inv_norm[i] = inv_norms[thread_index()];
   }
-  write_columns<In, Out>(p, inv_norms, inv_norms + kColumnTile, first_i, int64_t(block_index()) * kBatchTile);
+  write_columns<In, Out>(p, inv_norms, inv_norms + kColumnTile, first_i, int64_t(slice) * kBatchTile);
 }
 
 }  // namespace mcld

@@ -386,17 +386,18 @@ void run(dim3 grid, int threads, int shared_bytes, const char* name, void (*kern
          bool dependent, int cluster) {
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
-  if (stubbed) {
-    stubbed_launches.push_back(name);
-    return;
-  }
   kernel_name = name;
   if (threads % kWarp || threads > kMaxThreads) fail("a block must be whole warps, at most 1024 threads");
   if (cluster > kMostBlocks || threads * cluster > kMaxThreads) fail("a cluster larger than is emulated");
   if (grid.x % cluster) fail("a grid that is not whole clusters");
   const bool sm90 = std::string(name).find("hopper") != std::string::npos;
   if (shared_bytes > (sm90 ? 227 : 99) << 10) fail("more shared memory than the GPUs it is for have: " + std::to_string(shared_bytes));
+  if (grid.x > unsigned(INT32_MAX)) fail("grid.x past 2^31 - 1");
   if (grid.y > 65535) fail("grid.y past 65535");
+  if (stubbed) {
+    stubbed_launches.push_back(name);
+    return;
+  }
   body = kernel;
   argument = parameters;
   dependent_launch = dependent;

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <deque>
 #include <map>
+#include <stdexcept>
 #include <vector>
 
 #include "hopper/tensor_map.h"
@@ -281,7 +282,11 @@ void wgmma_wait(int pending) {
 
 namespace mcld::hopper {
 
+// With what cuTensorMapEncodeTiled refuses.
 TensorMap tensor_map(const void* matrix, Precision, int64_t rows, int64_t pitch, int box_rows) {
+  const bool addressed = matrix && reinterpret_cast<uintptr_t>(matrix) % 16 == 0 && pitch * 2 % 16 == 0;
+  const bool sized = rows >= 1 && rows <= int64_t(1) << 32 && pitch >= 1 && pitch * 2 < int64_t(1) << 40;
+  if (!addressed || !sized || box_rows < 1 || box_rows > 256) throw std::runtime_error("no tensor map is of such a matrix");
   return {static_cast<const char*>(matrix), rows, pitch, box_rows};
 }
 
