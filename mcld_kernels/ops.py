@@ -1,4 +1,4 @@
-"""The boundary to PyTorch: one operator for each loss and its fake kernel; `autograd` holds the derivatives.
+"""The boundary to PyTorch: one operator for each loss, its fake kernel and its autograd Function.
 
 The operator returns the gradients together with the loss, computed in the same pass; backward only scales them.
 """
@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import typing
-from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,15 +16,40 @@ from torch.autograd import forward_ad
 from torch.utils import _python_dispatch
 
 from . import backends, distributed, replay
-from .autograd import OPERATORS, Call, EagerLoss, Outputs, TracedLoss, TransformableLoss, one_by_one
 from .distributed import Ranks, RanksOptions
 from .kernels import KernelSet, LossInputs, LossOutputs
 from .options import acc_dtype, are_classes, grad_dtype, is_observed, is_readable, no_autocast
 
 _LIBRARY = torch.library.Library("mcld_kernels", "DEF")
+_OPERATORS: dict[str, LossOperator] = {}
 _NO_CONTEXT = contextlib.nullcontext()
 _TENSORS = ("student", "teacher", "target", "weight")
 _OUTPUTS = "(Tensor loss, Tensor terms, Tensor student_grad, Tensor teacher_grad)"
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class _Call(NamedTuple):
+    """The arguments of an operator: checked tensors, options and what to compute."""
+
+    name: str
+    student: Tensor
+    teacher: Tensor
+    target: Tensor | None
+    weight: Tensor | None
+    options: Any
+    backend: str
+    student_grad: bool
+    teacher_grad: bool
+    labels_are_classes: bool | None = None  # None: not known yet
+    extra: tuple[Tensor | None, ...] = ()  # the operator's further tensors, which get no gradient
+    ranks: RanksOptions | None = None  # None: one process
+    replay_key: replay.Key | None = None  # of a call that is to be kept for later ones
+
+    @classmethod
+    def of(cls, *args: Any) -> _Call:
+        """The call from the arguments of an autograd Function: those up to teacher_grad, ranks, further tensors."""
+        # Not by _make, which torch 2.6 cannot trace.
+        return cls(*args[:9], extra=args[10:], ranks=args[9])  # type: ignore[misc]
 
 
 class LossOperator:
@@ -85,7 +110,7 @@ class LossOperator:
             self._operator_over_ranks = _define(
                 f"{name}_ranks", arguments + further, self._implementation_over_ranks, self._fake_over_ranks
             )
-        OPERATORS[name] = self
+        _OPERATORS[name] = self
         self._flops = flops
 
     def __call__(
@@ -110,25 +135,25 @@ class LossOperator:
         if student_grad or teacher_grad or weight_grad:
             is_transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
             if not (is_transformed or is_observed(student)):
-                call = Call(
+                call = _Call(
                     self.name, student, teacher, target, weight, options, backend,
                     student_grad, teacher_grad, labels_are_classes, extra, ranks, replay_key,
                 )  # fmt: skip
                 terms: list[Tensor] = []
-                return EagerLoss.apply(self, call, terms, student, teacher, weight), terms[0]
-            function = TransformableLoss if is_transformed else TracedLoss
+                return _EagerLoss.apply(self, call, terms, student, teacher, weight), terms[0]
+            function = _TransformableLoss if is_transformed else _Loss
             outputs = function.apply(
                 self.name, student, teacher, target, weight, options, backend, student_grad, teacher_grad, ranks, *extra
             )
             return outputs[0], outputs[1]
-        call = Call(
+        call = _Call(
             self.name, student, teacher, target, weight, options, backend, False, False, labels_are_classes, extra,
             ranks, replay_key,
         )  # fmt: skip
         outputs = self.dispatch(call) if is_observed(student) else self.run(call)
         return outputs[0], outputs[1]
 
-    def dispatch(self, call: Call) -> Outputs:
+    def dispatch(self, call: _Call) -> Outputs:
         """`run` through PyTorch's dispatcher, for whoever traces or observes operators; a plain call saves its cost."""
         if not torch.compiler.is_compiling():
             self._tell_flop_counters()
@@ -141,7 +166,7 @@ class LossOperator:
 
     def _call(
         self, student: Tensor, teacher: Tensor, target: Any, weight: Any, *rest: Any, over_ranks: bool = False
-    ) -> Call:
+    ) -> _Call:
         """The arguments of the operator by name. The dispatcher leaves out further tensors that are None."""
         ranks = None
         if over_ranks:
@@ -151,7 +176,7 @@ class LossOperator:
         fields = [tuple(field) if isinstance(field, list) else field for field in rest[:count]]
         extra = (*rest[count + 3 :], *[None] * (len(self._extra) - (len(rest) - count - 3)))
         options, choices = self._options_type(*fields), rest[count : count + 3]
-        return Call._make((self.name, student, teacher, target, weight, options, *choices, None, extra, ranks, None))
+        return _Call._make((self.name, student, teacher, target, weight, options, *choices, None, extra, ranks, None))
 
     def _implementation(self, *args: Any) -> Outputs:
         return self.run(self._call(*args))
@@ -164,11 +189,11 @@ class LossOperator:
         place = self._extra.index("anchor_weight")
         return (*extra[:place], upstream, *extra[place + 1 :])
 
-    def is_per_anchor(self, call: Call) -> bool:
+    def is_per_anchor(self, call: _Call) -> bool:
         """True where loss and terms have shape (n,)."""
         return self._is_per_anchor is not None and self._is_per_anchor(call.options)
 
-    def run(self, call: Call) -> Outputs:
+    def run(self, call: _Call) -> Outputs:
         """Loss (), terms (num_terms,), gradients of the loss by student and teacher: (batch, classes), else (0,)."""
         loss, terms, student_grad, teacher_grad = self.evaluate(call)
         return (
@@ -178,7 +203,7 @@ class LossOperator:
             call.teacher.new_empty(0) if teacher_grad is None else teacher_grad,
         )
 
-    def evaluate(self, call: Call) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    def evaluate(self, call: _Call) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """As `run`, with None for a gradient that is not asked for."""
         student, teacher = call.student, call.teacher
         needs_teacher_grad = call.teacher_grad and not self._has_teacher_kernels
@@ -276,7 +301,7 @@ class LossOperator:
     def _fake_over_ranks(self, *args: Any) -> Outputs:
         return self._like(self._call(*args, over_ranks=True), torch.empty)
 
-    def _like(self, call: Call, make: Callable[..., Tensor]) -> Outputs:
+    def _like(self, call: _Call, make: Callable[..., Tensor]) -> Outputs:
         acc = acc_dtype(torch.promote_types(call.student.dtype, call.teacher.dtype))
         device = call.student.device
         student_grad, teacher_grad = (
@@ -318,11 +343,26 @@ def _define(name: str, arguments: str, implementation: Callable[..., Outputs], f
     operator = getattr(torch.ops.mcld_kernels, name).default
 
     def vmap(*args: Any) -> Any:
-        return one_by_one(operator, *args)
+        return _one_by_one(operator, *args)
 
     # PyTorch without a rule does the same, with a warning.
     torch.library.register_vmap(f"mcld_kernels::{name}", vmap, lib=_LIBRARY)
     return operator
+
+
+def _one_by_one(
+    function: Callable[..., Outputs], info: Any, in_dims: tuple[Any, ...], *args: Any
+) -> tuple[Outputs, tuple[int, ...]]:
+    """The rule of ``function`` for torch.func.vmap: one call for each problem of the batch."""
+    results = []
+    for i in range(info.batch_size):
+        taken = (
+            arg.select(dim, i) if isinstance(arg, Tensor) and dim is not None else arg
+            for arg, dim in zip(args, in_dims, strict=True)
+        )
+        results.append(function(*taken))
+    loss, terms, student_grad, teacher_grad = (torch.stack(parts) for parts in zip(*results, strict=True))
+    return (loss, terms, student_grad, teacher_grad), (0, 0, 0, 0)
 
 
 def _facts(kernels: KernelSet, inputs: LossInputs) -> dict[str, Any]:
@@ -362,3 +402,191 @@ def _schema_type(hint: Any) -> str:
     if typing.get_origin(hint) is tuple:
         return "float[]"
     return {float: "float", bool: "bool", int: "int", str: "str"}[hint]
+
+
+class NoSecondDerivative(torch.autograd.Function):
+    """The identity of a gradient that depends on ``inputs``; its own derivative raises instead of being lost."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(gradient: Tensor, *inputs: Tensor | None) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise RuntimeError(_TWICE)
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Tensor | None) -> Any:
+        raise RuntimeError(_TWICE)
+
+
+_TWICE = "the fast backends of mcld_kernels cannot be differentiated twice; backend='reference' can, at its own cost"
+
+
+def _save(ctx: Any, call: _Call, outputs: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Save what the derivatives need; returns it."""
+    # The inputs that a second derivative is taken by; a constant may be an inference tensor, which cannot be saved.
+    inputs = (x if x is not None and x.requires_grad else None for x in (call.student, call.teacher, call.weight))
+    # A copy, since whoever logs the terms may change them in place.
+    terms = outputs[1].clone() if call.weight is not None and outputs[1] is not None else None
+    ctx.dtypes = (
+        call.student.dtype if call.student_grad else None,
+        call.teacher.dtype if call.teacher_grad else None,
+        None if call.weight is None else call.weight.dtype,
+    )
+    saved = (outputs[2], outputs[3], terms, *inputs)
+    operator = _OPERATORS[call.name]
+    ctx.call, ctx.is_per_anchor = None, operator.can_be_per_anchor and operator.is_per_anchor(call)
+    if call.teacher_grad and ctx.is_per_anchor:
+        # Backward computes the teacher's gradient, for the upstream gradient of each anchor.
+        ctx.call = call.name, call.options, call.backend
+        saved = (*saved, call.student, call.teacher, call.target, call.weight, *call.extra)
+    ctx.save_for_backward(*saved)
+    return saved
+
+
+def _forward_call(operator: LossOperator, call: _Call) -> _Call:
+    """The gradients that forward computes: where each anchor has a loss, the teacher's gradient is left to backward."""
+    if not (call.teacher_grad and operator.is_per_anchor(call)):
+        return call
+    # Not by _replace, which torch 2.6 cannot trace.
+    return _Call(
+        call.name, call.student, call.teacher, call.target, call.weight, call.options, call.backend,
+        student_grad=call.student_grad, teacher_grad=False, labels_are_classes=call.labels_are_classes,
+        extra=call.extra, ranks=call.ranks, replay_key=call.replay_key,
+    )  # fmt: skip
+
+
+def _forward(call: _Call) -> Outputs:
+    operator = _OPERATORS[call.name]
+    call = _forward_call(operator, call)
+    return operator.dispatch(call) if is_observed(call.student) else operator.run(call)
+
+
+def _backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+    """Gradients by the arguments of a call."""
+    student, teacher, weight = _gradients(ctx, upstream, (1, 2, 4))
+    return None, student, teacher, None, weight, *[None] * (len(ctx.needs_input_grad) - 5)
+
+
+def _gradients(ctx: Any, upstream: Tensor, indices: tuple[int, int, int]) -> list[Tensor | None]:
+    """Gradients by student, teacher and weight, which are the inputs ``indices``."""
+    saved = ctx.saved_tensors
+    gradients, inputs = saved[:3], saved[3:6]
+    results: list[Tensor | None] = []
+    for i, (gradient, dtype, needed) in enumerate(zip(gradients, ctx.dtypes, indices, strict=True)):
+        if dtype is None or not ctx.needs_input_grad[needed]:
+            results.append(None)
+            continue
+        is_weighted = i == 1 and ctx.call is not None
+        if is_weighted:
+            gradient = _weighted_teacher_grad(ctx.call, saved[6:], upstream)
+        # Grad mode is on in backward where a graph of it was asked for (create_graph=True).
+        if torch.is_grad_enabled():
+            gradient = NoSecondDerivative.apply(gradient, *inputs, upstream if is_weighted else None)
+        if is_weighted:
+            product = gradient
+        elif upstream.ndim == 0:
+            product = gradient * upstream
+        else:
+            product = gradient * upstream[:, None] if gradient.ndim == 2 else (gradient * upstream).sum()
+        results.append(product if product.dtype == dtype else product.to(dtype))
+    return results
+
+
+def _weighted_teacher_grad(kept: tuple[str, Any, str], tensors: tuple[Any, ...], upstream: Tensor) -> Tensor:
+    """The gradient by the teacher of the sum of each anchor's loss times ``upstream`` (n,)."""
+    name, options, backend = kept
+    student, teacher, target, weight, *extra = tensors
+    operator = _OPERATORS[name]
+    with torch.no_grad():
+        call = _Call(
+            name, student, teacher, target, weight, options, backend, False, True,
+            extra=operator.weighted(tuple(extra), upstream),
+        )  # fmt: skip
+        return (operator.dispatch(call) if is_observed(student) else operator.run(call))[3]
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        call = _Call.of(*args)
+        outputs = _forward(call)
+        _save(ctx, call, outputs)
+        ctx.mark_non_differentiable(outputs[1])
+        return outputs[0], outputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, _: Any) -> tuple[Any, ...]:  # type: ignore[override]
+        return _backward(ctx, upstream)
+
+
+class _EagerLoss(torch.autograd.Function):
+    """The same for a plain call, which nothing observes: less is handed to autograd, and the terms go round it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        operator: LossOperator,
+        call: _Call,
+        terms: list[Tensor],
+        student: Tensor,
+        teacher: Tensor,
+        weight: Tensor | None,
+    ) -> Tensor:
+        outputs = operator.evaluate(_forward_call(operator, call) if call.teacher_grad else call)
+        _save(ctx, call, outputs)
+        terms.append(outputs[1])
+        return outputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        return None, None, None, *_gradients(ctx, upstream, (3, 4, 5))
+
+
+class _TransformableLoss(torch.autograd.Function):
+    """The same for torch.func and forward-mode AD: what the derivatives need are outputs."""
+
+    @staticmethod
+    def forward(*args: Any) -> Outputs:
+        return _forward(_Call.of(*args))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+        ctx.save_for_forward(*_save(ctx, _Call.of(*inputs), output))
+        ctx.loss_dtype = output[0].dtype
+        ctx.mark_non_differentiable(*output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:  # type: ignore[override]
+        return _backward(ctx, upstream)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Any, ...]:
+        *gradients, student, teacher, weight = ctx.saved_tensors[:6]
+        if ctx.call is not None and tangents[2] is not None:
+            raise NotImplementedError(
+                "the fast backends of mcld_kernels have no forward-mode derivative of each anchor's loss by the "
+                "candidates; reduction='mean' has, and so has backend='reference'"
+            )
+        parts = []
+        for gradient, dtype, index in zip(gradients, ctx.dtypes, (1, 2, 4), strict=True):
+            if dtype is not None and tangents[index] is not None:
+                product = (
+                    NoSecondDerivative.apply(gradient, student, teacher, weight).to(ctx.loss_dtype) * tangents[index]
+                )
+                if ctx.is_per_anchor:
+                    parts.append(product.sum(1) if product.ndim == 2 else product)
+                else:
+                    parts.append(product.sum())
+        return sum(parts[1:], parts[0]), None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Outputs, tuple[int, ...]]:
+        return _one_by_one(_TransformableLoss.apply, info, in_dims, *args)

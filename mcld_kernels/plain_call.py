@@ -16,9 +16,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import backends, replay
-from .autograd import NoSecondDerivative
 from .family_options import KDOptions
-from .ops import call_context
+from .ops import NoSecondDerivative, call_context
 from .options import PLAIN_TYPES, MCLDOptions, is_observed
 
 Options = TypeVar("Options")

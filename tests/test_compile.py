@@ -7,7 +7,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mcld_kernels
-from mcld_kernels import InfoNCELoss, MCLDLoss, TeacherQueue, autograd, backends, reference
+from mcld_kernels import InfoNCELoss, MCLDLoss, TeacherQueue, backends, ops, reference
 from mcld_kernels.kernels import LossInputs
 from mcld_kernels.losses import info_nce, mcld
 from mcld_kernels.losses.module_options import Fixed, Option
@@ -139,7 +139,7 @@ def test_what_is_traced_reads_no_descriptor(monkeypatch):
     for module in modules:
         assert module(student.requires_grad_(), teacher, target).isfinite()
     queue.enqueue(teacher, target)
-    for function in (autograd.Call.of, autograd._forward_call, MCLDLoss._terms, info_nce.evaluate):
+    for function in (ops._Call.of, ops._forward_call, MCLDLoss._terms, info_nce.evaluate):
         assert not {"_make", "_replace"} & set(function.__code__.co_names), function
 
 

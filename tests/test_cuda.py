@@ -144,7 +144,7 @@ def test_a_replay_runs_on_the_stream_of_its_call(path):
             results.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
             kinds.append(type(loss.grad_fn).__name__)
         stream.synchronize()
-    assert len(replay._REPLAYS) == 1 and kinds == ["EagerLossBackward"] * 2 + ["_PlainLossBackward"] * 2
+    assert len(replay._REPLAYS) == 1 and kinds == ["_EagerLossBackward"] * 2 + ["_PlainLossBackward"] * 2
     for again in results[1:]:
         assert all(torch.equal(x, first) for x, first in zip(again, results[0], strict=True))
     assert torch.isfinite(results[0][0]) and torch.isfinite(results[0][1]).all()
