@@ -92,17 +92,22 @@ class TestSanitizers:
                 taken |= own
         assert taken
 
-    def test_a_form_that_hangs_costs_itself_alone(self, tmp_path, monkeypatch):
-        """With a tool that stands still at one form and otherwise prints what a sanitizer does."""
-        tool = tmp_path / "compute-sanitizer"
-        tool.write_text(
-            "#!/bin/sh\necho 'begins: it'\n"
-            'case "$*" in *racecheck*hopper_cluster*) exec sleep 60;; esac\n'
-            "echo 'ended: it'\necho '========= ERROR SUMMARY: 0 errors'\n"
-        )
+    def plan_with(self, folder, monkeypatch, script):
+        """The phases under sanitizers, with a shell script in the place of compute-sanitizer."""
+        tool = folder / "compute-sanitizer"
+        tool.write_text(f"#!/bin/sh\n{script}")
         tool.chmod(0o755)
         monkeypatch.setattr(commands.shutil, "which", lambda name, path=None: str(tool))
-        planned = [p for p in commands.safe(tmp_path, HOPPER, False) if p.group in ("sanitizers", "forms")]
+        return [p for p in commands.safe(folder, HOPPER, False) if p.group in ("sanitizers", "forms")]
+
+    def test_a_form_that_hangs_costs_itself_alone(self, tmp_path, monkeypatch):
+        """With a tool that stands still at one form and otherwise prints what a sanitizer does."""
+        planned = self.plan_with(
+            tmp_path, monkeypatch,
+            "echo 'begins: it'\n"
+            'case "$*" in *racecheck*hopper_cluster*) exec sleep 60;; esac\n'
+            "echo 'ended: it'\necho '========= ERROR SUMMARY: 0 errors'\n",
+        )  # fmt: skip
         for phase in planned:
             phase.budget_s = phase.most_s = 4.0
         outcomes = run(tmp_path, *planned)
@@ -115,14 +120,11 @@ class TestSanitizers:
 
     def test_a_sanitizer_that_did_not_watch_has_failed(self, tmp_path, monkeypatch):
         """As where the program's first CUDA call comes too late for it, which ends well, and was not looked at."""
-        tool = tmp_path / "compute-sanitizer"
-        tool.write_text(
-            "#!/bin/sh\necho '========= Error: compute-sanitizer timed-out.'\n"
-            "echo '24 combinations ran, 0 were not repeatable, 0 were left for want of time'\n"
-        )
-        tool.chmod(0o755)
-        monkeypatch.setattr(commands.shutil, "which", lambda name, path=None: str(tool))
-        planned = [p for p in commands.safe(tmp_path, HOPPER, False) if p.group in ("sanitizers", "forms")]
+        planned = self.plan_with(
+            tmp_path, monkeypatch,
+            "echo '========= Error: compute-sanitizer timed-out.'\n"
+            "echo '24 combinations ran, 0 were not repeatable, 0 were left for want of time'\n",
+        )  # fmt: skip
         for phase in planned:
             line = phase.command_line({})
             assert line[line.index("--launch-timeout") + 1] == "0"
