@@ -17,7 +17,7 @@ from torch import nn
 
 from trainer import settings
 from trainer.faults import ConfigFault, OutputFault
-from trainer.models import DAMAGED, KIND, check_sums
+from trainer.models import DAMAGED, KIND, load_whole
 from trainer.ranks import Ranks
 
 SCHEMA = 1
@@ -219,8 +219,7 @@ def read(path: Path) -> dict[str, Any]:
     except OSError as fault:
         raise ConfigFault(f"the checkpoint {path} cannot be read: {fault.strerror}") from None
     try:
-        check_sums(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_whole(path)
     except DAMAGED as fault:
         earlier = [other for other in newest_first(path.parent) if other.name < path.name]
         hint = f"; before it is {earlier[0]}: --resume {earlier[0]}" if earlier else "; there is none before it"

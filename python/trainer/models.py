@@ -185,8 +185,7 @@ def read_weights(path: Path, key: str) -> dict[str, Any]:
     except OSError as fault:
         raise ConfigFault(f"{key}.checkpoint: {path} cannot be read: {fault.strerror}") from None
     try:
-        check_sums(path)
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = load_whole(path)
     except DAMAGED as fault:
         reason = str(fault).partition("\n")[0]
         raise ConfigFault(f"{key}.checkpoint: {path} is cut off, or holds more than weights: {reason}") from None
@@ -207,13 +206,13 @@ def read_weights(path: Path, key: str) -> dict[str, Any]:
     return {"state": saved, "classes": None, "model": None}
 
 
-def check_sums(path: Path) -> None:
-    """Raise where a part of the file is not what its checksum says: torch.load reads such a part without a word."""
-    if not is_zipfile(path):  # of torch before 1.6, which has none; or damaged, which torch.load finds
-        return
-    with ZipFile(path) as archive:
-        if (name := archive.testzip()) is not None:
-            raise ValueError(f"the checksum of {name} is another one")
+def load_whole(path: Path) -> Any:
+    """torch.load, which reads a part that its checksum contradicts without a word: here it raises, of `DAMAGED`."""
+    if is_zipfile(path):  # else of torch before 1.6, which has no checksum; or damaged, which torch.load finds
+        with ZipFile(path) as archive:
+            if (name := archive.testzip()) is not None:
+                raise ValueError(f"the checksum of {name} is another one")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load_weights(network: nn.Module, model: Model, key: str, classes: tuple[str, ...]) -> None:
